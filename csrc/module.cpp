@@ -1,0 +1,54 @@
+// Python bindings: raw pointers, shapes and strides in elements, dtype codes. Each kernel file adds one bind_<op>
+// function (csrc/bind_<op>.cpp), called here.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include <pybind11/pybind11.h>
+
+#include "bindings.hpp"
+#include "isa.hpp"
+
+namespace rgtg {
+namespace {
+
+constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512bf16"};
+
+Isa best_isa() {
+#ifdef RGTG_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+  if (avx512) return kAvx512;
+  if (avx2) return kAvx2;
+#endif
+  return kPlain;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[isa]; }
+
+Isa current_isa() {
+  static const Isa best = best_isa();
+  const char* asked = std::getenv("RGTG_FAST_ISA");
+  if (asked == nullptr || *asked == '\0') return best;
+  for (int i = 0; i < 4; ++i) {
+    if (std::strcmp(asked, kNames[i]) != 0) continue;
+    if (i <= best) return static_cast<Isa>(i);
+    throw std::runtime_error(std::string("RGTG_FAST_ISA=") + asked + " is not available here (best: " + kNames[best] +
+                             "): unset it or name a lower one");
+  }
+  throw std::runtime_error(std::string("RGTG_FAST_ISA=") + asked + " is unknown: use plain, avx2, avx512 or avx512bf16");
+}
+
+}  // namespace rgtg
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of rgtg_fast.";
+  m.def("isa", [] { return rgtg::isa_name(rgtg::current_isa()); }, "The instruction set that serves.");
+  rgtg::bind_all(m);
+}

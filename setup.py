@@ -1,0 +1,72 @@
+"""Builds the optional CPU extension; everything else stands in pyproject.toml.
+
+The extension needs pybind11 and a C++17 compiler, and no torch. Where it cannot be built the install goes on without
+it: the reference implementations serve, and the package says so at the first use.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+# Kernel files, compiled once per instruction set.
+KERNELS = sorted(
+    p.stem for p in (ROOT / "csrc").glob("*.cpp") if "RGTG_ISA" in p.read_text(encoding="utf-8")
+)
+# Files compiled once, for any machine.
+COMMON = sorted(p.stem for p in (ROOT / "csrc").glob("*.cpp") if p.stem not in KERNELS)
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
+ISA_FLAGS = {"plain": []}
+if X86:
+    ISA_FLAGS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": [*AVX512, "-mprefer-vector-width=512"],
+        "avx512bf16": [*AVX512, "-mavx512bf16", "-mprefer-vector-width=512"],
+    }
+
+
+class BuildExtension(build_ext):
+    """Compiles every kernel file once per instruction set and never fails the install."""
+
+    def run(self):
+        try:
+            super().run()
+        except Exception as error:
+            if os.environ.get("RGTG_FAST_REQUIRE_EXTENSION") == "1":
+                raise
+            print(f"rgtg_fast: built without its C++ kernels ({error})", file=sys.stderr)
+
+    def build_extension(self, ext):
+        import pybind11
+
+        objects = []
+        jobs = [(stem, None) for stem in COMMON] + [(stem, isa) for stem in KERNELS for isa in ISA_FLAGS]
+        macros = [("RGTG_X86", "1")] if X86 else []
+        for stem, isa in jobs:
+            objects += self.compiler.compile(
+                [str(Path("csrc") / f"{stem}.cpp")],
+                output_dir=str(Path(self.build_temp) / (isa or "common")),
+                include_dirs=["csrc", pybind11.get_include(), *self.compiler.include_dirs],
+                macros=macros + ([("RGTG_ISA", isa)] if isa else []),
+                extra_postargs=FLAGS + (ISA_FLAGS[isa] if isa else []),
+                depends=[str(p) for p in Path("csrc").glob("*.hpp")],
+            )
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, target, target_lang="c++", extra_postargs=["-pthread", "-s"], build_temp=self.build_temp
+        )
+
+
+sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("*.cpp"))]
+setup(
+    ext_modules=[Extension("rgtg_fast._C", sources, optional=True)],
+    cmdclass={"build_ext": BuildExtension},
+)
