@@ -21,7 +21,9 @@ KERNELS = sorted(
 COMMON = sorted(p.stem for p in (ROOT / "csrc").glob("*.cpp") if p.stem not in KERNELS)
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+# No contraction: a * b + c keeps its two roundings unless fma() is written, so that every instruction set orders
+# candidates as the reference does.
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-g0"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {"plain": []}
 if X86:
