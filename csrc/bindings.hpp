@@ -5,6 +5,8 @@
 
 namespace rgtg {
 
-inline void bind_all(pybind11::module_& m) { (void)m; }
+void bind_linear(pybind11::module_& m);
+
+inline void bind_all(pybind11::module_& m) { bind_linear(m); }
 
 }  // namespace rgtg

@@ -33,7 +33,7 @@ void barrier(BarrierState* state, int threads);
 struct Range {
   int64_t begin, end;
 };
-inline Range share(int64_t n, int thread, int threads) {
+__attribute__((always_inline)) inline Range share(int64_t n, int thread, int threads) {
   return {n * thread / threads, n * (thread + 1) / threads};
 }
 
