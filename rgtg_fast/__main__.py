@@ -1,0 +1,5 @@
+"""`python -m rgtg_fast` is `rgtg-fast`."""
+
+from rgtg_fast.cli import main
+
+main()

@@ -1,0 +1,61 @@
+"""Runs `rgtg-fast bench` and shows what it measured."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rgtg_fast.app import embedded
+from rgtg_fast.app.session import quiet
+from rgtg_fast.app.terminal import print_json, status
+
+
+def run(options: dict[str, Any], json: bool) -> None:
+    """Times the methods, with the embedded model where neither a model nor a shape is named.
+
+    Args:
+        options: the arguments of `rgtg_fast.evaluation.benchmark.run_bench`.
+        json: print the result as JSON and nothing else on stdout.
+
+    Raises:
+        RGTGError: a bad option, or methods whose outputs differ.
+    """
+    quiet()
+    with status("Loading") as say:
+        if options["lm"] is None and options["shape"] is None:
+            options = {**options, "lm": str(embedded.default_model(say))}
+        from rgtg_fast.evaluation.benchmark import run_bench
+
+        result = run_bench(**options, progress=say)
+    if json:
+        print_json(result)
+    else:
+        _show(result, Console())
+
+
+def _show(result: dict[str, Any], console: Console) -> None:
+    rows = result["methods"]
+    phases = [name for name in rows[0]["phases"] if any(row["phases"].get(name) for row in rows)]
+    table = Table(header_style="bold")
+    table.add_column("method")
+    for name in ("tokens/s", "ms/token", *phases, "cache between steps", "cache at most", "same tokens"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['ms_per_token']:.1f}",
+            *(f"{row['phases'].get(name, 0.0):.1f}" for name in phases),
+            _mib(row["cache_resident_bytes"]),
+            _mib(row["cache_peak_bytes"]),
+            {True: "yes", False: "no", None: "–"}[row["equal_to_reference"]],
+        )
+    console.print(table)
+    extended = [row["method"] for row in rows if row["extrapolated"]]
+    if extended:
+        console.print(f"measured on part of the job and extended: {', '.join(extended)}", style="dim")
+
+
+def _mib(count: int | dict[str, int]) -> str:
+    total = sum(count.values()) if isinstance(count, dict) else count
+    return f"{total / 2**20:.1f} MiB"

@@ -1,0 +1,106 @@
+"""Sets up a decoder for the command line: quiet libraries, the default model, the reward."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rgtg_fast.app import embedded
+from rgtg_fast.app.jobs import Prompt
+from rgtg_fast.errors import RGTGError
+
+if TYPE_CHECKING:
+    from rgtg_fast import RewardGuidedDecoder
+
+# Words that `--reward` takes in place of a path or hub id.
+CONTRASTIVE, NONE = "contrastive", "none"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The options that choose models and their engine."""
+
+    lm: str | None = None
+    reward: str = CONTRASTIVE
+    better: str | None = None
+    worse: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    engine: str = "auto"
+    max_batch: int = 8
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.reward != CONTRASTIVE and (self.better is not None or self.worse is not None):
+            raise RGTGError(
+                f"--better and --worse belong to --reward {CONTRASTIVE}, not to --reward {self.reward}"
+            )
+
+    def names(self) -> dict[str, Any]:
+        """The models by name, as every output row tells them."""
+        names: dict[str, Any] = {"lm": self.lm or embedded.NAME, "reward_model": self.reward}
+        if self.better is not None or self.worse is not None:
+            names |= {"better": self.better, "worse": self.worse}
+        return names
+
+    def source(self, say: Callable[[str], None]) -> str:
+        """The language model's path or hub id; the embedded one, converted if need be, by default."""
+        return self.lm if self.lm is not None else str(embedded.default_model(say))
+
+    def reward_source(self) -> Any:
+        """What `from_pretrained` takes as the reward."""
+        if self.reward == NONE:
+            return None
+        if self.reward != CONTRASTIVE:
+            return self.reward
+        from rgtg_fast import ContrastiveReward
+
+        prompts = {"better": self.better, "worse": self.worse}
+        return ContrastiveReward(**{name: text for name, text in prompts.items() if text is not None})
+
+    def pair(self, say: Callable[[str], None]) -> Any:
+        """The language model and its tokenizer, loaded once for several decoders."""
+        quiet()
+        source = self.source(say)
+        from rgtg_fast.models.loading import load_causal_lm, resolve_device, resolve_dtype
+
+        device = resolve_device(self.device)
+        return load_causal_lm(source, device, resolve_dtype(self.dtype, device))
+
+    def decoder(self, say: Callable[[str], None], pair: Any = None) -> "RewardGuidedDecoder":
+        """Loads the models.
+
+        Args:
+            say: receives one line of text before something slow.
+            pair: the language model and its tokenizer, where they are loaded already.
+        """
+        quiet()
+        source = pair if pair is not None else self.source(say)
+        from rgtg_fast import RewardGuidedDecoder
+
+        return RewardGuidedDecoder.from_pretrained(
+            source,
+            reward=self.reward_source(),
+            device=self.device,
+            dtype=self.dtype,
+            max_batch=self.max_batch,
+            max_length=self.max_length,
+            engine=self.engine,
+        )
+
+
+def quiet() -> None:
+    """Keeps transformers' progress bars and notes off the terminal."""
+    if importlib.util.find_spec("transformers") is None:
+        raise RGTGError("transformers is not installed: `pip install rgtg-fast` brings it")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def as_chat(prompt: Prompt, decoder: "RewardGuidedDecoder", chat: bool) -> Prompt:
+    """A text as one user message, where that is wanted and the model has a chat template."""
+    if chat and isinstance(prompt, str) and decoder.tokenizer.chat_template is not None:
+        return [{"role": "user", "content": prompt}]
+    return prompt

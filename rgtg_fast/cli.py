@@ -1,0 +1,472 @@
+"""The command line `rgtg-fast`: demo, generate, explain, bench, env.
+
+User errors are one line on stderr and exit code 2. Heavy imports happen inside the commands: help is instant.
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from rgtg_fast.app.terminal import complain, note, print_json, print_line, status
+from rgtg_fast.errors import RGTGError
+
+USER_ERROR, INTERRUPTED = 2, 130
+# click's UsageError, whether typer brings its own click or depends on one.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class _OneLineErrors(TyperGroup):
+    """Turns every error that a user can cause into one line on stderr and exit code 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            code = super().main(
+                args,
+                prog_name=prog_name,
+                complete_var=complete_var,
+                standalone_mode=False,
+                windows_expand_args=windows_expand_args,
+                **extra,
+            )
+        except UsageError as error:
+            code = _fail(f"{error.format_message().rstrip('.')}: see `{_command(error)} --help`")
+        except RGTGError as error:
+            code = _fail(str(error))
+        except BrokenPipeError:
+            # The reader of our output has left; say nothing more.
+            sys.stderr.close()
+            code = 1
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            code = _fail("out of memory: use a smaller --max-batch, --max-length or --k, or --dtype bfloat16")
+        code = code if isinstance(code, int) else 0
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def _command(error: Any) -> str:
+    return (
+        "rgtg-fast" if error.ctx is None or error.ctx.parent is None else f"rgtg-fast {error.ctx.info_name}"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for CUDA alone; its CPU allocator raises a RuntimeError."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _fail(message: str) -> int:
+    complain(message)
+    return USER_ERROR
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    name="rgtg-fast",
+    help="Reward-guided text generation: a reward model steers every token, at nearly ordinary speed.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+MODELS, GUIDANCE, LENGTH, OUTPUT = "Models", "Guidance", "Length and batch", "Output"
+
+LM = Annotated[
+    str | None,
+    typer.Option(
+        help="Language model: path or hub id.",
+        show_default="the embedded SmolLM2-135M-Instruct",
+        rich_help_panel=MODELS,
+    ),
+]
+Reward = Annotated[
+    str,
+    typer.Option(
+        help="Reward model: path or hub id; `contrastive` guides with the language model itself under a "
+        "better and a worse system prompt; `none` is the language model alone.",
+        rich_help_panel=MODELS,
+    ),
+]
+Better = Annotated[
+    str | None, typer.Option(help="System prompt to move towards (contrastive).", rich_help_panel=MODELS)
+]
+Worse = Annotated[
+    str | None, typer.Option(help="System prompt to move away from (contrastive).", rich_help_panel=MODELS)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16 or float64.",
+        show_default="float32 on a CPU, bfloat16 on a GPU",
+        rich_help_panel=MODELS,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu or cuda.", show_default="cuda where there is one", rich_help_panel=MODELS),
+]
+Engine = Annotated[
+    str, typer.Option(help="auto, native (fused C++ layers) or transformers.", rich_help_panel=MODELS)
+]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Wrap a plain prompt as a user message where the model has a chat template.",
+        rich_help_panel=MODELS,
+    ),
+]
+K = Annotated[int, typer.Option("--k", help="Candidates per token.", rich_help_panel=GUIDANCE)]
+Beta = Annotated[
+    float, typer.Option(help="Weight of the reward; 0 is the base model.", rich_help_panel=GUIDANCE)
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=GUIDANCE)]
+Support = Annotated[
+    str,
+    typer.Option(
+        help="Where candidates come from: lm, combined or all (the whole vocabulary).",
+        rich_help_panel=GUIDANCE,
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed; the same seed and prompt give the same answer.", rich_help_panel=GUIDANCE)
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End the answer before this text (repeatable).", rich_help_panel=LENGTH),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.", rich_help_panel=LENGTH)]
+MaxBatch = Annotated[int, typer.Option(help="Prompts decoded at once.", rich_help_panel=LENGTH)]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of prompt and answer at most.", show_default="what the job needs", rich_help_panel=LENGTH
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON and nothing else on stdout.", rich_help_panel=OUTPUT)
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print_line(f"rgtg-fast {installed('rgtg-fast')}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    prompt: Annotated[list[str] | None, typer.Option(help="Your own prompt (repeatable).")] = None,
+    lm: LM = None,
+    reward: Reward = "contrastive",
+    better: Better = None,
+    worse: Worse = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    engine: Engine = "auto",
+    k: K = 10,
+    beta: Beta = 1.0,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = 48,
+    json: Json = False,
+) -> None:
+    """Answer a few prompts without and with the guide, side by side."""
+    from rgtg_fast.app import demo as demonstration
+    from rgtg_fast.app.session import NONE, Setup, as_chat
+    from rgtg_fast.config import Guidance
+
+    if reward == NONE:
+        raise RGTGError("the demo compares with and without a guide: --reward none leaves nothing to compare")
+    guidance = Guidance(k, beta, temperature)
+    texts = prompt or list(demonstration.PROMPTS)
+    setup = Setup(lm, reward, better, worse, dtype, device, engine, max_batch=len(texts))
+    with status("Loading") as say:
+        pair = setup.pair(say)
+        decoder = setup.decoder(say, pair)
+        unguided = replace(setup, reward=NONE, better=None, worse=None).decoder(say, pair)
+        prompts = [as_chat(text, decoder, chat=True) for text in texts]
+        say(f"Answering {len(prompts)} prompts, without and with the guide")
+        report = demonstration.run(decoder, unguided, prompts, max_new_tokens, guidance, seed)
+    if json:
+        print_json(report.as_dict())
+    else:
+        demonstration.show(report, Console())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; `-` reads it from stdin.")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            help='Prompts as JSON Lines (plain or gzip): {"prompt": text or chat messages} with optional '
+            "id, seed, k, beta, temperature.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where finished rows go, each at once, as JSON Lines.", rich_help_panel=OUTPUT),
+    ] = None,
+    field: Annotated[
+        str, typer.Option(help="The name of the prompt's field in --input.", rich_help_panel=OUTPUT)
+    ] = "prompt",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue a broken run: keep the rows of --output.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew where --output has rows.", rich_help_panel=OUTPUT)
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print tokens as they come.", rich_help_panel=OUTPUT)
+    ] = False,
+    json: Json = False,
+    lm: LM = None,
+    reward: Reward = "contrastive",
+    better: Better = None,
+    worse: Worse = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    engine: Engine = "auto",
+    chat: Chat = True,
+    k: K = 10,
+    beta: Beta = 1.0,
+    temperature: Temperature = 1.0,
+    support: Support = "lm",
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = 128,
+    stop: Stop = None,
+    max_batch: MaxBatch = 8,
+    max_length: MaxLength = None,
+) -> None:
+    """Answer one prompt, or a file of prompts."""
+    from rgtg_fast.app.generate import answer_many, answer_one, stream_one
+    from rgtg_fast.app.jobs import AnswerFile, Job, check_prompt, read_prompts
+    from rgtg_fast.app.session import Setup
+    from rgtg_fast.config import Guidance
+
+    if (prompt is None) == (input is None):
+        raise RGTGError(
+            "give one prompt or --input with a file of prompts" + (", not both" if prompt is not None else "")
+        )
+    if stream and input is not None:
+        raise RGTGError("--stream shows one answer as it comes: give one prompt instead of --input")
+    if stream and output is not None:
+        raise RGTGError("--stream prints to stdout: leave out --output")
+    if (resume or overwrite) and output is None:
+        raise RGTGError("--resume and --overwrite are about --output: name it")
+    if resume and overwrite:
+        raise RGTGError("--resume keeps the rows of --output and --overwrite drops them: choose one")
+    guidance = Guidance(k, beta, temperature, support)
+    one = input is None
+    setup = Setup(lm, reward, better, worse, dtype, device, engine, 1 if one else max_batch, max_length)
+    broken = 0
+    if input is None:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        check_prompt(text)
+        assert text is not None
+        jobs = [Job(1, text, guidance, seed)]
+    else:
+        jobs, broken = read_prompts(input, guidance, seed, field, complain)
+    run = {**setup.names(), "max_new_tokens": max_new_tokens, "stop": stop or [], "chat": chat}
+    answers = AnswerFile(output, resume, overwrite) if output is not None else None
+    with contextlib.closing(answers) if answers is not None else contextlib.nullcontext():
+        if answers is not None:
+            jobs = answers.remaining(jobs, run)
+        if stream:
+            stream_one(setup, jobs[0], run, json)
+        elif one and answers is None:
+            answer_one(setup, jobs[0], run, json)
+        elif jobs:
+            broken += answer_many(setup, jobs, run, answers)
+        if answers is not None:
+            note(
+                f"{len(answers.done)} rows in {answers.path}"
+                + (f", {broken} prompts left out" if broken else "")
+            )
+    if broken:
+        raise typer.Exit(USER_ERROR)
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads it from stdin.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write a self-contained HTML page here.", rich_help_panel=OUTPUT)
+    ] = None,
+    show: Annotated[
+        int | None,
+        typer.Option(
+            help="Candidates of each token in the table.", show_default="all", min=1, rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    json: Json = False,
+    lm: LM = None,
+    reward: Reward = "contrastive",
+    better: Better = None,
+    worse: Worse = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    engine: Engine = "auto",
+    chat: Chat = True,
+    k: K = 10,
+    beta: Beta = 1.0,
+    temperature: Temperature = 1.0,
+    support: Support = "lm",
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = 24,
+    stop: Stop = None,
+    max_length: MaxLength = None,
+) -> None:
+    """Show every token's candidates: log-probability, reward, final probability, and which was chosen."""
+    from rgtg_fast.app import explain as explanation
+    from rgtg_fast.app.jobs import check_prompt
+    from rgtg_fast.app.session import Setup, as_chat
+    from rgtg_fast.config import Guidance
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    check_prompt(text)
+    guidance = Guidance(k, beta, temperature, support)
+    setup = Setup(lm, reward, better, worse, dtype, device, engine, 1, max_length)
+    if html is not None and not html.parent.is_dir():
+        raise RGTGError(f"cannot write {html}: the folder {html.parent} does not exist")
+    with status("Loading") as say:
+        decoder = setup.decoder(say)
+        say("Answering")
+        result = decoder.generate(
+            [as_chat(text, decoder, chat)],
+            max_new_tokens=max_new_tokens,
+            guidance=guidance,
+            seed=seed,
+            stop=stop,
+            trace=True,
+        )
+    row = result[0]
+    steps = row.trace or []
+    settings = {
+        "k": guidance.k,
+        "beta": guidance.beta,
+        "temperature": guidance.temperature,
+        "support": support,
+        "seed": seed,
+    }
+    if html is not None:
+        facts = {
+            "model": setup.names()["lm"],
+            "reward": reward,
+            **{name: str(value) for name, value in settings.items()},
+        }
+        try:
+            html.write_text(explanation.page(text, steps, facts), encoding="utf-8")
+        except OSError as error:
+            raise RGTGError(f"cannot write {html}: {error.strerror or error}") from error
+    if json:
+        answer = {"text": row.text, "finish_reason": row.finish_reason, "reward": row.reward}
+        steps_as_json = [explanation.as_dict(step) for step in steps]
+        print_json({"prompt": text, **setup.names(), **settings, **answer, "steps": steps_as_json})
+        return
+    console = Console()
+    console.print(explanation.table(steps, show))
+    console.print()
+    console.print(explanation.marked_answer(steps))
+    if html is not None:
+        note(f"written: {html}")
+
+
+@app.command()
+def bench(
+    lm: LM = None,
+    rm: Annotated[
+        str | None,
+        typer.Option(
+            help="Reward model: path or hub id.", show_default="the language model with a random reward head"
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of models with random weights, in place of --lm: smollm2-135m, llama-1b or llama-8b."
+        ),
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    k: Annotated[int, typer.Option("--k", help="Candidates per token.")] = 10,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each method; the median is told.")] = 3,
+    device: Device = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods to time, separated by commas.")
+    ] = "ours,args_replicated,pargs_serial,unguided",
+    seed: Annotated[int, typer.Option(help="Seed of the weights and prompts.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="torch's own number")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Time our decoder against the published algorithms, in one run, outputs compared first."""
+    from rgtg_fast.app import bench as benchmark
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    options = {"lm": lm, "rm": rm, "shape": shape, "prompt_length": prompt_length, "k": k, "batch": batch}
+    options |= {"new_tokens": new_tokens, "dtype": dtype, "methods": names, "repeats": repeats}
+    options |= {"seed": seed, "threads": threads, "device": device}
+    benchmark.run(options, json)
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """Tell versions, device, extension and which backend serves which op: paste it into a bug report."""
+    from rgtg_fast.app import environment
+    from rgtg_fast.app.session import quiet
+
+    quiet()
+    report = environment.collect()
+    if json:
+        print_json(report)
+        return
+    lines = environment.lines(report)
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print_line(f"{name:<{width}}  {value}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script."""
+    app(args)
+
+
+if __name__ == "__main__":
+    main()
