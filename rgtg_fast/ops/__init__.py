@@ -1,0 +1,24 @@
+"""The fused operations of a decoding step: topk_logprobs, tree_attention, resample, commit.
+
+Each is one torch.library op with a reference in plain PyTorch and a C++ kernel for the CPU; see README.md
+for the legend of shapes.
+"""
+
+from ._registry import KernelSpec, OpSpec, Tolerance, backend_of, specs, use_backend
+from .commit import commit
+from .resample import resample
+from .topk_logprobs import topk_logprobs
+from .tree_attention import tree_attention
+
+__all__ = [
+    "KernelSpec",
+    "OpSpec",
+    "Tolerance",
+    "backend_of",
+    "commit",
+    "resample",
+    "specs",
+    "topk_logprobs",
+    "tree_attention",
+    "use_backend",
+]

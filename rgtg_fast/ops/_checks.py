@@ -1,0 +1,34 @@
+"""Checks that several ops share; every message is one line that says what would work."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import RGTGError
+
+
+def floating(op: str, name: str, x: torch.Tensor) -> None:
+    """Refuses anything but real floating-point numbers."""
+    if not x.dtype.is_floating_point:
+        raise RGTGError(f"{op}: {name} has dtype {x.dtype}: use a floating-point dtype")
+
+
+def shaped(op: str, name: str, x: torch.Tensor, legend: str, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor of another shape."""
+    if tuple(x.shape) != shape:
+        raise RGTGError(f"{op}: {name} has shape {list(x.shape)}: use {legend} = {list(shape)}")
+
+
+def of_dtype(op: str, name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
+    """Refuses a tensor of another dtype."""
+    if x.dtype != dtype:
+        raise RGTGError(f"{op}: {name} has dtype {x.dtype}: use {dtype}")
+
+
+def together(op: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Refuses tensors on another device than the first."""
+    for name, x in others.items():
+        if x is not None and x.device != first.device:
+            raise RGTGError(
+                f"{op}: {name} is on {x.device}: move it to {first.device}, where the first argument is"
+            )

@@ -1,0 +1,60 @@
+"""Finds the C++ extension `rgtg_fast._C`, and says so once where it is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+
+# The dtype codes that the kernels take; csrc/common.hpp holds the same table.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+REMEDY = "install a C++17 compiler (g++ or clang++), then: pip install --force-reinstall --no-deps rgtg-fast"
+
+
+@functools.cache
+def _import() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("rgtg_fast._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+@functools.cache
+def _warn() -> None:
+    warnings.warn(f"rgtg_fast: {missing_reason()}; the slower reference serves. {REMEDY}", stacklevel=2)
+
+
+def missing_reason() -> str:
+    """Why there is no extension, in one clause; empty where there is one."""
+    module, error = _import()
+    return "" if module is not None else f"the C++ kernels are not installed ({error})"
+
+
+def load(warn: bool = True) -> ModuleType | None:
+    """The extension, or None with one warning per process where it is missing."""
+    module, _ = _import()
+    if module is None and warn:
+        _warn()
+    return module
+
+
+def kernels() -> ModuleType:
+    """The extension, where the caller has made sure that it is there."""
+    module, error = _import()
+    if module is None:
+        raise ImportError(error)
+    return module
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """The tensor with a contiguous last dimension, all that the kernels ask for; copied only if need be."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def pointer(x: torch.Tensor | None) -> int:
+    """Address of the first number; 0 for None."""
+    return 0 if x is None else x.data_ptr()

@@ -1,0 +1,117 @@
+"""Room of commit: the chosen token's keys and values move to the prefix's end, in every layer at once."""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import RGTGError
+from .. import _checks
+from .._registry import register
+from .cpp import cpp
+from .reference import reference
+from .spec import SPEC
+
+__all__ = ["SPEC", "commit", "reference"]
+
+
+def _fake(
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    choice: torch.Tensor,
+) -> None:
+    return None
+
+
+def _check_values(
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    choice: torch.Tensor,
+) -> None:
+    S, T = k_new.shape[3], k_cache.shape[3]
+    for row, (length, chosen) in enumerate(zip(lengths.tolist(), choice.tolist(), strict=True)):
+        if not -1 <= chosen < S:
+            raise RGTGError(f"commit: choice[{row}]={chosen} is no new token (S={S}): use -1 to {S - 1}")
+        if chosen >= 0 and not 0 <= length < T:
+            raise RGTGError(
+                f"commit: lengths[{row}]={length} leaves no free slot in the cache (T={T}): "
+                "stop the row or use a longer cache"
+            )
+
+
+register(
+    SPEC,
+    "(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor(c!) lengths, Tensor choice) -> ()",
+    _fake,
+    _check_values,
+    lambda *args: cpp(_check_values, *args),
+    # Bytes are moved whatever they mean.
+    frozenset(),  # KERNELS-LAND-NEXT
+)
+
+
+def commit(
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    choice: torch.Tensor,
+) -> None:
+    """Appends the chosen new token to every row's prefix, in all layers at once.
+
+        k_cache[:, b, :, lengths[b]] = k_new[:, b, :, choice[b]],  the same for v,  lengths[b] += 1
+
+    A row with choice −1 stands still: its cache and its length keep every bit.
+
+    Args:
+        k_new, v_new: `[L, B, G, S, D]`, keys and values of the new tokens, any floating dtype. Of these and
+            the caches only the last dimension need be contiguous.
+        k_cache, v_cache: `[L, B, G, T, D]`, same dtype, written in place.
+        lengths: `[B]` int64, tokens of each row's prefix, updated in place.
+        choice: `[B]` int64, index of the new token that stays, or −1.
+
+    Raises:
+        RGTGError: shapes or dtypes do not fit; on the CPU also: a choice is not below S, or a row's cache is
+            full, and then nothing is written.
+
+    Source:
+        Takes the place of the k-fold, re-ordered cache of ARGS (arXiv 2402.01694).
+
+    Example:
+        >>> import torch
+        >>> from rgtg_fast.ops import commit
+        >>> k_new = v_new = torch.tensor([5.0, 6.0]).view(1, 1, 1, 2, 1)
+        >>> k_cache, v_cache, lengths = *torch.zeros(2, 1, 1, 1, 3, 1), torch.tensor([1])
+        >>> commit(k_new, v_new, k_cache, v_cache, lengths, choice=torch.tensor([1]))
+        >>> k_cache.flatten(), lengths
+        (tensor([0., 6., 0.]), tensor([2]))
+    """
+    op = "commit"
+    if k_new.ndim != 5 or k_cache.ndim != 5:
+        raise RGTGError(
+            f"{op}: k_new has shape {list(k_new.shape)} and k_cache {list(k_cache.shape)}: use 5 dimensions"
+        )
+    _checks.floating(op, "k_new", k_new)
+    L, B, G, S, D = k_new.shape
+    T = k_cache.shape[3]
+    _checks.shaped(op, "v_new", v_new, "[L, B, G, S, D]", (L, B, G, S, D))
+    _checks.shaped(op, "k_cache", k_cache, "[L, B, G, T, D]", (L, B, G, T, D))
+    _checks.shaped(op, "v_cache", v_cache, "[L, B, G, T, D]", (L, B, G, T, D))
+    for name, x in (("v_new", v_new), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _checks.of_dtype(op, name, x, k_new.dtype)
+    for name, x in (("lengths", lengths), ("choice", choice)):
+        _checks.shaped(op, name, x, "[B]", (B,))
+        _checks.of_dtype(op, name, x, torch.int64)
+    if D > 1 and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
+        raise RGTGError(
+            f"{op}: k_cache and v_cache are written in place: their last dimension must be contiguous"
+        )
+    _checks.together(op, k_new, v_new=v_new, k_cache=k_cache, v_cache=v_cache, lengths=lengths, choice=choice)
+    torch.ops.rgtg_fast.commit(k_new, v_new, k_cache, v_cache, lengths, choice)
