@@ -1,0 +1,59 @@
+"""Reward-guided text generation: align a frozen language model while it decodes, fast and exactly."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rgtg_fast.config import Guidance as Guidance
+    from rgtg_fast.decoding.decoder import RewardGuidedDecoder as RewardGuidedDecoder
+    from rgtg_fast.decoding.results import Candidate as Candidate
+    from rgtg_fast.decoding.results import GeneratedRow as GeneratedRow
+    from rgtg_fast.decoding.results import GenerationResult as GenerationResult
+    from rgtg_fast.decoding.results import Piece as Piece
+    from rgtg_fast.decoding.results import Stats as Stats
+    from rgtg_fast.decoding.results import Step as Step
+    from rgtg_fast.errors import RewardNaNError as RewardNaNError
+    from rgtg_fast.errors import RGTGError as RGTGError
+    from rgtg_fast.rewards.base import Prefix as Prefix
+    from rgtg_fast.rewards.base import Reward as Reward
+    from rgtg_fast.rewards.contrastive import ContrastiveReward as ContrastiveReward
+    from rgtg_fast.rewards.function import FunctionReward as FunctionReward
+    from rgtg_fast.rewards.sequence import SequenceReward as SequenceReward
+    from rgtg_fast.rewards.text import TextReward as TextReward
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it; imported at the first use, so that `import rgtg_fast` costs nothing.
+_HOMES = {
+    "Guidance": "config",
+    "RewardGuidedDecoder": "decoding.decoder",
+    "Candidate": "decoding.results",
+    "GeneratedRow": "decoding.results",
+    "GenerationResult": "decoding.results",
+    "Piece": "decoding.results",
+    "Stats": "decoding.results",
+    "Step": "decoding.results",
+    "RGTGError": "errors",
+    "RewardNaNError": "errors",
+    "Prefix": "rewards.base",
+    "Reward": "rewards.base",
+    "ContrastiveReward": "rewards.contrastive",
+    "FunctionReward": "rewards.function",
+    "SequenceReward": "rewards.sequence",
+    "TextReward": "rewards.text",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'rgtg_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rgtg_fast.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""The decode loop, its batch and its results."""

@@ -1,0 +1,588 @@
+"""The decoder: the loop of the paper over one prefix cache per model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rgtg_fast.config import Guidance
+from rgtg_fast.decoding.batch import Batch, Row
+from rgtg_fast.decoding.memory import check_fits, free_bytes
+from rgtg_fast.decoding.results import Candidate, GeneratedRow, GenerationResult, Piece, Stats, Step
+from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
+from rgtg_fast.errors import RewardNaNError, RGTGError
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.loading import (
+    ModelAndTokenizer,
+    language_backbone,
+    load_causal_lm,
+    resolve_device,
+    resolve_dtype,
+)
+from rgtg_fast.models.prompts import PromptLike, as_prompts
+from rgtg_fast.ops import resample, topk_logprobs
+from rgtg_fast.profiling import PhaseTimer
+from rgtg_fast.rewards import FunctionReward, Prefix, Reward, SequenceReward
+
+RewardLike = Reward | str | os.PathLike[str] | Callable[..., Any] | None
+
+
+@dataclass
+class _Run:
+    """One call: its rows, its settings and its counters."""
+
+    rows: list[Row]
+    max_new_tokens: int
+    stops: list[str]
+    trace: bool
+    live_text: bool  # texts are needed after every token, for stop strings or a stream
+    number: int
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    stats: Stats = field(default_factory=Stats)
+    started: float = field(default_factory=time.perf_counter)
+
+
+class RewardGuidedDecoder:
+    """Decodes from π(v)·exp(β·r(v)) over the top k next tokens of a frozen language model.
+
+    Build one with `from_pretrained`, then call `generate`, `iterate`, `stream` or `score`. A decoder holds one prefix
+    cache per model and decodes one call at a time.
+
+    Args:
+        lm: the base language model. reward: the guide, already bound to it, or None.
+        max_batch: rows decoded at once; more prompts wait for a free place.
+    """
+
+    def __init__(self, lm: LanguageModel, reward: Reward | None, max_batch: int):
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+            raise RGTGError(f"max_batch={max_batch!r} is not a whole number >= 1: use for example 8")
+        self.lm, self.reward, self.max_batch = lm, reward, max_batch
+        self._runs = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        lm: str | os.PathLike[str] | ModelAndTokenizer,
+        reward: RewardLike = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_batch: int = 8,
+        max_length: int | None = None,
+        engine: str = "auto",
+    ) -> RewardGuidedDecoder:
+        """Loads a base model and its guide.
+
+        Args:
+            lm: path or hub id of a causal language model, or a (model, tokenizer) pair.
+            reward: path or hub id of a reward model (a `SequenceReward`), a reward object, a function
+                f(prefix_ids, candidate_ids) -> rewards, or None for the base model alone.
+            device: by default CUDA where there is one. dtype: by default float32 on a CPU, bfloat16 on CUDA.
+            max_batch: rows decoded at once.
+            max_length: tokens a row may reach, prompt included; by default what both contexts hold.
+            engine: "native" (fused C++ layers, CPU), "transformers" (the model's own blocks) or "auto".
+
+        Raises:
+            RGTGError: anything that cannot work, in one line.
+        """
+        on = resolve_device(device)
+        kind = resolve_dtype(dtype, on)
+        if max_length is not None and (isinstance(max_length, bool) or max_length < 2):
+            raise RGTGError(f"max_length={max_length!r} leaves no room: use 2 or more tokens, or None")
+        model, tokenizer = load_causal_lm(lm, on, kind)
+        backbone = language_backbone(model, engine, max_length)
+        language_model = LanguageModel(backbone, tokenizer, backbone.head.out_features)
+        guide = _as_reward(reward)
+        if guide is not None:
+            guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
+        return cls(language_model, guide, max_batch)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base model's tokenizer."""
+        return self.lm.tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a row may reach, prompt included, in every model's context."""
+        limit = None if self.reward is None else self.reward.limit
+        return self.lm.backbone.limit if limit is None else min(limit, self.lm.backbone.limit)
+
+    def describe(self) -> dict[str, Any]:
+        """Models, engines, dtype, device and cache bytes: what to print beside a result."""
+        backbone, guide = self.lm.backbone, self.reward
+        return {
+            "lm": backbone.name,
+            "lm_engine": backbone.engine,
+            "reward": None if guide is None else guide.name,
+            "reward_engine": None if guide is None else guide.engine,
+            "device": str(backbone.device),
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "max_batch": self.max_batch,
+            "max_length": self.max_length,
+            "cache_bytes": self._cache_bytes(),
+        }
+
+    # ---- calls --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        max_new_tokens: int = 128,
+        guidance: Guidance | Sequence[Guidance] = Guidance(),
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] | None = None,
+        trace: bool = False,
+    ) -> GenerationResult:
+        """Decodes an answer to each prompt.
+
+        A row's tokens depend on its own prompt, seed and guidance alone, not on what else is in the call.
+
+        Args:
+            prompts: a string (tokenised as it is), a list of chat messages (through the chat template), a list of
+                token ids, or a list of these; any lengths, any number.
+            max_new_tokens: tokens of an answer, end-of-sequence included.
+            guidance: one, or one per prompt. seed: one for all (equal prompts then get equal answers), or one each.
+            stop: strings that end an answer and are cut from its text.
+            trace: keep every step's candidates.
+
+        Raises:
+            RGTGError: a bad argument. RewardNaNError: a NaN reward; carries the rows finished before it.
+
+        Example:
+            >>> result = decoder.generate("The sky is", max_new_tokens=8)  # doctest: +SKIP
+            >>> result[0].text, result.stats.tokens_per_second  # doctest: +SKIP
+        """
+        run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
+        rows = sorted(self._finished(run), key=lambda row: row.index)
+        return GenerationResult(rows, run.stats)
+
+    def iterate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        max_new_tokens: int = 128,
+        guidance: Guidance | Sequence[Guidance] = Guidance(),
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] | None = None,
+        trace: bool = False,
+    ) -> Iterator[tuple[int, GeneratedRow]]:
+        """Like `generate`, giving (index, row) as soon as a row is finished."""
+        run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
+        return ((row.index, row) for row in self._finished(run))
+
+    def stream(
+        self,
+        prompt: PromptLike,
+        max_new_tokens: int = 128,
+        guidance: Guidance = Guidance(),
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        trace: bool = True,
+    ) -> Iterator[Piece]:
+        """Like `generate` for one prompt, giving each token as it is chosen; without `trace`, no candidates.
+
+        The pieces' texts join to the answer's text; text that may be the beginning of a stop string, or an unfinished
+        character, waits for the next piece.
+        """
+        run = self._plan(prompt, max_new_tokens, guidance, seed, stop, trace)
+        if len(run.rows) != 1:
+            raise RGTGError(f"stream takes one prompt and got {len(run.rows)}: use generate or iterate for several")
+        run.live_text = True
+        return self._pieces(run)
+
+    @torch.inference_mode()
+    def score(
+        self, prompts: PromptLike | Sequence[PromptLike], answers: str | Sequence[str | Sequence[int]]
+    ) -> list[list[float]]:
+        """Reward of every prefix y_{1:i} of given answers under the guide, in one forward per answer.
+
+        Args:
+            prompts: as in `generate`. answers: one per prompt, text or token ids.
+
+        Raises:
+            RGTGError: no guide, an empty answer, counts that differ, or a text over the context.
+        """
+        if self.reward is None:
+            raise RGTGError("this decoder has no reward to score with: pass reward=... to from_pretrained")
+        given = as_prompts(prompts)
+        texts = [answers] if isinstance(answers, str) else list(answers)
+        if len(texts) != len(given):
+            raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
+        scores = []
+        for prompt, text in zip(given, texts, strict=True):
+            ids = self._answer_ids(text) if isinstance(text, str) else [int(token) for token in text]
+            if not ids:
+                raise RGTGError(f"answer {prompt.index} is empty: pass at least one token")
+            row = Row(prompt, prompt.ids(self.tokenizer))
+            row.encoded = self.reward.encode(prompt)
+            self._check_length(row, len(ids))
+            scores.append(self.reward.score_answer(row, ids))
+        return scores
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _steps(self, run: _Run) -> Iterator[list[Row]]:
+        """One iteration per token: top-k → score → resample → commit. Gives the rows that the step advanced."""
+        phase, lm, reward = run.timer, self.lm.backbone, self.reward
+        waiting = deque(sorted(run.rows, key=lambda row: row.guidance.support == "all"))
+        batch = Batch(lm.device)
+        self._reserve(run)
+        while waiting or batch:
+            with phase("prefill"):
+                self._admit(batch, waiting)
+            with phase("lm"):
+                logits, guidance = self._forward(batch)  # [B, V], [B, V] or None
+            with phase("topk"):
+                logprobs, candidates, entropy = self._select(batch, logits, guidance)  # [B, k]
+            with phase("reward"):
+                rewards = self._rewards(candidates, guidance, logprobs)  # [B, k]
+                self._check_rewards(run, batch, candidates, rewards)
+            with phase("resample"):
+                choice, _ = resample(
+                    logprobs, rewards, batch.beta, batch.temperature, batch.seed, batch.position
+                )
+                self._check_choice(batch, choice)
+            with phase("commit"):
+                if reward is not None:
+                    reward.commit(choice)
+                batch.tokens = candidates.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+                batch.position += 1
+            with phase("host"):
+                if run.trace:
+                    self._trace(batch, logprobs, candidates, rewards, choice, entropy)
+                self._advance(run, batch, logprobs, rewards, choice)
+            yield list(batch.rows)
+            with phase("host"):
+                self._retire(run, batch)
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base model's logits [B, V] for the next token, and a wide guide's rewards [B, V] of every token."""
+        backbone, reward = self.lm.backbone, self.reward
+        contexts = self._contexts
+        tokens = batch.tokens if contexts == 1 else batch.tokens.repeat_interleave(contexts)
+        hidden = backbone.step(tokens.unsqueeze(-1))
+        backbone.commit(torch.zeros_like(tokens))
+        logits = backbone.logits(hidden.squeeze(1))[:, : self.lm.vocabulary]
+        if reward is None or not reward.wide:
+            return logits, None
+        per_prompt = logits.unflatten(0, (len(batch), contexts))
+        return per_prompt[:, 0], reward.guidance(per_prompt[:, 1:])
+
+    def _select(
+        self, batch: Batch, logits: torch.Tensor, guidance: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The support: log-probabilities and tokens [B, k], and the base distribution's entropy [B]."""
+        if batch.support == "all":
+            logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            everything = torch.arange(logits.shape[-1], device=logits.device).expand(len(batch), -1)
+            return logprobs, everything, torch.special.entr(logprobs.exp()).sum(-1)
+        by_guidance = {"guidance": guidance, "beta": batch.selection_beta} if batch.combined else {}
+        logprobs, candidates, entropy = topk_logprobs(logits, batch.k, **by_guidance)
+        if batch.beyond is not None:
+            logprobs = logprobs.masked_fill(batch.beyond, -torch.inf)
+        return logprobs, candidates, entropy
+
+    def _rewards(
+        self, candidates: torch.Tensor, guidance: torch.Tensor | None, logprobs: torch.Tensor
+    ) -> torch.Tensor:
+        """The candidates' rewards [B, k]; zeros without a guide."""
+        if self.reward is None:
+            return torch.zeros_like(logprobs)
+        rewards = self.reward.score(candidates) if guidance is None else guidance.gather(-1, candidates)
+        return rewards.to(logprobs.dtype)
+
+    # ---- rows come and go ---------------------------------------------------------------------------------------
+
+    def _admit(self, batch: Batch, waiting: deque[Row]) -> None:
+        """Free slots take waiting prompts: all but the last prompt token enter the base model's cache."""
+        changed = False
+        while waiting and len(batch) < self.max_batch:
+            whole = waiting[0].guidance.support == "all"
+            if batch and (batch.rows[0].guidance.support == "all") != whole:
+                break  # the two supports have candidates of different shape
+            row = waiting.popleft()
+            slot = batch.add(row)
+            own = row.encoded if self._contexts > 1 else []
+            for context, ids in enumerate([row.prompt_ids, *own]):
+                self.lm.backbone.clear(slot * self._contexts + context)
+                self.lm.backbone.prefill(slot * self._contexts + context, ids[:-1])
+            if self.reward is not None:
+                self.reward.admit(slot, row, row.encoded)
+            changed = True
+        if changed:
+            batch.refresh(self._dtype)
+
+    def _advance(
+        self,
+        run: _Run,
+        batch: Batch,
+        logprobs: torch.Tensor,
+        rewards: torch.Tensor,
+        choice: torch.Tensor,
+    ) -> None:
+        """Appends each row's token on the host and decides whether the row ends there."""
+        at = choice.unsqueeze(-1)
+        tokens = batch.tokens.tolist()
+        chosen_logprobs = logprobs.gather(-1, at).squeeze(-1).tolist()
+        chosen_rewards = [] if self.reward is None else rewards.gather(-1, at).squeeze(-1).tolist()
+        eos = self.lm.eos_ids
+        for slot, row in enumerate(batch.rows):
+            row.last_token = tokens[slot]
+            row.logprobs.append(chosen_logprobs[slot])
+            row.rewards += chosen_rewards[slot : slot + 1]
+            if tokens[slot] in eos:
+                row.finish_reason = "eos"
+            else:
+                row.answer.append(tokens[slot])
+            if run.live_text or row.finish_reason is not None:
+                row.text = self.lm.text(row.answer)
+            stop_at = find_stop(row.text, run.stops)
+            if stop_at >= 0:
+                row.text, row.finish_reason = row.text[:stop_at], "stop"
+            elif row.finish_reason is None and len(row.answer) == run.max_new_tokens:
+                row.text, row.finish_reason = self.lm.text(row.answer), "length"
+        run.stats.tokens += len(batch)
+        run.stats.steps += 1
+
+    def _retire(self, run: _Run, batch: Batch) -> None:
+        """Finished rows leave their slots, which the last rows take."""
+        if run.number != self._runs:
+            raise RGTGError("this decoder was called again before the run was through: finish or drop an iterator first")
+        finished = [slot for slot, row in enumerate(batch.rows) if row.finish_reason is not None]
+        for slot in reversed(finished):
+            source = batch.remove(slot)
+            if source == slot:
+                continue
+            for context in range(self._contexts):
+                self.lm.backbone.move(source * self._contexts + context, slot * self._contexts + context)
+            if self.reward is not None:
+                self.reward.move(source, slot)
+        if finished and batch:
+            batch.refresh(self._dtype)
+
+    def _finished(self, run: _Run) -> Iterator[GeneratedRow]:
+        """Rows as they finish."""
+        done: list[GeneratedRow] = []
+        answer_reward = _no_reward if self.reward is None else self.reward.answer_reward
+        try:
+            for rows in self._steps(run):
+                self._count(run)
+                for row in rows:
+                    if row.finish_reason is not None:
+                        done.append(row.finished(answer_reward, run.trace))
+                        yield done[-1]
+        except RewardNaNError as error:
+            error.finished = done
+            raise
+
+    def _pieces(self, run: _Run) -> Iterator[Piece]:
+        """The one row's text in pieces."""
+        row, shown = run.rows[0], 0
+        for _ in self._steps(run):
+            self._count(run)
+            end = len(row.text) if row.finish_reason is not None else safe_length(row.text, run.stops)
+            candidates = row.trace[-1].candidates if run.trace else []
+            yield Piece(row.text[shown:end], row.last_token, candidates, row.finish_reason)
+            shown = max(shown, end)
+
+    # ---- before the loop ------------------------------------------------------------------------------------------
+
+    def _plan(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        max_new_tokens: int,
+        guidance: Guidance | Sequence[Guidance],
+        seed: int | Sequence[int],
+        stop: str | Sequence[str] | None,
+        trace: bool,
+    ) -> _Run:
+        """Checks everything that can be checked before the first forward."""
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise RGTGError(f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1: use for example 128")
+        given = as_prompts(prompts)
+        settings = [guidance] * len(given) if isinstance(guidance, Guidance) else list(guidance)
+        seeds = [seed] * len(given) if isinstance(seed, int) else list(seed)
+        for name, values in (("guidance", settings), ("seed", seeds)):
+            if len(values) != len(given):
+                raise RGTGError(f"{len(values)} values of {name} for {len(given)} prompts: pass one, or one per prompt")
+        rows = []
+        for prompt, setting, number in zip(given, settings, seeds, strict=True):
+            self._check_guidance(setting)
+            if not isinstance(number, int) or not -(2**63) <= number < 2**63:
+                raise RGTGError(f"seed={number!r} is not a 64-bit whole number: use for example 0")
+            row = Row(prompt, prompt.ids(self.tokenizer), guidance=setting, seed=number)
+            row.encoded = [] if self.reward is None else self.reward.encode(prompt)
+            self._check_length(row, max_new_tokens)
+            rows.append(row)
+        stops = as_stops(stop)
+        if stops and self.tokenizer is None:
+            raise RGTGError("stop strings need text and the model came without a tokenizer: pass (model, tokenizer)")
+        self._runs += 1
+        return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs)
+
+    def _check_guidance(self, guidance: Guidance) -> None:
+        if not isinstance(guidance, Guidance):
+            raise RGTGError(f"guidance={guidance!r} is not a Guidance: pass Guidance(k=10, beta=1.0)")
+        if guidance.support != "all" and guidance.k > self.lm.vocabulary:
+            raise RGTGError(
+                f"k={guidance.k} exceeds the vocabulary (V={self.lm.vocabulary}): use k <= {self.lm.vocabulary}"
+            )
+        if guidance.support != "lm" and (self.reward is None or not self.reward.wide):
+            guide = "no reward" if self.reward is None else self.reward.name
+            raise RGTGError(
+                f"support={guidance.support!r} needs a reward over the whole vocabulary and {guide} gives none: "
+                "use support='lm'"
+            )
+
+    def _check_length(self, row: Row, new_tokens: int) -> None:
+        if not row.prompt_ids:
+            raise RGTGError(f"prompt {row.prompt.index} is empty: pass at least one token")
+        outside = [token for token in row.prompt_ids if not 0 <= token < self.lm.backbone.head.out_features]
+        if outside:
+            raise RGTGError(
+                f"prompt {row.prompt.index} has token id {outside[0]}, outside the vocabulary "
+                f"(V={self.lm.backbone.head.out_features}): use the base model's tokenizer"
+            )
+        limits = [("base model", len(row.prompt_ids), self.lm.backbone.limit)]
+        limit = None if self.reward is None else self.reward.limit
+        if limit is not None:
+            limits += [("reward", len(ids), limit) for ids in row.encoded]
+        for role, length, most in limits:
+            if length + new_tokens > most:
+                raise RGTGError(
+                    f"prompt {row.prompt.index} has {length} tokens for the {role} and {new_tokens} new ones exceed its "
+                    f"{most}: shorten the prompt or use max_new_tokens <= {max(most - length, 0)}"
+                )
+
+    def _reserve(self, run: _Run) -> None:
+        """One prefix cache per model, as large as the call needs."""
+        slots = min(self.max_batch, len(run.rows))
+        own = [ids for row in run.rows for ids in row.encoded]
+        shared = own if self._contexts > 1 else []
+        lm_length = max(map(len, [*(row.prompt_ids for row in run.rows), *shared])) + run.max_new_tokens
+        reward_length = max(map(len, own), default=0) + run.max_new_tokens
+        backbone, reward = self.lm.backbone, self.reward
+        row_bytes = backbone.cache_bytes_per_token * lm_length * self._contexts
+        if reward is not None:
+            row_bytes += reward.cache_bytes_per_token * reward_length
+        free = free_bytes(backbone.device)
+        held = sum(self._cache_bytes().values())
+        check_fits(row_bytes, slots, max(lm_length, reward_length), None if free is None else free + held)
+        backbone.reserve(slots * self._contexts, lm_length)
+        if reward is not None:
+            reward.reserve(slots, reward_length)
+
+    # ---- small things -------------------------------------------------------------------------------------------
+
+    @property
+    def _contexts(self) -> int:
+        """Rows of the base model's batch per prompt."""
+        return 1 if self.reward is None else 1 + self.reward.contexts
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Dtype of log-probabilities and settings: float32, or float64 for a float64 model."""
+        return torch.promote_types(self.lm.backbone.dtype, torch.float32)
+
+    def _cache_bytes(self) -> dict[str, int]:
+        guide = 0 if self.reward is None else self.reward.cache_bytes()
+        return {"lm": self.lm.backbone.cache.nbytes(), "reward": guide}
+
+    def _answer_ids(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+    def _check_rewards(self, run: _Run, batch: Batch, candidates: torch.Tensor, rewards: torch.Tensor) -> None:
+        bad = ~(rewards < torch.inf)  # NaN, or an infinity that would drown every other candidate
+        if not bad.any():
+            return
+        if batch.beyond is not None:
+            bad &= ~batch.beyond
+        for slot, at in bad.nonzero().tolist():
+            row, token = batch.rows[slot], int(candidates[slot, at])
+            raise RewardNaNError(row.prompt.index, len(row.answer), token, self.lm.token_text(token))
+
+    def _check_choice(self, batch: Batch, choice: torch.Tensor) -> None:
+        for slot in (choice < 0).nonzero().flatten().tolist():
+            row = batch.rows[slot]
+            raise RGTGError(
+                f"no candidate of prompt {row.prompt.index}, step {len(row.answer)} has a finite score: "
+                "check that the reward leaves at least one candidate above -inf"
+            )
+
+    def _trace(
+        self,
+        batch: Batch,
+        logprobs: torch.Tensor,
+        candidates: torch.Tensor,
+        rewards: torch.Tensor,
+        choice: torch.Tensor,
+        entropy: torch.Tensor,
+    ) -> None:
+        """Writes down every row's candidates and their probabilities after guidance."""
+        beta, temperature = batch.beta.unsqueeze(-1), batch.temperature.unsqueeze(-1)
+        score = logprobs + torch.where(beta == 0, 0, beta * rewards)
+        greedy = torch.nn.functional.one_hot(choice, logprobs.shape[-1]).to(score.dtype)
+        sampled = (score / temperature.clamp_min(torch.finfo(score.dtype).tiny)).softmax(-1)
+        probability = torch.where(temperature == 0, greedy, sampled)
+        base, _ = resample(
+            logprobs, torch.zeros_like(rewards), batch.beta * 0, batch.temperature, batch.seed, batch.position - 1
+        )
+        for slot, row in enumerate(batch.rows):
+            width = min(row.guidance.k, logprobs.shape[-1])
+            shown = probability[slot].topk(width).indices if batch.support == "all" else torch.arange(width)
+            chosen = int(choice[slot])
+            listed = []
+            for at in shown.tolist():
+                token = int(candidates[slot, at])
+                reward = None if self.reward is None else float(rewards[slot, at])
+                listed.append(
+                    Candidate(
+                        token,
+                        self.lm.token_text(token),
+                        float(logprobs[slot, at]),
+                        reward,
+                        float(probability[slot, at]),
+                        at == chosen,
+                    )
+                )
+            token = int(candidates[slot, chosen])
+            base_token = int(candidates[slot, int(base[slot])])
+            row.trace.append(
+                Step(len(row.answer), token, self.lm.token_text(token), float(entropy[slot]), base_token, listed)
+            )
+
+    def _count(self, run: _Run) -> None:
+        """Brings the run's statistics up to date."""
+        stats, lm = run.stats, self.lm.backbone.counter
+        stats.seconds = time.perf_counter() - run.started
+        stats.lm_calls, stats.lm_tokens, stats.prompt_tokens_lm = lm.calls, lm.tokens, lm.prompt_tokens
+        if self.reward is not None:
+            guide = self.reward.counter
+            stats.reward_calls, stats.reward_tokens = guide.calls, guide.tokens
+            stats.prompt_tokens_reward = guide.prompt_tokens
+        stats.phases = dict(run.timer.seconds)
+        stats.cache_bytes = self._cache_bytes()
+
+
+def _as_reward(reward: RewardLike) -> Reward | None:
+    if reward is None or isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, (str, os.PathLike)):
+        return SequenceReward(reward)
+    return FunctionReward(reward)
+
+
+def _no_reward(rewards: Sequence[float]) -> float:
+    raise TypeError("a decoder without a guide has no reward")
+
+
+__all__ = ["Prefix", "RewardGuidedDecoder"]

@@ -1,0 +1,29 @@
+"""The errors a user can cause: one line each, naming the value, the limit and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RGTGError(ValueError):
+    """Raised for every input that cannot work; its message is one line that says what would."""
+
+
+class RewardNaNError(RGTGError):
+    """A reward is NaN (or +inf) in the middle of a run.
+
+    Attributes:
+        row: index of the prompt in the call.
+        step: index of the answer token being chosen, from 0.
+        token: id of the first candidate whose reward is NaN.
+        finished: the rows (`GeneratedRow`) that had finished before, in the order they finished.
+    """
+
+    def __init__(self, row: int, step: int, token: int, text: str = "", finished: list[Any] | None = None):
+        shown = f" ({text!r})" if text else ""
+        super().__init__(
+            f"the reward of prompt {row}, step {step}, candidate token {token}{shown} is NaN or +inf: "
+            "check the reward model's weights and dtype (float16 overflows: try bfloat16 or float32)"
+        )
+        self.row, self.step, self.token = row, step, token
+        self.finished: list[Any] = finished if finished is not None else []

@@ -1,0 +1,1 @@
+"""Our glue to transformers: the attention function, the prefix cache, a model with its cache, loading."""

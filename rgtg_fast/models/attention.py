@@ -1,0 +1,61 @@
+"""The attention function that transformers' blocks call: our tree_attention over a PrefixCache.
+
+Registered under `NAME`. A model set to it still works outside the decoder: without a PrefixCache the call goes on to
+transformers' own SDPA attention and mask, so a model handed to us by its owner stays as useful as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rgtg_fast.errors import RGTGError
+
+NAME = "rgtg_prefix"
+
+# Arguments by which a model asks for attention that is not plain softmax(QK^T)V over the whole prefix.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [B, H, S, D]
+    key: torch.Tensor,  # [B, G, S, D], the new tokens alone
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    prefix_cache: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attends the new tokens to their row's prefix and to the new tokens they may see. Returns [B, S, H, D]."""
+    if prefix_cache is None:
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise RGTGError(
+                f"{type(module).__name__} asks for {name} in its attention, which the prefix cache does not compute: "
+                "use a model with plain attention (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    out = prefix_cache.attend(int(module.layer_idx), query, key, value, scale)  # pyright: ignore[reportArgumentType]
+    return out.transpose(1, 2), None
+
+
+def prefix_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """No mask for a PrefixCache, which reports no key length and masks inside the op; SDPA's mask for anyone else."""
+    if kwargs.get("kv_length") == 0:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+
+def use_prefix_attention(model: PreTrainedModel) -> None:
+    """Makes the model's blocks call `prefix_attention`."""
+    AttentionInterface.register(NAME, prefix_attention)
+    AttentionMaskInterface.register(NAME, prefix_mask)
+    model.set_attn_implementation(NAME)

@@ -1,0 +1,156 @@
+"""PrefixCache: one static KV cache per model, shared by all candidates of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import Cache
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.ops import commit, tree_attention
+
+
+class PrefixCache(Cache):
+    """Keys and values of each row's prefix, and of the new tokens that are not decided yet.
+
+    `keys` and `values` are [L, slots, G, T_max, D]. Row b of a batch of n rows lives in slot b, so that the n active
+    rows are always a leading slice. A forward writes the keys and values of its new tokens beside the prefix
+    (`k_new`, `v_new`: [L, n, G, S, D]); `commit` moves the chosen one to the prefix's end. The prefix is never copied
+    per candidate and never computed again.
+
+    Args:
+        layers: L. kv_heads: G. head_dim: D.
+        dtype, device: of the buffers.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        super().__init__(layers=[])
+        self.shape = (layers, kv_heads, head_dim)
+        self.dtype, self.device = dtype, device
+        self.slots = self.max_length = 0
+        self.keys = self.values = torch.empty(0)
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # [slots]
+        self.k_new = self.v_new = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=dtype, device=device)
+        self._rows = 0
+        self._causal = False
+        self._ancestors: torch.Tensor | None = None
+
+    # ---- memory -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one token's keys and values in all layers: 2·L·G·D·bytes."""
+        return 2 * layers * kv_heads * head_dim * dtype.itemsize
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Makes room for `slots` rows of `length` tokens; grown buffers start empty, large enough ones are kept."""
+        if slots > self.slots or length > self.max_length:
+            layers, kv_heads, head_dim = self.shape
+            self.slots, self.max_length = max(slots, self.slots), max(length, self.max_length)
+            size = (layers, self.slots, kv_heads, self.max_length, head_dim)
+            self.keys = self.values = torch.empty(0)  # freed first: both generations need not fit at once
+            self.keys = torch.empty(size, dtype=self.dtype, device=self.device)
+            self.values = torch.empty(size, dtype=self.dtype, device=self.device)
+            self.lengths = torch.zeros(self.slots, dtype=torch.int64, device=self.device)
+        self.lengths.zero_()
+
+    def nbytes(self) -> int:
+        """Bytes of the buffers, the undecided tokens' included."""
+        return self.keys.nbytes + self.values.nbytes + self._scratch.nbytes
+
+    # ---- the two kinds of forward -----------------------------------------------------------------------------
+
+    def begin_prefill(self, slot: int, start: int, new_tokens: int) -> None:
+        """The next forward appends `new_tokens` causal tokens to one slot, whose prefix holds `start`."""
+        if start + new_tokens > self.max_length:
+            raise RGTGError(f"{start + new_tokens} tokens exceed the cache ({self.max_length}): raise max_length")
+        window = slice(start, start + new_tokens)
+        self._first, self._rows, self._causal, self._ancestors = slot, 1, True, None
+        self._empty_prefix = start == 0
+        self.k_new = self.keys[:, slot : slot + 1, :, window]
+        self.v_new = self.values[:, slot : slot + 1, :, window]
+
+    def begin_step(self, rows: int, new_tokens: int, ancestors: torch.Tensor | None = None) -> None:
+        """The next forward runs `new_tokens` undecided tokens for each of the first `rows` slots."""
+        layers, kv_heads, head_dim = self.shape
+        self._first, self._rows, self._causal, self._ancestors = 0, rows, False, ancestors
+        self._empty_prefix = False
+        count = 2 * layers * rows * kv_heads * new_tokens * head_dim
+        if self._scratch.numel() < count:
+            self._scratch = torch.empty(count, dtype=self.dtype, device=self.device)
+        self.k_new, self.v_new = self._scratch[:count].view(2, layers, rows, kv_heads, new_tokens, head_dim)
+
+    @property
+    def active(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys [L, n, G, T_max, D], values and lengths [n] of the rows of the forward that has begun."""
+        rows = slice(self._first, self._first + self._rows)
+        return self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+
+    @property
+    def causal(self) -> bool:
+        """Whether the new tokens see one another causally (a prefill) or not at all (candidates)."""
+        return self._causal
+
+    @property
+    def ancestors(self) -> torch.Tensor | None:
+        """Bit masks [n, S] of the new tokens that each new token sees, where they form a tree."""
+        return self._ancestors
+
+    def end_prefill(self, new_tokens: int) -> None:
+        """The tokens of the prefill belong to the prefix from now on."""
+        self.lengths[self._first] += new_tokens
+
+    def commit(self, choice: torch.Tensor) -> None:
+        """Moves new token `choice[b]` of each row to the end of its prefix, in every layer; -1 leaves a row as it is."""
+        keys, values, lengths = self.active
+        commit(self.k_new, self.v_new, keys, values, lengths, choice)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies one slot's prefix of `length` tokens over another's (a finished row's place is taken by the last row)."""
+        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        self.lengths[target] = self.lengths[source]
+
+    # ---- what transformers' blocks call ------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the new tokens' keys and values [B, G, S, D] and hands back those alone: the op reads the prefix."""
+        self.k_new[layer_idx].copy_(key_states)
+        self.v_new[layer_idx].copy_(value_states)
+        return key_states, value_states
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention [B, H, S, D] of the new tokens over their prefix and the new tokens they may see."""
+        if self._causal and self._empty_prefix:
+            grouped = query.shape[1] != key.shape[1]
+            return functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+            )
+        keys, values, lengths = self.active
+        return tree_attention(
+            query, key, value, keys[layer], values[layer], lengths, self._ancestors, scale, causal=self._causal
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: positions are always passed explicitly, since rows differ in length."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(0, 0): no mask is to be built, the op knows who sees whom."""
+        return 0, 0
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        """Tokens that fit in a slot."""
+        return self.max_length
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: transformers must not wrap this cache in its own compilation."""
+        return False

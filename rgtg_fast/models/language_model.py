@@ -1,0 +1,47 @@
+"""The base language model as the decoder sees it: backbone, tokenizer, end-of-sequence ids, vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rgtg_fast.models.backbone import Backbone
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        backbone: the model and its prefix cache.
+        tokenizer: None for a model given without one; prompts are token ids then.
+        vocabulary: number of tokens that may be chosen (V); a reward model with fewer embeddings lowers it.
+    """
+
+    backbone: Backbone
+    tokenizer: PreTrainedTokenizerBase | None
+    vocabulary: int
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the generation config's, else the tokenizer's."""
+        config: Any = self.backbone.model.generation_config
+        ids = None if config is None else config.eos_token_id
+        if ids is None and self.tokenizer is not None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            return frozenset()
+        return frozenset(ids) if isinstance(ids, list) else frozenset([int(ids)])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of answer tokens, special tokens left out; without a tokenizer, the ids."""
+        if self.tokenizer is None:
+            return " ".join(map(str, tokens))
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str:
+        """One token as it stands in the text, special tokens included."""
+        return str(token) if self.tokenizer is None else str(self.tokenizer.decode([token]))

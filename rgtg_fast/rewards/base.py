@@ -1,0 +1,112 @@
+"""The protocol between the decoder and a guide."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rgtg_fast.models.backbone import Counter
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.prompts import Prompt
+
+
+@dataclass
+class Prefix:
+    """A row as a guide sees it: the prompt and the answer tokens decided so far.
+
+    Attributes:
+        prompt: as the user gave it. prompt_ids: its token ids under the base model.
+        answer: ids of the answer tokens decided so far; grows while the row is decoded.
+    """
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and answer tokens, the prefix x ∘ y_<i."""
+        return self.prompt_ids + self.answer
+
+
+class Reward(ABC):
+    """What guides a decoder: r(x, y_<i ∘ v) for candidate tokens v.
+
+    A guide is bound once to a base model. Then, for each call of the decoder: `reserve` once, `admit` for every row
+    that enters a slot, and per step either `score` (candidates, after the top-k) or `guidance` (the whole
+    vocabulary, before it), then `commit`. `move` follows a row to another slot. Rows occupy the slots 0..n-1.
+
+    Class attributes:
+        wide: True where one call scores the whole vocabulary (`guidance`), False where it scores candidates (`score`).
+        contexts: rows that the guide adds to the base model's batch for each prompt (contrastive prompts: 2).
+    """
+
+    wide = False
+    contexts = 0
+
+    def __init__(self) -> None:
+        self.counter = Counter()
+
+    @abstractmethod
+    def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
+        """Loads what the guide needs for this base model and checks that the two fit."""
+
+    @property
+    def name(self) -> str:
+        """What `describe()` and the tables call this guide."""
+        return type(self).__name__
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that the guide's context holds, None where it has none of its own."""
+        return None
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that runs the guide's model, None where it has none."""
+        return None
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes in the guide's own cache."""
+        return 0
+
+    def cache_bytes(self) -> int:
+        """Bytes of the guide's own cache."""
+        return 0
+
+    def encode(self, prompt: Prompt) -> list[list[int]]:
+        """The prompt's token ids in each context that the guide keeps (its own model's, or `contexts` of the base's)."""
+        return []
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Makes room for `slots` rows of `length` tokens and zeroes the counter."""
+        self.counter = Counter()
+
+    def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
+        """A row enters a slot."""
+
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` moves to slot `target`."""
+
+    def guidance(self, context_logits: torch.Tensor) -> torch.Tensor:
+        """Rewards [B, V] of every token, from the base model's logits [B, contexts, V] in the guide's contexts."""
+        raise TypeError(f"{type(self).__name__} scores candidates, not the whole vocabulary")
+
+    def score(self, candidates: torch.Tensor) -> torch.Tensor:
+        """Rewards [B, k] of candidate tokens [B, k] in slots 0..B-1."""
+        raise TypeError(f"{type(self).__name__} scores the whole vocabulary, not candidates")
+
+    def commit(self, choice: torch.Tensor) -> None:
+        """Candidate `choice[b]` [B] has become row b's next token."""
+
+    def answer_reward(self, rewards: Sequence[float]) -> float:
+        """The reward of a whole answer from its tokens' rewards: the last prefix's."""
+        return rewards[-1]
+
+    @abstractmethod
+    def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
+        """Reward of every prefix y_{1:i} of an answer, i = 1..n."""

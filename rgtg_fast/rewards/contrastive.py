@@ -1,0 +1,88 @@
+"""Contrastive prompts: the base model under a better and a worse instruction guides itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.rewards.base import Prefix, Reward
+
+BETTER = (
+    "You are a thoughtful expert. Answer helpfully, correctly and politely, with concrete and well-ordered advice, "
+    "and never suggest anything harmful."
+)
+WORSE = "You are careless and rude. Answer unhelpfully, wrongly and vaguely, and ignore what the person needs."
+
+
+class ContrastiveReward(Reward):
+    """g(v) = log π(v | x_better, y_<i) − log π(v | x_worse, y_<i), from the base model itself and no training.
+
+    x_better and x_worse are the prompt under two system instructions (token-level contrastive prompting as in T-REG,
+    arXiv 2412.02685, with our own wording). Two more rows per prompt in the base model's batch, no second model. The
+    answer's reward is the sum over its tokens: the log-ratio of the whole answer.
+
+    Args:
+        better, worse: the two instructions. In a chat they replace the system message; before a plain text they
+            stand as a paragraph of their own.
+    """
+
+    wide = True
+    contexts = 2
+
+    def __init__(self, better: str = BETTER, worse: str = WORSE):
+        super().__init__()
+        for name, value in (("better", better), ("worse", worse)):
+            if not isinstance(value, str) or not value.strip():
+                raise RGTGError(f"{name}={value!r} is no instruction: pass a sentence")
+        self.better, self.worse = better, worse
+        self._lm: LanguageModel | None = None
+
+    def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
+        if lm.tokenizer is None:
+            raise RGTGError("ContrastiveReward writes instructions and the model came without a tokenizer: pass one")
+        self._lm = lm
+
+    @property
+    def limit(self) -> int | None:
+        return None if self._lm is None else self._lm.backbone.limit
+
+    def encode(self, prompt: Prompt) -> list[list[int]]:
+        return [self._under(prompt, self.better), self._under(prompt, self.worse)]
+
+    def guidance(self, context_logits: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(context_logits.dtype, torch.float32)
+        logprobs = context_logits.log_softmax(-1, dtype=dtype)
+        return logprobs[:, 0] - logprobs[:, 1]
+
+    def answer_reward(self, rewards: Sequence[float]) -> float:
+        return sum(rewards)
+
+    def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
+        assert self._lm is not None
+        backbone = self._lm.backbone
+        chosen = torch.tensor(list(answer), device=backbone.device).unsqueeze(-1)
+        logprobs = []
+        for ids in self.encode(prefix.prompt):
+            hidden = backbone.hidden_uncached([*ids, *answer])[len(ids) - 1 : -1]
+            logits = backbone.logits(hidden)[:, : self._lm.vocabulary]
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            logprobs.append(logits.log_softmax(-1, dtype=dtype).gather(-1, chosen).squeeze(-1))
+        return (logprobs[0] - logprobs[1]).tolist()
+
+    def _under(self, prompt: Prompt, instruction: str) -> list[int]:
+        assert self._lm is not None
+        tokenizer = self._lm.tokenizer
+        messages = prompt.messages
+        if messages is not None:
+            rest = [message for message in messages if message.get("role") != "system"]
+            changed: Any = [{"role": "system", "content": instruction}, *rest]
+            return Prompt(changed, prompt.index).ids(tokenizer)
+        paragraph = f"{instruction}\n\n"
+        if isinstance(prompt.given, str):
+            return Prompt(paragraph + prompt.given, prompt.index).ids(tokenizer)
+        return Prompt(paragraph, prompt.index).ids(tokenizer) + prompt.ids(tokenizer)

@@ -1,0 +1,71 @@
+"""Any Python function as a guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.rewards.base import Prefix, Reward
+
+RewardFunction = Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+class FunctionReward(Reward):
+    """Rewards by a function f(prefix_ids, candidate_ids) -> rewards.
+
+    Args:
+        function: called once a step with `prefix_ids`, a list of B int64 tensors [T_b] (prompt and answer so far
+            under the base model), and `candidate_ids` [B, k] int64; returns [B, k] rewards (a tensor or nested
+            sequence). A row's rewards must depend on its own prefix and candidates alone.
+
+    Example:
+        >>> shorter_ids = FunctionReward(lambda prefix_ids, candidate_ids: -candidate_ids.float())
+    """
+
+    def __init__(self, function: RewardFunction):
+        super().__init__()
+        if not callable(function):
+            raise RGTGError(f"reward={function!r} is not callable: pass f(prefix_ids, candidate_ids) -> rewards")
+        self.function = function
+        self._device = torch.device("cpu")
+        self._rows: dict[int, Prefix] = {}
+
+    def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
+        self._device = lm.backbone.device
+
+    @property
+    def name(self) -> str:
+        return f"FunctionReward({getattr(self.function, '__name__', type(self.function).__name__)})"
+
+    def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
+        self._rows[slot] = prefix
+
+    def move(self, source: int, target: int) -> None:
+        self._rows[target] = self._rows.pop(source)
+
+    def score(self, candidates: torch.Tensor) -> torch.Tensor:
+        return self._call([self._rows[slot] for slot in range(len(candidates))], candidates)
+
+    def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
+        grown = Prefix(prefix.prompt, prefix.prompt_ids)
+        rewards = []
+        for token in answer:
+            candidate = torch.tensor([[token]], device=self._device)
+            rewards.append(float(self._call([grown], candidate)[0, 0]))
+            grown.answer.append(token)
+        return rewards
+
+    def _call(self, rows: list[Prefix], candidates: torch.Tensor) -> torch.Tensor:
+        self.counter.calls += 1
+        self.counter.tokens += candidates.numel()
+        prefixes = [torch.tensor(row.ids, dtype=torch.int64, device=self._device) for row in rows]
+        rewards = torch.as_tensor(self.function(prefixes, candidates), device=self._device)
+        if rewards.shape != candidates.shape:
+            raise RGTGError(
+                f"{self.name} returned shape {tuple(rewards.shape)} for candidates of shape "
+                f"{tuple(candidates.shape)}: return one reward per candidate"
+            )
+        return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
