@@ -6,7 +6,11 @@
 namespace rgtg {
 
 void bind_linear(pybind11::module_& m);
+void bind_decoder_layers(pybind11::module_& m);
 
-inline void bind_all(pybind11::module_& m) { bind_linear(m); }
+inline void bind_all(pybind11::module_& m) {
+  bind_linear(m);
+  bind_decoder_layers(m);
+}
 
 }  // namespace rgtg

@@ -1,17 +1,301 @@
-"""Fused C++ layers for Llama-like models on the CPU."""
+"""Llama-like decoders on the CPU: all layers of a pass in one call of the C++ extension."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.ops import _extension
+
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
+# Rope types whose frequencies are a function of the position alone; the others look at the longest row of a batch.
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family's decoder apart from Llama's.
+
+    Attributes:
+        package: the module of transformers that defines it.
+        head_norm: queries and keys are normalised per head (Qwen3).
+        norm_offset: added to every norm's weight (Gemma: 1).
+        scaled_embedding: embeddings are multiplied by sqrt(E) (Gemma).
+    """
+
+    package: str
+    head_norm: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+
+
+FAMILIES = {
+    "LlamaModel": Family("llama"),
+    "MistralModel": Family("mistral"),
+    "Qwen2Model": Family("qwen2"),
+    "Qwen3Model": Family("qwen3", head_norm=True),
+    "GemmaModel": Family("gemma", norm_offset=1.0, scaled_embedding=True),
+}
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _linears(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a decoder layer by name."""
+    parts: Any = layer
+    return {
+        name: getattr(parts.self_attn if name[0] in "qkvo" else parts.mlp, name)
+        for name in MATRICES
+    }
 
 
 class NativeLayers:
-    """Placeholder until the kernels land: supports nothing."""
+    """A transformers decoder whose layers run as one C++ call per pass.
 
-    def __init__(self, model: Any):
-        raise TypeError(str(self.supported(model)))
+    The model's weights are read where they are: matrices are neither copied nor packed, so in-place changes are seen,
+    while biases and norm weights (a few kilobytes) are copied to float32. Activations are float32; with bfloat16
+    weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result is the same bits
+    in any batch and with any number of threads.
+
+    Args:
+        model: the decoder without its head: LlamaModel, MistralModel, Qwen2Model, Qwen3Model or GemmaModel.
+
+    Raises:
+        RGTGError: the model cannot run here (`NativeLayers.supported` gives the reason beforehand).
+    """
+
+    def __init__(self, model: nn.Module):
+        reason = self.supported(model)
+        if reason is not None:
+            raise RGTGError(f"{type(model).__name__} cannot run natively: {reason}; use engine='transformers'")
+        decoder: Any = model
+        config = decoder.config
+        family = FAMILIES[type(model).__name__]
+        layers = list(decoder.layers)[: config.num_hidden_layers]
+        first = _linears(layers[0])
+        attention = layers[0].self_attn
+        self.dtype: torch.dtype = first["q_proj"].weight.dtype  # type: ignore[assignment]
+        self.head_dim = int(attention.head_dim)
+        self.heads = int(config.num_attention_heads)
+        self.kv_heads = int(config.num_key_value_heads)
+        self.hidden = int(config.hidden_size)
+        self.layers = len(layers)
+        self.embedding: torch.Tensor = decoder.embed_tokens.weight
+        self.embedding_scale = (
+            torch.tensor(self.hidden**0.5, dtype=self.embedding.dtype) if family.scaled_embedding else None
+        )
+        self.rotary = decoder.rotary_emb
+        self._cos = self._sin = torch.empty(0, 0)
+        # Every tensor whose address the extension holds.
+        self._tensors: list[torch.Tensor] = []
+
+        def address(tensor: torch.Tensor | None) -> int:
+            if tensor is None:
+                return 0
+            self._tensors.append(tensor)
+            return tensor.data_ptr()
+
+        def vector(tensor: torch.Tensor | None, offset: float = 0.0) -> int:
+            return 0 if tensor is None else address(tensor.detach().float().add(offset).contiguous())
+
+        table = []
+        for layer in layers:
+            linears = _linears(layer)
+            attention = layer.self_attn
+            table.append(
+                [address(linears[name].weight.detach()) for name in MATRICES]  # type: ignore[operator]
+                + [vector(linears[name].bias) for name in MATRICES]  # type: ignore[arg-type]
+                + [
+                    vector(layer.input_layernorm.weight, family.norm_offset),
+                    vector(layer.post_attention_layernorm.weight, family.norm_offset),
+                    vector(attention.q_norm.weight if family.head_norm else None),
+                    vector(attention.k_norm.weight if family.head_norm else None),
+                ]
+            )
+        self._grow_tables(64)
+        self._native = _extension.kernels().DecoderLayers(
+            table,
+            vector(decoder.norm.weight, family.norm_offset),
+            self.hidden,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            int(config.intermediate_size),
+            self._cos.shape[1],
+            float(config.rms_norm_eps),
+            float(attention.scaling),
+            ACTIVATIONS[config.hidden_act],
+            _extension.DTYPE_CODES[self.dtype],
+        )
 
     @staticmethod
-    def supported(model: Any) -> str | None:
-        """Why a model cannot be run, None where it can."""
-        return "this build has no fused layers"
+    def supported(model: nn.Module) -> str | None:
+        """Why a model cannot run natively, in words; None where it can."""
+        missing = _extension.missing_reason()
+        if missing:
+            return missing
+        family = FAMILIES.get(type(model).__name__)
+        if family is None or not type(model).__module__.startswith(f"transformers.models.{family.package}."):
+            return f"{type(model).__name__} is none of {', '.join(FAMILIES)}"
+        decoder: Any = model
+        config = decoder.config
+        if config.hidden_act not in ACTIVATIONS:
+            return f"activation {config.hidden_act!r} is none of {', '.join(ACTIVATIONS)}"
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        windowed = family.package == "mistral" and config.sliding_window is not None
+        if windowed or kinds != {"full_attention"}:
+            return "it attends over a sliding window"
+        if getattr(config, "use_bidirectional_attention", False):
+            return "its attention is bidirectional"
+        rope = decoder.rotary_emb.rope_type
+        if rope not in ROPE_TYPES:
+            return f"rope type {rope!r} depends on the longest row of the batch"
+        if decoder.rotary_emb.inv_freq.device.type != "cpu" or decoder.embed_tokens.weight.device.type != "cpu":
+            return f"its weights are on {decoder.embed_tokens.weight.device}, not on the CPU"
+        dtype = decoder.embed_tokens.weight.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"its weights are {dtype}, neither float32 nor bfloat16"
+        for index, layer in enumerate(decoder.layers):
+            for name, linear in _linears(layer).items():
+                where = f"layers.{index}.{name}"
+                if type(linear) is not nn.Linear:
+                    return f"{where} is a {type(linear).__name__}, not a plain Linear"
+                weight = linear.weight
+                if weight.dtype != dtype:
+                    return f"{where} is {weight.dtype} while the embedding is {dtype}"
+                if weight.device.type != "cpu":
+                    return f"{where} is on {weight.device}, not on the CPU"
+                if not weight.is_contiguous():
+                    return f"{where} is not contiguous"
+        return None
+
+    def _grow_tables(self, length: int) -> None:
+        """Tables of cos and sin [length, rotary D] by the model's own rotary embedding, in float32."""
+        positions = torch.arange(length).unsqueeze(0)
+        cos, sin = self.rotary(torch.empty(0, dtype=torch.float32), position_ids=positions)
+        self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+
+    def _check(self, cache: torch.Tensor, name: str, rows: int, tokens: int | None) -> list[int]:
+        """Address and strides of keys or values [L, B, G, T, D], after checking that they fit this model."""
+        expected = (self.layers, rows, self.kv_heads, cache.shape[3] if tokens is None else tokens, self.head_dim)
+        if tuple(cache.shape) != expected:
+            raise RGTGError(f"{name} is {tuple(cache.shape)}, not {expected}: [layers, rows, kv heads, tokens, D]")
+        if cache.dtype != self.dtype or cache.device.type != "cpu":
+            raise RGTGError(f"{name} is {cache.dtype} on {cache.device}, not {self.dtype} on the CPU")
+        if cache.stride(4) != 1 and self.head_dim > 1:
+            raise RGTGError(f"the last dimension of {name} has stride {cache.stride(4)}: it must be contiguous")
+        return [cache.data_ptr(), *cache.stride()[:4]]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        lengths: torch.Tensor,
+        k_new: torch.Tensor,
+        v_new: torch.Tensor,
+        causal: bool = False,
+        ancestors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs all layers over S new tokens per row, beside each row's prefix.
+
+        Args:
+            input_ids, position_ids: [B, S] int64.
+            k_cache, v_cache: [L, B, G, T, D], the prefixes; only the last dimension need be contiguous.
+            lengths: [B] int64, tokens of each row that stand in the cache.
+            k_new, v_new: [L, B, G, S, D], receive the new tokens' keys and values; they may be a window of the cache
+                beyond `lengths`.
+            causal: new token s sees new tokens 0..s; otherwise itself alone, or what `ancestors` says.
+            ancestors: [B, S] int64 bit masks, S <= 64: bit j of ancestors[b, s] = s sees new token j.
+
+        Returns:
+            Hidden states after the final norm, [B, S, E] float32.
+
+        Raises:
+            RGTGError: a tensor of another shape, dtype or device.
+        """
+        rows, tokens = input_ids.shape
+        positions = position_ids.reshape(-1)
+        if len(positions) != rows * tokens:
+            raise RGTGError(f"position_ids are {tuple(position_ids.shape)}, input_ids {(rows, tokens)}")
+        kv = [
+            self._check(k_cache, "k_cache", rows, None),
+            self._check(v_cache, "v_cache", rows, None),
+            self._check(k_new, "k_new", rows, tokens),
+            self._check(v_new, "v_new", rows, tokens),
+        ]
+        if lengths.shape != (rows,) or lengths.dtype != torch.int64:
+            raise RGTGError(f"lengths are {tuple(lengths.shape)} {lengths.dtype}, not {(rows,)} int64")
+        if ancestors is not None and (ancestors.shape != (rows, tokens) or ancestors.dtype != torch.int64):
+            raise RGTGError(f"ancestors are {tuple(ancestors.shape)} {ancestors.dtype}, not {(rows, tokens)} int64")
+        if ancestors is not None and tokens > 64:
+            raise RGTGError(f"S={tokens} exceeds 64, the tokens that an ancestor mask can name")
+        x = functional.embedding(input_ids, self.embedding.detach())
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale
+        # The embedding's result is ours to overwrite.
+        x = x.float().contiguous()
+        if x.numel() == 0:
+            return x
+        last = int(positions.max())
+        if last >= len(self._cos):
+            self._grow_tables(max(2 * len(self._cos), last + 1))
+        cos, sin = self._cos[positions], self._sin[positions]
+        lengths = lengths.contiguous()
+        ancestors = None if ancestors is None else ancestors.contiguous()
+        self._native.forward(
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            kv,
+            lengths.data_ptr(),
+            _extension.pointer(ancestors),
+            causal,
+            rows,
+            tokens,
+            torch.get_num_threads(),
+        )
+        return x
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [B, E] times the head's weight [V, E], in float32.
+
+        Args:
+            hidden: [B, E] float32, rounded to bfloat16 where the weight is bfloat16.
+            weight: [V, E] float32 or bfloat16, contiguous.
+            bias: [V] or None.
+
+        Returns:
+            Logits [B, V] float32.
+
+        Raises:
+            RGTGError: a weight of another width, dtype or layout.
+        """
+        rows, inner = hidden.shape
+        if weight.shape[1] != inner or weight.dtype not in (torch.float32, torch.bfloat16):
+            raise RGTGError(
+                f"the head is {tuple(weight.shape)} {weight.dtype}: it must be [V, {inner}] float32 or bfloat16"
+            )
+        if not weight.is_contiguous() or weight.device.type != "cpu":
+            raise RGTGError(f"the head's weight must be contiguous and on the CPU, not on {weight.device}")
+        x = hidden.to(weight.dtype).contiguous()
+        bias = None if bias is None else bias.detach().float().contiguous()
+        out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
+        _extension.kernels().linear(
+            x.data_ptr(),
+            weight.data_ptr(),
+            _extension.pointer(bias),
+            out.data_ptr(),
+            rows,
+            inner,
+            weight.shape[0],
+            _extension.DTYPE_CODES[weight.dtype],
+            torch.get_num_threads(),
+        )
+        return out

@@ -1,0 +1,118 @@
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.hpp"
+#include "decoder_layers.hpp"
+
+namespace rgtg {
+
+namespace {
+
+constexpr int64_t kChunkRows = 256;
+
+}  // namespace
+
+int64_t decoder_chunk(const DecoderCall& call) {
+  const int64_t n = call.batch * call.tokens;
+  if (n <= kChunkRows) return n;
+  // A tree's token may see any other of its tree, so a tree is never cut.
+  if (call.ancestors == nullptr) return kChunkRows;
+  return call.tokens >= kChunkRows ? call.tokens : kChunkRows / call.tokens * call.tokens;
+}
+
+int64_t decoder_scratch_bytes(const DecoderShape& s, const DecoderCall& call, int threads) {
+  const int64_t chunk = decoder_chunk(call);
+  const int64_t per_row = (s.heads + 2 * s.groups) * s.head_dim + 3 * s.inner + 2 * s.heads * s.head_dim;
+  return 4 * chunk * (per_row + threads * s.hidden) + 64 * (8 + threads);
+}
+
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+
+// The model's weights as a table of addresses, and the scratch that its calls share.
+class DecoderLayers {
+ public:
+  DecoderLayers(const std::vector<Addresses>& layers, uintptr_t final_norm, int64_t hidden, int64_t heads,
+                int64_t groups, int64_t head_dim, int64_t inner, int64_t rotary, float eps, float scale, int activation,
+                int dtype)
+      : shape_{hidden, heads, groups, head_dim, inner, rotary, eps, scale, static_cast<Activation>(activation), dtype},
+        final_norm_(reinterpret_cast<const float*>(final_norm)) {
+    for (const Addresses& a : layers) {
+      if (a.size() != 18) throw std::invalid_argument("a layer has 18 addresses");
+      auto matrix = [&](int i) { return reinterpret_cast<const void*>(a[i]); };
+      auto vector = [&](int i) { return reinterpret_cast<const float*>(a[i]); };
+      layers_.push_back({matrix(0), matrix(1), matrix(2), matrix(3), matrix(4), matrix(5), matrix(6), vector(7),
+                         vector(8), vector(9), vector(10), vector(11), vector(12), vector(13), vector(14), vector(15),
+                         vector(16), vector(17)});
+    }
+  }
+
+  // Addresses and strides of k_cache, v_cache, k_new and v_new: (address, layer, row, group, token) each.
+  void forward(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<Addresses>& kv, uintptr_t lengths,
+               uintptr_t ancestors, bool causal, int64_t batch, int64_t tokens, int threads) {
+    auto key_values = [&](int i) {
+      const Addresses& a = kv.at(i);
+      return KeyValues{reinterpret_cast<void*>(a.at(0)), static_cast<int64_t>(a.at(1)), static_cast<int64_t>(a.at(2)),
+                       static_cast<int64_t>(a.at(3)), static_cast<int64_t>(a.at(4))};
+    };
+    DecoderCall call{layers_.data(),
+                     static_cast<int64_t>(layers_.size()),
+                     final_norm_,
+                     reinterpret_cast<float*>(x),
+                     reinterpret_cast<const float*>(cos),
+                     reinterpret_cast<const float*>(sin),
+                     key_values(0),
+                     key_values(1),
+                     key_values(2),
+                     key_values(3),
+                     reinterpret_cast<const int64_t*>(lengths),
+                     reinterpret_cast<const int64_t*>(ancestors),
+                     causal,
+                     batch,
+                     tokens};
+    const Isa isa = current_isa();
+    pybind11::gil_scoped_release release;
+    std::lock_guard<std::mutex> one_call(mutex_);
+    const int64_t bytes = decoder_scratch_bytes(shape_, call, threads);
+    if (bytes > scratch_bytes_) {
+      scratch_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      scratch_bytes_ = scratch_ ? bytes : 0;
+      if (!scratch_) throw std::bad_alloc();
+    }
+    BarrierState state{};
+    auto body = [&](int thread, int n) {
+      RGTG_DISPATCH(isa, decoder_layers(shape_, call, scratch_.get(), &state, thread, n));
+    };
+    parallel_for(threads, body);
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  DecoderShape shape_;
+  const float* final_norm_;
+  std::vector<LayerWeights> layers_;
+  std::unique_ptr<char, Free> scratch_;
+  int64_t scratch_bytes_ = 0;
+  std::mutex mutex_;
+};
+
+}  // namespace
+
+void bind_decoder_layers(pybind11::module_& m) {
+  pybind11::class_<DecoderLayers>(m, "DecoderLayers")
+      .def(pybind11::init<const std::vector<Addresses>&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                          int64_t, float, float, int, int>())
+      .def("forward", &DecoderLayers::forward);
+}
+
+}  // namespace rgtg

@@ -1,0 +1,296 @@
+// Runs decoder layers: norm, q/k/v, rotary embedding, attention over cache and new tokens, output projection, norm,
+// gated MLP. Activations are fp32 between the products; where the weights are bf16 the products' inputs are rounded to
+// bf16. Every value of a row depends on that row's own inputs in a fixed order of operations: batch, chunk and thread
+// count change nothing.
+#include "decoder_layers.hpp"
+#include "linear.hpp"
+#include "vec.hpp"
+
+namespace rgtg {
+namespace RGTG_ISA {
+namespace {
+
+// With so few rows every thread normalises all of them for itself, which is quicker than meeting at a barrier.
+constexpr int64_t kPrivateNormRows = 16;
+// Columns of the gate that a thread computes before it turns to the same columns of `up`: they stay in its cache.
+constexpr int64_t kMlpColumns = 128;
+// Threads share the columns of a product in units of this many.
+constexpr int64_t kUnit = 4;
+
+// out = x / rms(x) * weight
+template <class T>
+void rms_norm(const float* x, const float* weight, T* out, int64_t n, float eps) {
+  Vec squares = zero();
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    Vec a = load(x + i);
+    squares = fma(a, a, squares);
+  }
+  const int rest = static_cast<int>(n - i);
+  if (rest > 0) {
+    Vec a = load_n(x + i, rest);
+    squares = fma(a, a, squares);
+  }
+  const Vec factor = set1(1.0f / sqrtf(sum(squares) / static_cast<float>(n) + eps));
+  for (i = 0; i + kWidth <= n; i += kWidth) store(out + i, load(x + i) * factor * load(weight + i));
+  if (rest > 0) store_n(out + i, load_n(x + i, rest) * factor * load_n(weight + i, rest), rest);
+}
+
+// x / (1 + e^-x), or its tanh approximation of GELU, which is the same with another argument.
+inline Vec activate(Vec x, Activation which) {
+  Vec u = x;
+  if (which == kGeluTanh) {
+    u = x * fma(x * x, set1(2.0f * 0.7978845608028654f * 0.044715f), set1(2.0f * 0.7978845608028654f));
+  }
+  return x / (set1(1.0f) + exp(zero() - u));
+}
+
+template <class T>
+void activate_and_multiply(const float* gate, const float* up, T* out, int64_t n, Activation which) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, activate(load(gate + i), which) * load(up + i));
+  const int rest = static_cast<int>(n - i);
+  if (rest > 0) store_n(out + i, activate(load_n(gate + i, rest), which) * load_n(up + i, rest), rest);
+}
+
+// out[0:rotary] = x cos + rotate_half(x) sin, the rest is copied.
+template <class T>
+void rotate(const float* x, const float* cos, const float* sin, T* out, int64_t rotary, int64_t n) {
+  const int64_t half = rotary / 2;
+  for (int64_t i = 0; i < half; i += kWidth) {
+    const int count = static_cast<int>(half - i < kWidth ? half - i : kWidth);
+    Vec a = load_n(x + i, count), b = load_n(x + half + i, count);
+    Vec lower = a * load_n(cos + i, count) - b * load_n(sin + i, count);
+    Vec upper = b * load_n(cos + half + i, count) + a * load_n(sin + half + i, count);
+    store_n(out + i, lower, count);
+    store_n(out + half + i, upper, count);
+  }
+  for (int64_t i = rotary; i < n; i += kWidth) {
+    const int count = static_cast<int>(n - i < kWidth ? n - i : kWidth);
+    store_n(out + i, load_n(x + i, count), count);
+  }
+}
+
+template <class T>
+T* at(const KeyValues& kv, int64_t layer, int64_t row, int64_t group) {
+  return static_cast<T*>(kv.data) + layer * kv.layer + row * kv.row + group * kv.group;
+}
+
+inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+template <class T>
+struct Worker {
+  const DecoderShape& s;
+  const DecoderCall& c;
+  BarrierState* state;
+  const int thread, threads;
+  const int64_t chunk;
+  static constexpr int64_t kBytes = sizeof(T);
+  T *norm, *q, *mixed, *hidden;
+  float *qkv, *gate, *up;
+
+  Worker(const DecoderShape& shape, const DecoderCall& call, char* scratch, BarrierState* barrier_state, int index,
+         int count)
+      : s(shape), c(call), state(barrier_state), thread(index), threads(count), chunk(decoder_chunk(call)) {
+    auto take = [&](auto*& pointer, int64_t elements) {
+      pointer = reinterpret_cast<decltype(pointer)>(scratch);
+      scratch += aligned(elements * static_cast<int64_t>(sizeof(*pointer)));
+    };
+    take(qkv, chunk * (s.heads + 2 * s.groups) * s.head_dim);
+    take(gate, chunk * s.inner);
+    take(up, chunk * s.inner);
+    take(q, chunk * s.heads * s.head_dim);
+    take(mixed, chunk * s.heads * s.head_dim);
+    take(hidden, chunk * s.inner);
+    for (int i = 0; i <= (private_norm() ? thread : 0); ++i) take(norm, chunk * s.hidden);
+  }
+
+  bool private_norm() const { return c.batch * c.tokens <= kPrivateNormRows; }
+  void wait() { barrier(state, threads); }
+
+  // This thread's columns of a product with n columns.
+  Range columns(int64_t n) const {
+    Range units = share((n + kUnit - 1) / kUnit, thread, threads);
+    return {units.begin * kUnit, units.end * kUnit < n ? units.end * kUnit : n};
+  }
+  Upcoming upcoming(const void* w, int64_t n, int64_t inner) const {
+    Range mine = columns(n);
+    return {static_cast<const T*>(w) + mine.begin * inner,
+            (mine.end - mine.begin) * inner * kBytes};
+  }
+  Upcoming upcoming_qkv(const LayerWeights& w) const {
+    const int64_t nq = s.heads * s.head_dim, nk = s.groups * s.head_dim;
+    const int64_t first = columns(nq + 2 * nk).begin;
+    if (first < nq) return {static_cast<const T*>(w.q) + first * s.hidden, (nq - first) * s.hidden * kBytes};
+    if (first < nq + nk) {
+      return {static_cast<const T*>(w.k) + (first - nq) * s.hidden, (nq + nk - first) * s.hidden * kBytes};
+    }
+    return {static_cast<const T*>(w.v) + (first - nq - nk) * s.hidden, (nq + 2 * nk - first) * s.hidden * kBytes};
+  }
+  Linear product(const T* x, const void* w, const float* bias, float* y, int64_t rows, int64_t inner, int64_t ldy,
+                 bool accumulate) const {
+    return {x, w, bias, y, rows, inner, inner, ldy, s.dtype, accumulate};
+  }
+
+  void normalise(const float* x, const float* weight, int64_t rows) {
+    const Range mine = private_norm() ? Range{0, rows} : share(rows, thread, threads);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      rms_norm(x + r * s.hidden, weight, norm + r * s.hidden, s.hidden, s.eps);
+    }
+    if (!private_norm()) wait();
+  }
+
+  void project_qkv(const LayerWeights& w, int64_t rows) {
+    const int64_t nq = s.heads * s.head_dim, nk = s.groups * s.head_dim, all = nq + 2 * nk;
+    const Range mine = columns(all);
+    const int64_t starts[] = {0, nq, nq + nk, all};
+    const void* weights[] = {w.q, w.k, w.v};
+    const float* biases[] = {w.q_bias, w.k_bias, w.v_bias};
+    for (int i = 0; i < 3; ++i) {
+      const int64_t begin = (mine.begin > starts[i] ? mine.begin : starts[i]) - starts[i];
+      const int64_t end = (mine.end < starts[i + 1] ? mine.end : starts[i + 1]) - starts[i];
+      if (begin >= end) continue;
+      const Upcoming next = mine.end > starts[i + 1]
+                                ? Upcoming{weights[i + 1], (mine.end - starts[i + 1]) * s.hidden * kBytes}
+                                : upcoming(w.o, s.hidden, nq);
+      linear(product(norm, weights[i], biases[i], qkv + starts[i], rows, s.hidden, all, false), begin, end, next);
+    }
+  }
+
+  // Queries and new keys get their norm (where the model has one) and their rotary embedding; keys and values go to
+  // the scratch of the new tokens.
+  void place(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
+    const int64_t all = s.heads + 2 * s.groups;
+    const Range mine = share(rows * all, thread, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t r = i / all, head = i % all, n = first + r, b = n / c.tokens, token = n % c.tokens;
+      float* x = qkv + i * s.head_dim;
+      if (head < s.heads) {
+        if (w.q_norm != nullptr) rms_norm(x, w.q_norm, x, s.head_dim, s.eps);
+        rotate(x, c.cos + n * s.rotary, c.sin + n * s.rotary, q + (r * s.heads + head) * s.head_dim, s.rotary,
+               s.head_dim);
+      } else if (head < s.heads + s.groups) {
+        if (w.k_norm != nullptr) rms_norm(x, w.k_norm, x, s.head_dim, s.eps);
+        rotate(x, c.cos + n * s.rotary, c.sin + n * s.rotary,
+               at<T>(c.k_new, layer, b, head - s.heads) + token * c.k_new.token, s.rotary, s.head_dim);
+      } else {
+        rotate(x, x, x, at<T>(c.v_new, layer, b, head - s.heads - s.groups) + token * c.v_new.token, 0, s.head_dim);
+      }
+    }
+  }
+
+  void see(const T* query, const T* key, const T* value, float* top, float* total, float* acc) {
+    Vec dot = zero();
+    for (int64_t d = 0; d < s.head_dim; d += kWidth) {
+      const int count = static_cast<int>(s.head_dim - d < kWidth ? s.head_dim - d : kWidth);
+      dot = fma(load_n(query + d, count), load_n(key + d, count), dot);
+    }
+    const float score = sum(dot) * s.scale;
+    if (score > *top) {
+      const float shrink = expf(*top - score);
+      for (int64_t d = 0; d < s.head_dim; ++d) acc[d] *= shrink;
+      *total *= shrink;
+      *top = score;
+    }
+    const float p = expf(score - *top);
+    *total += p;
+    for (int64_t d = 0; d < s.head_dim; ++d) acc[d] += p * to_float(value[d]);
+  }
+
+  void attend(int64_t layer, int64_t first, int64_t rows) {
+    float acc[512];
+    for (int64_t i = thread; i < rows * s.heads; i += threads) {
+      const int64_t r = i / s.heads, head = i % s.heads, group = head / (s.heads / s.groups);
+      const int64_t n = first + r, b = n / c.tokens, token = n % c.tokens;
+      const T* query = q + i * s.head_dim;
+      float top = -INFINITY, total = 0.0f;
+      for (int64_t d = 0; d < s.head_dim; ++d) acc[d] = 0.0f;
+      for (int64_t t = 0; t < c.lengths[b]; ++t) {
+        see(query, at<T>(c.k_cache, layer, b, group) + t * c.k_cache.token,
+            at<T>(c.v_cache, layer, b, group) + t * c.v_cache.token, &top, &total, acc);
+      }
+      for (int64_t t = 0; t < c.tokens; ++t) {
+        const bool seen = c.causal ? t <= token
+                          : c.ancestors != nullptr ? (c.ancestors[b * c.tokens + token] >> t & 1) != 0
+                                                   : t == token;
+        if (!seen) continue;
+        see(query, at<T>(c.k_new, layer, b, group) + t * c.k_new.token,
+            at<T>(c.v_new, layer, b, group) + t * c.v_new.token, &top, &total, acc);
+      }
+      for (int64_t d = 0; d < s.head_dim; ++d) from_float(acc[d] / total, mixed + i * s.head_dim + d);
+    }
+  }
+
+  void mlp(const LayerWeights& w, int64_t rows) {
+    const Range mine = columns(s.inner);
+    // Few rows: one long stretch of each matrix keeps the memory busy. Many: short ones stay in the cache.
+    const int64_t step = rows <= kPrivateNormRows ? mine.end - mine.begin : kMlpColumns;
+    const T* up_w = static_cast<const T*>(w.up);
+    const T* gate_w = static_cast<const T*>(w.gate);
+    for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
+      const int64_t end = begin + step < mine.end ? begin + step : mine.end;
+      const int64_t bytes = (end - begin) * s.hidden * kBytes;
+      linear(product(norm, w.gate, w.gate_bias, gate, rows, s.hidden, s.inner, false), begin, end,
+             {up_w + begin * s.hidden, bytes});
+      const Upcoming next =
+          end < mine.end ? Upcoming{gate_w + end * s.hidden, bytes} : upcoming(w.down, s.hidden, s.inner);
+      linear(product(norm, w.up, w.up_bias, up, rows, s.hidden, s.inner, false), begin, end, next);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t offset = r * s.inner + begin;
+        activate_and_multiply(gate + offset, up + offset, hidden + offset, end - begin, s.activation);
+      }
+    }
+  }
+
+  void run() {
+    const int64_t n = c.batch * c.tokens;
+    const int64_t mixed_width = s.heads * s.head_dim;
+    const Range out = columns(s.hidden);
+    for (int64_t layer = 0; layer < c.layer_count; ++layer) {
+      const LayerWeights& w = c.layers[layer];
+      for (int64_t first = 0; first < n; first += chunk) {
+        const int64_t rows = first + chunk < n ? chunk : n - first;
+        float* x = c.x + first * s.hidden;
+        normalise(x, w.input_norm, rows);
+        project_qkv(w, rows);
+        wait();
+        place(w, layer, first, rows);
+        wait();
+        attend(layer, first, rows);
+        wait();
+        linear(product(mixed, w.o, w.o_bias, x, rows, mixed_width, s.hidden, true), out.begin, out.end,
+               upcoming(w.gate, s.inner, s.hidden));
+        wait();
+        normalise(x, w.mlp_norm, rows);
+        mlp(w, rows);
+        wait();
+        const bool again = first + chunk < n;
+        const Upcoming next = again ? upcoming_qkv(w)
+                              : layer + 1 < c.layer_count ? upcoming_qkv(c.layers[layer + 1])
+                                                          : Upcoming{nullptr, 0};
+        linear(product(hidden, w.down, w.down_bias, x, rows, s.inner, s.hidden, true), out.begin, out.end, next);
+        wait();
+      }
+    }
+    if (c.final_norm == nullptr) return;
+    const Range mine = share(n, thread, threads);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      float* x = c.x + r * s.hidden;
+      rms_norm(x, c.final_norm, x, s.hidden, s.eps);
+    }
+  }
+};
+
+}  // namespace
+
+void decoder_layers(const DecoderShape& shape, const DecoderCall& call, char* scratch, BarrierState* state, int thread,
+                    int threads) {
+  if (shape.dtype == kFloat32) {
+    Worker<float>(shape, call, scratch, state, thread, threads).run();
+  } else {
+    Worker<Bf16>(shape, call, scratch, state, thread, threads).run();
+  }
+}
+
+}  // namespace RGTG_ISA
+}  // namespace rgtg

@@ -1,0 +1,52 @@
+// The layers of a Llama-like decoder for N = batch * tokens new tokens, in one parallel region.
+#pragma once
+
+#include "common.hpp"
+#include "isa.hpp"
+
+namespace rgtg {
+
+enum Activation : int { kSilu = 0, kGeluTanh = 1 };
+
+// Matrices are of the model's dtype, [outer, inner] contiguous; biases and norms are fp32, absent ones nullptr.
+struct LayerWeights {
+  const void *q, *k, *v, *o, *gate, *up, *down;
+  const float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
+  const float *input_norm, *mlp_norm, *q_norm, *k_norm;
+};
+
+struct DecoderShape {
+  int64_t hidden, heads, groups, head_dim, inner, rotary;
+  float eps, scale;
+  Activation activation;
+  int dtype;
+};
+
+// Keys or values [layers, batch, groups, tokens, head_dim]: strides in elements, the last dimension contiguous.
+struct KeyValues {
+  void* data;
+  int64_t layer, row, group, token;
+};
+
+struct DecoderCall {
+  const LayerWeights* layers;
+  int64_t layer_count;
+  const float* final_norm;   // nullptr: x is left as the last layer gives it
+  float* x;                  // [N, hidden]: the embeddings, replaced by the result
+  const float *cos, *sin;    // [N, rotary]
+  KeyValues k_cache, v_cache, k_new, v_new;
+  const int64_t* lengths;    // [batch]: tokens that stand in the cache
+  const int64_t* ancestors;  // [batch, tokens] bit masks or nullptr
+  bool causal;
+  int64_t batch, tokens;
+};
+
+// Rows of x that pass through a layer together, so that scratch stays small.
+int64_t decoder_chunk(const DecoderCall& call);
+int64_t decoder_scratch_bytes(const DecoderShape& shape, const DecoderCall& call, int threads);
+
+}  // namespace rgtg
+
+// The share of one thread; all `threads` run it at once. `scratch` is aligned to 64 bytes, `state` starts zeroed.
+RGTG_DECLARE(void decoder_layers(const DecoderShape& shape, const DecoderCall& call, char* scratch,
+                                 BarrierState* state, int thread, int threads))
