@@ -1,0 +1,1 @@
+"""Benchmarks: every number and figure of the documentation is made here."""

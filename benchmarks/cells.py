@@ -1,0 +1,51 @@
+"""Which configurations are measured."""
+
+from __future__ import annotations
+
+from benchmarks.harness import Cell
+
+ALL = ("ours", "args_replicated", "pargs_serial", "unguided")
+BATCHED = ("ours", "args_replicated", "unguided")
+ENGINES = ("ours", "ours_transformers", "args_replicated", "pargs_serial", "unguided")
+
+# The lines of the README: more repeats than the rest, and longer runs before fewer tokens are taken.
+HEADLINES = (
+    Cell(512, 10, 1, "float32", ENGINES, repeats=3, seconds_per_run=25),
+    Cell(2048, 10, 1, "float32", ALL, repeats=3, seconds_per_run=25),
+    Cell(512, 10, 8, "float32", BATCHED, repeats=3, seconds_per_run=30),
+    Cell(128, 10, 1, "bfloat16", ENGINES, repeats=5, seconds_per_run=15),
+)
+
+# What a few minutes of a GPU are spent on.
+GPU = (
+    Cell(512, 10, 1, "float32", BATCHED, repeats=3, seconds_per_run=15),
+    Cell(512, 10, 1, "bfloat16", BATCHED, repeats=3, seconds_per_run=15),
+    Cell(2048, 10, 1, "bfloat16", BATCHED, repeats=3, seconds_per_run=15),
+    Cell(512, 10, 8, "bfloat16", BATCHED, repeats=3, seconds_per_run=15),
+)
+
+
+def sweep_cells() -> list[Cell]:
+    """The headlines first, then P of 16, 512, 2048, k of 5, 10, 40, B of 1, 8 and both dtypes, once each.
+
+    What would only repeat another cell is left out: `unguided` does not depend on k, `pargs_serial` costs k
+    times one candidate (other k at P=16 only), and neither it nor `args_replicated` (k=10 only) gains
+    anything from a batch.
+    """
+    every = list(HEADLINES)
+    taken = {cell.place for cell in HEADLINES}
+    for dtype in ("float32", "bfloat16"):
+        for batch in (1, 8):
+            for prompt_length in (16, 512, 2048):
+                for k in (10, 5, 40):
+                    methods = ["ours"]
+                    if batch == 1 or k == 10:
+                        methods.append("args_replicated")
+                    if batch == 1 and (k == 10 or prompt_length == 16):
+                        methods.append("pargs_serial")
+                    if k == 10:
+                        methods.append("unguided")
+                    cell = Cell(prompt_length, k, batch, dtype, tuple(methods))
+                    if cell.place not in taken:
+                        every.append(cell)
+    return every

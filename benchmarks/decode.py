@@ -1,0 +1,72 @@
+"""Times decoding, ours against the published algorithms: `python -m benchmarks.decode [--quick]`.
+
+Prompt lengths 16, 512 and 2048, k of 5, 10 and 40, batches of 1 and 8, float32 and bfloat16, 64 new tokens,
+prefill included, into results/decode.csv. Cells already in the file are skipped, so a broken sweep continues
+where it stopped; `--fresh` starts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.cells import GPU, HEADLINES, sweep_cells
+from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
+from rgtg_fast.app import embedded
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.benchmark import SHAPES, machine, run_bench
+
+
+def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:
+    """Drop the rows of these cells: they are about to be measured again."""
+    names = {(model, device, *(str(getattr(cell, name)) for name in CELL[2:])) for cell in wanted}
+    rows = read(path)
+    path.unlink(missing_ok=True)
+    append(path, [row for row in rows if tuple(row[name] for name in CELL) not in names])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the README's lines only")
+    parser.add_argument("--gpu", action="store_true", help="the cells for a GPU")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what the file already holds")
+    parser.add_argument("--list", action="store_true", help="print the cells and stop")
+    parser.add_argument(
+        "--lm", help="path or hub id of the model for both roles (default: the embedded SmolLM2)"
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of these sizes instead")
+    parser.add_argument("--name", help="name of the models in the file")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "decode.csv")
+    given = parser.parse_args(arguments)
+
+    wanted = list(GPU if given.gpu else HEADLINES) if given.gpu or given.quick else sweep_cells()
+    if given.list:
+        for cell in wanted:
+            print(cell, *cell.methods)
+        print(f"{len(wanted)} cells")
+        return 0
+    try:
+        if given.shape:
+            models, model = {"shape": given.shape}, f"{given.shape} (random weights)"
+        elif given.lm:
+            models, model = {"lm": given.lm}, Path(given.lm).name
+        else:
+            models, model = {"lm": str(embedded.default_model(print))}, embedded.NAME
+        model = given.name or model
+        if given.fresh:
+            _fresh(given.output, wanted, model, given.device)
+        start = time.perf_counter()
+        failed = sweep(wanted, given.output, run_bench, models, model, machine(given.device), given.device)
+    except RGTGError as error:
+        print(error, file=sys.stderr)
+        return 2
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{len(wanted)} cells, {failed} failed, {minutes:.1f} minutes: {given.output}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Makes the figures and the README's table from results/decode.csv: `python -m benchmarks.figures`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.cells import GPU, HEADLINES
+from benchmarks.harness import PHASES, RESULTS, read
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+NAMES = {
+    "ours": "rgtg-fast",
+    "ours_transformers": "rgtg-fast, transformers engine",
+    "args_replicated": "ARGS, k copies of the cache",
+    "pargs_serial": "PARGS, no cache, one by one",
+    "unguided": "unguided `generate`",
+}
+COLOURS = {
+    "ours": "#0072b2",
+    "ours_transformers": "#56b4e9",
+    "args_replicated": "#d55e00",
+    "pargs_serial": "#cc79a7",
+    "unguided": "#7f7f7f",
+}
+NOTES = (
+    "¹ the reward model's cache held k times and re-ordered every step; ² every candidate encoded from the "
+    "start, one by one; both our own re-implementations at their best, one row at a time, as published. "
+    "³ transformers' own greedy `generate`, no reward model. ⁴ decoding time over the time that reading both "
+    "models' weights and caches once a step takes at the measured bandwidth. ≈ measured on fewer tokens or "
+    "rows, prefill counted in full."
+)
+PHASE_COLOURS = ("#bbbbbb", "#0072b2", "#56b4e9", "#d55e00", "#f0e442", "#009e73", "#cc79a7")
+
+Row = dict[str, str]
+Place = tuple[str, int, int, int]
+
+
+def place(row: Row) -> Place:
+    """Where a row stands: dtype, B, P, k."""
+    return row["dtype"], int(row["batch"]), int(row["prompt_length"]), int(row["k"])
+
+
+def groups(rows: list[Row]) -> dict[tuple[str, ...], dict[Place, dict[str, Row]]]:
+    """Rows by (machine, device, model, new tokens), place and method; of equals the later counts."""
+    found: dict[tuple[str, ...], dict[Place, dict[str, Row]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("cpu", "threads", "gpu", "device", "model", "new_tokens"))
+        found.setdefault(key, {}).setdefault(place(row), {})[row["method"]] = row
+    return found
+
+
+def block(rows: list[Row]) -> str:
+    """The README's section: a table for every machine and model, of the headline cells."""
+    order = list(dict.fromkeys(cell.place for cell in (*HEADLINES, *GPU)))
+    parts = []
+    for at in groups(rows).values():
+        shown = [at[where] for where in order if where in at and "ours" in at[where]]
+        if shown:
+            parts.append(_table(shown))
+    return "\n\n".join(parts) if parts else "No results yet: `python -m benchmarks.decode` measures them."
+
+
+def _table(cells: list[dict[str, Row]]) -> str:
+    any_row = cells[0]["ours"]
+    on = any_row["gpu"] or f"{any_row['cpu']}, {any_row['threads']} threads"
+    bandwidths = sorted(float(cell["ours"]["memory_bandwidth_gb_s"]) for cell in cells)
+    commits = sorted({row["commit"] for cell in cells for row in cell.values()} - {""})
+    lines = [
+        f"Tokens per second, {any_row['model']} as base and reward model, greedy, "
+        f"{any_row['new_tokens']} new tokens, prefill included. {on}, "
+        f"{bandwidths[len(bandwidths) // 2]:.0f} GB/s of memory bandwidth (measured); "
+        f"torch {any_row['torch']}, transformers {any_row['transformers']}, rgtg-fast {any_row['rgtg_fast']}"
+        + (f" ({', '.join(commits)})." if commits else "."),
+        "",
+        "| dtype | rows B | prompt P | k | rgtg-fast | ARGS¹ | PARGS² | unguided³ | vs. ARGS | vs. PARGS "
+        "| reward cache, ours : ARGS | same tokens | time ÷ floor⁴ |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
+    ]
+    lines += [_line(cell) for cell in cells]
+    return "\n".join([*lines, "", NOTES])
+
+
+def _line(cell: dict[str, Row]) -> str:
+    ours, replicated, serial = cell["ours"], cell.get("args_replicated"), cell.get("pargs_serial")
+    return (
+        "| "
+        + " | ".join(
+            [
+                ours["dtype"],
+                ours["batch"],
+                ours["prompt_length"],
+                ours["k"],
+                f"**{_speed(ours)}**",
+                _speed(replicated),
+                _speed(serial),
+                _speed(cell.get("unguided")),
+                _ratio(ours, replicated),
+                _ratio(ours, serial),
+                _caches(ours, replicated),
+                _equality(ours),
+                f"{float(ours['achieved_over_floor']):.2f}",
+            ]
+        )
+        + " |"
+    )
+
+
+def _speed(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    value = float(row["tokens_per_second"])
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return ("≈ " if row["time_is"] != "measured" else "") + f"{value:.{digits}f}"
+
+
+def _ratio(ours: Row, other: Row | None) -> str:
+    if other is None:
+        return "–"
+    value = float(ours["tokens_per_second"]) / float(other["tokens_per_second"])
+    return f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
+
+
+def _caches(ours: Row, other: Row | None) -> str:
+    names = [row["cache_resident_reward_bytes"] for row in (ours, other) if row is not None]
+    if len(names) < 2 or not all(names):
+        return "–"
+    return " : ".join(f"{float(name) / 2**20:.1f}" for name in names) + " MiB"
+
+
+def _equality(row: Row) -> str:
+    if row["reference"] in ("", row["method"]):
+        return "–"
+    if row["equal_to_reference"] == "True":
+        return f"all {row['tokens_compared']}"
+    gap = row["first_difference_score_gap"]
+    apart = f"scores {float(gap):.2g} apart" if gap else "another top k"
+    return f"first {row['first_difference_position']}, then {apart}"
+
+
+def write_block(readme: Path, text: str) -> bool:
+    """Put the text between the README's markers.
+
+    Returns:
+        Whether the file changed.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    old = readme.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
+        raise ValueError(f"{readme} has no {BEGIN} and {END}: put them where the table belongs")
+    head, _, rest = old.partition(BEGIN)
+    new = f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    return new != old
+
+
+def current_block(readme: Path) -> str:
+    """What stands between the README's markers."""
+    return readme.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def draw(rows: list[Row], folder: Path) -> list[Path]:
+    """Draw, for the machine and model with the most rows, speed over prompt length and where time goes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # same input, same file: no random ids and no date
+    matplotlib.rcParams.update({"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none", "font.size": 9})
+    at = max(groups(rows).values(), key=len)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_draw_speed(at, folder / "decode_speed.svg"), _draw_phases(at, folder / "decode_phases.svg")]
+
+
+def _draw_speed(at: dict[Place, dict[str, Row]], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    panels = sorted(
+        {(dtype, batch) for dtype, batch, _, _ in at}, key=lambda panel: (panel[0] != "float32", panel[1])
+    )
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.3), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (dtype, batch) in zip(axes[0], panels, strict=True):
+        here = {where: methods for where, methods in at.items() if where[:2] == (dtype, batch)}
+        for method, colour in COLOURS.items():
+            for k, style in ((5, ":"), (10, "-"), (40, "--")):
+                points = sorted(
+                    (where[2], float(methods[method]["tokens_per_second"]))
+                    for where, methods in here.items()
+                    if where[3] == k and method in methods
+                )
+                if points:
+                    label = f"{NAMES[method].replace('`', '')}, k={k}" if method != "unguided" else "unguided"
+                    axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, color=colour, label=label)
+        axis.set(xscale="log", yscale="log", title=f"{dtype}, B={batch}", xlabel="prompt length P (tokens)")
+        ticks = sorted({where[2] for where in here})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("tokens per second, prefill included")
+    # each label once, in the order of the methods
+    entries = {
+        label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
+
+
+def _draw_phases(at: dict[Place, dict[str, Row]], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    order = sorted(at, key=lambda where: (where[0] != "float32", where[1], where[2], where[3]))
+    bars = [(where, at[where]["ours"]) for where in order if "ours" in at[where] and where[3] == 10]
+    figure, axis = pyplot.subplots(figsize=(7.5, 0.34 * len(bars) + 1.2), layout="constrained")
+    names = [f"{dtype}, B={batch}, P={length}" for (dtype, batch, length, _), _ in bars]
+    left = [0.0] * len(bars)
+    for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True):
+        widths = [float(row[f"{phase}_ms_per_token"] or 0.0) for _, row in bars]
+        axis.barh(names, widths, left=left, color=colour, label=phase, height=0.7)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    floors = [float(row["floor_ms_per_token"]) for _, row in bars]
+    axis.plot(floors, names, "k|", ms=11, label="floor of decoding")
+    axis.invert_yaxis()
+    axis.set(xlabel="milliseconds per token, k=10", title="rgtg-fast: where the time goes")
+    axis.legend(ncols=4, fontsize=8, frameon=False, loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS / "decode.csv")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
+    given = parser.parse_args(arguments)
+    rows = read(given.results)
+    if not rows:
+        print(f"{given.results} holds no results: python -m benchmarks.decode measures them", file=sys.stderr)
+        return 2
+    for path in draw(rows, given.figures):
+        print(path)
+    print(given.readme, "changed" if write_block(given.readme, block(rows)) else "unchanged")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

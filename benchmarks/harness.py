@@ -1,0 +1,239 @@
+"""A sweep of benchmark cells into a CSV: resumable, one row per method, written when its cell is done."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rgtg_fast.errors import RGTGError
+
+RESULTS = Path(__file__).parent / "results"
+
+PHASES = ("prefill", "lm", "topk", "reward", "resample", "commit", "host")
+MACHINE = ("cpu", "cores", "threads", "gpu", "python", "torch", "transformers", "rgtg_fast", "commit")
+CELL = ("model", "device", "dtype", "prompt_length", "k", "batch", "new_tokens")
+# A row is present when all of these agree: another machine or another job is another row.
+KEY = ("cpu", "cores", "threads", "gpu", *CELL, "method")
+COLUMNS = (
+    "date",
+    *MACHINE,
+    "memory_bandwidth_gb_s",
+    *CELL,
+    "beta",
+    "seed",
+    "omp_wait_policy",
+    "method",
+    "engine",
+    "tokens_per_second",
+    "ms_per_token",
+    "decode_ms_per_token",
+    *(f"{phase}_ms_per_token" for phase in PHASES),
+    "cache_resident_lm_bytes",
+    "cache_resident_reward_bytes",
+    "cache_peak_lm_bytes",
+    "cache_peak_reward_bytes",
+    "equal_to_reference",
+    "reference",
+    "tokens_compared",
+    "first_difference_position",
+    "first_difference_score_gap",
+    "runs",
+    "tokens_measured",
+    "rows_measured",
+    "time_is",
+    "weight_bytes_per_token",
+    "floor_ms_per_token",
+    "achieved_over_floor",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration and the methods that are timed in it, together."""
+
+    prompt_length: int
+    k: int
+    batch: int
+    dtype: str
+    methods: tuple[str, ...]
+    new_tokens: int = 64
+    repeats: int = 1
+    seconds_per_run: float = 12.0
+
+    @property
+    def place(self) -> tuple[str, int, int, int]:
+        """Where it stands in the tables: dtype, B, P, k."""
+        return self.dtype, self.batch, self.prompt_length, self.k
+
+    def __str__(self) -> str:
+        return f"{self.dtype} B={self.batch} P={self.prompt_length} k={self.k} N={self.new_tokens}"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows behind those of the file, in one go.
+
+    Raises:
+        RGTGError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file))
+        if tuple(header) != COLUMNS:
+            raise RGTGError(f"{path} has other columns than this version writes: move it away and start anew")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def flatten(result: dict[str, Any], model: str, methods: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of the results file that `run_bench` measured.
+
+    Args:
+        result: what `run_bench` returns.
+        model: name of the models, free of local paths.
+        methods: those to keep; None: all.
+    """
+    config, machine = result["config"], result["machine"]
+    common = {name: machine[name] for name in MACHINE}
+    common |= {name: config[name] for name in (*CELL, "beta", "seed", "omp_wait_policy") if name != "model"}
+    common |= {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "model": model,
+        "memory_bandwidth_gb_s": machine["memory_bandwidth_gb_s"],
+    }
+    rows = []
+    for entry in result["methods"]:
+        if methods is not None and entry["method"] not in methods:
+            continue
+        difference, floor = entry["first_difference"] or {}, entry.get("floor") or {}
+        row = common | {
+            name: entry[name]
+            for name in (
+                "method",
+                "engine",
+                "tokens_per_second",
+                "ms_per_token",
+                "decode_ms_per_token",
+                "equal_to_reference",
+                "tokens_compared",
+                "runs",
+                "tokens_measured",
+                "rows_measured",
+            )
+        }
+        row |= {f"{phase}_ms_per_token": entry["phases"].get(phase) for phase in PHASES}
+        for kind in ("resident", "peak"):
+            for owner in ("lm", "reward"):
+                row[f"cache_{kind}_{owner}_bytes"] = entry[f"cache_{kind}_bytes"].get(owner)
+        row |= {
+            name: floor.get(name)
+            for name in ("weight_bytes_per_token", "floor_ms_per_token", "achieved_over_floor")
+        }
+        row["reference"] = config["reference"] if entry["equal_to_reference"] is not None else None
+        row["first_difference_position"] = difference.get("position")
+        row["first_difference_score_gap"] = difference.get("score_gap")
+        # how a run on fewer tokens or rows becomes the whole job: prefill once a row, the rest per token
+        row["time_is"] = (
+            "extrapolated: prefill once a row + decoding per token" if entry["extrapolated"] else "measured"
+        )
+        rows.append({name: _shown(row[name]) for name in COLUMNS})
+    return rows
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else value
+
+
+def sweep(
+    cells: Sequence[Cell],
+    path: Path,
+    bench: Callable[..., dict[str, Any]],
+    models: dict[str, Any],
+    model: str,
+    machine: dict[str, Any],
+    device: str,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Measure every cell that the file does not hold yet.
+
+    Args:
+        cells: what to measure, in this order.
+        path: results file.
+        bench: `run_bench`.
+        models: its arguments that name the models.
+        model: their name in the file.
+        machine: `rgtg_fast.evaluation.benchmark.machine()`, for finding rows of this machine.
+        device: "cpu" or "cuda".
+        say: is told what happens.
+
+    Returns:
+        The number of cells that failed; they are reported and the rest goes on.
+    """
+    failed = 0
+    for number, cell in enumerate(cells, 1):
+        here = {name: machine[name] for name in ("cpu", "cores", "threads", "gpu")} | {
+            "model": model,
+            "device": device,
+            "dtype": cell.dtype,
+            "prompt_length": cell.prompt_length,
+            "k": cell.k,
+            "batch": cell.batch,
+            "new_tokens": cell.new_tokens,
+        }
+        present = {tuple(row[name] for name in KEY) for row in read(path)}
+        missing = [
+            m
+            for m in cell.methods
+            if tuple(str(_shown((here | {"method": m})[n])) for n in KEY) not in present
+        ]
+        if not missing:
+            say(f"[{number}/{len(cells)}] {cell}: present")
+            continue
+        # a method that is measured later is compared with the reference all the same
+        methods = [m for m in cell.methods if m in missing or m in ("args_replicated", "ours")]
+        say(f"[{number}/{len(cells)}] {cell}: {', '.join(methods)}")
+        start = time.perf_counter()
+        try:
+            result = bench(
+                **models,
+                prompt_length=cell.prompt_length,
+                k=cell.k,
+                batch=cell.batch,
+                new_tokens=cell.new_tokens,
+                dtype=cell.dtype,
+                methods=methods,
+                repeats=cell.repeats,
+                seconds_per_run=cell.seconds_per_run,
+                device=device,
+            )
+        except RGTGError as error:
+            failed += 1
+            print(f"[{number}/{len(cells)}] {cell}: {error}", file=sys.stderr)
+            continue
+        rows = flatten(result, model, missing)
+        append(path, rows)
+        for row in rows:
+            note = f" (of {row['tokens_measured']} tokens, {row['rows_measured']} rows)"
+            say(f"    {row['method']:18} {float(row['tokens_per_second']):9.2f} tokens/s{note}")
+        say(f"    {time.perf_counter() - start:.0f} s")
+    return failed

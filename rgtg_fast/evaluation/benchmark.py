@@ -1,0 +1,653 @@
+"""Times our decoder against the published algorithms, in one interleaved run with outputs compared first."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward, __version__
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation import baselines
+from rgtg_fast.evaluation.baselines import BaselineRun
+
+METHODS = ("ours", "ours_transformers", "args_replicated", "pargs_serial", "unguided")
+# Methods whose greedy tokens must agree; the first that runs is the reference for the others.
+GUIDED = ("args_replicated", "pargs_serial", "ours", "ours_transformers")
+# Decoded one row at a time whatever the batch: the published programs have no other way.
+ONE_ROW = ("args_replicated", "pargs_serial")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Sizes of real models, to be filled with random weights. "tiny" tries the command out; its numbers mean
+# nothing.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+}
+
+# Tokens of the warm-up, which is also the first comparison of the outputs.
+_WARM_UP_TOKENS = {"args_replicated": 2, "pargs_serial": 2}
+_WARM_UP_TOKENS_OTHERS = 8
+
+
+class BenchmarkMismatchError(RGTGError):
+    """Methods that must produce the same tokens did not, so no time is reported."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a method's tokens first leave the reference's.
+
+    Attributes:
+        row: prompt.
+        position: new token, from 0.
+        reference_token: what the reference chose.
+        token: what the method chose.
+        score_gap: the reference's score of its own choice minus that of the method's; None where the method's
+            token is not among the reference's candidates, or the reference keeps no scores.
+    """
+
+    row: int
+    position: int
+    reference_token: int
+    token: int
+    score_gap: float | None
+
+
+def first_difference(reference: BaselineRun, run: BaselineRun) -> Difference | None:
+    """The first token that differs over the rows and positions that both runs have; None where they agree."""
+    for row, (expected, tokens) in enumerate(zip(reference.tokens, run.tokens, strict=False)):
+        for position, (a, b) in enumerate(zip(expected, tokens, strict=False)):
+            if a != b:
+                gap = None
+                if reference.steps:
+                    candidates, scores = reference.steps[row][position]
+                    of = dict(zip(candidates.tolist(), scores.tolist(), strict=True))
+                    gap = of[a] - of[b] if b in of else None
+                return Difference(row, position, a, b, gap)
+    return None
+
+
+@dataclass
+class _Method:
+    """A method to be timed: how to run it, how much of it is run, and what came out."""
+
+    name: str
+    call: Callable[[Sequence[Sequence[int]], int], BaselineRun]
+    engine: str
+    rows: int
+    tokens: int
+    repeats: int
+    runs: list[BaselineRun] = field(default_factory=list)
+    difference: Difference | None = None
+    compared: int = 0
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: int) -> BaselineRun:
+        run = self.call(prompts[: self.rows], tokens)
+        for row, produced in enumerate(run.tokens):
+            if len(produced) != tokens:
+                raise RGTGError(
+                    f"{self.name} produced {len(produced)} tokens instead of {tokens} for prompt {row}: "
+                    "only methods that produce the same number can be timed against each other"
+                )
+        return run
+
+    def plan(self, trial: BaselineRun, batch: int, new_tokens: int, repeats: int, limit: float) -> None:
+        """Fit a run into `limit` seconds: fewer rows first (they only add up), then fewer tokens, once."""
+        prefill = trial.phases["prefill"] / (self.rows if self.name in ONE_ROW else 1)
+        step = max((trial.seconds - trial.phases["prefill"]) / len(trial.tokens[0]), 1e-9)
+        row = prefill + new_tokens * step
+        self.repeats, self.tokens = repeats, new_tokens
+        if self.name in ONE_ROW and row * batch <= limit:
+            self.rows = batch
+        elif row > limit:
+            self.repeats = 1
+            self.tokens = max(min(new_tokens, int((limit - prefill) / step)), len(trial.tokens[0]))
+            if self.tokens == len(trial.tokens[0]):
+                # the warm-up was as long as the run could be: it counts
+                self.runs, self.repeats = [trial], 0
+
+
+def memory_bandwidth(device: torch.device | str = "cpu") -> float:
+    """Bytes per second that the memory can be read with, measured: the best of six sums over 1 GiB."""
+    device = torch.device(device)
+    x = torch.ones(2**28, device=device)
+    best = float("inf")
+    for _ in range(6):
+        _synchronize(device)
+        start = time.perf_counter()
+        x.sum()
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return x.nbytes / best
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What the numbers were measured on: processor, threads, memory bandwidth, versions, commit."""
+    device = torch.device(device)
+    info: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "memory_bandwidth_gb_s": round(memory_bandwidth(device) / 1e9, 2),
+        "python": platform.python_version(),
+    }
+    info |= {"torch": torch.__version__, "transformers": transformers.__version__, "rgtg_fast": __version__}
+    return info | {"commit": _commit()}
+
+
+def run_bench(
+    lm: str | None = None,
+    rm: str | None = None,
+    shape: str | None = None,
+    prompt_length: int = 512,
+    k: int = 10,
+    batch: int = 1,
+    new_tokens: int = 64,
+    dtype: str = "float32",
+    methods: Sequence[str] = ("ours", "args_replicated", "pargs_serial", "unguided"),
+    repeats: int = 3,
+    seed: int = 0,
+    threads: int | None = None,
+    beta: float = 1.0,
+    progress: Callable[[str], None] | None = None,
+    device: str | None = None,
+    seconds_per_run: float = 60.0,
+) -> dict[str, Any]:
+    """Time reward-guided decoding methods against each other, greedily, on the same prompts and models.
+
+    Every method first decodes a few tokens (warm-up); then the methods take turns (A B C A B C ...), prefill
+    included, and the run of the median time is reported. Greedy tokens of every guided method are compared
+    with the reference's (the first of args_replicated, pargs_serial, ours that takes part), in the warm-up
+    and in every timed run. In float32 a difference is an error and no time is reported; in lower precision,
+    where cached and uncached logits really differ, the row names the first difference and the score gap
+    there.
+
+    A method whose run would take longer than `seconds_per_run` is run on fewer rows (methods that decode rows
+    one after another anyway) and then on fewer tokens, once. Its time is extended to the whole job as
+
+        seconds = (prefill + (measured - prefill) · new_tokens / tokens_measured) · batch / rows_measured,
+
+    so that prefill is paid once a row and not spread over fewer tokens; as later tokens cost a little more
+    than earlier ones, this is at most in that method's favour. `extrapolated`, `tokens_measured` and
+    `rows_measured` say where it was done.
+
+    Args:
+        lm: path or hub id of the base model; or None with `shape`.
+        rm: path or hub id of a one-label sequence-classification model; None: the base model's trunk with a
+            seeded random head.
+        shape: random weights of these sizes instead of a model: one of `SHAPES`.
+        prompt_length: tokens of each prompt (random ids).
+        k: candidates per step.
+        batch: prompts; the published algorithms take them one after another.
+        new_tokens: tokens per prompt. End-of-sequence does not stop a row.
+        dtype: "float32", "bfloat16" or "float16".
+        methods: of `METHODS`.
+        repeats: timed runs of each method.
+        seed: of prompts, reward head and random weights.
+        threads: CPU threads; None: torch's own number.
+        beta: weight of the reward.
+        progress: is told in one line what happens next.
+        device: "cpu" or "cuda"; None: CUDA where there is one.
+        seconds_per_run: see above.
+
+    Returns:
+        {"methods": [...], "config": {...}, "machine": {...}}, ready for JSON. Each method:
+        `tokens_per_second`, `ms_per_token` (prefill included), `decode_ms_per_token` (without), `phases` (ms
+        per token), bytes of the caches (between steps and within one), `tokens` and `seconds` of the whole
+        job, `equal_to_reference`. For "ours" also `floor`: bytes of weights and caches that a token must
+        read, the time the measured bandwidth allows for it, and how many times that the decoding takes.
+
+    Raises:
+        RGTGError: a value out of range, an unknown name, both or neither of `lm` and `shape`.
+        BenchmarkMismatchError: outputs that differ in float32.
+    """
+    say = progress or (lambda line: None)
+    _check(lm, rm, shape, prompt_length, k, batch, new_tokens, dtype, methods, repeats, beta, seconds_per_run)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with _threads(threads):
+        say("loading the models")
+        base, tokenizer = _base_model(lm, shape, DTYPES[dtype], target, seed)
+        limit = base.config.max_position_embeddings
+        if prompt_length + new_tokens > limit:
+            raise RGTGError(
+                f"prompt_length + new_tokens = {prompt_length + new_tokens} exceeds the context ({limit}): "
+                "shorten one of them"
+            )
+        if k > base.config.vocab_size:
+            raise RGTGError(f"k={k} exceeds the vocabulary (V={base.config.vocab_size}): lower it")
+        reward = _reward_model(rm, base, DTYPES[dtype], target, seed)
+        prompts = _prompts(tokenizer, base.config.vocab_size, batch, prompt_length, seed)
+        guidance = Guidance(k=k, beta=beta, temperature=0.0)
+        entries = [
+            _method(name, base, reward, tokenizer, guidance, batch, prompt_length + new_tokens, target)
+            for name in methods
+        ]
+        _warm_up(entries, prompts, batch, new_tokens, repeats, seconds_per_run, dtype, say)
+        for turn in range(repeats):
+            for entry in entries:
+                if turn < entry.repeats:
+                    say(f"run {turn + 1} of {entry.repeats}: {entry.name}")
+                    entry.runs.append(entry.run(prompts, entry.tokens))
+        _compare(entries, [entry.runs for entry in entries], dtype)
+        about = machine(target)
+        reference = _reference(entries)
+        rows = [_row(entry, reference, batch, new_tokens) for entry in entries]
+        floor = _floor(base, reward, prompt_length, new_tokens, batch, about["memory_bandwidth_gb_s"])
+        for row in rows:
+            if row["method"] in ("ours", "ours_transformers"):
+                row["floor"] = floor | {
+                    "achieved_over_floor": round(row["decode_ms_per_token"] / floor["floor_ms_per_token"], 3)
+                }
+    config = {
+        "lm": lm,
+        "rm": rm or "the base model's trunk with a random head",
+        "shape": shape,
+        "prompt_length": prompt_length,
+        "k": k,
+        "batch": batch,
+        "new_tokens": new_tokens,
+        "dtype": dtype,
+        "device": str(target),
+        "beta": beta,
+        "seed": seed,
+        "repeats": repeats,
+        "seconds_per_run": seconds_per_run,
+        "reference": reference.name if reference else None,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+    }
+    return {"methods": rows, "config": config, "machine": about}
+
+
+def _check(
+    lm: str | None,
+    rm: str | None,
+    shape: str | None,
+    prompt_length: int,
+    k: int,
+    batch: int,
+    new_tokens: int,
+    dtype: str,
+    methods: Sequence[str],
+    repeats: int,
+    beta: float,
+    seconds_per_run: float,
+) -> None:
+    if (lm is None) == (shape is None):
+        raise RGTGError(
+            f"lm={lm!r} and shape={shape!r}: name one of them, a model or a shape with random weights"
+        )
+    if shape is not None and shape not in SHAPES:
+        raise RGTGError(f"shape={shape!r} is unknown: choose from {', '.join(SHAPES)}")
+    if shape is not None and rm is not None:
+        raise RGTGError(f"rm={rm!r} does not fit random weights: name the base model with lm as well")
+    if dtype not in DTYPES:
+        raise RGTGError(f"dtype={dtype!r} is unknown: choose from {', '.join(DTYPES)}")
+    if not methods:
+        raise RGTGError(f"methods is empty: choose from {', '.join(METHODS)}")
+    for name in methods:
+        if name not in METHODS:
+            raise RGTGError(f"method {name!r} is unknown: choose from {', '.join(METHODS)}")
+    if len(set(methods)) != len(methods):
+        raise RGTGError(f"methods {', '.join(methods)} name one twice: name each once")
+    at_least_one = {
+        "prompt_length": prompt_length,
+        "k": k,
+        "batch": batch,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise RGTGError(f"{name}={value} is below 1: it must be at least 1")
+    if not seconds_per_run > 0:
+        raise RGTGError(f"seconds_per_run={seconds_per_run} is not above 0: give a number of seconds")
+    Guidance(k=k, beta=beta, temperature=0.0)
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    if threads is not None and threads < 1:
+        raise RGTGError(f"threads={threads} is below 1: give at least one, or none for torch's own number")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _base_model(
+    lm: str | None, shape: str | None, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    tokenizer = None
+    if shape is not None:
+        config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=0)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        assert lm is not None
+        model = AutoModelForCausalLM.from_pretrained(lm, dtype=dtype).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(lm)
+        tokenizer.eos_token = None
+    # every method has to produce the same number of tokens, so nothing may end a row
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    return model.eval(), tokenizer
+
+
+def _reward_model(
+    rm: str | None, base: PreTrainedModel, dtype: torch.dtype, device: torch.device, seed: int
+) -> PreTrainedModel:
+    if rm is not None:
+        return AutoModelForSequenceClassification.from_pretrained(rm, dtype=dtype).to(device).eval()
+    config = copy.deepcopy(base.config)
+    config.num_labels = 1
+    config.pad_token_id = 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    # a copy, not the same weights: a guided step must read both models' from memory
+    model.base_model.load_state_dict(base.base_model.state_dict())
+    head = model.get_submodule("score").weight
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(head.shape, generator=generator) / head.shape[1] ** 0.5
+    model.get_submodule("score").weight = torch.nn.Parameter(drawn.to(device=device, dtype=dtype))
+    return model.eval()
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in other modules: what one method sets on its modules does not reach the others."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared)
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, batch: int, length: int, seed: int
+) -> list[list[int]]:
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) if tokenizer else set()
+    ordinary = torch.tensor([token for token in range(vocabulary) if token not in special])
+    drawn = torch.randint(len(ordinary), (batch, length), generator=torch.Generator().manual_seed(seed))
+    return ordinary[drawn].tolist()
+
+
+def _method(
+    name: str,
+    lm: PreTrainedModel,
+    rm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    guidance: Guidance,
+    batch: int,
+    length: int,
+    device: torch.device,
+) -> _Method:
+    engine = "transformers"
+    if name in ("ours", "ours_transformers"):
+        decoder = RewardGuidedDecoder.from_pretrained(
+            (_twin(lm), tokenizer),
+            reward=SequenceReward((_twin(rm), tokenizer)),
+            device=device,
+            dtype=lm.dtype,
+            max_batch=batch,
+            max_length=length,
+            engine="auto" if name == "ours" else "transformers",
+        )
+        engine = str(decoder.describe()["lm_engine"])
+
+        def call(prompts: Sequence[Sequence[int]], tokens: int) -> BaselineRun:
+            return _ours(decoder, guidance, prompts, tokens, device)
+
+    elif name == "unguided":
+
+        def call(prompts: Sequence[Sequence[int]], tokens: int) -> BaselineRun:
+            return baselines.unguided(lm, prompts, new_tokens=tokens)
+
+    else:
+        published = {"args_replicated": baselines.args_replicated, "pargs_serial": baselines.pargs_serial}[
+            name
+        ]
+
+        def call(prompts: Sequence[Sequence[int]], tokens: int) -> BaselineRun:
+            return published(lm, rm, prompts, k=guidance.k, beta=guidance.beta, new_tokens=tokens)
+
+    return _Method(name, call, engine, rows=1 if name in ONE_ROW else batch, tokens=0, repeats=0)
+
+
+def _ours(
+    decoder: RewardGuidedDecoder,
+    guidance: Guidance,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    device: torch.device,
+) -> BaselineRun:
+    _synchronize(device)
+    start = time.perf_counter()
+    result = decoder.generate([list(prompt) for prompt in prompts], max_new_tokens=tokens, guidance=guidance)
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    phases = dict(result.stats.phases)
+    phases["host"] = phases.get("host", 0.0) + max(0.0, seconds - sum(phases.values()))
+    resident = dict(result.stats.cache_bytes)
+    return BaselineRun(
+        tokens=[list(row.tokens) for row in result],
+        seconds=seconds,
+        phases=phases,
+        cache_resident_bytes=resident,
+        cache_peak_bytes=resident,
+    )
+
+
+def _reference(entries: Sequence[_Method]) -> _Method | None:
+    by_name = {entry.name: entry for entry in entries}
+    return next((by_name[name] for name in GUIDED if name in by_name), None)
+
+
+def _warm_up(
+    entries: Sequence[_Method],
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+    limit: float,
+    dtype: str,
+    say: Callable[[str], None],
+) -> None:
+    trials = []
+    for entry in entries:
+        say(f"warm-up and comparison of outputs: {entry.name}")
+        tokens = min(new_tokens, _WARM_UP_TOKENS.get(entry.name, _WARM_UP_TOKENS_OTHERS))
+        trials.append(entry.run(prompts, tokens))
+    _compare(entries, [[trial] for trial in trials], dtype)
+    for entry, trial in zip(entries, trials, strict=True):
+        entry.plan(trial, batch, new_tokens, repeats, limit)
+
+
+def _compare(entries: Sequence[_Method], runs: Sequence[Sequence[BaselineRun]], dtype: str) -> None:
+    """Compare every run with the reference's first, note the first difference, and refuse one in float32."""
+    reference = _reference(entries)
+    if reference is None:
+        return
+    truth = runs[[entry.name for entry in entries].index(reference.name)][0]
+    for entry, own in zip(entries, runs, strict=True):
+        if entry.name not in GUIDED:
+            continue
+        entry.compared = sum(min(len(a), len(b)) for a, b in zip(truth.tokens, own[0].tokens, strict=False))
+        entry.difference = next((d for run in own if (d := first_difference(truth, run)) is not None), None)
+        if entry.difference is not None and dtype == "float32":
+            d = entry.difference
+            gap = (
+                "not among the reference's candidates"
+                if d.score_gap is None
+                else f"{d.score_gap:.3g} lower in score"
+            )
+            raise BenchmarkMismatchError(
+                f"{entry.name} differs from {reference.name} in float32 at prompt {d.row}, "
+                f"new token {d.position}: {d.token} instead of {d.reference_token} ({gap}); "
+                "no times are reported"
+            )
+
+
+def _row(entry: _Method, reference: _Method | None, batch: int, new_tokens: int) -> dict[str, Any]:
+    by_time = sorted(entry.runs, key=lambda run: run.seconds)
+    run = by_time[(len(by_time) - 1) // 2]
+    measured_rows, measured_tokens = len(run.tokens), len(run.tokens[0])
+    prefill = run.phases["prefill"]
+    longer, wider = new_tokens / measured_tokens, batch / measured_rows
+    seconds = (prefill + (run.seconds - prefill) * longer) * wider
+    tokens = new_tokens * batch
+    phases = {
+        name: value * wider * (1.0 if name == "prefill" else longer) / tokens * 1e3
+        for name, value in run.phases.items()
+    }
+    comparable = reference is not None and entry.name in GUIDED
+    return {
+        "method": entry.name,
+        "engine": entry.engine,
+        "tokens_per_second": tokens / seconds,
+        "ms_per_token": seconds / tokens * 1e3,
+        "decode_ms_per_token": (seconds - prefill * wider) / tokens * 1e3,
+        "phases": phases,
+        "cache_resident_bytes": run.cache_resident_bytes,
+        "cache_peak_bytes": run.cache_peak_bytes,
+        "tokens": tokens,
+        "seconds": seconds,
+        "seconds_of_every_run": [r.seconds for r in entry.runs],
+        "runs": len(entry.runs),
+        "tokens_measured": measured_tokens,
+        "rows_measured": measured_rows,
+        "extrapolated": measured_rows != batch or measured_tokens != new_tokens,
+        "rows_one_after_another": entry.name in ONE_ROW and batch > 1,
+        "equal_to_reference": entry.difference is None if comparable else None,
+        "tokens_compared": entry.compared if comparable else 0,
+        "first_difference": asdict(entry.difference) if entry.difference else None,
+    }
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that one pass reads: all but an input embedding that is not the output's."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    return sum(p.nbytes for p in model.parameters()) - (0 if tied else embedding.nbytes)
+
+
+def _token_cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values of one token, 2·L·G·D·bytes."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * groups * size * model.dtype.itemsize
+
+
+def _floor(
+    lm: PreTrainedModel,
+    rm: PreTrainedModel,
+    prompt_length: int,
+    new_tokens: int,
+    batch: int,
+    bandwidth_gb_s: float,
+) -> dict[str, float]:
+    """What a token must read when both models' weights and caches are read once a step (B tokens a step)."""
+    weights = (_weight_bytes(lm) + _weight_bytes(rm)) / batch
+    prefix = prompt_length + (new_tokens - 1) / 2
+    caches = prefix * (_token_cache_bytes(lm) + _token_cache_bytes(rm))
+    return {
+        "weight_bytes_per_token": weights,
+        "cache_bytes_per_token": caches,
+        "bandwidth_gb_s": bandwidth_gb_s,
+        "floor_ms_per_token": (weights + caches) / bandwidth_gb_s / 1e6,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit this package runs from, "+" appended where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        head = git("rev-parse", "--short=12", "HEAD")
+        root = git("rev-parse", "--show-toplevel")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", f"{root}/rgtg_fast", f"{root}/csrc"
+        )
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
