@@ -45,7 +45,25 @@ _HOMES = {
     "TextReward": "rewards.text",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = [
+    "Candidate",
+    "ContrastiveReward",
+    "FunctionReward",
+    "GeneratedRow",
+    "GenerationResult",
+    "Guidance",
+    "Piece",
+    "Prefix",
+    "RGTGError",
+    "Reward",
+    "RewardGuidedDecoder",
+    "RewardNaNError",
+    "SequenceReward",
+    "Stats",
+    "Step",
+    "TextReward",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,15 +42,21 @@ class Guidance:
         if isinstance(self.k, bool) or not isinstance(self.k, int):
             raise RGTGError(f"k={self.k!r} is not a whole number: use k >= 1")
         if self.k < 1:
-            raise RGTGError(f"k={self.k} is below 1: use k >= 1 (k=1 with temperature=0 is the base model's greedy)")
+            raise RGTGError(
+                f"k={self.k} is below 1: use k >= 1 (k=1 with temperature=0 is the base model's greedy)"
+            )
         object.__setattr__(self, "beta", _number("beta", self.beta))
         object.__setattr__(self, "temperature", _number("temperature", self.temperature))
         if not math.isfinite(self.beta):
             raise RGTGError(f"beta={self.beta} is not finite: use a number such as 1.0 (0 is the base model)")
         if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise RGTGError(f"temperature={self.temperature} is not a number >= 0: use 0 for greedy, 1 to sample")
+            raise RGTGError(
+                f"temperature={self.temperature} is not a number >= 0: use 0 for greedy, 1 to sample"
+            )
         if self.support not in SUPPORTS:
-            raise RGTGError(f"support={self.support!r} is unknown: use one of {', '.join(map(repr, SUPPORTS))}")
+            raise RGTGError(
+                f"support={self.support!r} is unknown: use one of {', '.join(map(repr, SUPPORTS))}"
+            )
 
 
 def _number(name: str, value: object) -> float:

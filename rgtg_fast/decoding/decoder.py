@@ -192,7 +192,9 @@ class RewardGuidedDecoder:
         """
         run = self._plan(prompt, max_new_tokens, guidance, seed, stop, trace)
         if len(run.rows) != 1:
-            raise RGTGError(f"stream takes one prompt and got {len(run.rows)}: use generate or iterate for several")
+            raise RGTGError(
+                f"stream takes one prompt and got {len(run.rows)}: use generate or iterate for several"
+            )
         run.live_text = True
         return self._pieces(run)
 
@@ -354,7 +356,9 @@ class RewardGuidedDecoder:
     def _retire(self, run: _Run, batch: Batch) -> None:
         """Finished rows leave their slots, which the last rows take."""
         if run.number != self._runs:
-            raise RGTGError("this decoder was called again before the run was through: finish or drop an iterator first")
+            raise RGTGError(
+                "this decoder was called again before the run was through: finish or drop an iterator first"
+            )
         finished = [slot for slot, row in enumerate(batch.rows) if row.finish_reason is not None]
         for slot in reversed(finished):
             source = batch.remove(slot)
@@ -405,13 +409,17 @@ class RewardGuidedDecoder:
     ) -> _Run:
         """Checks everything that can be checked before the first forward."""
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise RGTGError(f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1: use for example 128")
+            raise RGTGError(
+                f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1: use for example 128"
+            )
         given = as_prompts(prompts)
         settings = [guidance] * len(given) if isinstance(guidance, Guidance) else list(guidance)
         seeds = [seed] * len(given) if isinstance(seed, int) else list(seed)
         for name, values in (("guidance", settings), ("seed", seeds)):
             if len(values) != len(given):
-                raise RGTGError(f"{len(values)} values of {name} for {len(given)} prompts: pass one, or one per prompt")
+                raise RGTGError(
+                    f"{len(values)} values of {name} for {len(given)} prompts: pass one, or one per prompt"
+                )
         rows = []
         for prompt, setting, number in zip(given, settings, seeds, strict=True):
             self._check_guidance(setting)
@@ -423,7 +431,9 @@ class RewardGuidedDecoder:
             rows.append(row)
         stops = as_stops(stop)
         if stops and self.tokenizer is None:
-            raise RGTGError("stop strings need text and the model came without a tokenizer: pass (model, tokenizer)")
+            raise RGTGError(
+                "stop strings need text and the model came without a tokenizer: pass (model, tokenizer)"
+            )
         self._runs += 1
         return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs)
 
@@ -457,7 +467,7 @@ class RewardGuidedDecoder:
         for role, length, most in limits:
             if length + new_tokens > most:
                 raise RGTGError(
-                    f"prompt {row.prompt.index} has {length} tokens for the {role} and {new_tokens} new ones exceed its "
+                    f"prompt {row.prompt.index} has {length} tokens for the {role}; {new_tokens} new ones exceed its "
                     f"{most}: shorten the prompt or use max_new_tokens <= {max(most - length, 0)}"
                 )
 
@@ -500,7 +510,9 @@ class RewardGuidedDecoder:
             raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
-    def _check_rewards(self, run: _Run, batch: Batch, candidates: torch.Tensor, rewards: torch.Tensor) -> None:
+    def _check_rewards(
+        self, run: _Run, batch: Batch, candidates: torch.Tensor, rewards: torch.Tensor
+    ) -> None:
         bad = ~(rewards < torch.inf)  # NaN, or an infinity that would drown every other candidate
         if not bad.any():
             return
@@ -534,7 +546,12 @@ class RewardGuidedDecoder:
         sampled = (score / temperature.clamp_min(torch.finfo(score.dtype).tiny)).softmax(-1)
         probability = torch.where(temperature == 0, greedy, sampled)
         base, _ = resample(
-            logprobs, torch.zeros_like(rewards), batch.beta * 0, batch.temperature, batch.seed, batch.position - 1
+            logprobs,
+            torch.zeros_like(rewards),
+            batch.beta * 0,
+            batch.temperature,
+            batch.seed,
+            batch.position - 1,
         )
         for slot, row in enumerate(batch.rows):
             width = min(row.guidance.k, logprobs.shape[-1])
@@ -557,7 +574,14 @@ class RewardGuidedDecoder:
             token = int(candidates[slot, chosen])
             base_token = int(candidates[slot, int(base[slot])])
             row.trace.append(
-                Step(len(row.answer), token, self.lm.token_text(token), float(entropy[slot]), base_token, listed)
+                Step(
+                    len(row.answer),
+                    token,
+                    self.lm.token_text(token),
+                    float(entropy[slot]),
+                    base_token,
+                    listed,
+                )
             )
 
     def _count(self, run: _Run) -> None:

@@ -37,7 +37,9 @@ def check_fits(bytes_per_row: int, rows: int, length: int, free: int | None) -> 
     if free is None or needed <= free:
         return
     fit = free // bytes_per_row
-    way_out = f"max_batch={fit} would fit" if fit else "not even one row fits: use fewer tokens or a smaller dtype"
+    way_out = (
+        f"max_batch={fit} would fit" if fit else "not even one row fits: use fewer tokens or a smaller dtype"
+    )
     raise RGTGError(
         f"the KV caches of {rows} rows of {length} tokens need {needed / 2**30:.2f} GiB and "
         f"{free / 2**30:.2f} GiB are free: {way_out}"

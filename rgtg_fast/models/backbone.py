@@ -124,7 +124,9 @@ class Backbone:
         )
         self.cache = PrefixCache(*self.geometry, self.dtype, self.device)
         self.counter = Counter()
-        self._lengths: list[int] = []  # the host's copy of cache.lengths, so that nothing waits for the device
+        self._lengths: list[
+            int
+        ] = []  # the host's copy of cache.lengths, so that nothing waits for the device
 
     @property
     def name(self) -> str:

@@ -66,7 +66,9 @@ class PrefixCache(Cache):
     def begin_prefill(self, slot: int, start: int, new_tokens: int) -> None:
         """The next forward appends `new_tokens` causal tokens to one slot, whose prefix holds `start`."""
         if start + new_tokens > self.max_length:
-            raise RGTGError(f"{start + new_tokens} tokens exceed the cache ({self.max_length}): raise max_length")
+            raise RGTGError(
+                f"{start + new_tokens} tokens exceed the cache ({self.max_length}): raise max_length"
+            )
         window = slice(start, start + new_tokens)
         self._first, self._rows, self._causal, self._ancestors = slot, 1, True, None
         self._empty_prefix = start == 0
@@ -104,12 +106,12 @@ class PrefixCache(Cache):
         self.lengths[self._first] += new_tokens
 
     def commit(self, choice: torch.Tensor) -> None:
-        """Moves new token `choice[b]` of each row to the end of its prefix, in every layer; -1 leaves a row as it is."""
+        """Moves new token `choice[b]` of each row to its prefix's end, in every layer; -1 leaves a row as it is."""
         keys, values, lengths = self.active
         commit(self.k_new, self.v_new, keys, values, lengths, choice)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies one slot's prefix of `length` tokens over another's (a finished row's place is taken by the last row)."""
+        """Copies one slot's prefix of `length` tokens over another's: the last row takes a finished row's place."""
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
         self.lengths[target] = self.lengths[source]
@@ -135,7 +137,15 @@ class PrefixCache(Cache):
             )
         keys, values, lengths = self.active
         return tree_attention(
-            query, key, value, keys[layer], values[layer], lengths, self._ancestors, scale, causal=self._causal
+            query,
+            key,
+            value,
+            keys[layer],
+            values[layer],
+            lengths,
+            self._ancestors,
+            scale,
+            causal=self._causal,
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

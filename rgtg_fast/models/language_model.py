@@ -34,7 +34,7 @@ class LanguageModel:
             ids = self.tokenizer.eos_token_id
         if ids is None:
             return frozenset()
-        return frozenset(ids) if isinstance(ids, list) else frozenset([int(ids)])
+        return frozenset(map(int, ids if isinstance(ids, list) else [ids]))
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of answer tokens, special tokens left out; without a tokenizer, the ids."""

@@ -29,7 +29,19 @@ DTYPES = {
     "float64": torch.float64,
 }
 TESTED = "Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2"
-_RECURRENT = ("mamba", "rwkv", "recurrent", "jamba", "zamba", "bamba", "hawk", "xlstm", "lfm", "minimax", "falcon_h1")
+_RECURRENT = (
+    "mamba",
+    "rwkv",
+    "recurrent",
+    "jamba",
+    "zamba",
+    "bamba",
+    "hawk",
+    "xlstm",
+    "lfm",
+    "minimax",
+    "falcon_h1",
+)
 
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 
@@ -43,7 +55,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise RGTGError(f"device={device!r} is unknown to torch: use 'cpu' or 'cuda'") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise RGTGError(f"device={str(device)!r} was asked for and torch sees no CUDA device: use device='cpu'")
+        raise RGTGError(
+            f"device={str(device)!r} was asked for and torch sees no CUDA device: use device='cpu'"
+        )
     return resolved
 
 
@@ -75,7 +89,7 @@ def refusal(model: PreTrainedModel, length: int | None) -> str | None:
     window = _window(config, kinds)
     if window is not None and (length is None or length > window):
         reach = "its whole context" if length is None else f"{length} tokens"
-        return f"it attends a sliding window of {window} tokens and the cache is for {reach} (max_length={window} works)"
+        return f"it attends a sliding window of {window} tokens, the cache is for {reach} (max_length={window} works)"
     if not model._supports_attention_backend:
         return "its attention cannot be replaced"
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -142,9 +156,11 @@ def load_sequence_classifier(
 
 def language_backbone(model: PreTrainedModel, engine: str, max_length: int | None) -> Backbone:
     """The base model as a Backbone, refused by name where it cannot work."""
-    head = model.get_output_embeddings()
+    head: object = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise RGTGError(f"{_title(model)} has no linear vocabulary head: use a causal language model ({TESTED})")
+        raise RGTGError(
+            f"{_title(model)} has no linear vocabulary head: use a causal language model ({TESTED})"
+        )
     return _backbone(model, head, engine, max_length, "language model")
 
 
@@ -159,7 +175,9 @@ def reward_backbone(model: PreTrainedModel, engine: str, max_length: int | None)
     return _backbone(model, head, engine, max_length, "reward model")
 
 
-def _backbone(model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str) -> Backbone:
+def _backbone(
+    model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str
+) -> Backbone:
     reason = refusal(model, max_length)
     if reason is not None:
         raise RGTGError(f"{_title(model)} cannot serve as {role}: {reason}; tested families: {TESTED}")
@@ -174,7 +192,9 @@ def _title(model: PreTrainedModel) -> str:
 
 def _one_label(config: Any, name: object) -> None:
     if config.num_labels != 1:
-        raise RGTGError(f"{name} has {config.num_labels} labels and a reward model needs 1: pick a model with num_labels=1")
+        raise RGTGError(
+            f"{name} has {config.num_labels} labels and a reward model needs 1: use a model with num_labels=1"
+        )
 
 
 def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -182,7 +202,9 @@ def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
         return model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
     except torch.OutOfMemoryError as error:
         size = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 2**30
-        raise RGTGError(f"{_title(model)} needs {size:.1f} GiB as {dtype} and {device} has less free: use a smaller dtype") from error
+        raise RGTGError(
+            f"{_title(model)} needs {size:.1f} GiB as {dtype} and {device} has less free: use a smaller dtype"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -48,10 +48,7 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 def _linears(layer: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a decoder layer by name."""
     parts: Any = layer
-    return {
-        name: getattr(parts.self_attn if name[0] in "qkvo" else parts.mlp, name)
-        for name in MATRICES
-    }
+    return {name: getattr(parts.self_attn if name[0] in "qkvo" else parts.mlp, name) for name in MATRICES}
 
 
 class NativeLayers:
@@ -72,7 +69,9 @@ class NativeLayers:
     def __init__(self, model: nn.Module):
         reason = self.supported(model)
         if reason is not None:
-            raise RGTGError(f"{type(model).__name__} cannot run natively: {reason}; use engine='transformers'")
+            raise RGTGError(
+                f"{type(model).__name__} cannot run natively: {reason}; use engine='transformers'"
+            )
         decoder: Any = model
         config = decoder.config
         family = FAMILIES[type(model).__name__]
@@ -155,7 +154,10 @@ class NativeLayers:
         rope = decoder.rotary_emb.rope_type
         if rope not in ROPE_TYPES:
             return f"rope type {rope!r} depends on the longest row of the batch"
-        if decoder.rotary_emb.inv_freq.device.type != "cpu" or decoder.embed_tokens.weight.device.type != "cpu":
+        if (
+            decoder.rotary_emb.inv_freq.device.type != "cpu"
+            or decoder.embed_tokens.weight.device.type != "cpu"
+        ):
             return f"its weights are on {decoder.embed_tokens.weight.device}, not on the CPU"
         dtype = decoder.embed_tokens.weight.dtype
         if dtype not in (torch.float32, torch.bfloat16):
@@ -182,13 +184,23 @@ class NativeLayers:
 
     def _check(self, cache: torch.Tensor, name: str, rows: int, tokens: int | None) -> list[int]:
         """Address and strides of keys or values [L, B, G, T, D], after checking that they fit this model."""
-        expected = (self.layers, rows, self.kv_heads, cache.shape[3] if tokens is None else tokens, self.head_dim)
+        expected = (
+            self.layers,
+            rows,
+            self.kv_heads,
+            cache.shape[3] if tokens is None else tokens,
+            self.head_dim,
+        )
         if tuple(cache.shape) != expected:
-            raise RGTGError(f"{name} is {tuple(cache.shape)}, not {expected}: [layers, rows, kv heads, tokens, D]")
+            raise RGTGError(
+                f"{name} is {tuple(cache.shape)}, not {expected}: [layers, rows, kv heads, tokens, D]"
+            )
         if cache.dtype != self.dtype or cache.device.type != "cpu":
             raise RGTGError(f"{name} is {cache.dtype} on {cache.device}, not {self.dtype} on the CPU")
         if cache.stride(4) != 1 and self.head_dim > 1:
-            raise RGTGError(f"the last dimension of {name} has stride {cache.stride(4)}: it must be contiguous")
+            raise RGTGError(
+                f"the last dimension of {name} has stride {cache.stride(4)}: it must be contiguous"
+            )
         return [cache.data_ptr(), *cache.stride()[:4]]
 
     def forward(
@@ -233,7 +245,9 @@ class NativeLayers:
         if lengths.shape != (rows,) or lengths.dtype != torch.int64:
             raise RGTGError(f"lengths are {tuple(lengths.shape)} {lengths.dtype}, not {(rows,)} int64")
         if ancestors is not None and (ancestors.shape != (rows, tokens) or ancestors.dtype != torch.int64):
-            raise RGTGError(f"ancestors are {tuple(ancestors.shape)} {ancestors.dtype}, not {(rows, tokens)} int64")
+            raise RGTGError(
+                f"ancestors are {tuple(ancestors.shape)} {ancestors.dtype}, not {(rows, tokens)} int64"
+            )
         if ancestors is not None and tokens > 64:
             raise RGTGError(f"S={tokens} exceeds 64, the tokens that an ancestor mask can name")
         x = functional.embedding(input_ids, self.embedding.detach())
@@ -263,7 +277,9 @@ class NativeLayers:
         )
         return x
 
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """hidden [B, E] times the head's weight [V, E], in float32.
 
         Args:

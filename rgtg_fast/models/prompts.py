@@ -41,7 +41,9 @@ class Prompt:
         if messages is None and not isinstance(self.given, str):
             return [int(token) for token in self.given]  # pyright: ignore[reportArgumentType]
         if tokenizer is None:
-            raise RGTGError(f"prompt {self.index} is text and the model came without a tokenizer: pass token ids")
+            raise RGTGError(
+                f"prompt {self.index} is text and the model came without a tokenizer: pass token ids"
+            )
         if messages is None:
             return tokenizer(self.given)["input_ids"]  # pyright: ignore[reportArgumentType, reportReturnType]
         if tokenizer.chat_template is None and template is None:
@@ -69,7 +71,7 @@ def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
             raise RGTGError(f"prompt {index} is empty: pass at least one token")
         if not _is_one(prompt):  # pyright: ignore[reportArgumentType]
             raise RGTGError(
-                f"prompt {index} is {type(prompt).__name__}: pass a string, a list of chat messages or a list of token ids"
+                f"prompt {index} is {type(prompt).__name__}: pass a string, a list of chat messages or of token ids"
             )
     return [Prompt(prompt, index) for index, prompt in enumerate(many)]  # pyright: ignore[reportArgumentType]
 

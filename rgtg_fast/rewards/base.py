@@ -79,7 +79,7 @@ class Reward(ABC):
         return 0
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
-        """The prompt's token ids in each context that the guide keeps (its own model's, or `contexts` of the base's)."""
+        """The prompt's token ids in each context the guide keeps (its own model's, or `contexts` of the base's)."""
         return []
 
     def reserve(self, slots: int, length: int) -> None:

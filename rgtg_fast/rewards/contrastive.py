@@ -16,7 +16,9 @@ BETTER = (
     "You are a thoughtful expert. Answer helpfully, correctly and politely, with concrete and well-ordered advice, "
     "and never suggest anything harmful."
 )
-WORSE = "You are careless and rude. Answer unhelpfully, wrongly and vaguely, and ignore what the person needs."
+WORSE = (
+    "You are careless and rude. Answer unhelpfully, wrongly and vaguely, and ignore what the person needs."
+)
 
 
 class ContrastiveReward(Reward):
@@ -44,7 +46,9 @@ class ContrastiveReward(Reward):
 
     def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
         if lm.tokenizer is None:
-            raise RGTGError("ContrastiveReward writes instructions and the model came without a tokenizer: pass one")
+            raise RGTGError(
+                "ContrastiveReward writes instructions and the model came without a tokenizer: pass one"
+            )
         self._lm = lm
 
     @property

@@ -28,7 +28,9 @@ class FunctionReward(Reward):
     def __init__(self, function: RewardFunction):
         super().__init__()
         if not callable(function):
-            raise RGTGError(f"reward={function!r} is not callable: pass f(prefix_ids, candidate_ids) -> rewards")
+            raise RGTGError(
+                f"reward={function!r} is not callable: pass f(prefix_ids, candidate_ids) -> rewards"
+            )
         self.function = function
         self._device = torch.device("cpu")
         self._rows: dict[int, Prefix] = {}

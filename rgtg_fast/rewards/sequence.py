@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,8 @@ class SequenceReward(Reward):
         check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, model.config._name_or_path)
         self.backbone = reward_backbone(model, engine, max_length)
         self._tokenizer, self._lm = tokenizer, lm
-        embeddings = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
+        weight: Any = model.get_input_embeddings().weight
+        embeddings = int(weight.shape[0])
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)
         if embeddings < used:
             raise RGTGError(
@@ -59,7 +61,9 @@ class SequenceReward(Reward):
     @property
     def _bound(self) -> Backbone:
         if self.backbone is None:
-            raise RGTGError("this SequenceReward belongs to no decoder yet: pass it to RewardGuidedDecoder.from_pretrained")
+            raise RGTGError(
+                "this SequenceReward belongs to no decoder yet: pass it to RewardGuidedDecoder.from_pretrained"
+            )
         return self.backbone
 
     @property
@@ -131,4 +135,6 @@ def check_same_tokenizer(
                 f"{token!r} has id {theirs.get(token)} in the second; {way_out}"
             )
     if lm(_PROBE, add_special_tokens=False)["input_ids"] != rm(_PROBE, add_special_tokens=False)["input_ids"]:
-        raise RGTGError(f"the tokenizers of {lm_name} and {rm_name} split the same text differently; {way_out}")
+        raise RGTGError(
+            f"the tokenizers of {lm_name} and {rm_name} split the same text differently; {way_out}"
+        )

@@ -99,7 +99,9 @@ class TextReward(Reward):
         device = self._lm.backbone.device
         if self._function is not None:
             self.counter.calls += 1
-            values = torch.as_tensor(self._function([self._prompt_text(row) for row in rows], answers), device=device)
+            values = torch.as_tensor(
+                self._function([self._prompt_text(row) for row in rows], answers), device=device
+            )
             if values.shape != (len(answers),):
                 raise RGTGError(
                     f"{self.name} returned shape {tuple(values.shape)} for {len(answers)} texts: return one reward each"
@@ -117,7 +119,8 @@ class TextReward(Reward):
         return rewards
 
     def _forward(self, rows: list[Prefix], answers: list[str]) -> torch.Tensor:
-        assert self._model is not None and self._tokenizer is not None
+        assert self._model is not None
+        assert self._tokenizer is not None
         texts, pairs = self._texts(rows, answers)
         batch = self._tokenizer(
             texts,
@@ -135,7 +138,11 @@ class TextReward(Reward):
     def _texts(self, rows: list[Prefix], answers: list[str]) -> tuple[list[str], list[str] | None]:
         """Texts, and second texts where they go to the tokenizer as pairs."""
         assert self._tokenizer is not None
-        if self.template is None and self._tokenizer.chat_template is not None and rows[0].prompt.messages is not None:
+        if (
+            self.template is None
+            and self._tokenizer.chat_template is not None
+            and rows[0].prompt.messages is not None
+        ):
             chats = [
                 [*(row.prompt.messages or []), {"role": "assistant", "content": answer}]
                 for row, answer in zip(rows, answers, strict=True)
@@ -159,5 +166,3 @@ class TextReward(Reward):
         if isinstance(prefix.prompt.given, str):
             return prefix.prompt.given
         return self._lm.text(prefix.prompt_ids)
-
-
