@@ -1,0 +1,109 @@
+"""Tiny models and tokenizers that the tests of several rooms share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}> {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<system>", *(f"w{i}" for i in range(58))]
+
+
+def tiny_config(vocab_size: int = 64, **settings: object) -> LlamaConfig:
+    """A Llama small enough for a millisecond a forward; token 1 ends a text."""
+    return LlamaConfig(
+        **{
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "initializer_range": 0.4,  # wide, so that distributions are not flat
+            **settings,
+        }
+    )
+
+
+def make_lm(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(**settings)).to(dtype).eval()
+
+
+def make_rm(seed: int = 1, dtype: torch.dtype = torch.float32, **settings: object) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = tiny_config(**{"num_labels": 1, **settings})
+    return AutoModelForSequenceClassification.from_config(config).to(dtype).eval()
+
+
+def make_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE, words: list[str] = WORDS
+) -> PreTrainedTokenizerFast:
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.fixture
+def lm() -> torch.nn.Module:
+    return make_lm()
+
+
+@pytest.fixture
+def rm() -> torch.nn.Module:
+    return make_rm()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory from torch.empty is NaN, so that a test notices a read of what nothing wrote."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, converted into the cache at the first use."""
+    from rgtg_fast.app.embedded import default_model
+    from rgtg_fast.errors import RGTGError
+
+    try:
+        return Path(default_model())
+    except RGTGError as error:
+        pytest.skip(f"SmolLM2-135M-Instruct is not installed: {error}")
