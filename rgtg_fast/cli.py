@@ -176,9 +176,9 @@ def _root(
     ] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
+        from rgtg_fast import __version__
 
-        print_line(f"rgtg-fast {installed('rgtg-fast')}")
+        print_line(f"rgtg-fast {__version__}")
         raise typer.Exit
 
 
@@ -374,7 +374,7 @@ def explain(
             trace=True,
         )
     row = result[0]
-    steps = row.trace or []
+    steps, decode = row.trace or [], decoder.tokenizer.decode
     settings = {
         "k": guidance.k,
         "beta": guidance.beta,
@@ -389,7 +389,7 @@ def explain(
             **{name: str(value) for name, value in settings.items()},
         }
         try:
-            html.write_text(explanation.page(text, steps, facts), encoding="utf-8")
+            html.write_text(explanation.page(text, steps, decode, facts), encoding="utf-8")
         except OSError as error:
             raise RGTGError(f"cannot write {html}: {error.strerror or error}") from error
     if json:
@@ -400,7 +400,7 @@ def explain(
     console = Console()
     console.print(explanation.table(steps, show))
     console.print()
-    console.print(explanation.marked_answer(steps))
+    console.print(explanation.marked_answer(steps, decode))
     if html is not None:
         note(f"written: {html}")
 

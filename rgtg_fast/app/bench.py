@@ -35,25 +35,34 @@ def run(options: dict[str, Any], json: bool) -> None:
 
 def _show(result: dict[str, Any], console: Console) -> None:
     rows = result["methods"]
-    phases = [name for name in rows[0]["phases"] if any(row["phases"].get(name) for row in rows)]
     table = Table(header_style="bold")
-    table.add_column("method")
-    for name in ("tokens/s", "ms/token", *phases, "cache between steps", "cache at most", "same tokens"):
+    table.add_column("method", no_wrap=True)
+    for name in ("tokens/s", "ms/token", "cache kept", "cache at most", "same tokens"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["method"],
             f"{row['tokens_per_second']:.1f}",
             f"{row['ms_per_token']:.1f}",
-            *(f"{row['phases'].get(name, 0.0):.1f}" for name in phases),
             _mib(row["cache_resident_bytes"]),
             _mib(row["cache_peak_bytes"]),
             {True: "yes", False: "no", None: "–"}[row["equal_to_reference"]],
         )
     console.print(table)
+    phases = Table(header_style="bold", title="ms per token by phase", title_justify="left")
+    phases.add_column("phase", no_wrap=True)
+    for row in rows:
+        phases.add_column(row["method"], justify="right")
+    for phase in dict.fromkeys(name for row in rows for name in row["phases"]):
+        phases.add_row(phase, *(_milliseconds(row["phases"].get(phase)) for row in rows))
+    console.print(phases)
     extended = [row["method"] for row in rows if row["extrapolated"]]
     if extended:
         console.print(f"measured on part of the job and extended: {', '.join(extended)}", style="dim")
+
+
+def _milliseconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _mib(count: int | dict[str, int]) -> str:

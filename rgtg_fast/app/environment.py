@@ -7,10 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rgtg_fast import __version__
 from rgtg_fast.app import embedded
 
 PACKAGES = (
-    "rgtg-fast",
     "torch",
     "transformers",
     "tokenizers",
@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     return {
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"rgtg-fast": __version__, **{name: _version(name) for name in PACKAGES}},
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": platform.platform(),
         "cpu": _cpu_name(),

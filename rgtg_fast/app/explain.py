@@ -1,6 +1,7 @@
 """Shows why every token was chosen: a coloured table for the terminal and a self-contained HTML page."""
 
 import math
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rgtg_fast.decoding.results import Step
+    from rgtg_fast.decoding.results import Candidate, Step
 
 BAR_WIDTH = 12
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -57,11 +58,22 @@ def bar(share: float, width: int = BAR_WIDTH) -> str:
     return "█" * full + (EIGHTHS[rest] if rest else "")
 
 
-def marked_answer(steps: "list[Step]") -> Text:
+def pieces(steps: "list[Step]", decode: Callable[[list[int]], str]) -> list[str]:
+    """What each token adds to the answer's text; a token that only begins a character adds nothing yet."""
+    texts, shown = [], 0
+    for count in range(1, len(steps) + 1):
+        text = decode([step.token for step in steps[:count]])
+        end = len(text) if count == len(steps) else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        texts.append(text[shown:end])
+        shown = max(shown, end)
+    return texts
+
+
+def marked_answer(steps: "list[Step]", decode: Callable[[list[int]], str]) -> Text:
     """The answer with the tokens that the guide changed set off."""
     text = Text()
-    for step in steps:
-        text.append(step.text, style="bold black on yellow" if changed(step) else "")
+    for step, piece in zip(steps, pieces(steps, decode), strict=True):
+        text.append(piece, style="bold black on yellow" if changed(step) else "")
     return text
 
 
@@ -109,7 +121,7 @@ def table(steps: "list[Step]", show: int | None = None) -> RenderableType:
     return Group(grid, legend)
 
 
-def _shown(step: "Step", show: int | None) -> list[Any]:
+def _shown(step: "Step", show: int | None) -> "list[Candidate]":
     candidates = sorted(step.candidates, key=lambda c: -c.probability)
     if show is None or show >= len(candidates):
         return candidates
@@ -147,7 +159,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def page(prompt: str, steps: "list[Step]", facts: dict[str, str]) -> str:
+def page(prompt: str, steps: "list[Step]", decode: Callable[[list[int]], str], facts: dict[str, str]) -> str:
     """A self-contained HTML page: the answer with its changed tokens, and every step's candidates.
 
     The page loads nothing from anywhere, runs no script, follows the reader's light or dark setting and
@@ -156,11 +168,12 @@ def page(prompt: str, steps: "list[Step]", facts: dict[str, str]) -> str:
     Args:
         prompt: the prompt as text.
         steps: the trace of the answer.
+        decode: token ids to text.
         facts: what to show under the title, for instance models and guidance; name to value.
     """
     style = files("rgtg_fast.app").joinpath("explain.css").read_text(encoding="utf-8")
     count = sum(map(changed, steps))
-    answer = "".join(_link(n, step) for n, step in enumerate(steps))
+    answer = "".join(map(_link, range(len(steps)), steps, pieces(steps, decode)))
     facts_line = " · ".join(f"{escape(name)} {escape(value)}" for name, value in facts.items())
     sections = "\n".join(_section(n, step) for n, step in enumerate(steps))
     return f"""<!doctype html>
@@ -179,9 +192,9 @@ def page(prompt: str, steps: "list[Step]", facts: dict[str, str]) -> str:
 <div class="box">{escape(prompt)}</div>
 <h2>Answer</h2>
 <div class="box answer">{answer}</div>
-<p class="key"><span class="tag">changed</span> The guide changed {count} of {len(steps)} tokens: with the same
-noise the base model alone would have taken the candidate with the dotted underline. Click on a token to see its
-candidates.</p>
+<p class="key"><span class="tag">changed</span> The guide changed {count} of {len(steps)} tokens:
+with the same noise the base model alone would have taken the candidate with the dotted underline.
+Click on a token to see its candidates.</p>
 <h2>Candidates</h2>
 <div class="steps">
 {sections}
@@ -191,9 +204,9 @@ candidates.</p>
 """
 
 
-def _link(n: int, step: "Step") -> str:
+def _link(n: int, step: "Step", text: str) -> str:
     mark = ' class="changed"' if changed(step) else ""
-    return f'<a href="#t{n}"{mark} title="{escape(_summary(step))}">{escape(step.text)}</a>'
+    return f'<a href="#t{n}"{mark} title="{escape(_summary(step))}">{escape(text)}</a>'
 
 
 def _summary(step: "Step") -> str:

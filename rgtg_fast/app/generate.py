@@ -125,9 +125,12 @@ def _possible(decoder: "RewardGuidedDecoder", jobs: list[Job], run: dict[str, An
     fitting = []
     for job in jobs:
         try:
-            decoder.check(as_chat(job.prompt, decoder, run["chat"]), run["max_new_tokens"], job.guidance)
+            # A call checks its arguments at once and decodes only when its rows are asked for.
+            decoder.iterate(
+                as_chat(job.prompt, decoder, run["chat"]), run["max_new_tokens"], job.guidance, job.seed
+            )
         except RGTGError as error:
-            complain(f"line {job.line}: {error}")
+            complain(f"line {job.line}: {str(error).replace('prompt 0 ', 'the prompt ', 1)}")
         else:
             fitting.append(job)
     return fitting, len(jobs) - len(fitting)

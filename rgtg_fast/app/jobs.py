@@ -242,7 +242,8 @@ class AnswerFile:
                 if name != "line" and row.get(name) != value:
                     raise RGTGError(
                         f"{self.path}: the row of line {job.line} was made with "
-                        f"{name}={_short(row.get(name))} and this run has {_short(value)}: name another --output or pass --overwrite"
+                        f"{name}={_short(row.get(name))} and this run has {_short(value)}: "
+                        "name another --output or pass --overwrite"
                     )
         return [job for job in jobs if job.key not in self.done]
 
