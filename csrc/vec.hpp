@@ -144,6 +144,35 @@ inline Vec pow2(Vec a) {
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+// x[i][j] and x[j][i] change places.
+inline void transpose(Vec (&x)[kWidth]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  __m512 u[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    for (int h = 0; h < 2; ++h) {
+      __m512d a = _mm512_castps_pd(t[i + h]), b = _mm512_castps_pd(t[i + 2 + h]);
+      u[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      u[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  // u[4 * i + c] holds, in its 128-bit lane l, column 4 * l + c of rows 4 * i to 4 * i + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    __m512 a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+    __m512 d = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88), e = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    x[c].v = _mm512_shuffle_f32x4(a, d, 0x88);
+    x[8 + c].v = _mm512_shuffle_f32x4(a, d, 0xdd);
+    x[4 + c].v = _mm512_shuffle_f32x4(b, e, 0x88);
+    x[12 + c].v = _mm512_shuffle_f32x4(b, e, 0xdd);
+  }
+}
+
 #elif defined(__AVX2__)
 
 constexpr int kWidth = 8;
@@ -223,6 +252,25 @@ inline float largest(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+// x[i][j] and x[j][i] change places.
+inline void transpose(Vec (&x)[kWidth]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int h = 0; h < 2; ++h) {
+      u[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      u[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    x[c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+    x[4 + c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
+  }
+}
+
 #else
 
 constexpr int kWidth = 4;
@@ -291,6 +339,12 @@ inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float largest(Vec a) {
   float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
   return x > y ? x : y;
+}
+
+// x[i][j] and x[j][i] change places.
+inline void transpose(Vec (&x)[kWidth]) {
+  Vec t[4] = {x[0], x[1], x[2], x[3]};
+  for (int i = 0; i < 4; ++i) x[i].v = Float4{t[0].v[i], t[1].v[i], t[2].v[i], t[3].v[i]};
 }
 
 #endif

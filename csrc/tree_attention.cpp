@@ -1,0 +1,441 @@
+// Attention of new tokens to a shared prefix and to each other. A work item is one row of the batch, one key-value
+// head, up to kRows query rows (new tokens x heads of the group) and kSplit slots of the prefix. It walks over blocks
+// of kBlock keys that stay in the first-level cache while all its query rows use them; the softmax is kept online.
+// Items of one query row are merged, in the order of their slots, by the thread that finishes the last of them.
+#include "tree_attention.hpp"
+
+#include "vec.hpp"
+
+namespace rgtg {
+namespace RGTG_ISA {
+namespace {
+
+using attention::kBlock;
+using attention::kRows;
+using attention::kSplit;
+using attention::padded;
+
+// A tile of scores in registers: kTile query rows by kVecs vectors of keys; the same for sums of values.
+constexpr int kTile = 6;
+#if defined(__AVX512F__)
+constexpr int kVecs = 4;
+#else
+constexpr int kVecs = 2;
+#endif
+constexpr int kTileKeys = kVecs * kWidth;
+constexpr float kInf = __builtin_inff();
+
+// Memory of one thread.
+struct Scratch {
+  float* q;       // [kRows][padded(D)], or pairs of Bf16 in the place of a float
+  float* sums;    // [kRows][padded(D)]
+  float* keys;    // [kBlock / kTileKeys][D][kTileKeys]
+  float* values;  // [kBlock][padded(D)]
+  float* scores;  // [kRows][kBlock]
+  float* peak;    // [kRows]
+  float* total;   // [kRows]
+  float* factor;  // [kRows]
+};
+
+// What the queries and keys of type T are multiplied as. Default: as floats.
+template <class T>
+struct Product {
+  using Unit = T;
+  static int64_t units(int64_t D) { return D; }
+  static Vec load_units(const T* p, int n) { return n >= kWidth ? load(p) : load_n(p, n); }
+  static Vec unit(const float* q) { return set1(*q); }
+  static Vec add(Vec q, Vec k, Vec acc) { return fma(q, k, acc); }
+};
+
+#if defined(__AVX512BF16__)
+// Two neighbouring numbers at once; a pair travels through registers as one float.
+struct Pair {
+  Bf16 x[2];
+};
+struct PairProduct {
+  using Unit = Pair;
+  static int64_t units(int64_t D) { return D / 2; }
+  static Vec load_units(const Pair* p, int n) {
+    const float* bits = reinterpret_cast<const float*>(p);
+    return n >= kWidth ? load(bits) : load_n(bits, n);
+  }
+  static Vec unit(const float* q) { return set1(*q); }
+  static Vec add(Vec q, Vec k, Vec acc) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)q.v, (__m512bh)k.v)}; }
+};
+#endif
+
+// keys[tile][unit][key of the tile] = k[key][unit], zeros past n.
+template <class T, class P>
+void pack_keys(const T* k, int64_t stride, int64_t n, int64_t units, float* keys) {
+  for (int64_t t0 = 0; t0 < n; t0 += kWidth) {
+    const int64_t rows = n - t0 < kWidth ? n - t0 : kWidth;
+    float* out = keys + t0 / kTileKeys * units * kTileKeys + t0 % kTileKeys;
+    for (int64_t d0 = 0; d0 < units; d0 += kWidth) {
+      const int64_t columns = units - d0 < kWidth ? units - d0 : kWidth;
+      Vec x[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        const auto* row = reinterpret_cast<const typename P::Unit*>(k + (t0 + i) * stride);
+        x[i] = i < rows ? P::load_units(row + d0, static_cast<int>(columns)) : zero();
+      }
+      transpose(x);
+      for (int i = 0; i < columns; ++i) store(out + (d0 + i) * kTileKeys, x[i]);
+    }
+  }
+  // The rest of the last tile is multiplied too.
+  for (int64_t t0 = (n + kWidth - 1) / kWidth * kWidth; t0 % kTileKeys != 0; t0 += kWidth) {
+    float* out = keys + t0 / kTileKeys * units * kTileKeys + t0 % kTileKeys;
+    for (int64_t d = 0; d < units; ++d) store(out + d * kTileKeys, zero());
+  }
+}
+
+// scores[r][key] = scale * q[r] . key, for R query rows and one tile of keys.
+template <class P, int R>
+void tile_scores(const float* q, int64_t q_stride, const float* keys, int64_t units, float scale, float* scores) {
+  Vec acc[R][kVecs];
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < kVecs; ++j) acc[r][j] = zero();
+  }
+  for (int64_t d = 0; d < units; ++d) {
+    Vec k[kVecs];
+    for (int j = 0; j < kVecs; ++j) k[j] = load(keys + d * kTileKeys + j * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec x = P::unit(q + r * q_stride + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = P::add(x, k[j], acc[r][j]);
+    }
+  }
+  const Vec factor = set1(scale);
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < kVecs; ++j) store(scores + r * kBlock + j * kWidth, acc[r][j] * factor);
+  }
+}
+
+// sums[r] = sums[r] * factor[r] + sum over keys of weights[r][key] * values[key], for R query rows and V vectors.
+template <int R, int V>
+void tile_sums(const float* weights, const float* values, int64_t stride, int64_t n, const float* factor,
+               float* sums, int64_t sums_stride) {
+  Vec acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    const Vec f = set1(factor[r]);
+    for (int j = 0; j < V; ++j) acc[r][j] = load(sums + r * sums_stride + j * kWidth) * f;
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    Vec v[V];
+    for (int j = 0; j < V; ++j) v[j] = load(values + t * stride + j * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec w = set1(weights[r * kBlock + t]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) acc[r][j] = fma(w, v[j], acc[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < V; ++j) store(sums + r * sums_stride + j * kWidth, acc[r][j]);
+  }
+}
+
+template <class P>
+void score_rows(int64_t rows, const float* q, int64_t q_stride, const float* keys, int64_t units, float scale,
+                float* scores) {
+  switch (rows) {
+    case 1: return tile_scores<P, 1>(q, q_stride, keys, units, scale, scores);
+    case 2: return tile_scores<P, 2>(q, q_stride, keys, units, scale, scores);
+    case 3: return tile_scores<P, 3>(q, q_stride, keys, units, scale, scores);
+    case 4: return tile_scores<P, 4>(q, q_stride, keys, units, scale, scores);
+    case 5: return tile_scores<P, 5>(q, q_stride, keys, units, scale, scores);
+    default: return tile_scores<P, 6>(q, q_stride, keys, units, scale, scores);
+  }
+}
+
+template <int V>
+void sum_rows(int64_t rows, const float* weights, const float* values, int64_t stride, int64_t n, const float* factor,
+              float* sums, int64_t sums_stride) {
+  switch (rows) {
+    case 1: return tile_sums<1, V>(weights, values, stride, n, factor, sums, sums_stride);
+    case 2: return tile_sums<2, V>(weights, values, stride, n, factor, sums, sums_stride);
+    case 3: return tile_sums<3, V>(weights, values, stride, n, factor, sums, sums_stride);
+    case 4: return tile_sums<4, V>(weights, values, stride, n, factor, sums, sums_stride);
+    case 5: return tile_sums<5, V>(weights, values, stride, n, factor, sums, sums_stride);
+    default: return tile_sums<6, V>(weights, values, stride, n, factor, sums, sums_stride);
+  }
+}
+
+float exp1(float x) {
+  float room[kWidth];
+  store(room, exp(set1(x)));
+  return room[0];
+}
+
+template <class T>
+const T* at(const HeadsView& x, int64_t row, int64_t head, int64_t token) {
+  return static_cast<const T*>(x.data) + row * x.row + head * x.head + token * x.token;
+}
+
+// One work item.
+template <class T, class P>
+class Item {
+ public:
+  // Query row r of the item is new token (first + r) / group of batch row b, in head (first + r) % group of the group.
+  Item(const TreeAttention& a, const Scratch& s, int64_t b, int64_t g, int64_t first, int64_t rows, int64_t split)
+      : a_(a), s_(s), b_(b), g_(g), group_(a.H / a.G), first_(first), split_(split), units_(P::units(a.D)),
+        width_(padded(a.D)), rows_(rows) {}
+
+  void run() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      pack_query(at<T>(a_.q, b_, head(r), token(r)), s_.q + r * width_, static_cast<const P*>(nullptr));
+    }
+    const bool alone = a_.ancestors == nullptr && !a_.causal;
+    if (split_ == 0 && alone) {
+      start_with_itself();
+    } else {
+      for (int64_t r = 0; r < rows_; ++r) {
+        s_.peak[r] = -kInf;
+        s_.total[r] = 0;
+        std::memset(s_.sums + r * width_, 0, width_ * sizeof(float));
+      }
+    }
+    if (split_ == 0 && !alone) {
+      const int64_t seen = a_.causal ? token(rows_ - 1) + 1 : a_.S;
+      for (int64_t j = 0; j < seen; j += kBlock) {
+        block<true>(at<T>(a_.k, b_, g_, j), a_.k.token, at<T>(a_.v, b_, g_, j), a_.v.token,
+                    seen - j < kBlock ? seen - j : kBlock, j);
+      }
+    }
+    const int64_t length = a_.lengths[b_];
+    const int64_t end = length < (split_ + 1) * kSplit ? length : (split_ + 1) * kSplit;
+    for (int64_t t = split_ * kSplit; t < end; t += kBlock) {
+      block<false>(at<T>(a_.k_cache, b_, g_, t), a_.k_cache.token, at<T>(a_.v_cache, b_, g_, t), a_.v_cache.token,
+                   end - t < kBlock ? end - t : kBlock, 0);
+    }
+  }
+
+  // The result, where the row has one item only.
+  void finish() {
+    for (int64_t r = 0; r < rows_; ++r) write(r, s_.sums + r * width_, s_.total[r]);
+  }
+
+  void save(float* partial) {
+    std::memcpy(partial, s_.sums, rows_ * width_ * sizeof(float));
+    std::memcpy(partial + kRows * width_, s_.peak, rows_ * sizeof(float));
+    std::memcpy(partial + kRows * (width_ + 1), s_.total, rows_ * sizeof(float));
+  }
+
+  void merge(const float* partials, int64_t splits) {
+    const int64_t size = kRows * (width_ + 2);
+    for (int64_t r = 0; r < rows_; ++r) {
+      float peak = -kInf;
+      for (int64_t i = 0; i < splits; ++i) {
+        const float x = partials[i * size + kRows * width_ + r];
+        if (!(x <= peak)) peak = x;
+      }
+      float total = 0;
+      float* sums = s_.sums;
+      std::memset(sums, 0, width_ * sizeof(float));
+      for (int64_t i = 0; i < splits; ++i) {
+        const float* partial = partials + i * size;
+        // A split of which the row sees nothing weighs nothing.
+        const float x = partial[kRows * width_ + r];
+        const float weight = x == -kInf ? 0.0f : exp1(x - peak);
+        total = total + weight * partial[kRows * (width_ + 1) + r];
+        const Vec w = set1(weight);
+        for (int64_t d = 0; d < width_; d += kWidth) {
+          store(sums + d, fma(w, load(partial + r * width_ + d), load(sums + d)));
+        }
+      }
+      write(r, sums, total);
+    }
+  }
+
+ private:
+  int64_t token(int64_t r) const { return (first_ + r) / group_; }
+  int64_t head(int64_t r) const { return g_ * group_ + (first_ + r) % group_; }
+
+  void pack_query(const T* q, float* out, const Product<T>*) const {
+    for (int64_t d = 0; d < a_.D; ++d) out[d] = to_float(q[d]);
+  }
+#if defined(__AVX512BF16__)
+  void pack_query(const T* q, float* out, const PairProduct*) const { std::memcpy(out, q, a_.D * sizeof(T)); }
+#endif
+
+  // Without a mask, a new token sees itself: its own score is the first peak.
+  void start_with_itself() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const T* q = at<T>(a_.q, b_, head(r), token(r));
+      const T* k = at<T>(a_.k, b_, g_, token(r));
+      const T* v = at<T>(a_.v, b_, g_, token(r));
+      float* sums = s_.sums + r * width_;
+      Vec dot = zero();
+      for (int64_t d = 0; d < width_; d += kWidth) {
+        const int64_t left = a_.D - d;
+        const int n = static_cast<int>(left < 0 ? 0 : left < kWidth ? left : kWidth);
+        if (n < kWidth) {
+          if (n > 0) dot = fma(load_n(q + d, n), load_n(k + d, n), dot);
+          store(sums + d, n > 0 ? load_n(v + d, n) : zero());
+        } else {
+          dot = fma(load(q + d), load(k + d), dot);
+          store(sums + d, load(v + d));
+        }
+      }
+      s_.peak[r] = sum(dot) * a_.scale;
+      s_.total[r] = 1;
+    }
+  }
+
+  // Values as floats, padded with zeros to a whole number of vectors: in place where they already are.
+  const float* values(const T* v, int64_t* stride, int64_t n) const {
+    if (sizeof(T) == sizeof(float) && a_.D % kWidth == 0) return reinterpret_cast<const float*>(v);
+    for (int64_t t = 0; t < n; ++t) {
+      const T* row = v + t * *stride;
+      float* out = s_.values + t * width_;
+      int64_t d = 0;
+      for (; d + kWidth <= a_.D; d += kWidth) store(out + d, load(row + d));
+      if (d < a_.D) store(out + d, load_n(row + d, static_cast<int>(a_.D - d)));
+    }
+    *stride = width_;
+    return s_.values;
+  }
+
+  // Adds n keys, of which `first_key` is the number of the first among the new tokens.
+  template <bool kMasked>
+  void block(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t n, int64_t first_key) {
+    pack_keys<T, P>(k, k_stride, n, units_, s_.keys);
+    for (int64_t r = 0; r < rows_; r += kTile) {
+      for (int64_t t = 0; t < n; t += kTileKeys) {
+        score_rows<P>(rows_ - r, s_.q + r * width_, width_, s_.keys + t * units_, units_, a_.scale,
+                      s_.scores + r * kBlock + t);
+      }
+    }
+    const int64_t end = (n + kWidth - 1) / kWidth * kWidth;
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* x = s_.scores + r * kBlock;
+      for (int64_t t = n; t < end; ++t) x[t] = -kInf;
+      if (kMasked) {
+        if (a_.causal) {
+          for (int64_t t = token(r) - first_key + 1 < 0 ? 0 : token(r) - first_key + 1; t < n; ++t) x[t] = -kInf;
+        } else {
+          const uint64_t mask = static_cast<uint64_t>(a_.ancestors[b_ * a_.S + token(r)]) >> first_key;
+          for (int64_t t = 0; t < n; ++t) {
+            if (((mask >> t) & 1) == 0) x[t] = -kInf;
+          }
+        }
+      }
+      Vec top = load(x);
+      for (int64_t t = kWidth; t < end; t += kWidth) top = max(top, load(x + t));
+      const float old = s_.peak[r], here = largest(top), peak = here > old ? here : old;
+      // Nothing seen yet: any finite number does, every weight is 0.
+      const Vec base = set1(peak == -kInf ? 0.0f : peak);
+      Vec total = zero();
+      for (int64_t t = 0; t < end; t += kWidth) {
+        const Vec weight = exp(load(x + t) - base);
+        store(x + t, weight);
+        total = total + weight;
+      }
+      const float factor = old == peak ? 1.0f : exp1(old - peak);
+      s_.peak[r] = peak;
+      s_.factor[r] = factor;
+      s_.total[r] = s_.total[r] * factor + sum(total);
+    }
+    const float* value = values(v, &v_stride, n);
+    const int64_t vecs = (a_.D + kWidth - 1) / kWidth;
+    for (int64_t r = 0; r < rows_; r += kTile) {
+      for (int64_t j = 0; j < vecs; j += kVecs) {
+        const float* weights = s_.scores + r * kBlock;
+        const float* from = value + j * kWidth;
+        float* to = s_.sums + r * width_ + j * kWidth;
+        switch (vecs - j) {
+          case 1: sum_rows<1>(rows_ - r, weights, from, v_stride, n, s_.factor + r, to, width_); break;
+#if defined(__AVX512F__)
+          case 2: sum_rows<2>(rows_ - r, weights, from, v_stride, n, s_.factor + r, to, width_); break;
+          case 3: sum_rows<3>(rows_ - r, weights, from, v_stride, n, s_.factor + r, to, width_); break;
+#endif
+          default: sum_rows<kVecs>(rows_ - r, weights, from, v_stride, n, s_.factor + r, to, width_);
+        }
+      }
+    }
+  }
+
+  void write(int64_t r, const float* sums, float total) const {
+    // A token that sees nothing at all yields zeros.
+    const float inverse = total == 0 ? 0.0f : 1 / total;
+    T* out = const_cast<T*>(at<T>(a_.out, b_, head(r), token(r)));
+    int64_t d = 0;
+    for (; d + kWidth <= a_.D; d += kWidth) store(out + d, load(sums + d) * set1(inverse));
+    if (d < a_.D) store_n(out + d, load(sums + d) * set1(inverse), static_cast<int>(a_.D - d));
+  }
+
+  const TreeAttention& a_;
+  const Scratch& s_;
+  int64_t b_, g_, group_, first_, split_, units_, width_, rows_;
+};
+
+// Takes work items until none is left.
+template <class T, class P>
+void work(const TreeAttention& a, char* workspace, int thread, int threads) {
+  const attention::Layout layout = attention::layout(a, workspace, threads);
+  const int64_t group = a.H / a.G, width = padded(a.D);
+  float* room = layout.scratch + thread * attention::thread_floats(a);
+  Scratch s;
+  s.q = room;
+  s.sums = s.q + kRows * width;
+  s.keys = s.sums + kRows * width;
+  s.values = s.keys + kBlock * width;
+  s.scores = s.values + kBlock * width;
+  s.peak = s.scores + kRows * kBlock;
+  s.total = s.peak + kRows;
+  s.factor = s.total + kRows;
+  attention::Header* header = layout.header;
+
+  int64_t item = __atomic_fetch_add(&header->next, 1, __ATOMIC_RELAXED);
+  int64_t before = 0, slots = 0;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const Range tokens = attention::tokens_of_row(a, b);
+    const int64_t rows = (tokens.end - tokens.begin) * group, blocks = (rows + kRows - 1) / kRows;
+    const int64_t splits = attention::splits(a.lengths[b]), items = blocks * a.G * splits;
+    while (item < before + items) {
+      const int64_t i = item - before, split = i % splits, g = i / splits % a.G;
+      // The last query rows of a prompt see the most keys: they go first.
+      const int64_t block = blocks - 1 - i / splits / a.G, first = block * kRows;
+      Item<T, P> work_item(a, s, b, g, tokens.begin * group + first, rows - first < kRows ? rows - first : kRows,
+                           split);
+      work_item.run();
+      if (splits == 1) {
+        work_item.finish();
+      } else {
+        float* partials = layout.partials + (slots + (block * a.G + g) * splits) * attention::partial_floats(a);
+        work_item.save(partials + split * attention::partial_floats(a));
+        int32_t* done = layout.done + (b * attention::row_blocks(a) + block) * a.G + g;
+        if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == splits) {
+          work_item.merge(partials, splits);
+          *done = 0;
+        }
+      }
+      item = __atomic_fetch_add(&header->next, 1, __ATOMIC_RELAXED);
+    }
+    before += items;
+    if (splits > 1) slots += items;
+  }
+  // The last thread to find nothing leaves the counters as it found them.
+  if (__atomic_add_fetch(&header->finished, 1, __ATOMIC_ACQ_REL) == threads) {
+    header->next = 0;
+    header->finished = 0;
+  }
+}
+
+}  // namespace
+
+void tree_attention(const TreeAttention& a, void* workspace, int thread, int threads) {
+  char* memory = static_cast<char*>(workspace);
+  switch (a.dtype) {
+    case kFloat32: return work<float, Product<float>>(a, memory, thread, threads);
+    case kFloat16: return work<F16, Product<F16>>(a, memory, thread, threads);
+    default:
+#if defined(__AVX512BF16__)
+      if (a.D % 2 == 0) return work<Bf16, PairProduct>(a, memory, thread, threads);
+#endif
+      return work<Bf16, Product<Bf16>>(a, memory, thread, threads);
+  }
+}
+
+}  // namespace RGTG_ISA
+}  // namespace rgtg

@@ -1,0 +1,116 @@
+// tree_attention, as a whole op and from inside a parallel region:
+//
+//     bytes = tree_attention_workspace(a, threads);    with first = 0, count = B * S; the memory is 64-byte aligned
+//     tree_attention_prepare(a, workspace);            once, outside the region
+//     in every thread of the region, for every layer and every range of tokens:
+//         RGTG_DISPATCH(isa, tree_attention(a, workspace, thread, threads));    or without, in an ISA's own namespace
+//         barrier(...);                                before anybody reads a.out or calls again
+//
+// Between the calls of one preparation only pointers, strides, first and count may change. The order of additions
+// of one new token depends on its own row's length, on its own place in the row and on its mask alone: its result has the
+// same bits in any batch, any range and on any number of threads.
+#pragma once
+
+#include <cstring>
+
+#include "common.hpp"
+#include "isa.hpp"
+
+namespace rgtg {
+
+// [rows, heads, tokens, D], contiguous in D; strides in elements.
+struct HeadsView {
+  void* data;
+  int64_t row, head, token;
+};
+
+struct TreeAttention {
+  int dtype;
+  int64_t B, H, G, S, T, D;
+  HeadsView q, k, v, k_cache, v_cache, out;
+  const int64_t* lengths;    // [B], each from 0 to T
+  const int64_t* ancestors;  // [B, S] bit masks, or null
+  float scale;
+  bool causal;
+  // The new tokens that are computed: count of all B * S (token s of row b is number b * S + s), beginning with first.
+  int64_t first, count;
+};
+
+// Bytes of memory that the threads share while they work.
+static inline size_t tree_attention_workspace(const TreeAttention& a, int threads);
+static inline void tree_attention_prepare(const TreeAttention& a, void* workspace);
+
+// The plan of the work, the same for every instruction set.
+namespace attention {
+
+// Query rows (a new token of a query head) of one work item.
+constexpr int64_t kRows = 120;
+// Slots of the prefix of one work item. Fixed, so that the order of additions depends on the row's own length only.
+constexpr int64_t kSplit = 256;
+
+struct Header {
+  alignas(64) int64_t next;      // first work item that nobody has taken
+  alignas(64) int64_t finished;  // threads that found none left
+};
+
+struct Layout {
+  Header* header;
+  int32_t* done;    // [B][row blocks][G]: items of the query rows that are done
+  float* scratch;   // [threads][thread_floats]
+  float* partials;  // [items of rows with several splits][partial_floats]
+};
+
+static inline int64_t row_blocks(const TreeAttention& a) { return (a.S * (a.H / a.G) + kRows - 1) / kRows; }
+static inline int64_t splits(int64_t length) { return length <= kSplit ? 1 : (length + kSplit - 1) / kSplit; }
+static inline int64_t padded(int64_t d) { return (d + 15) / 16 * 16; }
+// Floats of one work item's unfinished result: kRows sums of values, kRows peaks, kRows totals.
+static inline int64_t partial_floats(const TreeAttention& a) { return kRows * (padded(a.D) + 2); }
+// Floats of one thread: queries, sums, keys, values, scores, peaks, totals and factors.
+constexpr int64_t kBlock = 64;
+static inline int64_t thread_floats(const TreeAttention& a) {
+  // A whole number of cache lines, because kRows * 67 is not.
+  return (padded(a.D) * (2 * kRows + 2 * kBlock) + kRows * (kBlock + 3) + 15) / 16 * 16;
+}
+
+static inline int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+static inline int64_t counters(const TreeAttention& a) { return a.B * row_blocks(a) * a.G; }
+static inline Layout layout(const TreeAttention& a, void* workspace, int threads) {
+  char* p = static_cast<char*>(workspace);
+  Layout l;
+  l.header = reinterpret_cast<Header*>(p);
+  p += sizeof(Header);
+  l.done = reinterpret_cast<int32_t*>(p);
+  p += round64(counters(a) * static_cast<int64_t>(sizeof(int32_t)));
+  l.scratch = reinterpret_cast<float*>(p);
+  p += threads * thread_floats(a) * static_cast<int64_t>(sizeof(float));
+  l.partials = reinterpret_cast<float*>(p);
+  return l;
+}
+
+// The new tokens of row b that are computed.
+static inline Range tokens_of_row(const TreeAttention& a, int64_t b) {
+  const int64_t begin = a.first - b * a.S, end = begin + a.count;
+  const Range tokens = {begin < 0 ? 0 : begin, end < a.S ? end : a.S};
+  return tokens.begin < tokens.end ? tokens : Range{0, 0};
+}
+
+}  // namespace attention
+
+static inline size_t tree_attention_workspace(const TreeAttention& a, int threads) {
+  int64_t items = 0;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const int64_t splits = attention::splits(a.lengths[b]);
+    if (splits > 1) items += attention::row_blocks(a) * a.G * splits;
+  }
+  const attention::Layout l = attention::layout(a, nullptr, threads);
+  return reinterpret_cast<size_t>(l.partials + items * attention::partial_floats(a));
+}
+
+static inline void tree_attention_prepare(const TreeAttention& a, void* workspace) {
+  const attention::Layout l = attention::layout(a, workspace, 1);
+  std::memset(workspace, 0, reinterpret_cast<char*>(l.scratch) - static_cast<char*>(workspace));
+}
+
+}  // namespace rgtg
+
+RGTG_DECLARE(void tree_attention(const ::rgtg::TreeAttention& a, void* workspace, int thread, int threads))
