@@ -1,0 +1,224 @@
+"""From a measurement to the CSV, the figures and the README's table, and back."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks import decode, figures, harness
+from benchmarks.cells import GPU, HEADLINES, sweep_cells
+from benchmarks.harness import COLUMNS, Cell
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation import benchmark
+from rgtg_fast.evaluation.benchmark import BenchmarkMismatchError
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {
+    "cpu": "Some CPU",
+    "cores": 2,
+    "threads": 2,
+    "gpu": None,
+    "memory_bandwidth_gb_s": 40.25,
+    "python": "3.11.7",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "rgtg_fast": "0.1.0",
+    "commit": "abc",
+}
+SPEED = {
+    "ours": 12.3,
+    "ours_transformers": 8.0,
+    "args_replicated": 3.05,
+    "pargs_serial": 0.031,
+    "unguided": 25.0,
+}
+
+
+def fake_bench(**given):
+    """What run_bench returns, with invented numbers."""
+    rows = []
+    for name in given["methods"]:
+        ms = 1e3 / SPEED[name]
+        guided = name != "unguided"
+        lossy = given["dtype"] == "bfloat16" and name == "ours"
+        row = {
+            "method": name,
+            "engine": "native" if name == "ours" else "transformers",
+            "tokens_per_second": SPEED[name],
+            "ms_per_token": ms,
+            "decode_ms_per_token": 0.9 * ms,
+            "phases": {"prefill": 0.1 * ms, "lm": 0.5 * ms, "reward": 0.4 * ms}
+            if guided
+            else {"prefill": 1.0},
+            "cache_resident_bytes": {"lm": 100, "reward": 2**20 * (10 if name == "args_replicated" else 1)},
+            "cache_peak_bytes": {"lm": 110},
+            "equal_to_reference": (not lossy) if guided else None,
+            "tokens_compared": 64 if guided else 0,
+            "first_difference": {"position": 23, "score_gap": 0.0123} if lossy else None,
+            "runs": 3,
+            "tokens_measured": 2 if name == "pargs_serial" else given["new_tokens"],
+            "rows_measured": 1,
+            "extrapolated": name == "pargs_serial",
+        }
+        if name == "ours":
+            row["floor"] = {
+                "weight_bytes_per_token": 1e9,
+                "floor_ms_per_token": 25.0,
+                "achieved_over_floor": 1.71,
+            }
+        rows.append(row)
+    config = {
+        name: given[name] for name in ("prompt_length", "k", "batch", "new_tokens", "dtype", "device")
+    } | {"beta": 1.0, "seed": 0, "omp_wait_policy": None, "reference": "args_replicated"}
+    return {"methods": rows, "config": config, "machine": MACHINE}
+
+
+def sweep(cells, path, bench=fake_bench, machine=MACHINE, said=None):
+    return harness.sweep(
+        cells, path, bench, {}, "Some-Model", machine, "cpu", (said if said is not None else []).append
+    )
+
+
+@pytest.fixture
+def results(tmp_path):
+    path = tmp_path / "decode.csv"
+    assert sweep(HEADLINES, path) == 0
+    return path
+
+
+def test_every_method_of_every_cell_becomes_a_row(results):
+    rows = harness.read(results)
+    assert len(rows) == sum(len(cell.methods) for cell in HEADLINES)
+    assert tuple(rows[0]) == COLUMNS
+    serial = next(row for row in rows if row["method"] == "pargs_serial")
+    assert serial["tokens_measured"] == "2"
+    assert serial["time_is"].startswith("extrapolated: prefill once a row")
+    ours = next(row for row in rows if row["method"] == "ours" and row["dtype"] == "bfloat16")
+    assert (ours["equal_to_reference"], ours["first_difference_position"]) == ("False", "23")
+    assert ours["first_difference_score_gap"] == "0.0123"
+
+
+def test_a_broken_sweep_goes_on_where_it_stopped(tmp_path):
+    path, asked = tmp_path / "decode.csv", []
+
+    def bench(**given):
+        asked.append(given["prompt_length"])
+        return fake_bench(**given)
+
+    cells = [Cell(length, 10, 1, "float32", ("ours", "unguided")) for length in (1, 2, 3)]
+    sweep(cells[:2], path, bench)
+    sweep(cells, path, bench)
+    assert asked == [1, 2, 3]
+    # another machine's rows do not count, and a method added later is measured alone beside the reference
+    sweep(cells[:1], path, bench, machine=MACHINE | {"cpu": "Another"})
+    sweep([Cell(1, 10, 1, "float32", ("ours", "args_replicated", "unguided"))], path, bench)
+    assert asked == [1, 2, 3, 1, 1]
+    assert [row["method"] for row in harness.read(path)][-1] == "args_replicated"
+    assert len(harness.read(path)) == 2 * 3 + 2 - 2 + 1 + 0
+
+
+def test_a_failing_cell_is_told_and_the_rest_goes_on(tmp_path, capsys):
+    def bench(**given):
+        if given["prompt_length"] == 1:
+            raise BenchmarkMismatchError("ours differs from args_replicated")
+        return fake_bench(**given)
+
+    cells = [Cell(length, 10, 1, "float32", ("ours",)) for length in (1, 2)]
+    assert sweep(cells, tmp_path / "decode.csv", bench) == 1
+    assert "ours differs from args_replicated" in capsys.readouterr().err
+    assert [row["prompt_length"] for row in harness.read(tmp_path / "decode.csv")] == ["2"]
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path):
+    path = tmp_path / "decode.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(RGTGError, match="other columns"):
+        harness.append(path, [])
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_the_sweep_covers_what_it_promises():
+    cells = sweep_cells()
+    places = [cell.place for cell in cells]
+    assert len(set(places)) == len(places)
+    promised = {
+        (dtype, batch, length, k)
+        for dtype in ("float32", "bfloat16")
+        for batch in (1, 8)
+        for length in (16, 512, 2048)
+        for k in (5, 10, 40)
+    }
+    assert promised <= set(places)
+    assert all("ours" in cell.methods for cell in (*cells, *GPU))
+
+
+def test_the_readme_block_shows_every_headline_and_hides_no_difference(results):
+    text = figures.block(harness.read(results))
+    lines = [line for line in text.splitlines() if line.startswith(("| float32", "| bfloat16"))]
+    assert len(lines) == len(HEADLINES)
+    assert "**12.3** | 3.05 | ≈ 0.03 | 25.0 | 4.0× | 397× | 1.0 : 10.0 MiB | all 64 | 1.71 |" in lines[0]
+    assert "first 23, then scores 0.012 apart" in next(line for line in lines if "bfloat16" in line)
+    assert "Some CPU, 2 threads, 40 GB/s" in text
+
+
+def test_later_rows_replace_earlier_ones(results):
+    rows = harness.read(results)
+    newer = dict(rows[0], tokens_per_second="99.9")
+    assert "**99.9**" in figures.block([*rows, newer])
+
+
+def test_the_block_goes_between_the_markers_and_twice_is_once(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n", encoding="utf-8")
+    text = figures.block(harness.read(results))
+    assert figures.write_block(readme, text)
+    once = readme.read_text(encoding="utf-8")
+    assert not figures.write_block(readme, text)
+    assert readme.read_text(encoding="utf-8") == once
+    assert once.startswith(f"before\n{figures.BEGIN}\n")
+    assert once.endswith(f"{figures.END}\nafter\n")
+    assert figures.current_block(readme) == text
+    readme.write_text("no markers", encoding="utf-8")
+    with pytest.raises(ValueError, match="benchmarks:begin"):
+        figures.write_block(readme, text)
+
+
+def test_figures_are_the_same_files_every_time(results, tmp_path):
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib (the bench extra)")
+    rows = harness.read(results)
+    first = [path.read_bytes() for path in figures.draw(rows, tmp_path / "a")]
+    second = [path.read_bytes() for path in figures.draw(rows, tmp_path / "b")]
+    assert first == second
+    assert all(image.startswith(b"<?xml") for image in first)
+
+
+def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib (the bench extra)")
+    monkeypatch.setattr(decode, "HEADLINES", (Cell(6, 3, 1, "float32", ("ours", "unguided"), new_tokens=3),))
+    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device="cpu": 10e9)
+    output = tmp_path / "decode.csv"
+    command = ["--quick", "--shape", "tiny", "--output", str(output)]
+    assert decode.main(command) == 0
+    assert decode.main(command) == 0
+    assert "present" in capsys.readouterr().out
+    assert len(harness.read(output)) == 2
+    assert decode.main([*command, "--fresh"]) == 0
+    with output.open(newline="") as file:
+        assert len(list(csv.reader(file))) == 3
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{figures.BEGIN}{figures.END}", encoding="utf-8")
+    arguments = ["--results", str(output), "--readme", str(readme), "--figures", str(tmp_path / "figures")]
+    assert figures.main(arguments) == 0
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "decode_phases.svg",
+        "decode_speed.svg",
+    ]
+
+
+def test_the_readme_shows_what_the_results_hold():
+    readme, results = ROOT / "README.md", ROOT / "benchmarks" / "results" / "decode.csv"
+    if not readme.exists() or not results.exists():
+        pytest.skip("no README.md or no benchmarks/results/decode.csv in this checkout")
+    assert figures.current_block(readme) == figures.block(harness.read(results)), (
+        "run python -m benchmarks.figures"
+    )
