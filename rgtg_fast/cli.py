@@ -353,7 +353,7 @@ def explain(
     """Show every token's candidates: log-probability, reward, final probability, and which was chosen."""
     from rgtg_fast.app import explain as explanation
     from rgtg_fast.app.jobs import check_prompt
-    from rgtg_fast.app.session import Setup, as_chat
+    from rgtg_fast.app.session import Setup, as_chat, decode_with
     from rgtg_fast.config import Guidance
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -374,7 +374,7 @@ def explain(
             trace=True,
         )
     row = result[0]
-    steps, decode = row.trace or [], decoder.tokenizer.decode
+    steps, decode = row.trace or [], decode_with(decoder)
     settings = {
         "k": guidance.k,
         "beta": guidance.beta,

@@ -1,5 +1,6 @@
 """The demonstration: a few prompts answered with and without the guide, and what the guide did."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rgtg_fast.app.explain import changed, marked_answer, visible
+from rgtg_fast.app.session import decode_with
 from rgtg_fast.config import Guidance
 
 if TYPE_CHECKING:
-    from rgtg_fast import RewardGuidedDecoder
+    from rgtg_fast import RewardGuidedDecoder, Step
 
 PROMPTS = (
     "How can I fall asleep faster at night?",
@@ -104,7 +106,7 @@ def run(
         )
     before = unguided.generate(prompts, max_new_tokens=max_new_tokens, guidance=plain, seed=seed)
     after = decoder.generate(prompts, max_new_tokens=max_new_tokens, guidance=guidance, seed=seed, trace=True)
-    comparisons = []
+    comparisons, decode = [], decode_with(decoder)
     count = len(prompts)
     scores = decoder.score(
         [*prompts, *prompts],
@@ -117,8 +119,8 @@ def run(
                 prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
                 unguided=_answer(before[i], scores[i]),
                 guided=_answer(after[i], scores[count + i]),
-                marked=marked_answer(steps[: len(after[i].tokens)], decoder.tokenizer.decode),
-                changes=[(s.position, s.text, _base_text(s, decoder)) for s in steps if changed(s)],
+                marked=marked_answer(steps[: len(after[i].tokens)], decode),
+                changes=[(s.position, s.text, _base_text(s, decode)) for s in steps if changed(s)],
                 decisions=len(steps),
             )
         )
@@ -130,11 +132,11 @@ def _answer(row: Any, scores: list[float]) -> Answer:
     return Answer(row.text, len(row.tokens), row.finish_reason, mean)
 
 
-def _base_text(step: Any, decoder: "RewardGuidedDecoder") -> str:
+def _base_text(step: "Step", decode: Callable[[list[int]], str]) -> str:
     for candidate in step.candidates:
         if candidate.token == step.base_token:
             return candidate.text
-    return decoder.tokenizer.decode([step.base_token])
+    return decode([step.base_token])
 
 
 def show(report: Report, console: Console) -> None:

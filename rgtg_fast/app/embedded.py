@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rgtg_fast.errors import RGTGError
 
@@ -122,7 +123,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model read from GGUF calls itself quantised and refuses to be saved, so its
     # values move to a plain one.
-    config = copy.deepcopy(quantised.config)
+    config: Any = copy.deepcopy(quantised.config)
     del config.quantization_config
     config.eos_token_id = EOS_ID
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

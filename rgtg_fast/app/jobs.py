@@ -214,7 +214,6 @@ class AnswerFile:
             try:
                 row = json.loads(line)
                 key = ("id", row["id"]) if "id" in row else ("line", row["line"])
-                row["text"], row["prompt"], row["seed"]
             except (ValueError, TypeError, KeyError) as error:
                 raise RGTGError(
                     f"{self.path}:{number} is no row of an earlier run: "

@@ -10,6 +10,8 @@ from rgtg_fast.app.jobs import Prompt
 from rgtg_fast.errors import RGTGError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rgtg_fast import RewardGuidedDecoder
 
 # Words that `--reward` takes in place of a path or hub id.
@@ -99,8 +101,20 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+def tokenizer_of(decoder: "RewardGuidedDecoder") -> "PreTrainedTokenizerBase":
+    """The tokenizer, which every model that is named on the command line comes with."""
+    assert decoder.tokenizer is not None
+    return decoder.tokenizer
+
+
+def decode_with(decoder: "RewardGuidedDecoder") -> Callable[[list[int]], str]:
+    """Token ids to text."""
+    tokenizer = tokenizer_of(decoder)
+    return lambda ids: str(tokenizer.decode(ids))
+
+
 def as_chat(prompt: Prompt, decoder: "RewardGuidedDecoder", chat: bool) -> Prompt:
     """A text as one user message, where that is wanted and the model has a chat template."""
-    if chat and isinstance(prompt, str) and decoder.tokenizer.chat_template is not None:
+    if chat and isinstance(prompt, str) and tokenizer_of(decoder).chat_template is not None:
         return [{"role": "user", "content": prompt}]
     return prompt
