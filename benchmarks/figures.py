@@ -1,4 +1,4 @@
-"""Makes the figures and the README's table from results/decode.csv: `python -m benchmarks.figures`."""
+"""Makes the figures and the README's table from results/decode*.csv: `python -m benchmarks.figures`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NAMES = {
     "ours": "rgtg-fast",
-    "ours_transformers": "rgtg-fast, transformers engine",
     "args_replicated": "ARGS, k copies of the cache",
     "pargs_serial": "PARGS, no cache, one by one",
-    "unguided": "unguided `generate`",
+    "unguided": "unguided",
 }
 COLOURS = {
     "ours": "#0072b2",
-    "ours_transformers": "#56b4e9",
     "args_replicated": "#d55e00",
     "pargs_serial": "#cc79a7",
     "unguided": "#7f7f7f",
@@ -36,6 +34,11 @@ PHASE_COLOURS = ("#bbbbbb", "#0072b2", "#56b4e9", "#d55e00", "#f0e442", "#009e73
 
 Row = dict[str, str]
 Place = tuple[str, int, int, int]
+
+
+def all_rows(paths: list[Path] | None = None) -> list[Row]:
+    """The rows of the given results files, by default of every decode*.csv (one for each machine, say)."""
+    return [row for path in paths or sorted(RESULTS.glob("decode*.csv")) for row in read(path)]
 
 
 def place(row: Row) -> Place:
@@ -60,7 +63,7 @@ def block(rows: list[Row]) -> str:
         shown = [at[where] for where in order if where in at and "ours" in at[where]]
         if shown:
             parts.append(_table(shown))
-    return "\n\n".join(parts) if parts else "No results yet: `python -m benchmarks.decode` measures them."
+    return "\n\n".join([*parts, NOTES]) if parts else "Not measured yet: run `python -m benchmarks.decode`."
 
 
 def _table(cells: list[dict[str, Row]]) -> str:
@@ -80,7 +83,7 @@ def _table(cells: list[dict[str, Row]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
     ]
     lines += [_line(cell) for cell in cells]
-    return "\n".join([*lines, "", NOTES])
+    return "\n".join(lines)
 
 
 def _line(cell: dict[str, Row]) -> str:
@@ -195,7 +198,7 @@ def _draw_speed(at: dict[Place, dict[str, Row]], path: Path) -> Path:
                     if where[3] == k and method in methods
                 )
                 if points:
-                    label = f"{NAMES[method].replace('`', '')}, k={k}" if method != "unguided" else "unguided"
+                    label = NAMES[method] + ("" if method == "unguided" else f", k={k}")
                     axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, color=colour, label=label)
         axis.set(xscale="log", yscale="log", title=f"{dtype}, B={batch}", xlabel="prompt length P (tokens)")
         ticks = sorted({where[2] for where in here})
@@ -220,18 +223,19 @@ def _draw_phases(at: dict[Place, dict[str, Row]], path: Path) -> Path:
 
     order = sorted(at, key=lambda where: (where[0] != "float32", where[1], where[2], where[3]))
     bars = [(where, at[where]["ours"]) for where in order if "ours" in at[where] and where[3] == 10]
-    figure, axis = pyplot.subplots(figsize=(7.5, 0.34 * len(bars) + 1.2), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(7.5, 0.34 * len(bars) + 1.6), layout="constrained")
     names = [f"{dtype}, B={batch}, P={length}" for (dtype, batch, length, _), _ in bars]
     left = [0.0] * len(bars)
     for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True):
         widths = [float(row[f"{phase}_ms_per_token"] or 0.0) for _, row in bars]
         axis.barh(names, widths, left=left, color=colour, label=phase, height=0.7)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    floors = [float(row["floor_ms_per_token"]) for _, row in bars]
-    axis.plot(floors, names, "k|", ms=11, label="floor of decoding")
+    # prefill is not decoding: the floor counts from where it ends
+    floors = [float(row["prefill_ms_per_token"]) + float(row["floor_ms_per_token"]) for _, row in bars]
+    axis.plot(floors, names, "k|", ms=11, label="prefill + floor of decoding")
     axis.invert_yaxis()
     axis.set(xlabel="milliseconds per token, k=10", title="rgtg-fast: where the time goes")
-    axis.legend(ncols=4, fontsize=8, frameon=False, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path
@@ -239,13 +243,13 @@ def _draw_phases(at: dict[Place, dict[str, Row]], path: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS / "decode.csv")
+    parser.add_argument("--results", type=Path, nargs="+", help="default: benchmarks/results/decode*.csv")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(arguments)
-    rows = read(given.results)
+    rows = all_rows(given.results)
     if not rows:
-        print(f"{given.results} holds no results: python -m benchmarks.decode measures them", file=sys.stderr)
+        print("there are no results: python -m benchmarks.decode measures them", file=sys.stderr)
         return 2
     for path in draw(rows, given.figures):
         print(path)

@@ -30,6 +30,6 @@ PY
 
 # The C++ kernels need pybind11 and a compiler; without them the reference serves on the CPU as well.
 step build 120 python setup.py build_ext --inplace
-step tests 150 python -m pytest -q -x tests/ops tests/evaluation
+step tests 150 python -m pytest -q tests/ops tests/evaluation
 step decode 240 python -m benchmarks.decode --gpu --shape llama-1b --device cuda --output "$out/decode.csv"
 exit $status
