@@ -33,6 +33,18 @@ int64_t decoder_scratch_bytes(const DecoderShape& s, const DecoderCall& call, in
   return 4 * chunk * (per_row + threads * s.hidden) + 64 * (8 + threads);
 }
 
+TreeAttention decoder_attention(const DecoderShape& s, const DecoderCall& call) {
+  TreeAttention a{};
+  a.dtype = s.dtype;
+  a.B = call.batch, a.H = s.heads, a.G = s.groups, a.S = call.tokens, a.T = call.cache_tokens, a.D = s.head_dim;
+  a.lengths = call.lengths;
+  a.ancestors = call.ancestors;
+  a.scale = s.scale;
+  a.causal = call.causal;
+  a.count = call.batch * call.tokens;
+  return a;
+}
+
 namespace {
 
 using Addresses = std::vector<uintptr_t>;
@@ -57,7 +69,8 @@ class DecoderLayers {
 
   // Addresses and strides of k_cache, v_cache, k_new and v_new: (address, layer, row, group, token) each.
   void forward(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<Addresses>& kv, uintptr_t lengths,
-               uintptr_t ancestors, bool causal, int64_t batch, int64_t tokens, int threads) {
+               uintptr_t ancestors, bool causal, int64_t batch, int64_t tokens,
+               int64_t cache_tokens, int threads) {
     auto key_values = [&](int i) {
       const Addresses& a = kv.at(i);
       return KeyValues{reinterpret_cast<void*>(a.at(0)), static_cast<int64_t>(a.at(1)), static_cast<int64_t>(a.at(2)),
@@ -77,19 +90,27 @@ class DecoderLayers {
                      reinterpret_cast<const int64_t*>(ancestors),
                      causal,
                      batch,
-                     tokens};
+                     tokens,
+                     cache_tokens};
+    const TreeAttention attention = decoder_attention(shape_, call);
+    for (int64_t b = 0; b < batch; ++b) {
+      if (call.lengths[b] < 0 || call.lengths[b] > cache_tokens) throw std::invalid_argument("a length is outside the cache");
+    }
     const Isa isa = current_isa();
     pybind11::gil_scoped_release release;
     std::lock_guard<std::mutex> one_call(mutex_);
-    const int64_t bytes = decoder_scratch_bytes(shape_, call, threads);
+    const int64_t own = (decoder_scratch_bytes(shape_, call, threads) + 63) / 64 * 64;
+    const int64_t bytes = own + static_cast<int64_t>(tree_attention_workspace(attention, threads));
     if (bytes > scratch_bytes_) {
       scratch_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       scratch_bytes_ = scratch_ ? bytes : 0;
       if (!scratch_) throw std::bad_alloc();
     }
+    void* workspace = scratch_.get() + own;
+    tree_attention_prepare(attention, workspace);
     BarrierState state{};
     auto body = [&](int thread, int n) {
-      RGTG_DISPATCH(isa, decoder_layers(shape_, call, scratch_.get(), &state, thread, n));
+      RGTG_DISPATCH(isa, decoder_layers(shape_, call, scratch_.get(), workspace, &state, thread, n));
     };
     parallel_for(threads, body);
   }

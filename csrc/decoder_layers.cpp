@@ -82,16 +82,25 @@ template <class T>
 struct Worker {
   const DecoderShape& s;
   const DecoderCall& c;
+  void* workspace;
   BarrierState* state;
   const int thread, threads;
+  TreeAttention attention;
   const int64_t chunk;
   static constexpr int64_t kBytes = sizeof(T);
   T *norm, *q, *mixed, *hidden;
   float *qkv, *gate, *up;
 
-  Worker(const DecoderShape& shape, const DecoderCall& call, char* scratch, BarrierState* barrier_state, int index,
-         int count)
-      : s(shape), c(call), state(barrier_state), thread(index), threads(count), chunk(decoder_chunk(call)) {
+  Worker(const DecoderShape& shape, const DecoderCall& call, char* scratch, void* attention_workspace,
+         BarrierState* barrier_state, int index, int count)
+      : s(shape),
+        c(call),
+        workspace(attention_workspace),
+        state(barrier_state),
+        thread(index),
+        threads(count),
+        attention(decoder_attention(shape, call)),
+        chunk(decoder_chunk(call)) {
     auto take = [&](auto*& pointer, int64_t elements) {
       pointer = reinterpret_cast<decltype(pointer)>(scratch);
       scratch += aligned(elements * static_cast<int64_t>(sizeof(*pointer)));
@@ -179,46 +188,22 @@ struct Worker {
     }
   }
 
-  void see(const T* query, const T* key, const T* value, float* top, float* total, float* acc) {
-    Vec dot = zero();
-    for (int64_t d = 0; d < s.head_dim; d += kWidth) {
-      const int count = static_cast<int>(s.head_dim - d < kWidth ? s.head_dim - d : kWidth);
-      dot = fma(load_n(query + d, count), load_n(key + d, count), dot);
-    }
-    const float score = sum(dot) * s.scale;
-    if (score > *top) {
-      const float shrink = expf(*top - score);
-      for (int64_t d = 0; d < s.head_dim; ++d) acc[d] *= shrink;
-      *total *= shrink;
-      *top = score;
-    }
-    const float p = expf(score - *top);
-    *total += p;
-    for (int64_t d = 0; d < s.head_dim; ++d) acc[d] += p * to_float(value[d]);
-  }
-
   void attend(int64_t layer, int64_t first, int64_t rows) {
-    float acc[512];
-    for (int64_t i = thread; i < rows * s.heads; i += threads) {
-      const int64_t r = i / s.heads, head = i % s.heads, group = head / (s.heads / s.groups);
-      const int64_t n = first + r, b = n / c.tokens, token = n % c.tokens;
-      const T* query = q + i * s.head_dim;
-      float top = -INFINITY, total = 0.0f;
-      for (int64_t d = 0; d < s.head_dim; ++d) acc[d] = 0.0f;
-      for (int64_t t = 0; t < c.lengths[b]; ++t) {
-        see(query, at<T>(c.k_cache, layer, b, group) + t * c.k_cache.token,
-            at<T>(c.v_cache, layer, b, group) + t * c.v_cache.token, &top, &total, acc);
-      }
-      for (int64_t t = 0; t < c.tokens; ++t) {
-        const bool seen = c.causal ? t <= token
-                          : c.ancestors != nullptr ? (c.ancestors[b * c.tokens + token] >> t & 1) != 0
-                                                   : t == token;
-        if (!seen) continue;
-        see(query, at<T>(c.k_new, layer, b, group) + t * c.k_new.token,
-            at<T>(c.v_new, layer, b, group) + t * c.v_new.token, &top, &total, acc);
-      }
-      for (int64_t d = 0; d < s.head_dim; ++d) from_float(acc[d] / total, mixed + i * s.head_dim + d);
-    }
+    auto heads = [&](const KeyValues& kv) { return HeadsView{at<T>(kv, layer, 0, 0), kv.row, kv.group, kv.token}; };
+    const int64_t width = s.heads * s.head_dim;
+    // The op numbers tokens from the beginning of the batch, the scratch from the beginning of the chunk.
+    auto chunked = [&](T* p) {
+      return HeadsView{p - first * width, c.tokens * width, s.head_dim, width};
+    };
+    attention.q = chunked(q);
+    attention.out = chunked(mixed);
+    attention.k = heads(c.k_new);
+    attention.v = heads(c.v_new);
+    attention.k_cache = heads(c.k_cache);
+    attention.v_cache = heads(c.v_cache);
+    attention.first = first;
+    attention.count = rows;
+    tree_attention(attention, workspace, thread, threads);
   }
 
   void mlp(const LayerWeights& w, int64_t rows) {
@@ -283,12 +268,12 @@ struct Worker {
 
 }  // namespace
 
-void decoder_layers(const DecoderShape& shape, const DecoderCall& call, char* scratch, BarrierState* state, int thread,
-                    int threads) {
+void decoder_layers(const DecoderShape& shape, const DecoderCall& call, char* scratch, void* workspace,
+                    BarrierState* state, int thread, int threads) {
   if (shape.dtype == kFloat32) {
-    Worker<float>(shape, call, scratch, state, thread, threads).run();
+    Worker<float>(shape, call, scratch, workspace, state, thread, threads).run();
   } else {
-    Worker<Bf16>(shape, call, scratch, state, thread, threads).run();
+    Worker<Bf16>(shape, call, scratch, workspace, state, thread, threads).run();
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "common.hpp"
 #include "isa.hpp"
+#include "tree_attention.hpp"
 
 namespace rgtg {
 
@@ -38,15 +39,18 @@ struct DecoderCall {
   const int64_t* lengths;    // [batch]: tokens that stand in the cache
   const int64_t* ancestors;  // [batch, tokens] bit masks or nullptr
   bool causal;
-  int64_t batch, tokens;
+  int64_t batch, tokens, cache_tokens;
 };
 
 // Rows of x that pass through a layer together, so that scratch stays small.
 int64_t decoder_chunk(const DecoderCall& call);
 int64_t decoder_scratch_bytes(const DecoderShape& shape, const DecoderCall& call, int threads);
+// The attention of one layer, without its pointers.
+TreeAttention decoder_attention(const DecoderShape& shape, const DecoderCall& call);
 
 }  // namespace rgtg
 
-// The share of one thread; all `threads` run it at once. `scratch` is aligned to 64 bytes, `state` starts zeroed.
-RGTG_DECLARE(void decoder_layers(const DecoderShape& shape, const DecoderCall& call, char* scratch,
+// The share of one thread; all `threads` run it at once. `scratch` is aligned to 64 bytes, `workspace` is the prepared
+// one of decoder_attention(), `state` starts zeroed.
+RGTG_DECLARE(void decoder_layers(const DecoderShape& shape, const DecoderCall& call, char* scratch, void* workspace,
                                  BarrierState* state, int thread, int threads))

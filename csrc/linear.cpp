@@ -12,14 +12,6 @@ namespace rgtg {
 namespace RGTG_ISA {
 namespace {
 
-// Tiles: up to kTall rows of x by 4 rows of w, up to kFlat rows of x by 2 rows of w, as the registers allow.
-#if defined(__AVX512BF16__)
-constexpr int kTall[] = {6, 6}, kFlat[] = {12, 12};
-#elif defined(__AVX512F__)
-constexpr int kTall[] = {6, 4}, kFlat[] = {12, 4};
-#else
-constexpr int kTall[] = {3, 2}, kFlat[] = {3, 2};
-#endif
 // Bytes of w that stay in the second-level cache while the tiles of many rows pass over them.
 constexpr int64_t kBlockBytes = 256 << 10;
 // How far ahead w is prefetched when one tile holds all rows: enough to cover the memory's latency at full bandwidth.
@@ -28,7 +20,19 @@ constexpr int64_t kLine = 64;
 
 // ---- the inner loops' operands --------------------------------------------------------------------------------------
 
-struct Fp32 {
+// Tiles have up to kTall rows of x by 4 rows of w, or up to kFlat by 2, as the registers allow.
+template <int Tall, int Flat>
+struct TileSizes {
+  static constexpr int kTall = Tall, kFlat = Flat;
+  // The fewest rows of a tile where several share the rows of x evenly.
+  static constexpr int kLeast = (Flat + 1) / ((Flat + Tall) / Tall);
+};
+
+#if defined(__AVX512F__)
+struct Fp32 : TileSizes<6, 12> {
+#else
+struct Fp32 : TileSizes<3, 3> {
+#endif
   using Element = float;
   using Operand = Vec;
   static constexpr int kLanes = kWidth;
@@ -39,7 +43,7 @@ struct Fp32 {
 
 #if defined(__AVX512BF16__)
 
-struct Bfloat {
+struct Bfloat : TileSizes<6, 12> {
   using Element = Bf16;
   using Operand = __m512bh;
   static constexpr int kLanes = 32;
@@ -53,7 +57,11 @@ struct Bfloat {
 #else
 
 // Pairs of bf16 widened to fp32 and added in vdpbf16ps's order, odd first.
-struct Bfloat {
+#if defined(__AVX512F__)
+struct Bfloat : TileSizes<4, 4> {
+#else
+struct Bfloat : TileSizes<2, 2> {
+#endif
   using Element = Bf16;
   struct Operand {
     Vec even, odd;
@@ -94,157 +102,160 @@ struct Bfloat {
 
 // ---- sums of four vectors' lanes, every vector in the same order ----------------------------------------------------
 
-inline void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four sums_of(Vec a, Vec b, Vec c, Vec d) {
 #if defined(__AVX512F__)
   __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
   __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
   __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  return (Four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX2__)
   __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  return (Four)_mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
 #else
-  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+  return Four{sum(a), sum(b), sum(c), sum(d)};
 #endif
 }
 
-inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 3); }
+// ---- R rows of x against a run of w's rows --------------------------------------------------------------------------
 
-// ---- one tile -------------------------------------------------------------------------------------------------------
-
-// What one call of a tile prefetches: `lines` cache lines at every step along k, from `from` onwards.
-struct Prefetch {
-  const char* from;
-  int lines;
+struct Sweep {
+  const Linear* p;
+  int64_t row;          // the first of the R rows of x
+  int64_t begin, end;   // rows of w
+  const char* ahead;    // memory to prefetch, laid out like the rows of w from `begin` on
 };
 
-// sums[R][C] of rows x, x + ldx, ... and the C rows of w that start at w[0..C).
-template <class T, int R, int C>
-void tile(const typename T::Element* x, int64_t ldx, const typename T::Element* const* w, int64_t inner,
-          float* sums, Prefetch ahead) {
+// Writes y[row : row + R, begin : end], C columns at a time, and prefetches Ahead lines at every step along k.
+template <class T, int R, int C, int Ahead>
+void sweep(const Sweep& s) {
   using Element = typename T::Element;
-  const Element* w_row[C];
-  for (int c = 0; c < C; ++c) w_row[c] = w[c];
-  Vec acc[R * C];
-  for (int i = 0; i < R * C; ++i) acc[i] = zero();
-  int64_t k = 0;
-  for (; k + T::kLanes <= inner; k += T::kLanes) {
-    for (int i = 0; i < ahead.lines; ++i) prefetch(ahead.from + i * kLine);
-    ahead.from += ahead.lines * kLine;
-    typename T::Operand w_now[C];
-    for (int c = 0; c < C; ++c) w_now[c] = T::get(w_row[c] + k);
-    for (int r = 0; r < R; ++r) {
-      typename T::Operand x_now = T::get(x + r * ldx + k);
-      for (int c = 0; c < C; ++c) acc[r * C + c] = T::dot(acc[r * C + c], x_now, w_now[c]);
+  static_assert(C == 4 || C == 2, "sums are stored in fours");
+  const int64_t inner = s.p->inner, ldy = s.p->ldy;
+  const Element* const x = static_cast<const Element*>(s.p->x) + s.row * s.p->ldx;
+  const Element* x_row[R];
+  for (int r = 0; r < R; ++r) x_row[r] = x + r * s.p->ldx;
+  const float* const bias = s.p->bias;
+  for (int64_t n = s.begin; n < s.end; n += C) {
+    const int wide = static_cast<int>(s.end - n < C ? s.end - n : C);
+    const Element* const w = static_cast<const Element*>(s.p->w) + n * inner;
+    const char* ahead = s.ahead + (n - s.begin) * inner * static_cast<int64_t>(sizeof(Element));
+    // The last columns of a run may be fewer: one is computed again in the place of each that is missing.
+    const Element* w_row[C];
+    for (int c = 0; c < C; ++c) w_row[c] = w + (c < wide ? c : wide - 1) * inner;
+    Vec acc[R * C];
+#pragma GCC unroll 32
+    for (int i = 0; i < R * C; ++i) acc[i] = zero();
+    int64_t k = 0;
+    for (; k + T::kLanes <= inner; k += T::kLanes) {
+      if (Ahead > 0) {
+#pragma GCC unroll 4
+        for (int i = 0; i < Ahead; ++i) __builtin_prefetch(ahead + i * kLine, 0, 3);
+        ahead += Ahead * kLine;
+      }
+      typename T::Operand w_now[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) w_now[c] = T::get(w_row[c] + k);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const typename T::Operand x_now = T::get(x_row[r] + k);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r * C + c] = T::dot(acc[r * C + c], x_now, w_now[c]);
+      }
     }
-  }
-  if (k < inner) {
-    const int rest = static_cast<int>(inner - k);
-    typename T::Operand w_now[C];
-    for (int c = 0; c < C; ++c) w_now[c] = T::get_n(w_row[c] + k, rest);
-    for (int r = 0; r < R; ++r) {
-      typename T::Operand x_now = T::get_n(x + r * ldx + k, rest);
-      for (int c = 0; c < C; ++c) acc[r * C + c] = T::dot(acc[r * C + c], x_now, w_now[c]);
+    if (k < inner) {
+      const int rest = static_cast<int>(inner - k);
+      typename T::Operand w_now[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) w_now[c] = T::get_n(w_row[c] + k, rest);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const typename T::Operand x_now = T::get_n(x_row[r] + k, rest);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r * C + c] = T::dot(acc[r * C + c], x_now, w_now[c]);
+      }
     }
-  }
-  // The last group of four may lack vectors: any one fills the place, and `sums` has room for what it gives.
-  for (int i = 0; i < R * C; i += 4) {
-    store_sums(sums + i, acc[i], acc[i + 1 < R * C ? i + 1 : i], acc[i + 2 < R * C ? i + 2 : i],
-               acc[i + 3 < R * C ? i + 3 : i]);
+    float* y = s.p->y + s.row * ldy + n;
+    constexpr int kRowsOfFour = 4 / C;
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r += kRowsOfFour) {
+      const int i = r * C, last = R * C - 1;
+      const Four four = sums_of(acc[i], acc[i + 1], acc[i + 2 < last ? i + 2 : last], acc[i + 3 < last ? i + 3 : last]);
+      if (C == 4 && wide == 4) {
+        Four out = four;
+        if (bias != nullptr) {
+          Four b;
+          std::memcpy(&b, bias + n, sizeof b);
+          out += b;
+        }
+        if (s.p->accumulate) {
+          Four old;
+          std::memcpy(&old, y + r * ldy, sizeof old);
+          out += old;
+        }
+        std::memcpy(y + r * ldy, &out, sizeof out);
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        if (r + j / C >= R || j % C >= wide) continue;
+        float* out = y + (r + j / C) * ldy + j % C;
+        const float value = four[j] + (bias != nullptr ? bias[n + j % C] : 0.0f);
+        *out = s.p->accumulate ? value + *out : value;
+      }
+    }
   }
 }
 
-template <class T>
-using TileFn = void (*)(const typename T::Element*, int64_t, const typename T::Element* const*, int64_t, float*,
-                        Prefetch);
+using SweepFn = void (*)(const Sweep&);
 
-template <class T, int Flat>
-struct Tiles;
-template <class T>
-struct Tiles<T, 12> {
-  static TileFn<T> of(int rows) {
-    static constexpr TileFn<T> fns[] = {tile<T, 1, 4>, tile<T, 2, 4>,  tile<T, 3, 4>,  tile<T, 4, 4>,
-                                        tile<T, 5, 4>, tile<T, 6, 4>,  tile<T, 7, 2>,  tile<T, 8, 2>,
-                                        tile<T, 9, 2>, tile<T, 10, 2>, tile<T, 11, 2>, tile<T, 12, 2>};
-    return fns[rows - 1];
-  }
-};
-template <class T>
-struct Tiles<T, 4> {
-  static TileFn<T> of(int rows) {
-    static constexpr TileFn<T> fns[] = {tile<T, 1, 4>, tile<T, 2, 4>, tile<T, 3, 4>, tile<T, 4, 4>};
-    return fns[rows - 1];
-  }
-};
-template <class T>
-struct Tiles<T, 3> {
-  static TileFn<T> of(int rows) {
-    static constexpr TileFn<T> fns[] = {tile<T, 1, 4>, tile<T, 2, 4>, tile<T, 3, 4>};
-    return fns[rows - 1];
-  }
-};
-template <class T>
-struct Tiles<T, 2> {
-  static TileFn<T> of(int rows) {
-    static constexpr TileFn<T> fns[] = {tile<T, 1, 4>, tile<T, 2, 4>};
-    return fns[rows - 1];
-  }
-};
+template <class T, int R, int C>
+SweepFn one_tile(int rows) {
+  if (rows == R) return &sweep<T, R, C, C>;
+  if constexpr (R > 1) return one_tile<T, R - 1, (R - 1 > T::kTall ? 2 : 4)>(rows);
+  return nullptr;
+}
 
-// ---- all tiles of y[:, begin:end] -----------------------------------------------------------------------------------
+template <class T, int R>
+SweepFn many_tiles(int rows, int ahead) {
+  if (rows == R) return ahead == 0 ? &sweep<T, R, 4, 0> : ahead == 1 ? &sweep<T, R, 4, 1> : &sweep<T, R, 4, 2>;
+  if constexpr (R > T::kLeast) return many_tiles<T, R - 1>(rows, ahead);
+  return nullptr;
+}
 
-template <class T, int Which>
+// ---- all of y[:, begin:end] -----------------------------------------------------------------------------------------
+
+template <class T>
 void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
-  using Element = typename T::Element;
   if (begin >= end || p.rows == 0) return;
-  const Element* x = static_cast<const Element*>(p.x);
-  const Element* w = static_cast<const Element*>(p.w);
-  const bool one_tile = p.rows <= kFlat[Which];
-  const int64_t x_tiles = one_tile ? 1 : (p.rows + kTall[Which] - 1) / kTall[Which];
-  const int columns = one_tile && p.rows > kTall[Which] ? 2 : 4;
-  const int64_t panel_bytes = columns * p.inner * static_cast<int64_t>(sizeof(Element));
-  const int64_t panels = (end - begin + columns - 1) / columns;
-  const int64_t steps = p.inner / T::kLanes;
-  const int64_t block = one_tile ? panels : kBlockBytes / panel_bytes > 0 ? kBlockBytes / panel_bytes : 1;
-  const int64_t ahead = one_tile ? (kAheadBytes + panel_bytes - 1) / panel_bytes : block;
-  alignas(64) float sums[kFlat[Which] * 4 + 4];
+  const int64_t row_bytes = p.inner * static_cast<int64_t>(sizeof(typename T::Element));
+  const char* const w = static_cast<const char*>(p.w);
+  const char* const after = static_cast<const char*>(upcoming.data);
 
-  for (int64_t first = 0; first < panels; first += block) {
-    const int64_t last = first + block < panels ? first + block : panels;
-    for (int64_t t = 0; t < x_tiles; ++t) {
-      const Range rows = share(p.rows, static_cast<int>(t), static_cast<int>(x_tiles));
-      const int count = static_cast<int>(rows.end - rows.begin);
-      const TileFn<T> fn = Tiles<T, kFlat[Which]>::of(count);
-      // The first x_tiles passes share the lines that the panel `ahead` has.
-      const int lines = t >= columns ? 0 : static_cast<int>((columns + x_tiles - 1) / x_tiles);
-      for (int64_t panel = first; panel < last; ++panel) {
-        const int64_t n = begin + panel * columns;
-        const Element* w_rows[4];
-        for (int c = 0; c < 4; ++c) w_rows[c] = w + (n + c < end ? n + c : end - 1) * p.inner;
-        Prefetch next{nullptr, 0};
-        if (lines > 0) {
-          const char* from;
-          if (panel + ahead < panels) {
-            from = reinterpret_cast<const char*>(w + (n + ahead * columns) * p.inner);
-          } else {
-            const int64_t offset = (panel + ahead - panels) * panel_bytes;
-            from = offset < upcoming.bytes ? static_cast<const char*>(upcoming.data) + offset : nullptr;
-          }
-          if (from != nullptr) next = {from + t * lines * steps * kLine, lines};
-        }
-        fn(x + rows.begin * p.ldx, p.ldx, w_rows, p.inner, sums, next);
-        const int wide = static_cast<int>(end - n < columns ? end - n : columns);
-        for (int r = 0; r < count; ++r) {
-          float* y = p.y + (rows.begin + r) * p.ldy + n;
-          const float* s = sums + r * columns;
-          if (p.accumulate) {
-            for (int c = 0; c < wide; ++c) y[c] += s[c] + (p.bias ? p.bias[n + c] : 0.0f);
-          } else {
-            for (int c = 0; c < wide; ++c) y[c] = s[c] + (p.bias ? p.bias[n + c] : 0.0f);
-          }
-        }
-      }
+  if (p.rows <= T::kFlat) {
+    const SweepFn fn = one_tile<T, T::kFlat, (T::kFlat > T::kTall ? 2 : 4)>(static_cast<int>(p.rows));
+    const int64_t unit = 4, distance = (kAheadBytes / row_bytes / unit + 1) * unit;
+    const int64_t turn = (end - begin) / unit * unit > distance ? end - distance - (end - begin) % unit : begin;
+    fn({&p, 0, begin, turn, w + (begin + distance) * row_bytes});
+    fn({&p, 0, turn, end, after != nullptr ? after : w + turn * row_bytes});
+    return;
+  }
+
+  const int64_t tiles = (p.rows + T::kTall - 1) / T::kTall;
+  // The first tiles share the lines of the next block.
+  const int ahead = tiles >= 4 ? 1 : 2, sharing = 4 / ahead;
+  const int64_t share_bytes = ahead * (p.inner / T::kLanes) * kLine;
+  const int64_t block = kBlockBytes / row_bytes / 4 > 0 ? kBlockBytes / row_bytes / 4 * 4 : 4;
+  for (int64_t n = begin; n < end; n += block) {
+    const int64_t stop = n + block < end ? n + block : end;
+    const char* const next = stop < end ? w + stop * row_bytes : after;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Range rows = share(p.rows, static_cast<int>(t), static_cast<int>(tiles));
+      const bool prefetches = t < sharing && next != nullptr;
+      const SweepFn fn = many_tiles<T, T::kTall>(static_cast<int>(rows.end - rows.begin), prefetches ? ahead : 0);
+      fn({&p, rows.begin, n, stop, prefetches ? next + t * share_bytes : nullptr});
     }
   }
 }
@@ -253,9 +264,9 @@ void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
 
 void linear(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
   if (p.dtype == kFloat32) {
-    run<Fp32, 0>(p, begin, end, upcoming);
+    run<Fp32>(p, begin, end, upcoming);
   } else {
-    run<Bfloat, 1>(p, begin, end, upcoming);
+    run<Bfloat>(p, begin, end, upcoming);
   }
 }
 

@@ -273,6 +273,7 @@ class NativeLayers:
             causal,
             rows,
             tokens,
+            k_cache.shape[3],
             torch.get_num_threads(),
         )
         return x
