@@ -103,8 +103,9 @@ LM = Annotated[
 Reward = Annotated[
     str,
     typer.Option(
-        help="Reward model: path or hub id; `contrastive` guides with the language model itself under a "
-        "better and a worse system prompt; `none` is the language model alone.",
+        help="Reward model: path or hub id, after `text:` for an encoder or another tokenizer; `contrastive` "
+        "guides with the language model itself under a better and a worse system prompt; `none` is the "
+        "language model alone.",
         rich_help_panel=MODELS,
     ),
 ]

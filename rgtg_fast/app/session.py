@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Words that `--reward` takes in place of a path or hub id.
 CONTRASTIVE, NONE = "contrastive", "none"
+# Before a path or hub id: an encoder or a model with another tokenizer, scored over texts.
+TEXT = "text:"
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,18 @@ class Setup:
         if self.reward == NONE:
             return None
         if self.reward != CONTRASTIVE:
-            return self.reward
+            return self._model_source()
         from rgtg_fast import ContrastiveReward
 
         prompts = {"better": self.better, "worse": self.worse}
         return ContrastiveReward(**{name: text for name, text in prompts.items() if text is not None})
+
+    def _model_source(self) -> Any:
+        if not self.reward.startswith(TEXT):
+            return self.reward
+        from rgtg_fast import TextReward
+
+        return TextReward(self.reward.removeprefix(TEXT))
 
     def pair(self, say: Callable[[str], None]) -> Any:
         """The language model and its tokenizer, loaded once for several decoders."""
