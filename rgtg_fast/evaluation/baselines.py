@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer
 
 from rgtg_fast.errors import RGTGError
 
@@ -86,17 +87,24 @@ class PhaseClock:
         return total, phases
 
 
+def _held(cache: DynamicCache) -> list[torch.Tensor]:
+    return [
+        tensor
+        for layer in cache.layers
+        if isinstance(layer, DynamicLayer)
+        for tensor in (layer.keys, layer.values)
+        if tensor is not None
+    ]
+
+
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of the key and value tensors that a transformers cache holds now."""
-    return sum(t.nbytes for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values))
+    return sum(tensor.nbytes for tensor in _held(cache))
 
 
 def _step_peak_bytes(cache: DynamicCache) -> int:
     """Most bytes of a cache within a step: growing or re-ordering writes one tensor beside its old self."""
-    return cache_bytes(cache) + max(
-        (t.nbytes for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)),
-        default=0,
-    )
+    return cache_bytes(cache) + max((tensor.nbytes for tensor in _held(cache)), default=0)
 
 
 def _top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,7 +315,7 @@ def unguided(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new_token
         with torch.inference_mode():
             clock = PhaseClock(lm.device)
             first = _FirstToken(clock)
-            output = lm.generate(
+            output = lm.generate(  # pyright: ignore[reportCallIssue]
                 ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([first])
             )
             seconds, _ = clock.stop()

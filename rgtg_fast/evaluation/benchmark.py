@@ -390,7 +390,7 @@ def _base_model(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         assert lm is not None
-        model = AutoModelForCausalLM.from_pretrained(lm, dtype=dtype).to(device)
+        model = AutoModelForCausalLM.from_pretrained(lm, dtype=dtype).to(device)  # pyright: ignore[reportArgumentType]
         tokenizer = AutoTokenizer.from_pretrained(lm)
         tokenizer.eos_token = None
     # every method has to produce the same number of tokens, so nothing may end a row
@@ -587,7 +587,7 @@ def _row(entry: _Method, reference: _Method | None, batch: int, new_tokens: int)
 
 def _weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that one pass reads: all but an input embedding that is not the output's."""
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().get_parameter("weight")
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
     return sum(p.nbytes for p in model.parameters()) - (0 if tied else embedding.nbytes)
