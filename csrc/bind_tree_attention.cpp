@@ -1,39 +1,15 @@
 // Python's tree_attention(threads, dtype, (B, H, G, S, T, D), views, lengths, ancestors, scale, causal).
 #include <array>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "bindings.hpp"
 #include "tree_attention.hpp"
+#include "workspace.hpp"
 
 namespace rgtg {
 namespace {
-
-// Memory that a host thread keeps between its calls: fresh pages would cost more than the attention of one token.
-class Workspace {
- public:
-  void* of(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  size_t size_ = 0;
-};
 
 // Address, stride of rows, of heads, of tokens.
 using View = std::array<int64_t, 4>;

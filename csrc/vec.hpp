@@ -136,6 +136,17 @@ inline uint32_t greater_or_nan(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.
 inline Vec round_even(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+// b where a is 0, c elsewhere.
+inline Vec where_zero(Vec a, Vec b, Vec c) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_EQ_OQ), c.v, b.v)};
+}
+// x = m * 2^e with m in [sqrt(1/2), sqrt(2)), for positive normal x.
+inline Vec exponent(Vec x, Vec* m) {
+  __m512i bits = _mm512_castps_si512(x.v);
+  __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  m->v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
+  return {_mm512_cvtepi32_ps(e)};
+}
 // 2^a for whole a in [-126, 127].
 inline Vec pow2(Vec a) {
   return {_mm512_castsi512_ps(
@@ -236,6 +247,17 @@ inline uint32_t greater_or_nan(Vec a, Vec b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
 }
 inline Vec round_even(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// b where a is 0, c elsewhere.
+inline Vec where_zero(Vec a, Vec b, Vec c) {
+  return {_mm256_blendv_ps(c.v, b.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_EQ_OQ))};
+}
+// x = m * 2^e with m in [sqrt(1/2), sqrt(2)), for positive normal x.
+inline Vec exponent(Vec x, Vec* m) {
+  __m256i bits = _mm256_castps_si256(x.v);
+  __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  m->v = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)));
+  return {_mm256_cvtepi32_ps(e)};
+}
 // 2^a for whole a in [-126, 127].
 inline Vec pow2(Vec a) {
   return {_mm256_castsi256_ps(
@@ -328,6 +350,17 @@ inline Vec round_even(Vec a) {
   const Vec magic = set1(12582912.0f);
   return (a + magic) - magic;
 }
+// b where a is 0, c elsewhere.
+inline Vec where_zero(Vec a, Vec b, Vec c) { return {a.v == 0.0f ? b.v : c.v}; }
+// x = m * 2^e with m in [sqrt(1/2), sqrt(2)), for positive normal x.
+inline Vec exponent(Vec x, Vec* m) {
+  Int4 bits;
+  std::memcpy(&bits, &x.v, 16);
+  const Int4 e = (bits - 0x3f3504f3) >> 23;
+  bits -= e << 23;
+  std::memcpy(&m->v, &bits, 16);
+  return {__builtin_convertvector(e, Float4)};
+}
 // 2^a for whole a in [-126, 127].
 inline Vec pow2(Vec a) {
   Vec r;
@@ -369,6 +402,24 @@ inline Vec exp(Vec x) {
   // Two factors, because 2^n alone leaves the range of normal numbers.
   Vec half = round_even(n * set1(0.5f));
   return p * pow2(half) * pow2(n - half);
+}
+
+// ln x to about one unit in the last place, for positive normal x (zero, infinity and NaN are not handled).
+inline Vec log(Vec x) {
+  Vec m;
+  const Vec e = exponent(x, &m), f = m - set1(1.0f), square = f * f;
+  Vec p = set1(7.0376836292e-2f);
+  p = fma(p, f, set1(-1.1514610310e-1f));
+  p = fma(p, f, set1(1.1676998740e-1f));
+  p = fma(p, f, set1(-1.2420140846e-1f));
+  p = fma(p, f, set1(1.4249322787e-1f));
+  p = fma(p, f, set1(-1.6668057665e-1f));
+  p = fma(p, f, set1(2.0000714765e-1f));
+  p = fma(p, f, set1(-2.4999993993e-1f));
+  p = fma(p, f, set1(3.3333331174e-1f));
+  p = fma(p * f, square, e * set1(-2.12194440e-4f));
+  p = fma(square, set1(-0.5f), p);
+  return fma(e, set1(0.693359375f), f + p);
 }
 
 }  // namespace RGTG_ISA

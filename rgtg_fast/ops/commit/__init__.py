@@ -52,7 +52,7 @@ register(
     _check_values,
     lambda *args: cpp(_check_values, *args),
     # Bytes are moved whatever they mean.
-    frozenset(),  # KERNELS-LAND-NEXT
+    frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
 )
 
 

@@ -50,7 +50,7 @@ register(
     _fake,
     _check_values,
     lambda *args: cpp(_check_values, *args),
-    frozenset(),  # KERNELS-LAND-NEXT
+    frozenset(DTYPE_CODES),
 )
 
 

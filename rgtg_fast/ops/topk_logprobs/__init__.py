@@ -45,7 +45,7 @@ register(
     _fake,
     _check_values,
     cpp,
-    frozenset(),  # KERNELS-LAND-NEXT
+    frozenset(DTYPE_CODES),
 )
 
 

@@ -1,0 +1,27 @@
+// commit: the chosen tokens' keys and values move to the end of the prefix. Bytes are moved, so no instruction set and
+// no dtype matters.
+#pragma once
+
+#include "common.hpp"
+
+namespace rgtg {
+
+// [layers, rows, heads, tokens, D], contiguous in D; strides in bytes.
+struct LayersView {
+  char* data;
+  int64_t layer, row, head, token;
+};
+
+struct Commit {
+  int64_t L, B, G, S, T;
+  int64_t bytes;  // of the D numbers of one token and head
+  LayersView k_new, v_new, k_cache, v_cache;
+  int64_t* lengths;  // [B], lengths_stride apart
+  int64_t lengths_stride;
+  const int64_t* choice;  // [B], each from -1 to S - 1
+};
+
+// False, with nothing written, where a choice is no new token or a row's cache is full.
+bool commit(const Commit& a, int threads);
+
+}  // namespace rgtg

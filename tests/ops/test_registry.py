@@ -1,0 +1,148 @@
+"""The choice of the backend, its errors, tracing, and an installation without the extension."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rgtg_fast import RGTGError
+from rgtg_fast.ops import _extension, backend_of, resample, specs, topk_logprobs, tree_attention, use_backend
+
+
+def test_backend_of_says_what_serves():
+    served = "reference" if _extension.missing_reason() else "cpp"
+    for name in specs():
+        assert backend_of(name, "cpu") == served
+        assert backend_of(name, torch.device("cuda:0")) == "reference"
+        assert backend_of(name, "cpu", torch.int8) == "reference"
+    assert backend_of("tree_attention", "cpu", torch.bfloat16) == served
+    assert backend_of("tree_attention", "cpu", torch.float64) == "reference"
+    with use_backend("reference"):
+        assert backend_of("tree_attention", "cpu") == "reference"
+    assert backend_of("tree_attention", "cpu") == served
+
+
+def test_unknown_names_are_named():
+    with pytest.raises(RGTGError, match="there is no op 'topk': use one of commit, resample"):
+        backend_of("topk", "cpu")
+    with (
+        pytest.raises(RGTGError, match="there is no backend 'cuda': use one of reference, cpp, triton"),
+        use_backend("cuda"),
+    ):
+        pass
+
+
+def test_a_missing_backend_is_refused_with_the_reason():
+    with (
+        pytest.raises(RGTGError, match="backend 'triton' is missing: this release has no Triton kernels"),
+        use_backend("triton"),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("cpp")
+def test_cpp_refuses_what_it_does_not_take():
+    with use_backend("cpp"):
+        with pytest.raises(
+            RGTGError, match=r"cannot serve topk_logprobs: its C\+\+ kernel does not take torch.float64"
+        ):
+            topk_logprobs(torch.zeros(1, 4, dtype=torch.float64), 2)
+        with pytest.raises(RGTGError, match="serve tensors on the CPU, not on cuda"):
+            backend_of("topk_logprobs", "cuda")
+
+
+def test_use_backend_ends_with_its_block_even_by_an_error():
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert backend_of("commit", "cpu") == ("reference" if _extension.missing_reason() else "cpp")
+
+
+def test_compiles_as_one_graph():
+    def step(logits, rewards, beta, temperature, seed, position):
+        logprobs, tokens, entropy = topk_logprobs(logits * 2, 5)
+        choice, logprob = resample(logprobs, rewards, beta, temperature, seed, position)
+        return tokens.gather(1, choice[:, None]), logprob, entropy
+
+    one, zero = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    random = torch.Generator().manual_seed(0)
+    arguments = (
+        torch.randn(3, 40, generator=random),
+        torch.randn(3, 5, generator=random),
+        one,
+        one,
+        zero,
+        zero,
+    )
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(*arguments), step(*arguments), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_attention_compiles_with_a_changing_number_of_tokens():
+    arguments = specs()["tree_attention"].make_inputs
+    compiled = torch.compile(tree_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for S in (3, 4, 7):
+        case = arguments({"B": 2, "H": 4, "G": 2, "S": S, "T": 20, "D": 16}, torch.float32)
+        assert torch.equal(compiled(**case), tree_attention(**case))
+
+
+WITHOUT_EXTENSION = """
+import sys, warnings
+sys.modules["rgtg_fast._C"] = None          # what an installation without a compiler looks like
+import torch
+from rgtg_fast import RGTGError
+from rgtg_fast.ops import backend_of, topk_logprobs, use_backend
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        logprobs, tokens, entropy = topk_logprobs(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+assert tokens.tolist() == [[1, 2]]
+assert backend_of("topk_logprobs", "cpu") == "reference"
+messages = [str(w.message) for w in seen if "rgtg_fast" in str(w.message)]
+assert len(messages) == 1, messages
+assert "\\n" not in messages[0] and "the slower reference serves" in messages[0] and "pip install" in messages[0]
+try:
+    with use_backend("cpp"):
+        pass
+except RGTGError as error:
+    assert "not installed" in str(error) and "pip install" in str(error), error
+else:
+    raise AssertionError("use_backend('cpp') must refuse")
+"""
+
+
+def test_without_the_extension_the_reference_serves_and_says_so_once():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize(("name", "message"), [("sse9", "is unknown: use plain, avx2"), ("", None)])
+def test_the_instruction_set_can_be_named(name, message):
+    done = subprocess.run(
+        [sys.executable, "-c", "from rgtg_fast import _C; print(_C.isa())"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RGTG_FAST_ISA": name},
+    )
+    if message is None:
+        assert done.returncode == 0
+        assert done.stdout.strip() in ("plain", "avx2", "avx512", "avx512bf16")
+    else:
+        assert done.returncode != 0
+        assert message in done.stderr
+
+
+def test_importing_the_ops_imports_no_models():
+    code = (
+        "import sys, rgtg_fast.ops; assert 'transformers' not in sys.modules and 'triton' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,136 @@
+"""What every op promises, checked by looping over the registered specs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from rgtg_fast import ops
+from rgtg_fast.ops import use_backend
+
+SPECS = ops.specs()
+CASES = [
+    pytest.param(
+        name, shape, dtype, id=f"{name}-{'-'.join(map(str, shape.values()))}-{dtype}".replace(" ", "")
+    )
+    for name, spec in SPECS.items()
+    for shape in spec.shapes
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+SMALL = [
+    pytest.param(name, shape, id=f"{name}-{i}")
+    for name in SPECS
+    for i, shape in enumerate(SPECS[name].shapes[:6])
+]
+
+
+def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The op's results; for commit, what it has written."""
+    result = getattr(ops, name)(**arguments)
+    if result is None:
+        return arguments["k_cache"], arguments["v_cache"], arguments["lengths"]
+    return result if isinstance(result, tuple) else (result,)
+
+
+def in_double(
+    arguments: dict[str, Any], keep: tuple[str, ...] = ("beta", "temperature", "guidance")
+) -> dict[str, Any]:
+    return {
+        name: x.double()
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in keep
+        else copy.copy(x)
+        for name, x in arguments.items()
+    }
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
+def test_cpp_equals_the_float64_reference(name, shape, dtype, compare, monkeypatch):
+    """The kernels' own outputs start as NaN, so that nothing is left unwritten."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> torch.Tensor:
+        x = empty(*size, **options)
+        return x.fill_(float("nan") if x.is_floating_point() else -(1 << 40))
+
+    spec = SPECS[name]
+    arguments = spec.make_inputs(shape, dtype)
+    with use_backend("reference"):
+        want = call(name, in_double(copy.deepcopy(arguments)))
+    monkeypatch.setattr(torch, "empty", poisoned)
+    with use_backend("cpp"):
+        got = call(name, arguments)
+    for g, w in zip(got, want, strict=True):
+        if not w.is_floating_point():
+            assert torch.equal(g, w)
+        else:
+            compare(g, w, spec.tolerances[dtype])
+
+
+@pytest.mark.parametrize(("name", "shape"), SMALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(name, shape, dtype):
+    arguments = SPECS[name].make_inputs(shape, dtype)
+    torch.library.opcheck(getattr(torch.ops.rgtg_fast, name).default, tuple(arguments.values()))
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize(("name", "shape"), SMALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_number_of_threads_changes_no_bit(name, shape, dtype, threads):
+    results = []
+    for n in (1, 2, 5):
+        threads(n)
+        results.append(call(name, SPECS[name].make_inputs(shape, dtype)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(
+                a.nan_to_num(7.0) if a.is_floating_point() else a,
+                b.nan_to_num(7.0) if b.is_floating_point() else b,
+            )
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize(("name", "shape"), [p for p in SMALL if p.values[0] != "commit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_batch(name, shape, dtype):
+    arguments = SPECS[name].make_inputs(shape, dtype)
+    whole = call(name, arguments)
+    for row in range(shape["B"]):
+        alone = {key: x[row : row + 1] if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+        for a, b in zip(call(name, alone), whole, strict=True):
+            torch.testing.assert_close(a, b[row : row + 1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("name", SPECS)
+def test_strided_views_give_the_same(name):
+    """Every tensor is a view with gaps in each dimension but the last."""
+    arguments = SPECS[name].make_inputs(SPECS[name].shapes[1], torch.float32)
+
+    def spread(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.ndim < 2 or not x.is_floating_point():
+            return x
+        room = torch.full([2 * n for n in x.shape[:-1]] + [x.shape[-1] + 3], float("nan"))
+        view = room[tuple(slice(None, None, 2) for _ in x.shape[:-1])][..., : x.shape[-1]]
+        return view.copy_(x)
+
+    views = {key: spread(copy.deepcopy(x)) for key, x in arguments.items()}
+    for backend in ("reference", "cpp"):
+        with use_backend(backend):
+            a, b = call(name, copy.deepcopy(arguments)), call(name, dict(views))
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        # commit has written into the views: start from fresh ones.
+        views = {key: spread(copy.deepcopy(x)) for key, x in arguments.items()}
+
+
+def test_every_spec_is_complete():
+    for name, spec in SPECS.items():
+        assert spec.name == name
+        assert set(spec.tolerances) == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+        assert hasattr(torch.ops.rgtg_fast, name)
+        assert getattr(ops, name).__doc__
