@@ -64,7 +64,7 @@ class Cell:
     methods: tuple[str, ...]
     new_tokens: int = 64
     repeats: int = 1
-    seconds_per_run: float = 12.0
+    seconds_per_run: float = 10.0
 
     @property
     def place(self) -> tuple[str, int, int, int]:

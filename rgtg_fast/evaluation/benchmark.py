@@ -209,7 +209,7 @@ def run_bench(
     beta: float = 1.0,
     progress: Callable[[str], None] | None = None,
     device: str | None = None,
-    seconds_per_run: float = 60.0,
+    seconds_per_run: float = 30.0,
 ) -> dict[str, Any]:
     """Time reward-guided decoding methods against each other, greedily, on the same prompts and models.
 
@@ -227,7 +227,7 @@ def run_bench(
 
     so that prefill is paid once a row and not spread over fewer tokens; as later tokens cost a little more
     than earlier ones, this is at most in that method's favour. `extrapolated`, `tokens_measured` and
-    `rows_measured` say where it was done.
+    `rows_measured` say where it was done; its cache bytes are those of the measured part.
 
     Args:
         lm: path or hub id of the base model; or None with `shape`.
