@@ -16,6 +16,9 @@ namespace {
 constexpr int64_t kBlockBytes = 256 << 10;
 // How far ahead w is prefetched when one tile holds all rows: enough to cover the memory's latency at full bandwidth.
 constexpr int64_t kAheadBytes = 8 << 10;
+// A tile's share of the first-level cache.
+constexpr int64_t kStretchBytes = 28 << 10;
+constexpr int64_t kPartialFloats = 16 << 10;
 constexpr int64_t kLine = 64;
 
 // ---- the inner loops' operands --------------------------------------------------------------------------------------
@@ -36,7 +39,16 @@ struct Fp32 : TileSizes<3, 3> {
   using Element = float;
   using Operand = Vec;
   static constexpr int kLanes = kWidth;
-  static Operand get(const float* p) { return load(p); }
+  static Operand get(const float* p) {
+    Vec x = load(p);
+    // Held in a register: folded into the multiply-adds that use it, it would be loaded once for each of them.
+#if defined(__AVX512F__)
+    asm("" : "+v"(x.v));
+#elif defined(__AVX2__)
+    asm("" : "+x"(x.v));
+#endif
+    return x;
+  }
   static Operand get_n(const float* p, int n) { return load_n(p, n); }
   static Vec dot(Vec acc, Operand a, Operand b) { return fma(a, b, acc); }
 };
@@ -121,52 +133,96 @@ inline Four sums_of(Vec a, Vec b, Vec c, Vec d) {
 
 // ---- R rows of x against a run of w's rows --------------------------------------------------------------------------
 
+// A sweep's prefetching. Near: the lines of w that it needs itself a little later, one of each row at every step along
+// k. Otherwise: so many lines at every step of memory that is needed much later.
+constexpr int kNear = -1;
+
 struct Sweep {
   const Linear* p;
-  int64_t row;          // the first of the R rows of x
-  int64_t begin, end;   // rows of w
-  const char* ahead;    // memory to prefetch, laid out like the rows of w from `begin` on
+  int64_t row;             // the first of the R rows of x
+  int64_t begin, end;      // rows of w
+  int64_t k_begin, k_end;  // columns of w
+  float* partial;          // accumulators [run][R][kWidth] between two stretches of columns
+  const char* next;        // near: what follows the run, rows next_row bytes apart; far: what is to be prefetched
+  int64_t next_row;
 };
 
-// Writes y[row : row + R, begin : end], C columns at a time, and prefetches Ahead lines at every step along k.
+// Adds w[begin : end, k_begin : k_end], C rows of w at a time, to the accumulators of R rows of x, and writes y after
+// the last columns.
 template <class T, int R, int C, int Ahead>
 void sweep(const Sweep& s) {
   using Element = typename T::Element;
   static_assert(C == 4 || C == 2, "sums are stored in fours");
-  const int64_t inner = s.p->inner, ldy = s.p->ldy;
-  const Element* const x = static_cast<const Element*>(s.p->x) + s.row * s.p->ldx;
+  constexpr int64_t kBytes = sizeof(Element);
+  const int64_t inner = s.p->inner, ldy = s.p->ldy, length = s.k_end - s.k_begin;
+  const Element* const x = static_cast<const Element*>(s.p->x) + s.row * s.p->ldx + s.k_begin;
   const Element* x_row[R];
   for (int r = 0; r < R; ++r) x_row[r] = x + r * s.p->ldx;
   const float* const bias = s.p->bias;
+  const int64_t whole = length / T::kLanes * T::kLanes;
+  // Near: as many bytes ahead as that many panels and columns.
+  const int64_t ahead_columns = kAheadBytes / (C * kBytes) / T::kLanes * T::kLanes;
+  const int64_t ahead_rows = whole > 0 ? ahead_columns / whole * C : 0;
+  const int64_t ahead_rest = whole > 0 ? ahead_columns % whole : 0;
+  auto row_at = [&](int64_t n) {
+    return n < s.end ? static_cast<const char*>(s.p->w) + (n * inner + s.k_begin) * kBytes
+                     : s.next + (n - s.end) * s.next_row;
+  };
+
   for (int64_t n = s.begin; n < s.end; n += C) {
     const int wide = static_cast<int>(s.end - n < C ? s.end - n : C);
-    const Element* const w = static_cast<const Element*>(s.p->w) + n * inner;
-    const char* ahead = s.ahead + (n - s.begin) * inner * static_cast<int64_t>(sizeof(Element));
+    const Element* const w = static_cast<const Element*>(s.p->w) + n * inner + s.k_begin;
     // The last columns of a run may be fewer: one is computed again in the place of each that is missing.
     const Element* w_row[C];
     for (int c = 0; c < C; ++c) w_row[c] = w + (c < wide ? c : wide - 1) * inner;
+    float* const partial = s.partial + (n - s.begin) * R * kWidth;
     Vec acc[R * C];
+    if (s.k_begin == 0) {
 #pragma GCC unroll 32
-    for (int i = 0; i < R * C; ++i) acc[i] = zero();
+      for (int i = 0; i < R * C; ++i) acc[i] = zero();
+    } else {
+#pragma GCC unroll 32
+      for (int i = 0; i < R * C; ++i) acc[i] = load(partial + i * kWidth);
+    }
+    const char* far = s.next + (n - s.begin) * inner * kBytes;
     int64_t k = 0;
-    for (; k + T::kLanes <= inner; k += T::kLanes) {
-      if (Ahead > 0) {
-#pragma GCC unroll 4
-        for (int i = 0; i < Ahead; ++i) __builtin_prefetch(ahead + i * kLine, 0, 3);
-        ahead += Ahead * kLine;
+    // Near: columns up to `turn` prefetch from one row, those after it from the next.
+    for (int part = Ahead == kNear ? 0 : 1; part < 2; ++part) {
+      const int64_t stop = part == 0 ? whole - ahead_rest : whole;
+      const char* near = nullptr;
+      int64_t near_row = inner * kBytes;
+      if (Ahead == kNear) {
+        const int64_t from = n + ahead_rows + part * C;
+        near = row_at(from) + (part == 0 ? ahead_rest : ahead_rest - whole) * kBytes;
+        if (from >= s.end) near_row = s.next_row;
       }
-      typename T::Operand w_now[C];
+      for (; k < stop; k += T::kLanes) {
+        if (Ahead == kNear) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) w_now[c] = T::get(w_row[c] + k);
+          for (int c = 0; c < C; ++c) __builtin_prefetch(near + c * near_row + k * kBytes, 0, 3);
+        } else if (Ahead > 0) {
+#pragma GCC unroll 4
+          for (int i = 0; i < Ahead; ++i) __builtin_prefetch(far + i * kLine, 0, 2);
+          far += Ahead * kLine;
+        }
+        typename T::Operand w_now[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) w_now[c] = T::get(w_row[c] + k);
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const typename T::Operand x_now = T::get(x_row[r] + k);
+        for (int r = 0; r < R; ++r) {
+          const typename T::Operand x_now = T::get(x_row[r] + k);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) acc[r * C + c] = T::dot(acc[r * C + c], x_now, w_now[c]);
+          for (int c = 0; c < C; ++c) acc[r * C + c] = T::dot(acc[r * C + c], x_now, w_now[c]);
+        }
       }
     }
-    if (k < inner) {
-      const int rest = static_cast<int>(inner - k);
+    if (s.k_end < inner) {
+#pragma GCC unroll 32
+      for (int i = 0; i < R * C; ++i) store(partial + i * kWidth, acc[i]);
+      continue;
+    }
+    if (k < length) {
+      const int rest = static_cast<int>(length - k);
       typename T::Operand w_now[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) w_now[c] = T::get_n(w_row[c] + k, rest);
@@ -213,49 +269,67 @@ using SweepFn = void (*)(const Sweep&);
 
 template <class T, int R, int C>
 SweepFn one_tile(int rows) {
-  if (rows == R) return &sweep<T, R, C, C>;
+  if (rows == R) return &sweep<T, R, C, kNear>;
   if constexpr (R > 1) return one_tile<T, R - 1, (R - 1 > T::kTall ? 2 : 4)>(rows);
   return nullptr;
 }
 
 template <class T, int R>
-SweepFn many_tiles(int rows, int ahead) {
-  if (rows == R) return ahead == 0 ? &sweep<T, R, 4, 0> : ahead == 1 ? &sweep<T, R, 4, 1> : &sweep<T, R, 4, 2>;
-  if constexpr (R > T::kLeast) return many_tiles<T, R - 1>(rows, ahead);
+SweepFn many_tiles(int rows, int lines) {
+  if (rows == R) return lines == 0 ? &sweep<T, R, 4, 0> : lines == 1 ? &sweep<T, R, 4, 1> : &sweep<T, R, 4, 2>;
+  if constexpr (R > T::kLeast) return many_tiles<T, R - 1>(rows, lines);
   return nullptr;
 }
 
 // ---- all of y[:, begin:end] -----------------------------------------------------------------------------------------
 
+inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class T>
 void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
   if (begin >= end || p.rows == 0) return;
-  const int64_t row_bytes = p.inner * static_cast<int64_t>(sizeof(typename T::Element));
+  constexpr int64_t kBytes = sizeof(typename T::Element);
+  const int64_t row_bytes = p.inner * kBytes;
   const char* const w = static_cast<const char*>(p.w);
-  const char* const after = static_cast<const char*>(upcoming.data);
+  const bool single = p.rows <= T::kFlat;
+  const int64_t tiles = single ? 1 : (p.rows + T::kTall - 1) / T::kTall;
+  const int64_t tile_rows = (p.rows + tiles - 1) / tiles;
 
-  if (p.rows <= T::kFlat) {
-    const SweepFn fn = one_tile<T, T::kFlat, (T::kFlat > T::kTall ? 2 : 4)>(static_cast<int>(p.rows));
-    const int64_t unit = 4, distance = (kAheadBytes / row_bytes / unit + 1) * unit;
-    const int64_t turn = (end - begin) / unit * unit > distance ? end - distance - (end - begin) % unit : begin;
-    fn({&p, 0, begin, turn, w + (begin + distance) * row_bytes});
-    fn({&p, 0, turn, end, after != nullptr ? after : w + turn * row_bytes});
-    return;
-  }
+  // Columns are taken in stretches for which a tile's rows of x stay in the first-level cache.
+  const int64_t stretches = (tile_rows * row_bytes + kStretchBytes - 1) / kStretchBytes;
+  const int64_t stretch = (p.inner / stretches + T::kLanes - 1) / T::kLanes * T::kLanes;
+  const bool whole = stretch >= p.inner;
+  alignas(64) float partial[kPartialFloats];
+  int64_t block = end - begin;
+  if (!single) block = at_least(kBlockBytes / row_bytes / 4 * 4, 4);
+  if (!whole) block = at_most(block, kPartialFloats / (tile_rows * kWidth) / 4 * 4);
 
-  const int64_t tiles = (p.rows + T::kTall - 1) / T::kTall;
-  // The first tiles share the lines of the next block.
-  const int ahead = tiles >= 4 ? 1 : 2, sharing = 4 / ahead;
-  const int64_t share_bytes = ahead * (p.inner / T::kLanes) * kLine;
-  const int64_t block = kBlockBytes / row_bytes / 4 > 0 ? kBlockBytes / row_bytes / 4 * 4 : 4;
   for (int64_t n = begin; n < end; n += block) {
-    const int64_t stop = n + block < end ? n + block : end;
-    const char* const next = stop < end ? w + stop * row_bytes : after;
-    for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t stop = at_most(n + block, end);
+    const char* const after = stop < end ? w + stop * row_bytes : static_cast<const char*>(upcoming.data);
+    for (int64_t t = 0, sharing = 0; t < tiles; ++t) {
       const Range rows = share(p.rows, static_cast<int>(t), static_cast<int>(tiles));
-      const bool prefetches = t < sharing && next != nullptr;
-      const SweepFn fn = many_tiles<T, T::kTall>(static_cast<int>(rows.end - rows.begin), prefetches ? ahead : 0);
-      fn({&p, rows.begin, n, stop, prefetches ? next + t * share_bytes : nullptr});
+      const int count = static_cast<int>(rows.end - rows.begin);
+      // The first tiles share the four lines that a step of the next block needs.
+      const int lines = after == nullptr || sharing >= 4 ? 0 : tiles == 2 || (tiles == 3 && t == 0) ? 2 : 1;
+      const SweepFn fn = single ? one_tile<T, T::kFlat, (T::kFlat > T::kTall ? 2 : 4)>(count)
+                                : many_tiles<T, T::kTall>(count, lines);
+      for (int64_t k = 0; k < p.inner; k += stretch) {
+        const int64_t k_stop = at_most(k + stretch, p.inner);
+        Sweep s{&p, rows.begin, n, stop, k, k_stop, partial, nullptr, row_bytes};
+        if (!single) {
+          s.next = after + (sharing * (p.inner / T::kLanes) + lines * (k / T::kLanes)) * kLine;
+        } else if (k_stop < p.inner) {
+          s.next = w + n * row_bytes + k_stop * kBytes;
+        } else {
+          s.next = after;
+          // What comes after the product is read from its beginning on.
+          if (stop == end) s.next_row = (k_stop - k) * kBytes;
+        }
+        fn(s);
+      }
+      sharing += lines;
     }
   }
 }
