@@ -25,7 +25,8 @@ COLOURS = {
 }
 NOTES = (
     "¹ the reward model's cache held k times and re-ordered every step; ² every candidate encoded from the "
-    "start, one by one; both our own re-implementations at their best, one row at a time, as published. "
+    "start, one by one; both our own re-implementations at their best, one row at a time, as published (so the "
+    "cache of ARGS is that of one row). "
     "³ transformers' own greedy `generate`, no reward model. ⁴ decoding time over the time that reading both "
     "models' weights and caches once a step takes at the measured bandwidth. ≈ measured on fewer tokens or "
     "rows, prefill counted in full."
