@@ -194,7 +194,7 @@ def demo(
     device: Device = None,
     engine: Engine = "auto",
     k: K = 10,
-    beta: Beta = 1.0,
+    beta: Beta = 2.0,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = 48,
@@ -313,10 +313,7 @@ def generate(
         elif jobs:
             broken += answer_many(setup, jobs, run, answers)
         if answers is not None:
-            note(
-                f"{len(answers.done)} rows in {answers.path}"
-                + (f", {broken} prompts left out" if broken else "")
-            )
+            note(f"{len(answers.done)} rows in {answers.path}" + (f", {broken} left out" if broken else ""))
     if broken:
         raise typer.Exit(USER_ERROR)
 

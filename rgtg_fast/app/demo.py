@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PROMPTS = (
     "How can I fall asleep faster at night?",
-    "Explain to a ten-year-old why the sky is blue.",
+    "I failed an important exam and feel terrible. What now?",
     "My colleague keeps interrupting me in meetings. What should I do?",
 )
 # Narrower than this, the two answers stand below each other.
@@ -160,6 +160,9 @@ def show(report: Report, console: Console) -> None:
         console.print(_changes(c))
     console.print()
     console.print(_summary(report))
+    if not report.guided_stats.reward_calls:
+        note = "The guide's prompts are rows of the base model's calls: more tokens, no calls of their own."
+        console.print(Text(note, style="dim"))
     g = report.guidance
     console.print(
         Text(
