@@ -49,74 +49,97 @@ void gumbel(int64_t seed, int64_t position, int64_t first, int64_t counters, flo
     // v that w stands for makes up for the rounding elsewhere.
     const Vec v = min((load(noise + i) + half) * unit, limit), w = one - v;
     const Vec rest = one - w;
-    const Vec e = where_zero(rest, v, (zero() - log(w)) * v / rest);
+    const Vec e = where_equal(rest, zero(), v, (zero() - log(w)) * v / rest);
     store(noise + i, zero() - log(e));
   }
 }
 
-// The tilted score of a candidate.
-struct Score {
-  float beta;
-  float operator()(float logprob, float reward) const {
-    if (beta == 0) return logprob;
-    // An excluded candidate stays excluded whatever its reward; only NaN is never hidden.
-    if (logprob == -kInf) return reward != reward ? reward : logprob;
-    return logprob + beta * reward;
+// The tilted scores of n candidates, at most a chunk, filled up with −inf to whole vectors.
+template <class T>
+void tilt(const T* logprobs, const T* rewards, float beta, int64_t n, float* scores) {
+  const Vec excluded = set1(-kInf), weight = set1(beta);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int count = static_cast<int>(n - i < kWidth ? n - i : kWidth);
+    Vec x = count == kWidth ? load(logprobs + i) : load_n(logprobs + i, count);
+    if (beta != 0) {
+      const Vec r = count == kWidth ? load(rewards + i) : load_n(rewards + i, count);
+      // An excluded candidate stays excluded whatever its reward; only NaN is never hidden.
+      x = where_equal(x, excluded, where_equal(r, r, excluded, r), x + weight * r);
+    }
+    store(scores + i, x);
   }
-};
+  for (int64_t i = n; i % kWidth != 0; ++i) scores[i] = -kInf;
+}
+
+// The largest of n scores; NaN where any is.
+float best_of(const float* scores, int64_t n) {
+  const Vec one = set1(1.0f);
+  Vec top = set1(-kInf), nans = zero();
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Vec x = load(scores + i);
+    top = max(x, top);
+    nans = nans + where_equal(x, x, zero(), one);
+  }
+  return sum(nans) == 0 ? largest(top) : __builtin_nanf("");
+}
+
+int64_t index_of(float x, const float* scores) {
+  int64_t i = 0;
+  while (scores[i] != x) ++i;
+  return i;
+}
 
 template <class T>
 void draw(const Resample& a, int64_t row) {
   const T* logprobs = static_cast<const T*>(a.logprobs) + row * a.logprobs_row;
   const T* rewards = static_cast<const T*>(a.rewards) + row * a.rewards_row;
-  const Score score = {a.beta[row]};
-  const float tau = a.temperature[row];
+  const float beta = a.beta[row], tau = a.temperature[row];
+  alignas(64) float scores[kChunk], noise[kChunk];
   float best = -kInf;
-  int64_t at = 0;
-  for (int64_t j = 0; j < a.K; ++j) {
-    const float x = score(to_float(logprobs[j]), to_float(rewards[j]));
-    if (x > best || x != x) {
-      best = x;
-      at = j;
-      if (x != x) break;
-    }
+  int64_t choice = 0;
+  for (int64_t first = 0; first < a.K && best == best; first += kChunk) {
+    const int64_t n = a.K - first < kChunk ? a.K - first : kChunk;
+    tilt(logprobs + first, rewards + first, beta, n, scores);
+    const float here = best_of(scores, n);
+    if (here <= best) continue;
+    best = here;
+    if (here == here) choice = first + index_of(here, scores);
   }
   if (!(best > -kInf && best < kInf)) {
     a.choice[row] = -1;
     a.chosen[row] = __builtin_nanf("");
     return;
   }
-  if (tau == 0) {
-    a.choice[row] = at;
-    a.chosen[row] = 0;
-    return;
-  }
-  alignas(64) float scaled[kChunk], noise[kChunk];
-  float top = -kInf, chosen = 0;
-  double total = 0;
-  for (int64_t first = 0; first < a.K; first += kChunk) {
-    const int64_t n = a.K - first < kChunk ? a.K - first : kChunk;
-    const int64_t counters = ((n + 3) / 4 + kWidth - 1) / kWidth * kWidth;
-    gumbel(a.seed[row], a.position[row], first, counters, noise);
-    for (int64_t i = 0; i < n; ++i) {
-      // Differences first: the best candidate is at 0 for every temperature, however small.
-      scaled[i] = (score(to_float(logprobs[first + i]), to_float(rewards[first + i])) - best) / tau;
-    }
-    for (int64_t i = n; i < 4 * counters; ++i) scaled[i] = -kInf;
-    Vec sums = zero();
-    for (int64_t i = 0; i < n; i += kWidth) sums = sums + exp(load(scaled + i));
-    total += sum(sums);
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = scaled[i] + noise[i];
-      if (x > top) {
-        top = x;
-        at = first + i;
-        chosen = scaled[i];
+  float chosen = 0;
+  double log_total = 0;
+  if (tau > 0) {
+    float top = -kInf;
+    double total = 0;
+    for (int64_t first = 0; first < a.K; first += kChunk) {
+      const int64_t n = a.K - first < kChunk ? a.K - first : kChunk;
+      gumbel(a.seed[row], a.position[row], first, ((n + 3) / 4 + kWidth - 1) / kWidth * kWidth, noise);
+      tilt(logprobs + first, rewards + first, beta, n, scores);
+      Vec sums = zero(), highest = set1(-kInf);
+      for (int64_t i = 0; i < n; i += kWidth) {
+        // Differences first: the best candidate is at 0 for every temperature, however small.
+        const Vec x = (load(scores + i) - set1(best)) / set1(tau), noisy = x + load(noise + i);
+        sums = sums + exp(x);
+        highest = max(noisy, highest);
+        store(scores + i, x);
+        store(noise + i, noisy);
       }
+      total += sum(sums);
+      const float here = largest(highest);
+      if (here <= top) continue;
+      top = here;
+      choice = index_of(here, noise);
+      chosen = scores[choice];
+      choice += first;
     }
+    log_total = ::log(total);
   }
-  a.choice[row] = at;
-  a.chosen[row] = static_cast<float>(chosen - ::log(total));
+  a.choice[row] = choice;
+  a.chosen[row] = static_cast<float>(chosen - log_total);
 }
 
 }  // namespace

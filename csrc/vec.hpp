@@ -136,9 +136,9 @@ inline uint32_t greater_or_nan(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.
 inline Vec round_even(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// b where a is 0, c elsewhere.
-inline Vec where_zero(Vec a, Vec b, Vec c) {
-  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_EQ_OQ), c.v, b.v)};
+// x where a equals b, y elsewhere.
+inline Vec where_equal(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), y.v, x.v)};
 }
 // x = m * 2^e with m in [sqrt(1/2), sqrt(2)), for positive normal x.
 inline Vec exponent(Vec x, Vec* m) {
@@ -247,9 +247,9 @@ inline uint32_t greater_or_nan(Vec a, Vec b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
 }
 inline Vec round_even(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// b where a is 0, c elsewhere.
-inline Vec where_zero(Vec a, Vec b, Vec c) {
-  return {_mm256_blendv_ps(c.v, b.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_EQ_OQ))};
+// x where a equals b, y elsewhere.
+inline Vec where_equal(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
 }
 // x = m * 2^e with m in [sqrt(1/2), sqrt(2)), for positive normal x.
 inline Vec exponent(Vec x, Vec* m) {
@@ -350,8 +350,8 @@ inline Vec round_even(Vec a) {
   const Vec magic = set1(12582912.0f);
   return (a + magic) - magic;
 }
-// b where a is 0, c elsewhere.
-inline Vec where_zero(Vec a, Vec b, Vec c) { return {a.v == 0.0f ? b.v : c.v}; }
+// x where a equals b, y elsewhere.
+inline Vec where_equal(Vec a, Vec b, Vec x, Vec y) { return {a.v == b.v ? x.v : y.v}; }
 // x = m * 2^e with m in [sqrt(1/2), sqrt(2)), for positive normal x.
 inline Vec exponent(Vec x, Vec* m) {
   Int4 bits;
