@@ -250,6 +250,10 @@ class NativeLayers:
             )
         if ancestors is not None and tokens > 64:
             raise RGTGError(f"S={tokens} exceeds 64, the tokens that an ancestor mask can name")
+        if rows and (int(lengths.min()) < 0 or int(lengths.max()) > k_cache.shape[3]):
+            raise RGTGError(
+                f"lengths are {lengths.tolist()}: each must be in 0..{k_cache.shape[3]}, the cache's room"
+            )
         x = functional.embedding(input_ids, self.embedding.detach())
         if self.embedding_scale is not None:
             x = x * self.embedding_scale
