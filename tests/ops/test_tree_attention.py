@@ -1,0 +1,201 @@
+"""tree_attention against plain softmax attention, at every edge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rgtg_fast import RGTGError
+from rgtg_fast.ops import _extension, specs, tree_attention, use_backend
+
+BACKENDS = ["reference"] if _extension.missing_reason() else ["reference", "cpp"]
+SPEC = specs()["tree_attention"]
+
+
+def visible(s: int, j: int, b: int, ancestors: torch.Tensor | None, causal: bool) -> bool:
+    if causal:
+        return j <= s
+    if ancestors is None:
+        return j == s
+    return bool(int(ancestors[b, s]) >> j & 1)
+
+
+def naive(q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal):
+    """One query at a time, in float64, over exactly what it sees."""
+    B, H, S, D = q.shape
+    group = H // k.shape[1]
+    out = torch.zeros(B, H, S, D, dtype=torch.float64)
+    for b in range(B):
+        T = int(lengths[b])
+        for h in range(H):
+            g = h // group
+            for s in range(S):
+                seen = [j for j in range(S) if visible(s, j, b, ancestors, causal)]
+                keys = torch.cat([k_cache[b, g, :T], k[b, g, seen]]).double()
+                values = torch.cat([v_cache[b, g, :T], v[b, g, seen]]).double()
+                if len(keys):
+                    out[b, h, s] = (keys @ q[b, h, s].double() * scale).softmax(0) @ values
+    return out
+
+
+@st.composite
+def problems(draw):
+    G = draw(st.integers(1, 3))
+    shape = {
+        "B": draw(st.integers(1, 3)),
+        "G": G,
+        "H": G * draw(st.integers(1, 4)),
+        "S": draw(st.integers(1, 9)),
+        "T": draw(st.integers(0, 70)),
+        "D": draw(st.integers(1, 36)),
+        "mask": draw(st.sampled_from([None, "causal", "chain", "tree"])),
+    }
+    shape["lengths"] = draw(st.lists(st.integers(0, shape["T"]), min_size=shape["B"], max_size=shape["B"]))
+    return shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(shape=problems(), seed=st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_equals_the_definition(backend, shape, seed):
+    arguments = SPEC.make_inputs(shape, torch.float32, seed=seed)
+    with use_backend(backend):
+        got = tree_attention(**arguments)
+    torch.testing.assert_close(got.double(), naive(**arguments), rtol=0, atol=4e-6)
+
+
+def test_the_float64_reference_is_exact():
+    for mask in (None, "causal", "chain", "tree"):
+        arguments = SPEC.make_inputs(
+            {"B": 2, "H": 4, "G": 2, "S": 6, "T": 30, "D": 8, "mask": mask, "lengths": [30, 0]}, torch.float64
+        )
+        torch.testing.assert_close(tree_attention(**arguments), naive(**arguments), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_prefix_gives_back_the_token_itself(backend):
+    arguments = SPEC.make_inputs({"B": 1, "H": 4, "G": 2, "S": 5, "T": 0, "D": 16}, torch.float32)
+    with use_backend(backend):
+        got = tree_attention(**arguments)
+    assert torch.equal(got, arguments["v"].repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_that_sees_nothing_yields_zeros(backend):
+    arguments = SPEC.make_inputs(
+        {"B": 1, "H": 2, "G": 1, "S": 2, "T": 4, "D": 8, "mask": "tree", "lengths": [0]}, torch.float32
+    )
+    with use_backend(backend):
+        got = tree_attention(**arguments)
+    assert (got[:, :, 1] == 0).all()
+    assert got[:, :, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_candidate_stays_alone(backend):
+    arguments = SPEC.make_inputs({"B": 1, "H": 4, "G": 2, "S": 8, "T": 300, "D": 16}, torch.float32)
+    with use_backend(backend):
+        want = tree_attention(**arguments)
+        for name in ("q", "k", "v"):
+            arguments[name][:, :, 3] = float("nan")
+        got = tree_attention(**arguments)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert got[:, :, 3].isnan().all()
+    assert torch.equal(got[:, :, others], want[:, :, others])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1e4, 1e-30, 0.0])
+def test_extreme_scores(backend, factor):
+    arguments = SPEC.make_inputs({"B": 2, "H": 2, "G": 1, "S": 3, "T": 600, "D": 16}, torch.float32)
+    arguments["scale"] = factor
+    with use_backend(backend):
+        got = tree_attention(**arguments)
+    want = naive(**arguments)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-3 if factor > 1 else 4e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_chain_and_causal_agree(backend):
+    shape = {"B": 2, "H": 6, "G": 2, "S": 64, "T": 90, "D": 32}
+    with use_backend(backend):
+        chain = tree_attention(**SPEC.make_inputs({**shape, "mask": "chain"}, torch.float32))
+        causal = tree_attention(**SPEC.make_inputs({**shape, "mask": "causal"}, torch.float32))
+    assert torch.equal(chain, causal)
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", [None, "causal"])
+def test_more_new_tokens_change_no_bit_of_the_first(dtype, mask):
+    """A short prompt has the same bits when it is padded to the length of a longer one in its batch."""
+    arguments = SPEC.make_inputs({"B": 1, "H": 6, "G": 2, "S": 150, "T": 300, "D": 32, "mask": mask}, dtype)
+    whole = tree_attention(**arguments)
+    for S in (1, 7, 41, 100):
+        short = {**arguments, **{name: arguments[name][:, :, :S] for name in ("q", "k", "v")}}
+        assert torch.equal(tree_attention(**short), whole[:, :, :S])
+
+
+@pytest.mark.usefixtures("cpp")
+def test_more_room_in_the_cache_changes_no_bit():
+    arguments = SPEC.make_inputs(
+        {"B": 2, "H": 6, "G": 2, "S": 4, "T": 700, "D": 32, "lengths": [300, 17]}, torch.float32
+    )
+    want = tree_attention(**arguments)
+    arguments["k_cache"], arguments["v_cache"] = (
+        arguments["k_cache"][:, :, :300],
+        arguments["v_cache"][:, :, :300],
+    )
+    assert torch.equal(tree_attention(**arguments), want)
+
+
+def test_inputs_are_left_alone():
+    arguments = SPEC.make_inputs({"B": 2, "H": 6, "G": 2, "S": 4, "T": 70, "D": 32}, torch.float32)
+    before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    tree_attention(**arguments)
+    for name, x in before.items():
+        torch.testing.assert_close(arguments[name], x, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.tensor([3, 9])}, r"lengths\[1\]=9 is outside the cache \(T=8\): use 0 to 8"),
+        ({"lengths": torch.tensor([-1, 2])}, r"lengths\[0\]=-1 is outside the cache \(T=8\): use 0 to 8"),
+        ({"lengths": torch.tensor([1])}, r"lengths has shape \[1\]: use \[B\] = \[2\]"),
+        (
+            {"lengths": torch.tensor([1, 2], dtype=torch.int32)},
+            "lengths has dtype torch.int32: use torch.int64",
+        ),
+        (
+            {"k": torch.zeros(2, 3, 5, 16)},
+            r"k has shape \[2, 3, 5, 16\]: use \[B, G, S, D\] = \[2, 2, 5, 16\]",
+        ),
+        (
+            {"q": torch.zeros(2, 5, 5, 16)},
+            "5 query heads cannot share 2 key-value heads: H must be a multiple of G",
+        ),
+        ({"q": torch.zeros(2, 4, 16)}, r"q has shape \[2, 4, 16\]"),
+        ({"v": torch.zeros(2, 2, 5, 16).double()}, "dtypes differ"),
+        ({"causal": True, "ancestors": torch.zeros(2, 5, dtype=torch.int64)}, "exclude each other: give one"),
+        (
+            {"ancestors": torch.zeros(2, 4, dtype=torch.int64)},
+            r"ancestors has shape \[2, 4\]: use \[B, S\] = \[2, 5\]",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(backend, change, message):
+    arguments = SPEC.make_inputs({"B": 2, "H": 4, "G": 2, "S": 5, "T": 8, "D": 16}, torch.float32)
+    with use_backend(backend), pytest.raises(RGTGError, match=message) as error:
+        tree_attention(**{**arguments, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_masks_have_64_bits():
+    arguments = SPEC.make_inputs({"B": 1, "H": 1, "G": 1, "S": 65, "T": 0, "D": 1}, torch.float32)
+    arguments["ancestors"] = torch.zeros(1, 65, dtype=torch.int64)
+    with pytest.raises(RGTGError, match="S=65 exceeds the 64 bits of a mask: use S <= 64"):
+        tree_attention(**arguments)
