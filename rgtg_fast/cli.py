@@ -44,13 +44,11 @@ class _OneLineErrors(TyperGroup):
                 **extra,
             )
         except UsageError as error:
-            code = _fail(f"{error.format_message().rstrip('.')}: see `{_command(error)} --help`")
+            message = error.format_message().rstrip(".")
+            # Without a command the help is shown, and that is all there is to say.
+            code = _fail(f"{message}: see `{_command(error)} --help`") if message else USER_ERROR
         except RGTGError as error:
             code = _fail(str(error))
-        except BrokenPipeError:
-            # The reader of our output has left; say nothing more.
-            sys.stderr.close()
-            code = 1
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except (MemoryError, RuntimeError) as error:

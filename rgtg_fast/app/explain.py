@@ -115,8 +115,8 @@ def table(steps: "list[Step]", show: int | None = None) -> RenderableType:
             )
         grid.add_row()
     legend = Text.from_markup(
-        f"[dim]log p: base model, natural logarithm · final: probability after guidance · "
-        f"[/][black on yellow] changed [/][dim]: {sum(map(changed, steps))} of {len(steps)} tokens[/]"
+        "[dim]log p: base model, natural logarithm · final: probability after guidance[/]\n"
+        f"[black on yellow] changed [/][dim]: {sum(map(changed, steps))} of {len(steps)} tokens[/]"
     )
     return Group(grid, legend)
 

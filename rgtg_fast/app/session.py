@@ -101,11 +101,13 @@ class Setup:
 
 
 def quiet() -> None:
-    """Keeps transformers' progress bars and notes off the terminal."""
+    """Keeps the progress bars, notes and retries of the Hugging Face libraries off the terminal."""
     if importlib.util.find_spec("transformers") is None:
         raise RGTGError("transformers is not installed: `pip install rgtg-fast` brings it")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

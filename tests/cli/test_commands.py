@@ -225,3 +225,14 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(embedded.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert embedded.cache_folder() == tmp_path / "xdg" / "rgtg-fast"
+
+
+def test_no_command_shows_the_help(run: Callable) -> None:
+    outcome = run()
+    assert "generate" in outcome.out
+    assert not outcome.errors
+
+
+def test_white_space_and_control_characters_are_visible() -> None:
+    assert explain.visible(" a\n") == "·a↵"
+    assert explain.visible("\x07") == "\\u0007"
