@@ -74,7 +74,7 @@ class Batch:
             self.rows[slot] = last
         return source
 
-    def refresh(self, dtype: torch.dtype) -> None:
+    def refresh(self) -> None:
         """Writes the settings of the rows into tensors."""
 
         def tensor(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
@@ -84,10 +84,12 @@ class Batch:
         self.tokens = tensor([(row.answer or row.prompt_ids)[-1] for row in self.rows], torch.int64)
         self.position = tensor([len(row.answer) for row in self.rows], torch.int64)
         self.seed = tensor([row.seed for row in self.rows], torch.int64)
-        self.beta = tensor([g.beta for g in settings], dtype)
-        self.temperature = tensor([g.temperature for g in settings], dtype)
+        self.beta = tensor([g.beta for g in settings], torch.float32)
+        self.temperature = tensor([g.temperature for g in settings], torch.float32)
         # Only rows whose support is "combined" are selected by their guidance.
-        self.selection_beta = tensor([g.beta if g.support == "combined" else 0.0 for g in settings], dtype)
+        self.selection_beta = tensor(
+            [g.beta if g.support == "combined" else 0.0 for g in settings], torch.float32
+        )
         self.support = "all" if settings[0].support == "all" else "top-k"
         self.combined = any(g.support == "combined" for g in settings)
         widths = [g.k for g in settings]

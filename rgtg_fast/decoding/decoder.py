@@ -319,7 +319,7 @@ class RewardGuidedDecoder:
                 self.reward.admit(slot, row, row.encoded)
             changed = True
         if changed:
-            batch.refresh(self._dtype)
+            batch.refresh()
 
     def _advance(
         self,
@@ -369,7 +369,7 @@ class RewardGuidedDecoder:
             if self.reward is not None:
                 self.reward.move(source, slot)
         if finished and batch:
-            batch.refresh(self._dtype)
+            batch.refresh()
 
     def _finished(self, run: _Run) -> Iterator[GeneratedRow]:
         """Rows as they finish."""
@@ -413,8 +413,8 @@ class RewardGuidedDecoder:
                 f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1: use for example 128"
             )
         given = as_prompts(prompts)
-        settings = [guidance] * len(given) if isinstance(guidance, Guidance) else list(guidance)
-        seeds = [seed] * len(given) if isinstance(seed, int) else list(seed)
+        settings = list(guidance) if isinstance(guidance, Sequence) else [guidance] * len(given)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(given)
         for name, values in (("guidance", settings), ("seed", seeds)):
             if len(values) != len(given):
                 raise RGTGError(
@@ -495,11 +495,6 @@ class RewardGuidedDecoder:
     def _contexts(self) -> int:
         """Rows of the base model's batch per prompt."""
         return 1 if self.reward is None else 1 + self.reward.contexts
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Dtype of log-probabilities and settings: float32, or float64 for a float64 model."""
-        return torch.promote_types(self.lm.backbone.dtype, torch.float32)
 
     def _cache_bytes(self) -> dict[str, int]:
         guide = 0 if self.reward is None else self.reward.cache_bytes()

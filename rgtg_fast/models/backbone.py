@@ -18,6 +18,9 @@ from rgtg_fast.models.native import NativeLayers
 
 ENGINES = ("auto", "native", "transformers")
 
+# How far, relative to their norm, logits of two correct forwards may differ.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
 
 class Layers(Protocol):
     """What runs a model's blocks over the forward that its cache has begun."""
@@ -194,6 +197,41 @@ class Backbone:
             hidden.to(dtype), self.head.weight.to(dtype), None if bias is None else bias.to(dtype)
         )
         return out.squeeze(-1)
+
+    @torch.inference_mode()
+    def verify(self) -> None:
+        """Compares a few cached steps with the model's own uncached forward, once at load time.
+
+        What a family does beyond its blocks (scaled or capped logits, an unknown kind of attention) would otherwise
+        go unnoticed and change every result.
+
+        Raises:
+            RGTGError: the two differ by more than the dtype's rounding.
+        """
+        ids = [(7 * i + 3) % (self.embeddings - 2) + 2 for i in range(6)]
+        self.reserve(1, len(ids))
+        self.prefill(0, ids[:3])
+        out = torch.empty(0)
+        for token in ids[3:]:
+            hidden = self.step(torch.tensor([[token]], device=self.device))
+            self.commit(torch.zeros(1, dtype=torch.int64, device=self.device))
+            out = self.logits(hidden.squeeze(1))
+        tokens = torch.tensor([ids], device=self.device)
+        own = self.model(input_ids=tokens, use_cache=False).logits.reshape(-1, out.shape[-1])[-1:].double()
+        error = float((out.double() - own).norm() / own.norm())
+        if not error <= _ROUNDING[self.dtype]:
+            raise RGTGError(
+                f"{type(self.model).__name__} cannot be served: its cached forward differs from its own by {error:.1%}, "
+                f"more than {self.dtype} rounds; use a tested family (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, "
+                "GPT-NeoX, OPT, GPT-2)"
+            )
+        self.reserve(1, len(ids))
+
+    @property
+    def embeddings(self) -> int:
+        """Rows of the input embedding."""
+        weight: Any = self.model.get_input_embeddings().weight
+        return int(weight.shape[0])
 
     def hidden_uncached(self, ids: Sequence[int]) -> torch.Tensor:
         """Hidden states [T, E] of a whole text by the model's own uncached forward."""

@@ -182,7 +182,9 @@ def _backbone(
     if reason is not None:
         raise RGTGError(f"{_title(model)} cannot serve as {role}: {reason}; tested families: {TESTED}")
     limit = context_length(model)
-    return Backbone(model.eval(), head, engine, limit if max_length is None else min(limit, max_length))
+    backbone = Backbone(model.eval(), head, engine, limit if max_length is None else min(limit, max_length))
+    backbone.verify()
+    return backbone
 
 
 def _title(model: PreTrainedModel) -> str:

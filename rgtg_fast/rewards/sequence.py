@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -48,8 +47,7 @@ class SequenceReward(Reward):
         check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, model.config._name_or_path)
         self.backbone = reward_backbone(model, engine, max_length)
         self._tokenizer, self._lm = tokenizer, lm
-        weight: Any = model.get_input_embeddings().weight
-        embeddings = int(weight.shape[0])
+        embeddings = self.backbone.embeddings
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)
         if embeddings < used:
             raise RGTGError(

@@ -162,3 +162,10 @@ def test_context_is_the_models() -> None:
     decoder = RewardGuidedDecoder.from_pretrained((make_lm(max_position_embeddings=48), None))
     assert decoder.max_length == 48
     assert tiny_config().max_position_embeddings == 128
+
+
+def test_a_family_that_scales_its_logits_is_found_out() -> None:
+    config = tf.GraniteConfig(**BASE, num_key_value_heads=1, logits_scaling=4.0)
+    message = refused(tf.AutoModelForCausalLM.from_config(config))
+    assert "GraniteForCausalLM cannot be served" in message
+    assert "75" in message or "300" in message
