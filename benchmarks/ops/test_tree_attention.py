@@ -1,0 +1,67 @@
+"""tree_attention against torch's scaled_dot_product_attention.
+
+For the candidates of one step: `torch_replicated` is what the published decoders do, k copies of the
+prefix, given here for nothing (its copying is not timed); `torch_masked` is one prefix and a mask.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from rgtg_fast.ops import specs, tree_attention
+
+pytestmark = pytest.mark.usefixtures("cpp_only")
+
+# SmolLM2-135M.
+H, G, D = 9, 3, 64
+
+
+@pytest.mark.parametrize("S", [1, 10, 40])
+@pytest.mark.parametrize("T", [512, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("who", ["ours", "torch_masked", "torch_replicated"])
+def test_candidates(timed, who, dtype, T, S):
+    case = specs()["tree_attention"].make_inputs({"B": 1, "H": H, "G": G, "S": S, "T": T, "D": D}, dtype)
+    q, k, v, k_cache, v_cache = (case[name] for name in ("q", "k", "v", "k_cache", "v_cache"))
+    keys, values = torch.cat([k_cache, k], 2), torch.cat([v_cache, v], 2)
+    mask = torch.cat([torch.ones(S, T, dtype=torch.bool), torch.eye(S, dtype=torch.bool)], 1)
+
+    def ours() -> torch.Tensor:
+        return tree_attention(**case)
+
+    def masked() -> torch.Tensor:
+        return sdpa(q, keys, values, attn_mask=mask, enable_gqa=True)
+
+    # One row per candidate, one prefix per row: [S, G, T + 1, D].
+    own_k = torch.cat([k_cache.expand(S, G, T, D), k.transpose(0, 2)], 2)
+    own_v = torch.cat([v_cache.expand(S, G, T, D), v.transpose(0, 2)], 2)
+    own_q = q.transpose(0, 2)
+
+    def replicated() -> torch.Tensor:
+        return sdpa(own_q, own_k, own_v, enable_gqa=True)
+
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours(), masked(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours(), replicated().transpose(0, 2), rtol=tolerance, atol=tolerance)
+    timed({"ours": ours, "torch_masked": masked, "torch_replicated": replicated}[who])
+
+
+@pytest.mark.parametrize("P", [512, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("who", ["ours", "torch"])
+def test_prefill(timed, who, dtype, P):
+    case = specs()["tree_attention"].make_inputs(
+        {"B": 1, "H": H, "G": G, "S": P, "T": 0, "D": D, "mask": "causal"}, dtype
+    )
+
+    def ours() -> torch.Tensor:
+        return tree_attention(**case)
+
+    def composed() -> torch.Tensor:
+        return sdpa(case["q"], case["k"], case["v"], is_causal=True, enable_gqa=True)
+
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours(), composed(), rtol=tolerance, atol=tolerance)
+    timed(ours if who == "ours" else composed)
