@@ -34,11 +34,11 @@ def assert_near(actual: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) 
     assert (actual - wanted.float()).abs().max() <= tolerance * wanted.abs().max()
 
 
-@pytest.mark.parametrize("prefix", [128, 512, 2048])
-@pytest.mark.parametrize("candidates", [1, 10, 40])
+@pytest.mark.parametrize("prefix", [128, 2048])
+@pytest.mark.parametrize("candidates", [1, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("who", ["ours", "transformers"])
-def test_step(timed, who, dtype, candidates, prefix):
+def test_step(benchmark, who, dtype, candidates, prefix):
     """k candidates over one prefix; transformers gets the prefix replicated beforehand, its best case."""
     trunk = model(dtype)
     native = NativeLayers(trunk)
@@ -60,12 +60,12 @@ def test_step(timed, who, dtype, candidates, prefix):
 
     def theirs() -> torch.Tensor:
         out = trunk(input_ids=tokens.T, position_ids=positions.T, past_key_values=cache, use_cache=True)
-        cache.crop(prefix)
+        cache.crop(-1)
         return out.last_hidden_state.transpose(0, 1)
 
     with torch.inference_mode():
         assert_near(ours(), theirs(), dtype)
-    timed(ours if who == "ours" else theirs)
+        benchmark.pedantic(ours if who == "ours" else theirs, rounds=10, iterations=1, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("tokens", [512, 2048])

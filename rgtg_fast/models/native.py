@@ -51,6 +51,44 @@ def _linears(layer: nn.Module) -> dict[str, nn.Module]:
     return {name: getattr(parts.self_attn if name[0] in "qkvo" else parts.mlp, name) for name in MATRICES}
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """y = x weightᵀ + bias, in float32, every row the same bits in any batch and on any number of threads.
+
+    Args:
+        x: [B, E] float32, rounded to bfloat16 where the weight is bfloat16.
+        weight: [V, E] float32 or bfloat16, contiguous, on the CPU.
+        bias: [V] or None.
+
+    Returns:
+        [B, V] float32.
+
+    Raises:
+        RGTGError: a weight of another width, dtype, layout or device.
+    """
+    rows, inner = x.shape
+    if weight.shape[1] != inner or weight.dtype not in (torch.float32, torch.bfloat16):
+        raise RGTGError(
+            f"the weight is {tuple(weight.shape)} {weight.dtype}: it must be [V, {inner}] float32 or bfloat16"
+        )
+    if not weight.is_contiguous() or weight.device.type != "cpu":
+        raise RGTGError(f"the weight must be contiguous and on the CPU, not on {weight.device}")
+    x = x.to(weight.dtype).contiguous()
+    bias = None if bias is None else bias.detach().float().contiguous()
+    out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
+    _extension.kernels().linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        _extension.pointer(bias),
+        out.data_ptr(),
+        rows,
+        inner,
+        weight.shape[0],
+        _extension.DTYPE_CODES[weight.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
 class NativeLayers:
     """A transformers decoder whose layers run as one C++ call per pass.
 
@@ -285,38 +323,5 @@ class NativeLayers:
     def logits(
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """hidden [B, E] times the head's weight [V, E], in float32.
-
-        Args:
-            hidden: [B, E] float32, rounded to bfloat16 where the weight is bfloat16.
-            weight: [V, E] float32 or bfloat16, contiguous.
-            bias: [V] or None.
-
-        Returns:
-            Logits [B, V] float32.
-
-        Raises:
-            RGTGError: a weight of another width, dtype or layout.
-        """
-        rows, inner = hidden.shape
-        if weight.shape[1] != inner or weight.dtype not in (torch.float32, torch.bfloat16):
-            raise RGTGError(
-                f"the head is {tuple(weight.shape)} {weight.dtype}: it must be [V, {inner}] float32 or bfloat16"
-            )
-        if not weight.is_contiguous() or weight.device.type != "cpu":
-            raise RGTGError(f"the head's weight must be contiguous and on the CPU, not on {weight.device}")
-        x = hidden.to(weight.dtype).contiguous()
-        bias = None if bias is None else bias.detach().float().contiguous()
-        out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
-        _extension.kernels().linear(
-            x.data_ptr(),
-            weight.data_ptr(),
-            _extension.pointer(bias),
-            out.data_ptr(),
-            rows,
-            inner,
-            weight.shape[0],
-            _extension.DTYPE_CODES[weight.dtype],
-            torch.get_num_threads(),
-        )
-        return out
+        """The head's output [B, V] float32 for hidden states [B, E] float32: see `linear`."""
+        return linear(hidden, weight, bias)

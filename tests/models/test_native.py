@@ -322,5 +322,5 @@ def test_wrong_tensors_are_named() -> None:
     rows.lengths[0] = 65
     with pytest.raises(RGTGError, match="lengths"):
         rows.step(torch.zeros(1, 1, dtype=torch.int64))
-    with pytest.raises(RGTGError, match="the head is"):
+    with pytest.raises(RGTGError, match="the weight is"):
         rows.native.logits(torch.zeros(1, 40), torch.zeros(5, 41))
