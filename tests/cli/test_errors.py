@@ -1,6 +1,7 @@
 """Every user error is one line on stderr and exit code 2."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,3 +203,21 @@ def test_out_of_memory_is_one_line(run: Callable, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(RewardGuidedDecoder, "generate", fail)
     assert "--max-batch" in run("generate", "hello", "--lm", lm, *SHORT).error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_output_of_another_process(run: Callable, prompts_file: Callable, tmp_path: Path, lm: str) -> None:
+    import fcntl
+
+    source, output = prompts_file({"prompt": "one"}), tmp_path / "out.jsonl"
+    with output.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        error = run("generate", "--input", source, "--output", output, "--resume", "--lm", lm).error
+    assert "another process" in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk(run: Callable, prompts_file: Callable, lm: str) -> None:
+    source = prompts_file({"prompt": "one"})
+    args = ("generate", "--input", source, "--output", "/dev/full", "--lm", lm, "--reward", "none", *SHORT)
+    assert "No space left" in run(*args).error
