@@ -217,16 +217,18 @@ class Item {
 
   void save(float* partial) {
     std::memcpy(partial, s_.sums, rows_ * width_ * sizeof(float));
-    std::memcpy(partial + kRows * width_, s_.peak, rows_ * sizeof(float));
-    std::memcpy(partial + kRows * (width_ + 1), s_.total, rows_ * sizeof(float));
+    const int64_t rows = attention::item_rows(a_);
+    std::memcpy(partial + rows * width_, s_.peak, rows_ * sizeof(float));
+    std::memcpy(partial + rows * (width_ + 1), s_.total, rows_ * sizeof(float));
   }
 
   void merge(const float* partials, int64_t splits) {
-    const int64_t size = kRows * (width_ + 2);
+    const int64_t size = attention::partial_floats(a_), peaks = attention::item_rows(a_) * width_;
+    const int64_t totals = peaks + attention::item_rows(a_);
     for (int64_t r = 0; r < rows_; ++r) {
       float peak = -kInf;
       for (int64_t i = 0; i < splits; ++i) {
-        const float x = partials[i * size + kRows * width_ + r];
+        const float x = partials[i * size + peaks + r];
         if (!(x <= peak)) peak = x;
       }
       float total = 0;
@@ -235,9 +237,9 @@ class Item {
       for (int64_t i = 0; i < splits; ++i) {
         const float* partial = partials + i * size;
         // A split of which the row sees nothing weighs nothing.
-        const float x = partial[kRows * width_ + r];
+        const float x = partial[peaks + r];
         const float weight = x == -kInf ? 0.0f : exp1(x - peak);
-        total = total + weight * partial[kRows * (width_ + 1) + r];
+        total = total + weight * partial[totals + r];
         const Vec w = set1(weight);
         for (int64_t d = 0; d < width_; d += kWidth) {
           store(sums + d, fma(w, load(partial + r * width_ + d), load(sums + d)));

@@ -46,7 +46,7 @@ namespace attention {
 // Query rows (a new token of a query head) of one work item.
 constexpr int64_t kRows = 120;
 // Slots of the prefix of one work item. Fixed, so that the order of additions depends on the row's own length only.
-constexpr int64_t kSplit = 256;
+constexpr int64_t kSplit = 128;
 
 struct Header {
   alignas(64) int64_t next;      // first work item that nobody has taken
@@ -63,8 +63,13 @@ struct Layout {
 static inline int64_t row_blocks(const TreeAttention& a) { return (a.S * (a.H / a.G) + kRows - 1) / kRows; }
 static inline int64_t splits(int64_t length) { return length <= kSplit ? 1 : (length + kSplit - 1) / kSplit; }
 static inline int64_t padded(int64_t d) { return (d + 15) / 16 * 16; }
-// Floats of one work item's unfinished result: kRows sums of values, kRows peaks, kRows totals.
-static inline int64_t partial_floats(const TreeAttention& a) { return kRows * (padded(a.D) + 2); }
+// Query rows of the largest work item.
+static inline int64_t item_rows(const TreeAttention& a) {
+  const int64_t rows = a.S * (a.H / a.G);
+  return rows < kRows ? rows : kRows;
+}
+// Floats of one work item's unfinished result: sums of values, peak and total of every query row.
+static inline int64_t partial_floats(const TreeAttention& a) { return item_rows(a) * (padded(a.D) + 2); }
 // Floats of one thread: queries, sums, keys, values, scores, peaks, totals and factors.
 constexpr int64_t kBlock = 64;
 static inline int64_t thread_floats(const TreeAttention& a) {
