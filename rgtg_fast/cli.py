@@ -227,7 +227,7 @@ def generate(
     input: Annotated[
         Path | None,
         typer.Option(
-            help='Prompts as JSON Lines (plain or gzip): {"prompt": text or chat messages} with optional '
+            help='Prompts as JSON Lines (plain or gzip): {"prompt": text, chat or token ids} with optional '
             "id, seed, k, beta, temperature.",
             rich_help_panel=OUTPUT,
         ),

@@ -107,24 +107,31 @@ def run(
     before = unguided.generate(prompts, max_new_tokens=max_new_tokens, guidance=plain, seed=seed)
     after = decoder.generate(prompts, max_new_tokens=max_new_tokens, guidance=guidance, seed=seed, trace=True)
     comparisons, decode = [], decode_with(decoder)
-    count = len(prompts)
-    scores = decoder.score(
-        [*prompts, *prompts],
-        [before[i].tokens for i in range(count)] + [after[i].tokens for i in range(count)],
-    )
+    plain_scores, guided_scores = (_scores(decoder, prompts, result) for result in (before, after))
     for i, prompt in enumerate(prompts):
         steps = after[i].trace or []
         comparisons.append(
             Comparison(
                 prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
-                unguided=_answer(before[i], scores[i]),
-                guided=_answer(after[i], scores[count + i]),
+                unguided=_answer(before[i], plain_scores[i]),
+                guided=_answer(after[i], guided_scores[i]),
                 marked=marked_answer(steps[: len(after[i].tokens)], decode),
                 changes=[(s.position, s.text, _base_text(s, decode)) for s in steps if changed(s)],
                 decisions=len(steps),
             )
         )
     return Report(comparisons, before.stats, after.stats, decoder.describe(), guidance)
+
+
+def _scores(decoder: "RewardGuidedDecoder", prompts: list[Any], result: Any) -> list[list[float]]:
+    """The guide's reward of every token of every answer; an answer that ended at once has none."""
+    said = [i for i in range(len(prompts)) if result[i].tokens]
+    scores: list[list[float]] = [[] for _ in prompts]
+    if said:
+        found = decoder.score([prompts[i] for i in said], [result[i].tokens for i in said])
+        for i, rewards in zip(said, found, strict=True):
+            scores[i] = rewards
+    return scores
 
 
 def _answer(row: Any, scores: list[float]) -> Answer:
@@ -179,7 +186,7 @@ def _panel(title: str, text: Text, answer: Answer, style: str) -> Panel:
     return Panel(
         body,
         title=f"[bold]{title}[/]",
-        subtitle=f"mean reward {answer.mean_reward:+.3f} over {answer.tokens} tokens",
+        subtitle=f"mean reward {_mean([answer])} over {answer.tokens} tokens",
         border_style=style,
         height=None,
     )
@@ -200,6 +207,12 @@ def _changes(c: Comparison, limit: int = 8) -> Text:
     return line
 
 
+def _mean(answers: list[Answer]) -> str:
+    """The mean reward over the answers that say something."""
+    rewards = [answer.mean_reward for answer in answers if answer.tokens]
+    return f"{fmean(rewards):+.3f}" if rewards else "–"
+
+
 def _summary(report: Report) -> Table:
     table = Table(header_style="bold")
     for name in ("", "mean reward", "tokens", "tokens/s", "base model calls", "reward calls"):
@@ -210,7 +223,7 @@ def _summary(report: Report) -> Table:
     ):
         table.add_row(
             name,
-            f"{fmean(a.mean_reward for a in answers):+.3f}",
+            _mean(answers),
             str(stats.tokens),
             f"{stats.tokens_per_second:.1f}",
             f"{stats.lm_calls} ({stats.lm_tokens} tokens)",

@@ -62,7 +62,7 @@ def stream_one(setup: Setup, job: Job, run: dict[str, Any], json: bool) -> None:
     for piece in pieces:
         count += 1
         if json:
-            print_json({"token": piece.token, "text": piece.text})
+            print_json({"token": piece.token, "text": piece.text, "finish_reason": piece.finish_reason})
         else:
             sys.stdout.write(piece.text)
             sys.stdout.flush()

@@ -17,7 +17,7 @@ from typing import IO, Any, TypeAlias
 from rgtg_fast.config import Guidance
 from rgtg_fast.errors import RGTGError
 
-Prompt: TypeAlias = "str | list[dict[str, str]]"
+Prompt: TypeAlias = "str | list[dict[str, str]] | list[int]"
 # What names a row across runs: its id where it has one, else its line in the prompts file.
 Key: TypeAlias = tuple[str, Any]
 
@@ -50,7 +50,7 @@ def read_prompts(
 ) -> tuple[list[Job], int]:
     """Reads a prompts file (plain or gzip), one JSON object a line.
 
-    A row has the prompt (a string or a list of chat messages) under `field` and may have `id`, `seed`, `k`,
+    A row has the prompt (a text, chat messages or token ids) under `field` and may have `id`, `seed`, `k`,
     `beta` and `temperature`. Broken lines are reported and skipped; empty lines are skipped.
 
     Args:
@@ -124,17 +124,21 @@ def _parse(number: int, text: str, guidance: Guidance, seed: int, field: str) ->
 
 
 def check_prompt(prompt: Any) -> None:
-    """Checks that a prompt is a text or a list of chat messages, and not empty.
+    """Checks that a prompt is a text, chat messages or token ids, and not empty.
 
     Raises:
-        RGTGError: it is neither, or empty.
+        RGTGError: it is none of these, or empty.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise RGTGError("the prompt is empty: give it at least one character")
         return
     if not isinstance(prompt, list) or not prompt:
-        raise RGTGError(f"a prompt is a text or a list of chat messages, not {_kind(prompt)}")
+        raise RGTGError(
+            f"a prompt is a text, a list of chat messages or a list of token ids, not {_kind(prompt)}"
+        )
+    if all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        return
     for message in prompt:
         if not isinstance(message, dict) or not all(
             isinstance(message.get(f), str) for f in ("role", "content")

@@ -1,5 +1,6 @@
 """`rgtg-fast` with `demo`, `explain`, `bench`, `env` and help."""
 
+import io
 import json
 import time
 from collections.abc import Callable
@@ -7,8 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from rgtg_fast.app import embedded, explain
+from rgtg_fast import Guidance, RewardGuidedDecoder
+from rgtg_fast.app import demo, embedded, explain
 from rgtg_fast.decoding.results import Candidate, Step
 
 
@@ -136,6 +139,16 @@ def test_demo(run: Callable, lm: str, rm: str) -> None:
     text = run(*args).out
     for word in ("unguided", "guided", "mean reward", "tokens/s", "reward calls", "The guide changed"):
         assert word in text
+
+
+def test_demo_survives_an_answer_that_ends_at_once(lm: str) -> None:
+    guide = RewardGuidedDecoder.from_pretrained(lm, reward=lambda prefix, ids: (ids == 2).float() * 1e4)
+    alone = RewardGuidedDecoder.from_pretrained(lm)
+    report = demo.run(guide, alone, ["hello"], 4, Guidance(k=guide.lm.vocabulary), seed=0)
+    assert report.comparisons[0].guided.tokens == 0
+    console = Console(record=True, width=120, file=io.StringIO())
+    demo.show(report, console)
+    assert "–" in console.export_text()
 
 
 def test_demo_needs_a_guide(run: Callable, lm: str) -> None:

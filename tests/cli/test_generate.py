@@ -72,6 +72,7 @@ def test_stream_joins_to_the_answer(run: Callable, lm: str, rm: str, seed: int) 
     assert run(*args, "--stream").out == text + "\n"
     pieces = run(*args, "--stream", "--json").rows
     assert "".join(piece["text"] for piece in pieces) == text
+    assert [piece["finish_reason"] is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
 
 
 def test_stop_ends_the_answer_before_it(run: Callable, lm: str) -> None:
@@ -112,13 +113,14 @@ def test_file_of_prompts(run: Callable, prompts_file: Callable, tmp_path: Path, 
         {"prompt": chat, "id": "b", "seed": 9, "k": 3, "beta": 0.5, "temperature": 0},
         {"prompt": "three", "id": 3, "seed": None, "k": None},
         {"prompt": "one"},
+        {"prompt": [5, 6, 7]},
     )
     output = tmp_path / "new folder" / "out.jsonl"
     outcome = run("generate", "--input", source, "--output", output, "--lm", lm, "--reward", rm, *SHORT)
     assert outcome.code == 0, outcome.err
     assert outcome.out == ""
     rows = {row["line"]: row for row in read_rows(output)}
-    assert sorted(rows) == [1, 3, 4, 5]
+    assert sorted(rows) == [1, 3, 4, 5, 6]
     assert rows[3]["id"] == "b"
     assert rows[3]["prompt"] == chat
     assert (rows[3]["seed"], rows[3]["k"], rows[3]["beta"], rows[3]["temperature"]) == (9, 3, 0.5, 0)
