@@ -7,6 +7,7 @@ it: the reference implementations serve, and the package says so at the first us
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,16 +15,22 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 # Kernel files, compiled once per instruction set.
-KERNELS = sorted(
-    p.stem for p in (ROOT / "csrc").glob("*.cpp") if "RGTG_ISA" in p.read_text(encoding="utf-8")
-)
+KERNELS = sorted(p.stem for p in (ROOT / "csrc").glob("*.cpp") if "RGTG_ISA" in p.read_text(encoding="utf-8"))
 # Files compiled once, for any machine.
 COMMON = sorted(p.stem for p in (ROOT / "csrc").glob("*.cpp") if p.stem not in KERNELS)
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # No contraction: a * b + c keeps its two roundings unless fma() is written, so that every instruction set orders
 # candidates as the reference does.
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-g0"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-g0",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {"plain": []}
 if X86:
@@ -48,11 +55,12 @@ class BuildExtension(build_ext):
     def build_extension(self, ext):
         import pybind11
 
-        objects = []
         jobs = [(stem, None) for stem in COMMON] + [(stem, isa) for stem in KERNELS for isa in ISA_FLAGS]
         macros = [("RGTG_X86", "1")] if X86 else []
-        for stem, isa in jobs:
-            objects += self.compiler.compile(
+
+        def compiled(job):
+            stem, isa = job
+            return self.compiler.compile(
                 [str(Path("csrc") / f"{stem}.cpp")],
                 output_dir=str(Path(self.build_temp) / (isa or "common")),
                 include_dirs=["csrc", pybind11.get_include(), *self.compiler.include_dirs],
@@ -60,6 +68,12 @@ class BuildExtension(build_ext):
                 extra_postargs=FLAGS + (ISA_FLAGS[isa] if isa else []),
                 depends=[str(p) for p in Path("csrc").glob("*.hpp")],
             )
+
+        for isa in ("common", *ISA_FLAGS):
+            (Path(self.build_temp) / isa / "csrc").mkdir(parents=True, exist_ok=True)
+        # The compilers are processes of their own, so threads keep every core busy.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(compiled, jobs) for name in names]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
