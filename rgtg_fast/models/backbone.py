@@ -222,8 +222,8 @@ class Backbone:
         if not error <= _ROUNDING[self.dtype]:
             raise RGTGError(
                 f"{type(self.model).__name__} cannot be served: its cached forward differs from its own by "
-                f"{error:.1%}, more than {self.dtype} rounds; use a tested family (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, "
-                "GPT-NeoX, OPT, GPT-2)"
+                f"{error:.1%}, more than {self.dtype} rounds; use a tested family (Llama, Qwen2, Qwen3, "
+                "Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
             )
         self.reserve(1, len(ids))
 
