@@ -23,7 +23,8 @@ constexpr int64_t kLine = 64;
 
 // ---- the inner loops' operands --------------------------------------------------------------------------------------
 
-// Tiles have up to kTall rows of x by 4 rows of w, or up to kFlat by 2, as the registers allow.
+// Tiles have up to kTall rows of x by 4 rows of w or up to kFlat by 2, as the registers allow. More than kFlat rows of
+// x make several tiles of up to kTall.
 template <int Tall, int Flat>
 struct TileSizes {
   static constexpr int kTall = Tall, kFlat = Flat;
@@ -139,7 +140,8 @@ constexpr int kNear = -1;
 
 struct Sweep {
   const Linear* p;
-  int64_t row;             // the first of the R rows of x
+  const void* x;           // R rows from k_begin on; near: packed, R times kLanes elements after one another
+  int64_t row;             // the first of them
   int64_t begin, end;      // rows of w
   int64_t k_begin, k_end;  // columns of w
   float* partial;          // accumulators [run][R][kWidth] between two stretches of columns
@@ -155,9 +157,9 @@ void sweep(const Sweep& s) {
   static_assert(C == 4 || C == 2, "sums are stored in fours");
   constexpr int64_t kBytes = sizeof(Element);
   const int64_t inner = s.p->inner, ldy = s.p->ldy, length = s.k_end - s.k_begin;
-  const Element* const x = static_cast<const Element*>(s.p->x) + s.row * s.p->ldx + s.k_begin;
-  const Element* x_row[R];
-  for (int r = 0; r < R; ++r) x_row[r] = x + r * s.p->ldx;
+  const Element* const x = static_cast<const Element*>(s.x);
+  const int64_t ldx = s.p->ldx;
+  auto x_at = [&](int r, int64_t k) { return Ahead == kNear ? x + k * R + r * T::kLanes : x + r * ldx + k; };
   const float* const bias = s.p->bias;
   const int64_t whole = length / T::kLanes * T::kLanes;
   // Near: as many bytes ahead as that many panels and columns.
@@ -210,7 +212,7 @@ void sweep(const Sweep& s) {
         for (int c = 0; c < C; ++c) w_now[c] = T::get(w_row[c] + k);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-          const typename T::Operand x_now = T::get(x_row[r] + k);
+          const typename T::Operand x_now = T::get(x_at(r, k));
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) acc[r * C + c] = T::dot(acc[r * C + c], x_now, w_now[c]);
         }
@@ -228,7 +230,7 @@ void sweep(const Sweep& s) {
       for (int c = 0; c < C; ++c) w_now[c] = T::get_n(w_row[c] + k, rest);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const typename T::Operand x_now = T::get_n(x_row[r] + k, rest);
+        const typename T::Operand x_now = T::get_n(x_at(r, k), rest);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) acc[r * C + c] = T::dot(acc[r * C + c], x_now, w_now[c]);
       }
@@ -267,10 +269,10 @@ void sweep(const Sweep& s) {
 
 using SweepFn = void (*)(const Sweep&);
 
-template <class T, int R, int C>
+template <class T, int R>
 SweepFn one_tile(int rows) {
-  if (rows == R) return &sweep<T, R, C, kNear>;
-  if constexpr (R > 1) return one_tile<T, R - 1, (R - 1 > T::kTall ? 2 : 4)>(rows);
+  if (rows == R) return &sweep<T, R, (R > T::kTall ? 2 : 4), kNear>;
+  if constexpr (R > 1) return one_tile<T, R - 1>(rows);
   return nullptr;
 }
 
@@ -283,6 +285,23 @@ SweepFn many_tiles(int rows, int lines) {
 
 // ---- all of y[:, begin:end] -----------------------------------------------------------------------------------------
 
+// Rows of x that lie some power of two apart would share the same few places of the first-level cache: a tile that meets
+// many rows of w gets them packed in the order in which it reads them.
+template <class T>
+void pack(const typename T::Element* x, int64_t ldx, int64_t rows, int64_t length, typename T::Element* out) {
+  constexpr int64_t kBytes = sizeof(typename T::Element);
+  for (int64_t k = 0; k < length; k += T::kLanes) {
+    const int64_t bytes = (length - k < T::kLanes ? length - k : T::kLanes) * kBytes;
+    for (int64_t r = 0; r < rows; ++r, out += T::kLanes) {
+      if (bytes == T::kLanes * kBytes) {
+        std::memcpy(out, x + r * ldx + k, T::kLanes * kBytes);
+      } else {
+        std::memcpy(out, x + r * ldx + k, bytes);
+      }
+    }
+  }
+}
+
 inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -292,6 +311,7 @@ void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
   constexpr int64_t kBytes = sizeof(typename T::Element);
   const int64_t row_bytes = p.inner * kBytes;
   const char* const w = static_cast<const char*>(p.w);
+  const auto* const x = static_cast<const typename T::Element*>(p.x);
   const bool single = p.rows <= T::kFlat;
   const int64_t tiles = single ? 1 : (p.rows + T::kTall - 1) / T::kTall;
   const int64_t tile_rows = (p.rows + tiles - 1) / tiles;
@@ -301,6 +321,9 @@ void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
   const int64_t stretch = (p.inner / stretches + T::kLanes - 1) / T::kLanes * T::kLanes;
   const bool whole = stretch >= p.inner;
   alignas(64) float partial[kPartialFloats];
+  // A stretch is rounded up to whole vectors, at most one for each row.
+  alignas(64) typename T::Element packed[kStretchBytes / kBytes + T::kFlat * T::kLanes];
+  if (single && whole) pack<T>(x, p.ldx, p.rows, p.inner, packed);
   int64_t block = end - begin;
   if (!single) block = at_least(kBlockBytes / row_bytes / 4 * 4, 4);
   if (!whole) block = at_most(block, kPartialFloats / (tile_rows * kWidth) / 4 * 4);
@@ -313,12 +336,13 @@ void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
       const int count = static_cast<int>(rows.end - rows.begin);
       // The first tiles share the four lines that a step of the next block needs.
       const int lines = after == nullptr || sharing >= 4 ? 0 : tiles == 2 || (tiles == 3 && t == 0) ? 2 : 1;
-      const SweepFn fn = single ? one_tile<T, T::kFlat, (T::kFlat > T::kTall ? 2 : 4)>(count)
-                                : many_tiles<T, T::kTall>(count, lines);
+      const SweepFn fn = single ? one_tile<T, T::kFlat>(count) : many_tiles<T, T::kTall>(count, lines);
       for (int64_t k = 0; k < p.inner; k += stretch) {
         const int64_t k_stop = at_most(k + stretch, p.inner);
-        Sweep s{&p, rows.begin, n, stop, k, k_stop, partial, nullptr, row_bytes};
+        Sweep s{&p, packed, rows.begin, n, stop, k, k_stop, partial, nullptr, row_bytes};
+        if (single && !whole) pack<T>(x + k, p.ldx, p.rows, k_stop - k, packed);
         if (!single) {
+          s.x = x + rows.begin * p.ldx + k;
           s.next = after + (sharing * (p.inner / T::kLanes) + lines * (k / T::kLanes)) * kLine;
         } else if (k_stop < p.inner) {
           s.next = w + n * row_bytes + k_stop * kBytes;
