@@ -10,10 +10,10 @@ from rgtg_fast import Guidance, RewardGuidedDecoder
 if len(sys.argv) != 3:
     sys.exit(__doc__)
 decoder = RewardGuidedDecoder.from_pretrained(sys.argv[1], reward=sys.argv[2], max_batch=4)
-prompt = "How can I make friends in a new city?"
+prompt = "Question: How can I make friends in a new city?\nAnswer:"
 weights = [0.0, 0.5, 1.0, 2.0, 4.0]
 settings = [Guidance(k=10, beta=beta, temperature=0) for beta in weights]
 for index, row in decoder.iterate(
-    [prompt] * len(weights), max_new_tokens=64, guidance=settings, stop=["\n\n"]
+    [prompt] * len(weights), max_new_tokens=64, guidance=settings, stop=["\nQuestion:"]
 ):
     print(f"beta={weights[index]}: reward {row.reward:+.3f}, log p {sum(row.logprobs):.1f}: {row.text!r}")
