@@ -1,6 +1,7 @@
 """Sets up a decoder for the command line: quiet libraries, the default model, the reward."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,8 @@ def quiet() -> None:
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # A warning is one line too, without the place in the code that gave it.
+    warnings.formatwarning = lambda message, *place: f"{message}\n"
 
 
 def tokenizer_of(decoder: "RewardGuidedDecoder") -> "PreTrainedTokenizerBase":
