@@ -183,7 +183,7 @@ def test_resume_starts_where_there_is_no_file(
 def test_killed_run_resumes(
     prompts_file: Callable, run_process: Callable, tmp_path: Path, lm: str, rm: str
 ) -> None:
-    count = 400
+    count = 200
     source = prompts_file(*({"prompt": f"prompt {n}", "id": n} for n in range(count)))
     output = tmp_path / "out.jsonl"
     args = ("generate", "--input", source, "--output", output, "--lm", lm, "--reward", rm)
