@@ -52,11 +52,15 @@ using Addresses = std::vector<uintptr_t>;
 // The model's weights as a table of addresses, and the scratch that its calls share.
 class DecoderLayers {
  public:
-  DecoderLayers(const std::vector<Addresses>& layers, uintptr_t final_norm, int64_t hidden, int64_t heads,
+  DecoderLayers(const std::vector<Addresses>& layers, uintptr_t final_norm, uintptr_t embedding, int64_t vocabulary,
+                float embedding_scale, int64_t hidden, int64_t heads,
                 int64_t groups, int64_t head_dim, int64_t inner, int64_t rotary, float eps, float scale, int activation,
                 int dtype)
       : shape_{hidden, heads, groups, head_dim, inner, rotary, eps, scale, static_cast<Activation>(activation), dtype},
-        final_norm_(reinterpret_cast<const float*>(final_norm)) {
+        final_norm_(reinterpret_cast<const float*>(final_norm)),
+        embedding_(reinterpret_cast<const void*>(embedding)),
+        vocabulary_(vocabulary),
+        embedding_scale_(embedding_scale) {
     for (const Addresses& a : layers) {
       if (a.size() != 18) throw std::invalid_argument("a layer has 18 addresses");
       auto matrix = [&](int i) { return reinterpret_cast<const void*>(a[i]); };
@@ -68,7 +72,9 @@ class DecoderLayers {
   }
 
   // Addresses and strides of k_cache, v_cache, k_new and v_new: (address, layer, row, group, token) each.
-  void forward(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<Addresses>& kv, uintptr_t lengths,
+  // False, with nothing computed, where an id is outside the vocabulary.
+  bool forward(uintptr_t ids, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t positions,
+               const std::vector<Addresses>& kv, uintptr_t lengths,
                uintptr_t ancestors, bool causal, int64_t batch, int64_t tokens,
                int64_t cache_tokens, int threads) {
     auto key_values = [&](int i) {
@@ -79,9 +85,13 @@ class DecoderLayers {
     DecoderCall call{layers_.data(),
                      static_cast<int64_t>(layers_.size()),
                      final_norm_,
+                     embedding_,
+                     embedding_scale_,
+                     reinterpret_cast<const int64_t*>(ids),
                      reinterpret_cast<float*>(x),
                      reinterpret_cast<const float*>(cos),
                      reinterpret_cast<const float*>(sin),
+                     reinterpret_cast<const int64_t*>(positions),
                      key_values(0),
                      key_values(1),
                      key_values(2),
@@ -92,6 +102,9 @@ class DecoderLayers {
                      batch,
                      tokens,
                      cache_tokens};
+    for (int64_t n = 0; n < batch * tokens; ++n) {
+      if (call.ids[n] < 0 || call.ids[n] >= vocabulary_) return false;
+    }
     const TreeAttention attention = decoder_attention(shape_, call);
     const Isa isa = current_isa();
     pybind11::gil_scoped_release release;
@@ -110,6 +123,7 @@ class DecoderLayers {
       RGTG_DISPATCH(isa, decoder_layers(shape_, call, scratch_.get(), workspace, &state, thread, n));
     };
     parallel_for(threads, body);
+    return true;
   }
 
  private:
@@ -118,6 +132,9 @@ class DecoderLayers {
   };
   DecoderShape shape_;
   const float* final_norm_;
+  const void* embedding_;
+  int64_t vocabulary_;
+  float embedding_scale_;
   std::vector<LayerWeights> layers_;
   std::unique_ptr<char, Free> scratch_;
   int64_t scratch_bytes_ = 0;
@@ -128,8 +145,8 @@ class DecoderLayers {
 
 void bind_decoder_layers(pybind11::module_& m) {
   pybind11::class_<DecoderLayers>(m, "DecoderLayers")
-      .def(pybind11::init<const std::vector<Addresses>&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                          int64_t, float, float, int, int>())
+      .def(pybind11::init<const std::vector<Addresses>&, uintptr_t, uintptr_t, int64_t, float, int64_t, int64_t,
+                          int64_t, int64_t, int64_t, int64_t, float, float, int, int>())
       .def("forward", &DecoderLayers::forward);
 }
 

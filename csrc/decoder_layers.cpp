@@ -141,6 +141,23 @@ struct Worker {
     return {x, w, bias, y, rows, inner, inner, ldy, s.dtype, accumulate};
   }
 
+  void embed(int64_t n) {
+    const T* table = static_cast<const T*>(c.embedding);
+    const Vec scale = set1(c.embedding_scale);
+    T rounded[kWidth];
+    const Range mine = share(n, thread, threads);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      const T* from = table + c.ids[r] * s.hidden;
+      float* x = c.x + r * s.hidden;
+      for (int64_t i = 0; i < s.hidden; i += kWidth) {
+        const int count = static_cast<int>(s.hidden - i < kWidth ? s.hidden - i : kWidth);
+        store(rounded, load_n(from + i, count) * scale);
+        store_n(x + i, load(rounded), count);
+      }
+    }
+    wait();
+  }
+
   void normalise(const float* x, const float* weight, int64_t rows) {
     const Range mine = private_norm() ? Range{0, rows} : share(rows, thread, threads);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
@@ -174,14 +191,13 @@ struct Worker {
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const int64_t r = i / all, head = i % all, n = first + r, b = n / c.tokens, token = n % c.tokens;
       float* x = qkv + i * s.head_dim;
+      const float *cos = c.cos + c.positions[n] * s.rotary, *sin = c.sin + c.positions[n] * s.rotary;
       if (head < s.heads) {
         if (w.q_norm != nullptr) rms_norm(x, w.q_norm, x, s.head_dim, s.eps);
-        rotate(x, c.cos + n * s.rotary, c.sin + n * s.rotary, q + (r * s.heads + head) * s.head_dim, s.rotary,
-               s.head_dim);
+        rotate(x, cos, sin, q + (r * s.heads + head) * s.head_dim, s.rotary, s.head_dim);
       } else if (head < s.heads + s.groups) {
         if (w.k_norm != nullptr) rms_norm(x, w.k_norm, x, s.head_dim, s.eps);
-        rotate(x, c.cos + n * s.rotary, c.sin + n * s.rotary,
-               at<T>(c.k_new, layer, b, head - s.heads) + token * c.k_new.token, s.rotary, s.head_dim);
+        rotate(x, cos, sin, at<T>(c.k_new, layer, b, head - s.heads) + token * c.k_new.token, s.rotary, s.head_dim);
       } else {
         rotate(x, x, x, at<T>(c.v_new, layer, b, head - s.heads - s.groups) + token * c.v_new.token, 0, s.head_dim);
       }
@@ -231,6 +247,7 @@ struct Worker {
     const int64_t n = c.batch * c.tokens;
     const int64_t mixed_width = s.heads * s.head_dim;
     const Range out = columns(s.hidden);
+    embed(n);
     for (int64_t layer = 0; layer < c.layer_count; ++layer) {
       const LayerWeights& w = c.layers[layer];
       for (int64_t first = 0; first < n; first += chunk) {

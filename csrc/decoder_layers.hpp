@@ -33,8 +33,12 @@ struct DecoderCall {
   const LayerWeights* layers;
   int64_t layer_count;
   const float* final_norm;   // nullptr: x is left as the last layer gives it
-  float* x;                  // [N, hidden]: the embeddings, replaced by the result
-  const float *cos, *sin;    // [N, rotary]
+  const void* embedding;     // [vocabulary, hidden] of the model's dtype
+  float embedding_scale;     // what its rows are multiplied by, rounded to that dtype
+  const int64_t* ids;        // [N]
+  float* x;                  // [N, hidden]: the residual stream, and the result
+  const float *cos, *sin;    // [positions, rotary]
+  const int64_t* positions;  // [N]
   KeyValues k_cache, v_cache, k_new, v_new;
   const int64_t* lengths;    // [batch]: tokens that stand in the cache
   const int64_t* ancestors;  // [batch, tokens] bit masks or nullptr

@@ -368,5 +368,12 @@ void linear(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
   }
 }
 
+void round_to_bf16(const float* x, void* out, int64_t n) {
+  Bf16* to = static_cast<Bf16*>(out);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(to + i, load(x + i));
+  if (i < n) store_n(to + i, load_n(x + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+}
+
 }  // namespace RGTG_ISA
 }  // namespace rgtg

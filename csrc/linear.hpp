@@ -27,4 +27,5 @@ struct Upcoming {
 
 // Computes y[:, begin:end] on the calling thread. The order of additions of one y[m, n] depends on `inner` alone, so
 // a row's values are the same bits in any batch, whatever the split over threads.
-RGTG_DECLARE(void linear(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming))
+RGTG_DECLARE(void linear(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming);
+             void round_to_bf16(const float* x, void* out, int64_t n))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops import _extension
@@ -72,7 +71,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         )
     if not weight.is_contiguous() or weight.device.type != "cpu":
         raise RGTGError(f"the weight must be contiguous and on the CPU, not on {weight.device}")
-    x = x.to(weight.dtype).contiguous()
+    x = x.float().contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
     out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
     _extension.kernels().linear(
@@ -122,10 +121,10 @@ class NativeLayers:
         self.kv_heads = int(config.num_key_value_heads)
         self.hidden = int(config.hidden_size)
         self.layers = len(layers)
-        self.embedding: torch.Tensor = decoder.embed_tokens.weight
-        self.embedding_scale = (
-            torch.tensor(self.hidden**0.5, dtype=self.embedding.dtype) if family.scaled_embedding else None
-        )
+        embedding = decoder.embed_tokens.weight.detach()
+        self.vocabulary = len(embedding)
+        # The scale is rounded to the model's dtype, as transformers does.
+        scale = torch.tensor(self.hidden**0.5 if family.scaled_embedding else 1.0, dtype=self.dtype)
         self.rotary = decoder.rotary_emb
         self._cos = self._sin = torch.empty(0, 0)
         # Every tensor whose address the extension holds.
@@ -158,6 +157,9 @@ class NativeLayers:
         self._native = _extension.kernels().DecoderLayers(
             table,
             vector(decoder.norm.weight, family.norm_offset),
+            address(embedding),
+            self.vocabulary,
+            float(scale),
             self.hidden,
             self.heads,
             self.kv_heads,
@@ -271,9 +273,13 @@ class NativeLayers:
             RGTGError: a tensor of another shape, dtype or device.
         """
         rows, tokens = input_ids.shape
-        positions = position_ids.reshape(-1)
-        if len(positions) != rows * tokens:
-            raise RGTGError(f"position_ids are {tuple(position_ids.shape)}, input_ids {(rows, tokens)}")
+        if input_ids.dtype != torch.int64:
+            raise RGTGError(f"input_ids are {input_ids.dtype}, not torch.int64")
+        positions = position_ids.contiguous()
+        if positions.shape != input_ids.shape or positions.dtype != torch.int64:
+            raise RGTGError(
+                f"position_ids are {tuple(positions.shape)} {positions.dtype}, not {(rows, tokens)} int64"
+            )
         kv = [
             self._check(k_cache, "k_cache", rows, None),
             self._check(v_cache, "v_cache", rows, None),
@@ -292,23 +298,26 @@ class NativeLayers:
             raise RGTGError(
                 f"lengths are {lengths.tolist()}: each must be in 0..{k_cache.shape[3]}, the cache's room"
             )
-        x = functional.embedding(input_ids, self.embedding.detach())
-        if self.embedding_scale is not None:
-            x = x * self.embedding_scale
-        # The embedding's result is ours to overwrite.
-        x = x.float().contiguous()
+        x = torch.empty(rows, tokens, self.hidden, dtype=torch.float32)
         if x.numel() == 0:
             return x
         last = int(positions.max())
+        if int(positions.min()) < 0:
+            raise RGTGError(f"position_ids begin at {int(positions.min())}: they must not be negative")
         if last >= len(self._cos):
             self._grow_tables(max(2 * len(self._cos), last + 1))
-        cos, sin = self._cos[positions], self._sin[positions]
+        # Held here, since a concurrent call may replace the tables by longer ones.
+        cos, sin = self._cos, self._sin
+        # The extension looks the embeddings up itself: torch's threads would go on spinning on the cores it needs.
+        ids = input_ids.contiguous()
         lengths = lengths.contiguous()
         ancestors = None if ancestors is None else ancestors.contiguous()
-        self._native.forward(
+        done = self._native.forward(
+            ids.data_ptr(),
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
+            positions.data_ptr(),
             kv,
             lengths.data_ptr(),
             _extension.pointer(ancestors),
@@ -318,6 +327,10 @@ class NativeLayers:
             k_cache.shape[3],
             torch.get_num_threads(),
         )
+        if not done:
+            raise RGTGError(
+                f"token ids reach from {int(ids.min())} to {int(ids.max())}: the vocabulary has {self.vocabulary}"
+            )
         return x
 
     def logits(

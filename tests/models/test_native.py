@@ -319,6 +319,10 @@ def test_wrong_tensors_are_named() -> None:
     rows = Rows(make("llama"), 1)
     with pytest.raises(RGTGError, match="65 exceeds 64"):
         rows.step(torch.zeros(1, 65, dtype=torch.int64), ancestors=torch.zeros(1, 65, dtype=torch.int64))
+    with pytest.raises(RGTGError, match="from 61 to 61: the vocabulary has 61"):
+        rows.step(torch.full((1, 1), 61))
+    with pytest.raises(RGTGError, match=r"not torch\.int64"):
+        rows.step(torch.zeros(1, 1, dtype=torch.int32))
     rows.lengths[0] = 65
     with pytest.raises(RGTGError, match="lengths"):
         rows.step(torch.zeros(1, 1, dtype=torch.int64))
