@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import RGTGError
-from . import _extension
+from . import _extension, _triton
 
 LIBRARY = torch.library.Library("rgtg_fast", "DEF")
 
@@ -35,7 +37,14 @@ class Tolerance(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One Triton kernel and the signatures it is compiled for without a GPU."""
+    """One Triton kernel and the signatures it is compiled for without a GPU.
+
+    Attributes:
+        name: the function in the op's `kernel.py`.
+        signatures: by name of the argument, its type as Triton's ahead-of-time compiler writes it (`"*bf16:16"`
+            a pointer aligned to 16 bytes, `"i64:16"` a multiple of 16, `"None"` nothing, a number a constant),
+            and the options of the launch.
+    """
 
     name: str
     signatures: tuple[Mapping[str, str], ...]
@@ -66,6 +75,8 @@ class OpSpec:
 class _Op:
     spec: OpSpec
     cpp_dtypes: frozenset[torch.dtype]
+    triton_dtypes: frozenset[torch.dtype]
+    triton_limits: Mapping[str, int]
 
 
 _ops: dict[str, _Op] = {}
@@ -83,6 +94,9 @@ def register(
     check: Callable[..., None],
     cpp: Callable[..., Any],
     cpp_dtypes: frozenset[torch.dtype],
+    triton_dtypes: frozenset[torch.dtype],
+    triton_limits: Mapping[str, int] = MappingProxyType({}),
+    sizes: Callable[..., Mapping[str, int]] = lambda *_: {},
 ) -> None:
     """Defines an op and its implementations on the handle.
 
@@ -94,18 +108,22 @@ def register(
             tensors, so it runs on the CPU only; the C++ kernels check for themselves.
         cpp: calls the C++ kernel.
         cpp_dtypes: what the C++ kernel takes; other dtypes are served by the reference.
+        triton_dtypes: what the Triton kernels take; other dtypes are served by the reference.
+        triton_limits: the largest sizes they take, by name; the reference serves beyond.
+        sizes: those sizes, from the arguments.
     """
-    _ops[spec.name] = _Op(spec, cpp_dtypes)
+    _ops[spec.name] = _Op(spec, cpp_dtypes, triton_dtypes, triton_limits)
 
     def cpu(first: torch.Tensor, *rest: Any) -> Any:
-        if backend_of(spec.name, "cpu", first.dtype) == "cpp":
+        backend = backend_of(spec.name, "cpu", first.dtype, **sizes(first, *rest))
+        if backend == "cpp":
             return cpp(first, *rest)
         check(first, *rest)
-        return spec.reference(first, *rest)
+        return _launch(spec.name, first, *rest) if backend == "triton" else spec.reference(first, *rest)
 
     def cuda(first: torch.Tensor, *rest: Any) -> Any:
-        backend_of(spec.name, "cuda", first.dtype)
-        return spec.reference(first, *rest)
+        backend = backend_of(spec.name, "cuda", first.dtype, **sizes(first, *rest))
+        return _launch(spec.name, first, *rest) if backend == "triton" else spec.reference(first, *rest)
 
     LIBRARY.define(spec.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(spec.name, cpu, "CPU")
@@ -113,7 +131,12 @@ def register(
     torch.library.register_fake(f"rgtg_fast::{spec.name}", fake, lib=LIBRARY)
 
 
-def _reason_against(op: _Op, backend: str, device: str, dtype: torch.dtype) -> str:
+def _launch(name: str, *arguments: Any) -> Any:
+    """Launches the op's Triton kernels; their module is imported here because it imports Triton."""
+    return importlib.import_module(f".{name}.kernel", __package__).launch(*arguments)
+
+
+def _reason_against(op: _Op, backend: str, device: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str:
     """Why `backend` cannot serve `op` there; empty where it can."""
     if backend == "cpp":
         if device != "cpu":
@@ -122,20 +145,35 @@ def _reason_against(op: _Op, backend: str, device: str, dtype: torch.dtype) -> s
             return f"its C++ kernel does not take {dtype}: use float32, bfloat16 or float16"
         return _extension.missing_reason()
     if backend == "triton":
-        return "this release has no Triton kernels"
+        if device != "cuda" and not _triton.interpreted():
+            return (
+                f"the Triton kernels serve tensors on CUDA, not on {device} "
+                "(there, only in Triton's interpreter: TRITON_INTERPRET=1)"
+            )
+        if dtype not in op.triton_dtypes:
+            return f"its Triton kernel does not take {dtype}: use float32, bfloat16 or float16"
+        for size, limit in op.triton_limits.items():
+            if sizes.get(size, 0) > limit:
+                return f"its Triton kernel takes {size} <= {limit}, not {sizes[size]}"
+        return _triton.missing_reason()
     return ""
 
 
-def backend_of(name: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> str:
+def backend_of(
+    name: str, device: str | torch.device, dtype: torch.dtype = torch.float32, **sizes: int
+) -> str:
     """Says which implementation serves an op.
 
     On the CPU that is `"cpp"` for float32, bfloat16 and float16, and `"reference"` for other dtypes or where
-    the extension is missing; on CUDA it is `"reference"`. `use_backend` overrides the choice.
+    the extension is missing. On CUDA it is `"triton"` for these dtypes, and `"reference"` for others, where
+    Triton is missing, and beyond the sizes that the kernels take: topk_logprobs with k > 256, tree_attention
+    with D > 256. `use_backend` overrides the choice.
 
     Args:
         name: the op's name, e.g. `"tree_attention"`.
         device: a device or its name.
         dtype: dtype of the op's first argument.
+        sizes: k and V of topk_logprobs, D of tree_attention; what is not given counts as small.
 
     Returns:
         `"reference"`, `"cpp"` or `"triton"`.
@@ -155,12 +193,14 @@ def backend_of(name: str, device: str | torch.device, dtype: torch.dtype = torch
     kind = kind.partition(":")[0]
     asked = _asked.get()
     if asked is not None:
-        reason = _reason_against(op, asked, kind, dtype)
+        reason = _reason_against(op, asked, kind, dtype, sizes)
         if reason:
             raise RGTGError(f"backend {asked!r} cannot serve {name}: {reason}")
         return asked
     if kind == "cpu" and dtype in op.cpp_dtypes and _extension.load() is not None:
         return "cpp"
+    if kind == "cuda" and not _reason_against(op, "triton", kind, dtype, sizes):
+        return "triton"
     return "reference"
 
 
@@ -186,10 +226,8 @@ def use_backend(name: str) -> Iterator[None]:
         raise RGTGError(f"there is no backend {name!r}: use one of {', '.join(BACKENDS)}")
     if name == "cpp" and _extension.missing_reason():
         raise RGTGError(f"backend 'cpp' is missing: {_extension.missing_reason()}; {_extension.REMEDY}")
-    if name == "triton":
-        raise RGTGError(
-            "backend 'triton' is missing: this release has no Triton kernels; use 'reference' on CUDA"
-        )
+    if name == "triton" and _triton.missing_reason():
+        raise RGTGError(f"backend 'triton' is missing: {_triton.missing_reason()}")
     token = _asked.set(name)
     try:
         yield

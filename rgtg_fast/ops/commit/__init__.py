@@ -44,6 +44,9 @@ def _check_values(
             )
 
 
+# Bytes are moved whatever they mean.
+MOVED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
 register(
     SPEC,
     "(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -51,8 +54,8 @@ register(
     _fake,
     _check_values,
     lambda *args: cpp(_check_values, *args),
-    # Bytes are moved whatever they mean.
-    frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
+    MOVED,
+    MOVED,
 )
 
 

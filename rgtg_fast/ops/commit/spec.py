@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._registry import OpSpec, Tolerance
+from .launch import KERNELS
 from .reference import reference
 
 
@@ -53,4 +54,5 @@ SPEC = OpSpec(
         torch.bfloat16: EXACT,
         torch.float16: EXACT,
     },
+    kernels=KERNELS,
 )

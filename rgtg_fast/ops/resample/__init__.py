@@ -51,6 +51,7 @@ register(
     _check_values,
     lambda *args: cpp(_check_values, *args),
     frozenset(DTYPE_CODES),
+    frozenset(DTYPE_CODES),
 )
 
 

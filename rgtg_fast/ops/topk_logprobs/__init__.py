@@ -9,6 +9,7 @@ from .. import _checks
 from .._extension import DTYPE_CODES
 from .._registry import register
 from .cpp import cpp
+from .launch import MAX_K, MAX_V
 from .reference import reference
 from .spec import SPEC
 
@@ -46,6 +47,9 @@ register(
     _check_values,
     cpp,
     frozenset(DTYPE_CODES),
+    frozenset(DTYPE_CODES),
+    triton_limits={"k": MAX_K, "V": MAX_V},
+    sizes=lambda logits, k, *_: {"k": k, "V": logits.shape[1]},
 )
 
 

@@ -9,6 +9,7 @@ from .. import _checks
 from .._extension import DTYPE_CODES
 from .._registry import register
 from .cpp import cpp
+from .launch import MAX_D
 from .reference import reference
 from .spec import SPEC
 
@@ -60,6 +61,9 @@ register(
     _check_values,
     lambda *args: cpp(_check_values, *args),
     frozenset(DTYPE_CODES),
+    frozenset(DTYPE_CODES),
+    triton_limits={"D": MAX_D},
+    sizes=lambda q, *_: {"D": q.shape[-1]},
 )
 
 

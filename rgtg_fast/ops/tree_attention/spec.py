@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._registry import OpSpec, Tolerance
+from .launch import KERNELS
 from .reference import reference
 
 
@@ -82,4 +83,5 @@ SPEC = OpSpec(
         torch.bfloat16: Tolerance(4e-3, 8e-3),
         torch.float16: Tolerance(5e-4, 1e-3),
     },
+    kernels=KERNELS,
 )

@@ -1,0 +1,118 @@
+"""Triton kernel of commit: one launch for all layers."""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .._extension import dense
+from .._triton import on_device
+from .launch import configuration
+
+# Tickets are counted above the bits that a length takes.
+TICKET = tl.constexpr(1 << 40)
+
+
+@triton.jit
+def commit_kernel(
+    p_k_new,
+    p_v_new,
+    p_k_cache,
+    p_v_cache,
+    p_lengths,
+    p_choice,
+    stride_lengths,
+    stride_choice,
+    LG,
+    G,
+    S,
+    T,
+    D,
+    k_new_l,
+    k_new_b,
+    k_new_g,
+    k_new_s,
+    v_new_l,
+    v_new_b,
+    v_new_g,
+    v_new_s,
+    k_cache_l,
+    k_cache_b,
+    k_cache_g,
+    k_cache_s,
+    v_cache_l,
+    v_cache_b,
+    v_cache_g,
+    v_cache_s,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    i_b, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    choice = tl.load(p_choice + i_b * stride_choice)
+    if (choice >= 0) & (choice < S):
+        # Every program of a row must read the length before one of them raises it. Each takes a ticket by adding
+        # to the length's high bits, which reads it in the same access; who takes the last ticket takes all of
+        # them back and raises the length.
+        p_length = p_lengths + i_b * stride_lengths
+        taken = tl.atomic_add(p_length, TICKET)
+        length = taken % TICKET
+        programs = tl.num_programs(1).to(tl.int64)
+        if taken // TICKET == programs - 1:
+            tl.atomic_add(p_length, 1 - programs * TICKET)
+
+        # A full cache loses its last slot, as in the reference; nothing is written outside.
+        slot = tl.minimum(length, T - 1)
+        o_r = i_r * ROWS + tl.arange(0, ROWS)
+        o_l, o_g = (o_r // G).to(tl.int64)[:, None], (o_r % G).to(tl.int64)[:, None]
+        o_d = tl.arange(0, BLOCK_D)[None, :]
+        m_rd = (o_r < LG)[:, None] & (o_d < D)
+
+        o_k = o_l * k_new_l + i_b * k_new_b + o_g * k_new_g + choice * k_new_s + o_d
+        o_v = o_l * v_new_l + i_b * v_new_b + o_g * v_new_g + choice * v_new_s + o_d
+        b_k = tl.load(p_k_new + o_k, mask=m_rd, other=0)
+        b_v = tl.load(p_v_new + o_v, mask=m_rd, other=0)
+        o_k = o_l * k_cache_l + i_b * k_cache_b + o_g * k_cache_g + slot * k_cache_s + o_d
+        o_v = o_l * v_cache_l + i_b * v_cache_b + o_g * v_cache_g + slot * v_cache_s + o_d
+        tl.store(p_k_cache + o_k, b_k, mask=m_rd)
+        tl.store(p_v_cache + o_v, b_v, mask=m_rd)
+
+
+def launch(
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    choice: torch.Tensor,
+) -> None:
+    L, B, G, S, D = k_new.shape
+    T = k_cache.shape[3]
+    if B == 0 or T == 0:
+        return
+    k_new, v_new = dense(k_new), dense(v_new)
+    settings = configuration(D)
+    with on_device(k_new):
+        # At least one program a row, so that a length grows even where there is nothing to move.
+        commit_kernel[(B, max(1, triton.cdiv(L * G, settings["ROWS"])))](
+            k_new,
+            v_new,
+            k_cache,
+            v_cache,
+            lengths,
+            choice,
+            lengths.stride(0),
+            choice.stride(0),
+            L * G,
+            G,
+            S,
+            T,
+            D,
+            *k_new.stride()[:4],
+            *v_new.stride()[:4],
+            *k_cache.stride()[:4],
+            *v_cache.stride()[:4],
+            **settings,
+        )

@@ -1,0 +1,320 @@
+"""Triton kernels of tree_attention: splits of the prefix for all queries of a group, then their merge."""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .._extension import dense
+from .._triton import multiprocessors, on_device
+from .launch import ALONE, CAUSAL, MASKED, configuration, merge_configuration, span_of
+
+M_ALONE, M_MASKED, M_CAUSAL = tl.constexpr(ALONE), tl.constexpr(MASKED), tl.constexpr(CAUSAL)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _weight(peak, other):
+    """Factor of a sum taken against `other` when it is added to one against `peak`, both in units of log 2."""
+    # A sum over nothing has the peak −inf and weighs nothing, also beside another one.
+    return tl.exp2(other - tl.where(peak == -float("inf"), 0.0, peak))
+
+
+@triton.jit
+def _fold(b_peak, b_total, b_sums, b_peak_new, b_total_new, b_sums_new, ROWS: tl.constexpr):
+    """Adds one softmax sum to another; rounded the same in every kernel, so products are fused by hand."""
+    b_high = tl.maximum(b_peak, b_peak_new)
+    b_old, b_new = _weight(b_high, b_peak), _weight(b_high, b_peak_new)
+    b_total = tl.fma(b_total_new, b_new, b_total * b_old)
+    if ROWS:
+        b_old, b_new = b_old[:, None], b_new[:, None]
+    b_sums = tl.fma(b_sums_new, b_new + tl.zeros_like(b_sums), b_sums * b_old)
+    return b_high, b_total, b_sums
+
+
+@triton.jit
+def _quotient(b_sums, b_total):
+    """Sums over totals; a row that sees nothing is 0."""
+    return b_sums / tl.where(b_total == 0, 1.0, b_total)
+
+
+@triton.jit
+def _block(b_q, b_k, b_v, m_mn, factor, b_peak, b_total, b_sums):
+    """One block of keys and values by the running softmax."""
+    b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * factor
+    b_score = tl.where(m_mn, b_score, -float("inf"))
+    b_high = tl.maximum(b_peak, tl.max(b_score, 1))
+    b_old = _weight(b_high, b_peak)
+    b_p = _weight(b_high[:, None], b_score)
+    b_total = b_total * b_old + tl.sum(b_p, 1)
+    b_sums = tl.dot(b_p.to(b_v.dtype), b_v, b_sums * b_old[:, None], input_precision="tf32x3")
+    return b_high, b_total, b_sums
+
+
+@triton.jit
+def split_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_k_cache,
+    p_v_cache,
+    p_out,
+    p_sums,
+    p_peaks,
+    p_totals,
+    p_lengths,
+    p_ancestors,
+    scale,
+    G,
+    S,
+    T,
+    R,
+    span,
+    q_b,
+    q_h,
+    q_s,
+    k_b,
+    k_h,
+    k_s,
+    v_b,
+    v_h,
+    v_s,
+    k_cache_b,
+    k_cache_h,
+    k_cache_s,
+    v_cache_b,
+    v_cache_h,
+    v_cache_s,
+    out_b,
+    out_h,
+    out_s,
+    MODE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEAF: tl.constexpr,
+):
+    # Blocks of query rows are neighbours, so that those after the first find the prefix in the cache.
+    blocks = tl.cdiv(S * R, BLOCK_M)
+    i_m, i_bg, i_t = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1)
+    splits = tl.num_programs(1)
+    i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
+    length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    start = i_t * span
+    # The first split has the new tokens and is there for every row.
+    if (start < length) | (i_t == 0):
+        factor = scale * LOG2_E
+
+        # Row m of the block is query head g · R + m % R of new token m // R.
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_s, o_r = o_m // R, (o_m % R).to(tl.int64)
+        m_m = o_s < S
+        o_s64 = o_s.to(tl.int64)
+        o_d, o_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+        m_d = o_d < D
+        m_md = m_m[:, None] & m_d[None, :]
+        o_q = i_b * q_b + (i_g * R + o_r) * q_h + o_s64 * q_s
+        b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
+
+        b_peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        b_total = tl.zeros([BLOCK_M], tl.float32)
+        b_sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if i_t == 0:
+            p_k += i_b * k_b + i_g * k_h
+            p_v += i_b * v_b + i_g * v_h
+            if MODE == M_ALONE:
+                # A candidate meets no other: each row has its own key and value, and a NaN stays in its row.
+                o_k, o_v = o_s64[:, None] * k_s + o_d[None, :], o_s64[:, None] * v_s + o_d[None, :]
+                b_own = tl.load(p_k + o_k, mask=m_md, other=0.0).to(tl.float32)
+                b_peak = tl.sum(b_q.to(tl.float32) * b_own, 1) * factor
+                b_total += 1.0
+                b_sums = tl.load(p_v + o_v, mask=m_md, other=0.0).to(tl.float32)
+            else:
+                if MODE == M_MASKED:
+                    b_seen = tl.load(p_ancestors + i_b * S + o_s, mask=m_m, other=0)
+                    last = S
+                else:
+                    last = tl.minimum(S, (i_m * BLOCK_M + BLOCK_M - 1) // R + 1)
+                for first in range(0, last, BLOCK_N):
+                    o_j = first + o_n
+                    m_nd = (o_j < S)[:, None] & m_d[None, :]
+                    o_j64 = o_j.to(tl.int64)[:, None]
+                    b_k = tl.load(p_k + o_j64 * k_s + o_d[None, :], mask=m_nd, other=0.0)
+                    b_v = tl.load(p_v + o_j64 * v_s + o_d[None, :], mask=m_nd, other=0.0)
+                    if MODE == M_MASKED:
+                        m_mn = ((b_seen[:, None] >> o_j.to(tl.int64)[None, :]) & 1) != 0
+                        m_mn = m_mn & (o_j < S)[None, :]
+                    else:
+                        m_mn = (o_j[None, :] <= o_s[:, None]) & (o_j < S)[None, :]
+                    b_peak, b_total, b_sums = _block(b_q, b_k, b_v, m_mn, factor, b_peak, b_total, b_sums)
+
+        b_peak_all = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        b_total_all = tl.zeros([BLOCK_M], tl.float32)
+        b_sums_all = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        p_k_cache += i_b * k_cache_b + i_g * k_cache_h
+        p_v_cache += i_b * v_cache_b + i_g * v_cache_h
+        for first in range(start, tl.minimum(start + span, length), BLOCK_N):
+            if (first > start) & (first % LEAF == 0):
+                b_peak_all, b_total_all, b_sums_all = _fold(
+                    b_peak_all, b_total_all, b_sums_all, b_peak, b_total, b_sums, True
+                )
+                b_peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+                b_total = tl.zeros([BLOCK_M], tl.float32)
+                b_sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            o_t = first + o_n
+            # What lies past the length may be NaN: it is not even loaded.
+            m_t = o_t < length
+            m_td = m_t[:, None] & m_d[None, :]
+            o_t64 = o_t.to(tl.int64)[:, None]
+            b_k = tl.load(p_k_cache + o_t64 * k_cache_s + o_d[None, :], mask=m_td, other=0.0)
+            b_v = tl.load(p_v_cache + o_t64 * v_cache_s + o_d[None, :], mask=m_td, other=0.0)
+            b_peak, b_total, b_sums = _block(b_q, b_k, b_v, m_t[None, :], factor, b_peak, b_total, b_sums)
+        b_peak_all, b_total_all, b_sums_all = _fold(
+            b_peak_all, b_total_all, b_sums_all, b_peak, b_total, b_sums, True
+        )
+
+        if splits == 1:
+            b_out = _quotient(b_sums_all, b_total_all[:, None])
+            o_out = i_b * out_b + (i_g * R + o_r) * out_h + o_s64 * out_s
+            tl.store(p_out + o_out[:, None] + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_md)
+        else:
+            o_part = (i_bg.to(tl.int64) * S * R + o_m) * splits + i_t
+            tl.store(p_sums + o_part[:, None] * D + o_d[None, :], b_sums_all, mask=m_md)
+            tl.store(p_peaks + o_part, b_peak_all, mask=m_m)
+            tl.store(p_totals + o_part, b_total_all, mask=m_m)
+
+
+@triton.jit
+def merge_kernel(
+    p_sums,
+    p_peaks,
+    p_totals,
+    p_lengths,
+    p_out,
+    G,
+    S,
+    T,
+    R,
+    span,
+    splits,
+    out_b,
+    out_h,
+    out_s,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    i_m, i_bg = tl.program_id(0) % (S * R), tl.program_id(0) // (S * R)
+    i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
+    length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+
+    peak_all = tl.full((), -float("inf"), tl.float32)
+    total_all = tl.full((), 0.0, tl.float32)
+    b_sums_all = tl.zeros([BLOCK_D], tl.float32)
+    peak, total, b_sums = peak_all, total_all, b_sums_all
+    p_part = (i_bg.to(tl.int64) * S * R + i_m) * splits
+    # Splits past the length have written nothing.
+    for i_t in range(tl.maximum(1, tl.cdiv(length, span))):
+        if (i_t > 0) & (i_t * span % SPAN == 0):
+            peak_all, total_all, b_sums_all = _fold(
+                peak_all, total_all, b_sums_all, peak, total, b_sums, False
+            )
+            peak = tl.full((), -float("inf"), tl.float32)
+            total = tl.full((), 0.0, tl.float32)
+            b_sums = tl.zeros([BLOCK_D], tl.float32)
+        b_part = tl.load(p_sums + (p_part + i_t) * D + o_d, mask=m_d, other=0.0)
+        peak, total, b_sums = _fold(
+            peak,
+            total,
+            b_sums,
+            tl.load(p_peaks + p_part + i_t),
+            tl.load(p_totals + p_part + i_t),
+            b_part,
+            False,
+        )
+    peak_all, total_all, b_sums_all = _fold(peak_all, total_all, b_sums_all, peak, total, b_sums, False)
+    o_s, o_r = (i_m // R).to(tl.int64), (i_m % R).to(tl.int64)
+    o_out = i_b * out_b + (i_g * R + o_r) * out_h + o_s * out_s
+    b_out = _quotient(b_sums_all, total_all)
+    tl.store(p_out + o_out + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    ancestors: torch.Tensor | None,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
+    B, H, S, D = q.shape
+    G, T = k_cache.shape[1:3]
+    R = H // G
+    out = torch.empty((B, S, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
+    if out.numel() == 0:
+        return out
+    q, k, v, k_cache, v_cache = dense(q), dense(k), dense(v), dense(k_cache), dense(v_cache)
+    lengths = lengths.contiguous()
+    ancestors = None if ancestors is None else ancestors.contiguous()
+    mode = CAUSAL if causal else ALONE if ancestors is None else MASKED
+    settings = configuration(D, S * R, mode, q.dtype)
+    programs = B * G * triton.cdiv(S * R, settings["BLOCK_M"])
+    span = span_of(programs, T, multiprocessors(q.device))
+    splits = max(1, triton.cdiv(T, span))
+    # A single split writes the result itself.
+    parts = (B * G * S * R, splits) if splits > 1 else (0, 0)
+    peaks, totals = torch.empty((2, *parts), dtype=torch.float32, device=q.device)
+    sums = torch.empty((*parts, D), dtype=torch.float32, device=q.device)
+    with on_device(q):
+        split_kernel[(programs, splits)](
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            out,
+            sums,
+            peaks,
+            totals,
+            lengths,
+            ancestors,
+            scale,
+            G,
+            S,
+            T,
+            R,
+            span,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            *out.stride()[:3],
+            **settings,
+        )
+        if splits > 1:
+            merge_kernel[(B * G * S * R,)](
+                sums,
+                peaks,
+                totals,
+                lengths,
+                out,
+                G,
+                S,
+                T,
+                R,
+                span,
+                splits,
+                *out.stride()[:3],
+                **merge_configuration(D),
+            )
+    return out
