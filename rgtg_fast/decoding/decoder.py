@@ -240,12 +240,12 @@ class RewardGuidedDecoder:
             with phase("prefill"):
                 self._admit(batch, waiting)
             with phase("lm"):
-                logits, guidance = self._forward(batch)  # [B, V], [B, V] or None
+                logits = self._forward(batch)  # [B, V]
             with phase("topk"):
-                logprobs, candidates, entropy = self._select(batch, logits, guidance)  # [B, k]
+                logprobs, candidates, entropy = self._select(batch, logits)  # [B, k]
             with phase("reward"):
-                rewards = self._rewards(candidates, guidance, logprobs)  # [B, k]
-                self._check_rewards(run, batch, candidates, rewards)
+                rewards = self._rewards(batch, candidates, logprobs)  # [B, k]
+                self._check_rewards(batch, candidates, rewards)
             with phase("resample"):
                 choice, _ = resample(
                     logprobs, rewards, batch.beta, batch.temperature, batch.seed, batch.position
@@ -264,40 +264,40 @@ class RewardGuidedDecoder:
             with phase("host"):
                 self._retire(run, batch)
 
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The base model's logits [B, V] for the next token, and a wide guide's rewards [B, V] of every token."""
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """The base model's logits [B, V] for the next token; a guide with contexts observes theirs."""
         backbone, reward = self.lm.backbone, self.reward
         contexts = self._contexts
         tokens = batch.tokens if contexts == 1 else batch.tokens.repeat_interleave(contexts)
         hidden = backbone.step(tokens.unsqueeze(-1))
         backbone.commit(torch.zeros_like(tokens))
         logits = backbone.logits(hidden.squeeze(1))[:, : self.lm.vocabulary]
-        if reward is None or not reward.wide:
-            return logits, None
+        if reward is None or contexts == 1:
+            return logits
         per_prompt = logits.unflatten(0, (len(batch), contexts))
-        return per_prompt[:, 0], reward.guidance(per_prompt[:, 1:])
+        reward.observe(per_prompt[:, 1:])
+        return per_prompt[:, 0]
 
-    def _select(
-        self, batch: Batch, logits: torch.Tensor, guidance: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _select(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The support: log-probabilities and tokens [B, k], and the base distribution's entropy [B]."""
         if batch.support == "all":
             logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
             everything = torch.arange(logits.shape[-1], device=logits.device).expand(len(batch), -1)
             return logprobs, everything, torch.special.entr(logprobs.exp()).sum(-1)
-        by_guidance = {"guidance": guidance, "beta": batch.selection_beta} if batch.combined else {}
+        by_guidance = {}
+        if batch.combined and self.reward is not None:
+            by_guidance = {"guidance": self.reward.guidance(), "beta": batch.selection_beta}
         logprobs, candidates, entropy = topk_logprobs(logits, batch.k, **by_guidance)
         if batch.beyond is not None:
             logprobs = logprobs.masked_fill(batch.beyond, -torch.inf)
         return logprobs, candidates, entropy
 
-    def _rewards(
-        self, candidates: torch.Tensor, guidance: torch.Tensor | None, logprobs: torch.Tensor
-    ) -> torch.Tensor:
+    def _rewards(self, batch: Batch, candidates: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
         """The candidates' rewards [B, k]; zeros without a guide."""
         if self.reward is None:
             return torch.zeros_like(logprobs)
-        rewards = self.reward.score(candidates) if guidance is None else guidance.gather(-1, candidates)
+        whole = batch.support == "all"
+        rewards = self.reward.guidance() if whole else self.reward.score(candidates)
         return rewards.to(logprobs.dtype)
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
@@ -505,9 +505,7 @@ class RewardGuidedDecoder:
             raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
-    def _check_rewards(
-        self, run: _Run, batch: Batch, candidates: torch.Tensor, rewards: torch.Tensor
-    ) -> None:
+    def _check_rewards(self, batch: Batch, candidates: torch.Tensor, rewards: torch.Tensor) -> None:
         bad = ~(rewards < torch.inf)  # NaN, or an infinity that would drown every other candidate
         if not bad.any():
             return

@@ -36,11 +36,12 @@ class Reward(ABC):
     """What guides a decoder: r(x, y_<i ∘ v) for candidate tokens v.
 
     A guide is bound once to a base model. Then, for each call of the decoder: `reserve` once, `admit` for every row
-    that enters a slot, and per step either `score` (candidates, after the top-k) or `guidance` (the whole
-    vocabulary, before it), then `commit`. `move` follows a row to another slot. Rows occupy the slots 0..n-1.
+    that enters a slot, and per step `observe` (guides with `contexts`), `score` for the candidates, then `commit`.
+    `move` follows a row to another slot. Rows occupy the slots 0..n-1.
 
     Class attributes:
-        wide: True where one call scores the whole vocabulary (`guidance`), False where it scores candidates (`score`).
+        wide: True where a step's rewards of the whole vocabulary are known at once, so that the support may be
+            "combined" or "all": such a guide also has `guidance`.
         contexts: rows that the guide adds to the base model's batch for each prompt (contrastive prompts: 2).
     """
 
@@ -92,13 +93,16 @@ class Reward(ABC):
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""
 
-    def guidance(self, context_logits: torch.Tensor) -> torch.Tensor:
-        """Rewards [B, V] of every token, from the base model's logits [B, contexts, V] in the guide's contexts."""
+    def observe(self, context_logits: torch.Tensor) -> None:
+        """The base model's logits [B, contexts, V] in the guide's own contexts, for the step that begins."""
+
+    def guidance(self) -> torch.Tensor:
+        """Rewards [B, V] of every token in this step; wide guides only."""
         raise TypeError(f"{type(self).__name__} scores candidates, not the whole vocabulary")
 
+    @abstractmethod
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         """Rewards [B, k] of candidate tokens [B, k] in slots 0..B-1."""
-        raise TypeError(f"{type(self).__name__} scores the whole vocabulary, not candidates")
 
     def commit(self, choice: torch.Tensor) -> None:
         """Candidate `choice[b]` [B] has become row b's next token."""

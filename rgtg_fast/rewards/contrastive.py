@@ -10,6 +10,7 @@ import torch
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.rewards.base import Prefix, Reward
 
 BETTER = (
@@ -43,6 +44,7 @@ class ContrastiveReward(Reward):
                 raise RGTGError(f"{name}={value!r} is no instruction: pass a sentence")
         self.better, self.worse = better, worse
         self._lm: LanguageModel | None = None
+        self._logits = self._log_sum_exp = torch.empty(0)
 
     def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
         if lm.tokenizer is None:
@@ -58,9 +60,20 @@ class ContrastiveReward(Reward):
     def encode(self, prompt: Prompt) -> list[list[int]]:
         return [self._under(prompt, self.better), self._under(prompt, self.worse)]
 
-    def guidance(self, context_logits: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(context_logits.dtype, torch.float32)
-        logprobs = context_logits.log_softmax(-1, dtype=dtype)
+    def observe(self, context_logits: torch.Tensor) -> None:
+        # The one-pass top-k also knows the log-sum-exp: no vocabulary-sized tensor is written.
+        flat = context_logits.flatten(0, 1)
+        logprob, top, _ = topk_logprobs(flat, 1)
+        self._logits = context_logits
+        self._log_sum_exp = (flat.gather(-1, top) - logprob).view(*context_logits.shape[:2], 1)
+
+    def guidance(self) -> torch.Tensor:
+        logprobs = self._logits - self._log_sum_exp
+        return logprobs[:, 0] - logprobs[:, 1]
+
+    def score(self, candidates: torch.Tensor) -> torch.Tensor:
+        at = candidates.unsqueeze(1).expand(-1, self.contexts, -1)
+        logprobs = self._logits.gather(-1, at) - self._log_sum_exp
         return logprobs[:, 0] - logprobs[:, 1]
 
     def answer_reward(self, rewards: Sequence[float]) -> float:
