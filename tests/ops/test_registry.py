@@ -10,14 +10,25 @@ import pytest
 import torch
 
 from rgtg_fast import RGTGError
-from rgtg_fast.ops import _extension, backend_of, resample, specs, topk_logprobs, tree_attention, use_backend
+from rgtg_fast.ops import (
+    _extension,
+    _triton,
+    backend_of,
+    resample,
+    specs,
+    topk_logprobs,
+    tree_attention,
+    use_backend,
+)
 
 
 def test_backend_of_says_what_serves():
     served = "reference" if _extension.missing_reason() else "cpp"
     for name in specs():
         assert backend_of(name, "cpu") == served
-        assert backend_of(name, torch.device("cuda:0")) == "reference"
+        on_cuda = "reference" if _triton.missing_reason() else "triton"
+        assert backend_of(name, torch.device("cuda:0"), torch.bfloat16) == on_cuda
+        assert backend_of(name, "cuda", torch.int8) == "reference"
         assert backend_of(name, "cpu", torch.int8) == "reference"
     assert backend_of("tree_attention", "cpu", torch.bfloat16) == served
     assert backend_of("tree_attention", "cpu", torch.float64) == "reference"
@@ -36,9 +47,30 @@ def test_unknown_names_are_named():
         pass
 
 
-def test_a_missing_backend_is_refused_with_the_reason():
+def test_triton_says_what_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(_triton, "missing_reason", lambda: "")
+    logits = torch.zeros(1, 600)
+    with use_backend("triton"):
+        with pytest.raises(RGTGError, match=r"serve tensors on CUDA, not on cpu .*TRITON_INTERPRET=1"):
+            topk_logprobs(logits, 2)
+        with pytest.raises(RGTGError, match=r"its Triton kernel does not take torch.float64: use float32"):
+            backend_of("tree_attention", "cuda", torch.float64)
+        with pytest.raises(RGTGError, match="its Triton kernel takes k <= 256, not 300"):
+            backend_of("topk_logprobs", "cuda", k=300)
+    assert backend_of("topk_logprobs", "cuda", k=300) == "reference"
+    assert backend_of("tree_attention", "cuda", D=512) == "reference"
+    assert backend_of("tree_attention", "cuda", D=256) == "triton"
+    assert backend_of("commit", "cuda", torch.float64) == "triton"
+
+
+def test_without_triton_the_reference_serves_cuda_and_the_backend_is_refused_with_the_reason(monkeypatch):
+    reason = "Triton is not installed (No module named 'triton'): pip install triton"
+    monkeypatch.setattr(_triton, "missing_reason", lambda: reason)
+    assert backend_of("resample", "cuda") == "reference"
     with (
-        pytest.raises(RGTGError, match="backend 'triton' is missing: this release has no Triton kernels"),
+        pytest.raises(
+            RGTGError, match=r"backend 'triton' is missing: Triton is not installed .*pip install triton"
+        ),
         use_backend("triton"),
     ):
         pass

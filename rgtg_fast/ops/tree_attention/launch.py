@@ -88,9 +88,9 @@ KERNELS = (
     KernelSpec(
         "split_kernel",
         (
-            *(_split(torch.bfloat16, 64, rows, mode) for rows in (16, 64, 128) for mode in (ALONE, CAUSAL)),
+            *(_split(torch.bfloat16, 64, rows, mode) for rows in (16, 64, 128) for mode in MODES),
             *(_split(torch.bfloat16, 128, rows, mode) for rows in (16, 64) for mode in MODES),
-            *(_split(torch.bfloat16, 256, rows, mode) for rows in (16, 32) for mode in (ALONE, CAUSAL)),
+            *(_split(torch.bfloat16, 256, rows, mode) for rows in (16, 32) for mode in MODES),
             *(_split(torch.bfloat16, D, 64, ALONE) for D in (80, 96)),
             *(_split(torch.float16, 128, rows, ALONE) for rows in (16, 64)),
             *(_split(torch.float32, 64, rows, ALONE) for rows in (16, 32)),

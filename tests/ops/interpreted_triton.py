@@ -1,0 +1,363 @@
+"""The Triton kernels against the reference, in Triton's interpreter; test_triton_interpreter.py runs this file.
+
+Triton decides when a kernel's module is imported whether to interpret it, for the whole process: by TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from rgtg_fast import RGTGError, ops
+from rgtg_fast.ops import backend_of, commit, resample, topk_logprobs, tree_attention, use_backend
+from rgtg_fast.ops.tree_attention.launch import LEAF, SPAN
+
+SPECS = ops.specs()
+# The interpreter computes with numpy, which warns of the NaN and overflows that are tested here, and of its own habits.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("RuntimeWarning", "DeprecationWarning")
+]
+INF, NAN = math.inf, math.nan
+
+# Small enough for an interpreter that walks through every program one by one; the same edges as the specs' own.
+SHAPES = {
+    "topk_logprobs": (
+        *(
+            shape
+            for shape in SPECS["topk_logprobs"].shapes
+            if shape["V"] * shape["B"] < 50000 and shape["k"] <= 256
+        ),
+        {"B": 2, "V": 6151, "k": 40, "guided": True},
+        {"B": 1, "V": 128256, "k": 256},
+    ),
+    "tree_attention": tuple(
+        shape
+        for shape in SPECS["tree_attention"].shapes
+        if shape["B"] * shape["H"] * shape["S"] * shape["T"] < 200_000 or shape["T"] < LEAF
+    ),
+    "resample": tuple(shape for shape in SPECS["resample"].shapes if shape["B"] <= 8),
+    "commit": SPECS["commit"].shapes,
+}
+CASES = [
+    pytest.param(
+        name, shape, dtype, id=f"{name}-{'-'.join(map(str, shape.values()))}-{dtype}".replace(" ", "")
+    )
+    for name, shapes in SHAPES.items()
+    for shape in shapes
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bfloat16():
+    """The interpreter keeps bfloat16 as 16 bits, multiplies those as integers and rounds to zero: mend both."""
+    dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    def convert_float(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            return torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(x, source, target, rounding)
+
+    interpreter.InterpreterBuilder.create_dot, interpreter._convert_float = create_dot, convert_float
+    yield
+    interpreter.InterpreterBuilder.create_dot, interpreter._convert_float = dot, convert
+
+
+@pytest.fixture
+def triton():
+    with use_backend("triton"):
+        yield
+
+
+def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The op's results; for commit, what it has written."""
+    result = getattr(ops, name)(**arguments)
+    if result is None:
+        return arguments["k_cache"], arguments["v_cache"], arguments["lengths"]
+    return result if isinstance(result, tuple) else (result,)
+
+
+def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
+    keep = ("beta", "temperature", "guidance")
+    return {
+        name: x.double()
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in keep
+        else copy.copy(x)
+        for name, x in copy.deepcopy(arguments).items()
+    }
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
+def test_equals_the_float64_reference(name, shape, dtype, compare, monkeypatch):
+    """Outputs and scratch start as NaN, so that nothing is left unwritten and nothing unwritten is read."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> torch.Tensor:
+        x = empty(*size, **options)
+        return x.fill_(NAN if x.is_floating_point() else -(1 << 30))
+
+    spec = SPECS[name]
+    arguments = spec.make_inputs(shape, dtype)
+    with use_backend("reference"):
+        want = call(name, in_double(arguments))
+    monkeypatch.setattr(torch, "empty", poisoned)
+    with use_backend("triton"):
+        got = call(name, arguments)
+    for g, w in zip(got, want, strict=True):
+        if w.is_floating_point():
+            compare(g, w, spec.tolerances[dtype])
+        else:
+            assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_opcheck(name, triton):
+    arguments = SPECS[name].make_inputs(SPECS[name].shapes[1], torch.float32)
+    torch.library.opcheck(getattr(torch.ops.rgtg_fast, name).default, tuple(arguments.values()))
+
+
+@pytest.mark.parametrize("name", ["topk_logprobs", "tree_attention", "resample"])
+def test_a_row_has_the_same_bits_in_any_batch(name, triton):
+    shape = next(shape for shape in SHAPES[name] if shape["B"] > 1)
+    arguments = SPECS[name].make_inputs(shape, torch.float32)
+    whole = call(name, arguments)
+    for row in range(shape["B"]):
+        alone = {key: x[row : row + 1] if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+        for a, b in zip(call(name, alone), whole, strict=True):
+            torch.testing.assert_close(a, b[row : row + 1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_strided_views_give_the_same(name, triton):
+    """Every tensor is a view with gaps in each dimension but the last."""
+    arguments = SPECS[name].make_inputs(SPECS[name].shapes[1], torch.float32)
+
+    def spread(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.ndim < 2 or not x.is_floating_point():
+            return x
+        room = torch.full([2 * n for n in x.shape[:-1]] + [x.shape[-1] + 3], NAN)
+        view = room[tuple(slice(None, None, 2) for _ in x.shape[:-1])][..., : x.shape[-1]]
+        return view.copy_(x)
+
+    views = {key: spread(copy.deepcopy(x)) for key, x in arguments.items()}
+    for a, b in zip(call(name, arguments), call(name, views), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# --- topk_logprobs
+
+
+def test_ties_go_to_the_lowest_token(triton):
+    logits = torch.zeros(1, 9000)
+    logits[0, [100, 8999, 4096, 2047, 2048]] = 1.0
+    logits[0, ::2] *= -1.0  # −0 is 0
+    logits[0, [100, 4096, 2048]] = 1.0
+    _, tokens, entropy = topk_logprobs(logits, k=9)
+    assert tokens[0].tolist() == [100, 2047, 2048, 4096, 8999, 0, 1, 2, 3]
+    p = logits.double().softmax(-1)
+    assert entropy.item() == pytest.approx(-(p * p.log()).sum().item(), rel=2e-5)
+
+
+@pytest.mark.parametrize("V", [1, 7, 2047, 2048, 2049, 5000])
+def test_all_excluded_but_one(V, triton):
+    logits = torch.full((2, V), -INF)
+    logits[0, V - 1], logits[1, 0] = -1e30, 5.0
+    logprobs, tokens, entropy = topk_logprobs(logits, k=min(3, V))
+    assert tokens[:, 0].tolist() == [V - 1, 0]
+    assert logprobs[:, 0].tolist() == [0.0, 0.0]
+    assert entropy.tolist() == [0.0, 0.0]
+    assert tokens[0, 1:].tolist() == list(range(min(3, V) - 1))
+    assert (logprobs[:, 1:] == -INF).all()
+
+
+def test_nan_is_seen_and_zero_beta_ignores_guidance(triton):
+    logits = torch.zeros(3, 2100)
+    logits[0, 2099] = NAN
+    guidance = torch.zeros(3, 2100)
+    guidance[1, 7], guidance[2] = NAN, NAN
+    logprobs, tokens, entropy = topk_logprobs(logits, 2, guidance, torch.tensor([1.0, 1.0, 0.0]))
+    assert tokens.tolist() == [[2099, 0], [7, 0], [0, 1]]
+    assert logprobs[0].isnan().all()
+    assert entropy[0].isnan()
+    assert logprobs[1:].isfinite().all()
+
+
+def test_k_beyond_the_kernel_is_the_reference_and_never_silent():
+    logits = torch.randn(1, 400)
+    with use_backend("triton"), pytest.raises(RGTGError, match="its Triton kernel takes k <= 256, not 300"):
+        topk_logprobs(logits, 300)
+    assert backend_of("topk_logprobs", "cuda", torch.bfloat16, k=256, V=128256) == "triton"
+    assert backend_of("topk_logprobs", "cuda", torch.bfloat16, k=300) == "reference"
+    assert backend_of("tree_attention", "cuda", torch.bfloat16, D=512) == "reference"
+    assert backend_of("tree_attention", "cuda", torch.float64) == "reference"
+
+
+# --- tree_attention
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "tree"])
+def test_the_cut_of_the_prefix_changes_no_bit(mask, monkeypatch, triton):
+    """A split per leaf and a split per span are the same sums in the same order."""
+    shape = {"B": 2, "H": 2, "G": 1, "S": 3, "T": 2 * SPAN + 300, "D": 16, "mask": mask}
+    arguments = SPECS["tree_attention"].make_inputs(
+        {**shape, "lengths": [2 * SPAN + 290, 700]}, torch.float32
+    )
+    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
+    results = []
+    for slots in (LEAF, SPAN):
+        monkeypatch.setattr(kernel, "span_of", lambda *_, slots=slots: slots)
+        results.append(tree_attention(**arguments))
+    assert torch.equal(*results)
+    # Nor does the room in the cache.
+    for name in ("k_cache", "v_cache"):
+        arguments[name] = arguments[name][1:, :, :700]
+    short = {
+        key: x[1:] if isinstance(x, torch.Tensor) and x.shape[0] == 2 else x for key, x in arguments.items()
+    }
+    assert torch.equal(tree_attention(**short), results[0][1:])
+
+
+def test_a_nan_candidate_stays_alone(triton):
+    arguments = SPECS["tree_attention"].make_inputs(
+        {"B": 1, "H": 4, "G": 2, "S": 8, "T": 300, "D": 16}, torch.float32
+    )
+    want = tree_attention(**arguments)
+    for name in ("q", "k", "v"):
+        arguments[name][:, :, 3] = NAN
+    got = tree_attention(**arguments)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert got[:, :, 3].isnan().all()
+    assert torch.equal(got[:, :, others], want[:, :, others])
+
+
+def test_an_empty_prefix_and_a_token_that_sees_nothing(triton):
+    make = SPECS["tree_attention"].make_inputs
+    arguments = make({"B": 1, "H": 4, "G": 2, "S": 5, "T": 0, "D": 16}, torch.float32)
+    assert torch.equal(tree_attention(**arguments), arguments["v"].repeat_interleave(2, dim=1))
+    blind = make(
+        {"B": 1, "H": 2, "G": 1, "S": 2, "T": 4, "D": 8, "mask": "tree", "lengths": [0]}, torch.float32
+    )
+    got = tree_attention(**blind)
+    assert (got[:, :, 1] == 0).all()
+    assert got[:, :, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e-30, 0.0])
+def test_extreme_scores(factor, compare, triton):
+    arguments = SPECS["tree_attention"].make_inputs(
+        {"B": 1, "H": 2, "G": 1, "S": 3, "T": 600, "D": 16}, torch.float32
+    )
+    arguments["scale"] = factor
+    with use_backend("reference"):
+        want = tree_attention(**in_double(arguments))
+    torch.testing.assert_close(
+        tree_attention(**arguments).double(), want, rtol=0, atol=1e-3 if factor > 1 else 4e-6
+    )
+
+
+# --- resample
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 1.0, 1e30])
+def test_what_is_not_a_number_is_never_silent_and_what_is_excluded_never_chosen(temperature, triton):
+    logprobs = torch.tensor(
+        [
+            [-1.0, -2.0, -INF],
+            [-1.0, NAN, -2.0],
+            [-1.0, -2.0, -INF],
+            [-1.0, -2.0, -3.0],
+            [-INF] * 3,
+            [-1.0] * 3,
+        ]
+    )
+    rewards = torch.tensor(
+        [[0.0, NAN, 0.0], [0.0] * 3, [0.0, 0.0, NAN], [0.0, INF, 0.0], [0.0] * 3, [NAN] * 3]
+    )
+    logprobs = torch.cat([logprobs, torch.tensor([[-INF, -1.0, -INF]]).expand(20, 3)])
+    rewards = torch.cat([rewards, torch.tensor([[INF, 0.0, 5.0]]).expand(20, 3)])
+    beta = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0] + [1.0] * 20)
+    zero = torch.zeros(26, dtype=torch.int64)
+    choice, logprob = resample(
+        logprobs, rewards, beta, torch.full((26,), temperature), zero, torch.arange(26)
+    )
+    assert choice[:5].tolist() == [-1] * 5
+    assert logprob[:5].isnan().all()
+    assert choice[5] >= 0
+    assert (choice[6:] == 1).all()
+    assert logprob[5:].isfinite().all()
+
+
+@pytest.mark.parametrize("K", [1, 3, 5, 64, 65, 513, 4097])
+def test_chooses_as_the_reference(K):
+    random = torch.Generator().manual_seed(K)
+    B = 20
+    arguments = (
+        torch.randn(B, K, generator=random).log_softmax(-1),
+        torch.randn(B, K, generator=random),
+        torch.ones(B),
+        torch.linspace(0, 2, B),
+        torch.randint(-(2**62), 2**62, (B,), generator=random),
+        torch.arange(B) * 0x300000001,
+    )
+    with use_backend("reference"):
+        want, want_logprob = resample(*arguments)
+    with use_backend("triton"):
+        got, got_logprob = resample(*arguments)
+    assert torch.equal(got, want)
+    torch.testing.assert_close(got_logprob, want_logprob, rtol=2e-6, atol=2e-6)
+
+
+def test_zero_temperature_is_the_first_argmax(triton):
+    zero = torch.zeros(1, dtype=torch.int64)
+    logprobs = torch.full((1, 9000), -2.0)
+    logprobs[0, [5000, 8999]] = -1.0
+    choice, logprob = resample(logprobs, torch.zeros(1, 9000), torch.ones(1), torch.zeros(1), zero, zero)
+    assert (choice.item(), logprob.item()) == (5000, 0.0)
+
+
+# --- commit
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_commit_moves_every_bit_and_rows_stand_still(dtype, triton):
+    arguments = SPECS["commit"].make_inputs({"L": 5, "B": 3, "G": 3, "S": 3, "T": 4, "D": 20}, dtype)
+    arguments["lengths"], arguments["choice"] = (
+        torch.tensor([9, 4, 9, 3, 9, 0])[1::2],
+        torch.tensor([-1, 2, 0]),
+    )
+    want = copy.deepcopy(arguments)
+    with use_backend("reference"):
+        commit(**want)
+    commit(**arguments)
+    for name, x in want.items():
+        torch.testing.assert_close(arguments[name], x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_full_cache_is_never_written_past_its_end():
+    """On a GPU nobody checks the lengths: the kernel does as the reference does and stays inside."""
+    launch = importlib.import_module("rgtg_fast.ops.commit.kernel").launch
+    room = torch.full((1, 2, 1, 6, 4), -1.0)
+    k_cache, v_cache = room[:, :1, :, :4], room[:, 1:, :, :4]
+    lengths = torch.tensor([4])
+    launch(torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 1, 2, 4), k_cache, v_cache, lengths, torch.tensor([1]))
+    assert (room[:, :, :, 4:] == -1).all()
+    assert (k_cache[0, 0, 0, 3] == 1).all()
+    launch(torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 1, 2, 4), k_cache, v_cache, lengths, torch.tensor([2]))
+    assert lengths.tolist() == [5]

@@ -1,0 +1,131 @@
+"""Every Triton kernel compiled for GPUs that are not here: tensor cores, shared memory, spills, their page."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.ops import kernel_table
+from rgtg_fast.ops import specs
+from rgtg_fast.ops.commit import launch as commit
+from rgtg_fast.ops.resample import launch as resample
+from rgtg_fast.ops.topk_logprobs import launch as topk_logprobs
+from rgtg_fast.ops.tree_attention import launch as tree_attention
+
+KERNELS = sorted((Path(__file__).parents[2] / "rgtg_fast" / "ops").glob("*/kernel.py"))
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: the Triton kernels are NOT compiled (pip install triton)",
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[kernel_table.Compiled]:
+    assert os.environ.get("TRITON_INTERPRET") != "1", (
+        "the interpreter compiles nothing: unset TRITON_INTERPRET"
+    )
+    return kernel_table.compile_all()
+
+
+@needs_triton
+def test_every_signature_compiles_for_every_architecture(compiled):
+    assert len(compiled) == len(list(kernel_table.signatures())) * len(kernel_table.SHARED_LIMIT)
+    for row in compiled:
+        assert 0 < row.registers <= 255
+        assert row.shared <= kernel_table.SHARED_LIMIT[row.arch], (
+            f"{row.kernel} {row.label} sm_{row.arch}: {row.shared}"
+        )
+
+
+@needs_triton
+def test_nothing_spills(compiled):
+    for row in compiled:
+        if kernel_table.may_spill(row):
+            continue
+        assert row.stack == 0, f"{row.kernel} {row.label} sm_{row.arch}: {row.stack} bytes of stack"
+
+
+@needs_triton
+def test_attention_runs_on_tensor_cores(compiled):
+    rows = [row for row in compiled if row.kernel == "split_kernel"]
+    assert {row.label.split()[0] for row in rows} == {"bf16", "fp16", "fp32"}
+    for row in rows:
+        assert row.tensor_cores, f"{row.label} sm_{row.arch}"
+    # The generation's own instructions where there are rows enough for them.
+    for arch, own in ((90, "wgmma.mma_async"), (100, "tcgen05.mma")):
+        wide = [row for row in rows if row.arch == arch and int(row.signature["BLOCK_M"]) >= 64]
+        assert wide
+        assert all(own in row.tensor_cores for row in wide)
+
+
+def test_the_page_lists_every_kernel_and_signature():
+    text = kernel_table.PAGE.read_text(encoding="utf-8")
+    for op, kernel, signature in kernel_table.signatures():
+        assert f"`{op}`" in text
+        assert f"`{kernel}`" in text
+        assert kernel_table.label(signature) in text, "run: python -m benchmarks.ops.kernel_table"
+
+
+def test_every_kernel_has_a_spec_and_every_spec_a_kernel():
+    for path in KERNELS:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        # What a launch brackets with a grid.
+        launched = {
+            node.func.value.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Subscript)
+            and isinstance(node.func.value, ast.Name)
+        }
+        assert launched == {kernel.name for kernel in specs()[path.parent.name].kernels}
+    assert len(KERNELS) == len(specs())
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.parent.name)
+def test_every_masked_load_names_what_stands_for_the_rest(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            named = {keyword.arg for keyword in node.keywords}
+            assert ("mask" in named) == ("other" in named), ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.parent.name)
+def test_nothing_makes_the_host_wait(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr not in {"item", "cpu", "tolist", "numpy", "synchronize", "nonzero"}, (
+                ast.unparse(node)
+            )
+
+
+def known(op: str, kernel: str, configuration: dict[str, object]) -> None:
+    signatures = next(k for k in specs()[op].kernels if k.name == kernel).signatures
+    want = {name: str(value) for name, value in configuration.items()}
+    assert any(want.items() <= signature.items() for signature in signatures), (op, kernel, want)
+
+
+def test_what_is_launched_is_compiled():
+    """The configurations that the launches choose, from one end to the other, are among the signatures."""
+    for D in (64, 128, 256):
+        known("commit", "commit_kernel", commit.configuration(D))
+        known("tree_attention", "merge_kernel", tree_attention.merge_configuration(D))
+        for rows in (1, 16, 17, 40, 64, 65, 160, 1024):
+            for mode in tree_attention.MODES:
+                settings = tree_attention.configuration(D, rows, mode, torch.bfloat16)
+                known("tree_attention", "split_kernel", settings)
+            settings = tree_attention.configuration(D, rows, tree_attention.ALONE, torch.float32)
+            known("tree_attention", "split_kernel", settings)
+    for K in (1, 10, 64, 65, 512, 513, 256000):
+        known("resample", "resample_kernel", resample.configuration(K))
+    for V in (100, 32000, 128256, 151936, 262208, topk_logprobs.MAX_V):
+        for k in (1, 10, 40, 100, 256):
+            few = min(k, V)
+            settings = topk_logprobs.segment_configuration(V, few)
+            known("topk_logprobs", "segment_kernel", settings)
+            candidates = -(-V // settings["SEGMENT"]) * few
+            known("topk_logprobs", "merge_kernel", topk_logprobs.merge_configuration(candidates, few))
