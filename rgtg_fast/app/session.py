@@ -74,10 +74,9 @@ class Setup:
         """The language model and its tokenizer, loaded once for several decoders."""
         quiet()
         source = self.source(say)
-        from rgtg_fast.models.loading import load_causal_lm, resolve_device, resolve_dtype
+        from rgtg_fast.models.loading import load_causal_lm
 
-        device = resolve_device(self.device)
-        return load_causal_lm(source, device, resolve_dtype(self.dtype, device))
+        return load_causal_lm(source, self.device, self.dtype)
 
     def decoder(self, say: Callable[[str], None], pair: Any = None) -> "RewardGuidedDecoder":
         """Loads the models.

@@ -23,7 +23,6 @@ from rgtg_fast.models.loading import (
     ModelAndTokenizer,
     language_backbone,
     load_causal_lm,
-    resolve_device,
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_prompts
@@ -83,7 +82,8 @@ class RewardGuidedDecoder:
             lm: path or hub id of a causal language model, or a (model, tokenizer) pair.
             reward: path or hub id of a reward model (a `SequenceReward`), a reward object, a function
                 f(prefix_ids, candidate_ids) -> rewards, or None for the base model alone.
-            device: by default CUDA where there is one. dtype: by default float32 on a CPU, bfloat16 on CUDA.
+            device: by default CUDA where there is one, a loaded model's own.
+            dtype: by default float32 on a CPU, bfloat16 on CUDA, a loaded model's own.
             max_batch: rows decoded at once.
             max_length: tokens a row may reach, prompt included; by default what both contexts hold.
             engine: "native" (fused C++ layers, CPU), "transformers" (the model's own blocks) or "auto".
@@ -91,15 +91,14 @@ class RewardGuidedDecoder:
         Raises:
             RGTGError: anything that cannot work, in one line.
         """
-        on = resolve_device(device)
-        kind = resolve_dtype(dtype, on)
         if max_length is not None and (isinstance(max_length, bool) or max_length < 2):
             raise RGTGError(f"max_length={max_length!r} leaves no room: use 2 or more tokens, or None")
-        model, tokenizer = load_causal_lm(lm, on, kind)
+        model, tokenizer = load_causal_lm(lm, device, dtype)
         backbone = language_backbone(model, engine, max_length)
         language_model = LanguageModel(backbone, tokenizer, backbone.head.out_features)
         guide = _as_reward(reward)
         if guide is not None:
+            kind = None if dtype is None else resolve_dtype(dtype, model.device)
             guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
         return cls(language_model, guide, max_batch)
 

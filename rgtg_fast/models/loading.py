@@ -115,22 +115,36 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def load_causal_lm(
-    source: str | os.PathLike[str] | ModelAndTokenizer, device: torch.device, dtype: torch.dtype
+    source: str | os.PathLike[str] | ModelAndTokenizer,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
 ) -> ModelAndTokenizer:
-    """The base language model and its tokenizer, from a path, a hub id or a pair already loaded."""
+    """The base language model and its tokenizer, from a path, a hub id or a pair already loaded.
+
+    Args:
+        device, dtype: None keeps a loaded pair as it is, and takes the defaults of `resolve_device` and
+            `resolve_dtype` for a name.
+    """
     if isinstance(source, tuple):
         model, tokenizer = source
-        return _placed(model, device, dtype), tokenizer
+        on = model.device if device is None else resolve_device(device)
+        return _placed(model, on, model.dtype if dtype is None else resolve_dtype(dtype, on)), tokenizer
+    on = resolve_device(device)
+    kind = resolve_dtype(dtype, on)
     with _one_line(source, "language model"):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    return _placed(model, device, dtype), tokenizer
+    return _placed(model, on, kind), tokenizer
 
 
 def load_sequence_classifier(
-    source: str | os.PathLike[str] | ModelAndTokenizer, device: torch.device, dtype: torch.dtype
+    source: str | os.PathLike[str] | ModelAndTokenizer, lm: PreTrainedModel, dtype: torch.dtype | None
 ) -> ModelAndTokenizer:
     """A reward model (one label) and its tokenizer, from a path, a hub id or a pair already loaded.
+
+    Args:
+        lm: the base model, whose device it shares.
+        dtype: None keeps a loaded pair as it is, and takes the base model's for a name.
 
     Raises:
         RGTGError: nothing there, several labels, or no trained head in the files.
@@ -138,11 +152,12 @@ def load_sequence_classifier(
     if isinstance(source, tuple):
         model, tokenizer = source
         _one_label(model.config, type(model).__name__)
-        return _placed(model, device, dtype), tokenizer
+        return _placed(model, lm.device, dtype or model.dtype), tokenizer
+    kind = dtype or lm.dtype
     with _one_line(source, "reward model"):
         _one_label(AutoConfig.from_pretrained(source), source)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=dtype, output_loading_info=True
+            source, dtype=kind, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
@@ -151,7 +166,7 @@ def load_sequence_classifier(
             f"{source} has no trained reward head ({missing[0]} is missing from its files): "
             "name a reward model saved with its head (AutoModelForSequenceClassification, num_labels=1)"
         )
-    return _placed(model, device, dtype), tokenizer
+    return _placed(model, lm.device, kind), tokenizer
 
 
 def language_backbone(model: PreTrainedModel, engine: str, max_length: int | None) -> Backbone:

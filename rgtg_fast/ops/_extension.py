@@ -12,7 +12,10 @@ import torch
 # The dtype codes that the kernels take; csrc/common.hpp holds the same table.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-REMEDY = "install a C++17 compiler (g++ or clang++), then: pip install --force-reinstall --no-deps rgtg-fast"
+REMEDY = (
+    "install a C++17 compiler (g++ or clang++), then rgtg-fast again (in its folder: "
+    "pip install --force-reinstall --no-deps .)"
+)
 
 
 @functools.cache

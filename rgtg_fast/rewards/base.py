@@ -52,8 +52,15 @@ class Reward(ABC):
         self.counter = Counter()
 
     @abstractmethod
-    def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
-        """Loads what the guide needs for this base model and checks that the two fit."""
+    def bind(
+        self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
+    ) -> None:
+        """Loads what the guide needs for this base model and checks that the two fit.
+
+        Args:
+            dtype: of the guide's model; None for the base model's, or a loaded model's own.
+            engine, max_length: as in `RewardGuidedDecoder.from_pretrained`.
+        """
 
     @property
     def name(self) -> str:

@@ -46,7 +46,9 @@ class ContrastiveReward(Reward):
         self._lm: LanguageModel | None = None
         self._logits = self._log_sum_exp = torch.empty(0)
 
-    def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
+    def bind(
+        self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
+    ) -> None:
         if lm.tokenizer is None:
             raise RGTGError(
                 "ContrastiveReward writes instructions and the model came without a tokenizer: pass one"

@@ -35,7 +35,9 @@ class FunctionReward(Reward):
         self._device = torch.device("cpu")
         self._rows: dict[int, Prefix] = {}
 
-    def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
+    def bind(
+        self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
+    ) -> None:
         self._device = lm.backbone.device
 
     @property

@@ -42,8 +42,10 @@ class SequenceReward(Reward):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._lm: LanguageModel | None = None
 
-    def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
-        model, tokenizer = load_sequence_classifier(self.source, lm.backbone.device, dtype)
+    def bind(
+        self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
+    ) -> None:
+        model, tokenizer = load_sequence_classifier(self.source, lm.backbone.model, dtype)
         check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, model.config._name_or_path)
         self.backbone = reward_backbone(model, engine, max_length)
         self._tokenizer, self._lm = tokenizer, lm

@@ -52,12 +52,14 @@ class TextReward(Reward):
         self._lm: LanguageModel | None = None
         self._rows: dict[int, Prefix] = {}
 
-    def bind(self, lm: LanguageModel, *, dtype: torch.dtype, engine: str, max_length: int | None) -> None:
+    def bind(
+        self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
+    ) -> None:
         self._lm = lm
         if callable(self.source):
             self._function = self.source
             return
-        model, tokenizer = load_sequence_classifier(self.source, lm.backbone.device, dtype)
+        model, tokenizer = load_sequence_classifier(self.source, lm.backbone.model, dtype)
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
         self._model, self._tokenizer = model, tokenizer

@@ -169,3 +169,13 @@ def test_a_family_that_scales_its_logits_is_found_out() -> None:
     message = refused(tf.AutoModelForCausalLM.from_config(config))
     assert "GraniteForCausalLM cannot be served" in message
     assert "75" in message or "300" in message
+
+
+def test_a_loaded_pair_keeps_its_dtype_unless_told_otherwise() -> None:
+    lm, rm = make_lm(dtype=torch.bfloat16), make_rm(dtype=torch.float64)
+    decoder = RewardGuidedDecoder.from_pretrained((lm, None), reward=SequenceReward((rm, None)))
+    assert lm.dtype == decoder.lm.backbone.cache.dtype == torch.bfloat16
+    assert rm.dtype == decoder.reward.backbone.cache.dtype == torch.float64
+    assert decoder.generate([[5, 6]], 3)[0].rewards
+    RewardGuidedDecoder.from_pretrained((lm, None), reward=SequenceReward((rm, None)), dtype="float32")
+    assert lm.dtype == rm.dtype == torch.float32
