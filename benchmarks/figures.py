@@ -1,4 +1,4 @@
-"""Makes the figures and the README's table from results/decode*.csv: `python -m benchmarks.figures`."""
+"""Makes the figures and the tables of README and docs from results/decode*.csv: `python -m benchmarks.figures`."""
 
 from __future__ import annotations
 
@@ -65,6 +65,39 @@ def block(rows: list[Row]) -> str:
         if shown:
             parts.append(_table(shown))
     return "\n\n".join([*parts, NOTES]) if parts else "Not measured yet: run `python -m benchmarks.decode`."
+
+
+def phases_block(rows: list[Row]) -> str:
+    """The section of docs/performance.md: where a token's time goes, and how near reading the weights comes."""
+    order = list(dict.fromkeys(cell.place for cell in (*HEADLINES, *GPU)))
+    lines = [
+        "| on | engine | dtype | B | P | k | "
+        + " | ".join(PHASES)
+        + " | sum | weights read | floor | time ÷ floor |",
+        "|---|---|---|--:|--:|--:|" + "--:|" * (len(PHASES) + 4),
+    ]
+    for key, at in groups(rows).items():
+        for where in order:
+            for method, engine in (("ours", "native"), ("ours_transformers", "transformers")):
+                row = at.get(where, {}).get(method)
+                if row is not None:
+                    lines.append(_phases_line(key[2] or key[0], engine, row))
+    notes = (
+        "Milliseconds per token of the batch, prefill spread over the answer. *Weights read*: MB per token, both "
+        "models, once a step. *Floor*: ms that reading them and the caches takes at the measured bandwidth; *time ÷ floor* "
+        "leaves the prefill out. On a GPU the engine is always transformers."
+    )
+    return "\n".join([*lines, "", notes])
+
+
+def _phases_line(machine: str, engine: str, row: Row) -> str:
+    phases = [float(row[f"{phase}_ms_per_token"] or 0) for phase in PHASES]
+    shown = [machine, "transformers" if row["gpu"] else engine]
+    shown += [row["dtype"], row["batch"], row["prompt_length"], row["k"]]
+    shown += [f"{value:.2f}" for value in (*phases, sum(phases))]
+    shown.append(f"{float(row['weight_bytes_per_token']) / 1e6:.0f}")
+    shown += [f"{float(row['floor_ms_per_token']):.2f}", f"{float(row['achieved_over_floor']):.2f}"]
+    return "| " + " | ".join(shown) + " |"
 
 
 def _table(cells: list[dict[str, Row]]) -> str:
@@ -246,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, nargs="+", help="default: benchmarks/results/decode*.csv")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(arguments)
     rows = all_rows(given.results)
@@ -254,7 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for path in draw(rows, given.figures):
         print(path)
-    print(given.readme, "changed" if write_block(given.readme, block(rows)) else "unchanged")
+    for page, text in ((given.readme, block(rows)), (given.performance, phases_block(rows))):
+        print(page, "changed" if write_block(page, text) else "unchanged")
     return 0
 
 

@@ -207,7 +207,10 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
         assert len(list(csv.reader(file))) == 3
     readme = tmp_path / "README.md"
     readme.write_text(f"{figures.BEGIN}{figures.END}", encoding="utf-8")
-    arguments = ["--results", str(output), "--readme", str(readme), "--figures", str(tmp_path / "figures")]
+    page = tmp_path / "performance.md"
+    page.write_text(f"{figures.BEGIN}{figures.END}", encoding="utf-8")
+    arguments = ["--results", str(output), "--readme", str(readme), "--performance", str(page)]
+    arguments += ["--figures", str(tmp_path / "figures")]
     assert figures.main(arguments) == 0
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
         "decode_phases.svg",
@@ -216,7 +219,8 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
 
 
 def test_the_readme_shows_what_the_results_hold():
-    readme, rows = ROOT / "README.md", figures.all_rows()
+    readme, page, rows = ROOT / "README.md", ROOT / "docs" / "performance.md", figures.all_rows()
     if not readme.exists() or not rows:
         pytest.skip("no README.md or no benchmarks/results/decode*.csv in this checkout")
     assert figures.current_block(readme) == figures.block(rows), "run python -m benchmarks.figures"
+    assert figures.current_block(page) == figures.phases_block(rows), "run python -m benchmarks.figures"
