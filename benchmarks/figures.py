@@ -84,8 +84,8 @@ def phases_block(rows: list[Row]) -> str:
                     lines.append(_phases_line(key[2] or key[0], engine, row))
     notes = (
         "Milliseconds per token of the batch, prefill spread over the answer. *Weights read*: MB per token, both "
-        "models, once a step. *Floor*: ms that reading them and the caches takes at the measured bandwidth; *time ÷ floor* "
-        "leaves the prefill out. On a GPU the engine is always transformers."
+        "models, once a step. *Floor*: ms that reading them and the caches takes at the measured bandwidth; "
+        "*time ÷ floor* leaves the prefill out. On a GPU the engine is always transformers."
     )
     return "\n".join([*lines, "", notes])
 
