@@ -1,0 +1,48 @@
+"""The decoder on a GPU: the CPU's tokens in float32, and a working run in bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rgtg_fast import ContrastiveReward, Guidance, RewardGuidedDecoder, SequenceReward
+from tests.conftest import make_lm, make_rm, make_tokenizer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15]]
+
+
+def _decoder(device: str, reward: str, dtype: str = "float32") -> RewardGuidedDecoder:
+    tokenizer = make_tokenizer()
+    guide = (
+        SequenceReward((make_rm(), tokenizer)) if reward == "sequence" else ContrastiveReward("w1 w2", "w3")
+    )
+    return RewardGuidedDecoder.from_pretrained(
+        (make_lm(), tokenizer), reward=guide, device=device, dtype=dtype, max_batch=3
+    )
+
+
+@pytest.mark.parametrize("reward", ["sequence", "contrastive"])
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_float32_gives_the_tokens_of_the_cpu(
+    reward: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    guidance = Guidance(k=6, beta=1.0, temperature=temperature)
+    rows = {
+        device: [
+            row.tokens for row in _decoder(device, reward).generate(PROMPTS, 12, guidance, seed=[1, 2, 3, 4])
+        ]
+        for device in ("cpu", "cuda")
+    }
+    assert rows["cuda"] == rows["cpu"]
+
+
+@pytest.mark.parametrize("reward", ["sequence", "contrastive"])
+def test_bfloat16_decodes_and_its_rewards_are_those_of_scoring(reward: str) -> None:
+    decoder = _decoder("cuda", reward, "bfloat16")
+    rows = decoder.generate(PROMPTS, 8, Guidance(k=6, temperature=0), trace=True)
+    scores = decoder.score(PROMPTS, [row.tokens or [5] for row in rows])
+    for row, score in zip(rows, scores, strict=True):
+        if row.tokens:
+            assert row.rewards == pytest.approx(score, abs=0.1, rel=0.1)
