@@ -1,7 +1,7 @@
 """The fused operations of a decoding step: topk_logprobs, tree_attention, resample, commit.
 
-Each is one torch.library op with a reference in plain PyTorch and a C++ kernel for the CPU; see README.md
-for the legend of shapes.
+Each is one torch.library op with a reference in plain PyTorch, a C++ kernel for the CPU and Triton kernels
+for CUDA; see README.md for the legend of shapes.
 """
 
 from ._registry import KernelSpec, OpSpec, Tolerance, backend_of, specs, use_backend

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +75,7 @@ class _Op:
     spec: OpSpec
     cpp_dtypes: frozenset[torch.dtype]
     triton_dtypes: frozenset[torch.dtype]
-    triton_limits: Mapping[str, int]
+    triton_against: Callable[..., str]
 
 
 _ops: dict[str, _Op] = {}
@@ -95,7 +94,7 @@ def register(
     cpp: Callable[..., Any],
     cpp_dtypes: frozenset[torch.dtype],
     triton_dtypes: frozenset[torch.dtype],
-    triton_limits: Mapping[str, int] = MappingProxyType({}),
+    triton_against: Callable[..., str] = lambda **_: "",
     sizes: Callable[..., Mapping[str, int]] = lambda *_: {},
 ) -> None:
     """Defines an op and its implementations on the handle.
@@ -109,10 +108,10 @@ def register(
         cpp: calls the C++ kernel.
         cpp_dtypes: what the C++ kernel takes; other dtypes are served by the reference.
         triton_dtypes: what the Triton kernels take; other dtypes are served by the reference.
-        triton_limits: the largest sizes they take, by name; the reference serves beyond.
+        triton_against: why they cannot serve the sizes, empty where they can; the reference serves those.
         sizes: those sizes, from the arguments.
     """
-    _ops[spec.name] = _Op(spec, cpp_dtypes, triton_dtypes, triton_limits)
+    _ops[spec.name] = _Op(spec, cpp_dtypes, triton_dtypes, triton_against)
 
     def cpu(first: torch.Tensor, *rest: Any) -> Any:
         backend = backend_of(spec.name, "cpu", first.dtype, **sizes(first, *rest))
@@ -152,10 +151,7 @@ def _reason_against(op: _Op, backend: str, device: str, dtype: torch.dtype, size
             )
         if dtype not in op.triton_dtypes:
             return f"its Triton kernel does not take {dtype}: use float32, bfloat16 or float16"
-        for size, limit in op.triton_limits.items():
-            if sizes.get(size, 0) > limit:
-                return f"its Triton kernel takes {size} <= {limit}, not {sizes[size]}"
-        return _triton.missing_reason()
+        return op.triton_against(**sizes) or _triton.missing_reason()
     return ""
 
 
@@ -166,8 +162,8 @@ def backend_of(
 
     On the CPU that is `"cpp"` for float32, bfloat16 and float16, and `"reference"` for other dtypes or where
     the extension is missing. On CUDA it is `"triton"` for these dtypes, and `"reference"` for others, where
-    Triton is missing, and beyond the sizes that the kernels take: topk_logprobs with k > 256, tree_attention
-    with D > 256. `use_backend` overrides the choice.
+    Triton is missing, and beyond the sizes that the kernels take: topk_logprobs with k > 256 (less where V >
+    262144), tree_attention with D > 256. `use_backend` overrides the choice.
 
     Args:
         name: the op's name, e.g. `"tree_attention"`.

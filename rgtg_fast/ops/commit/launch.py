@@ -12,10 +12,10 @@ from .._triton import TYPES, power_of_two, signature
 TILE = 2048
 
 
-def configuration(D: int) -> dict[str, int]:
+def configuration(D: int) -> dict[str, object]:
     """Block shapes for a head of `D` numbers: one program moves ROWS heads."""
     width = power_of_two(D, 16)
-    return {"BLOCK_D": width, "ROWS": max(1, TILE // width), "num_warps": 4}
+    return {"BLOCK_D": width, "ROWS": max(1, TILE // width), "num_warps": 4, "enable_fp_fusion": False}
 
 
 def _signature(dtype: torch.dtype, D: int) -> dict[str, str]:

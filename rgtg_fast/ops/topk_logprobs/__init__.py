@@ -9,7 +9,7 @@ from .. import _checks
 from .._extension import DTYPE_CODES
 from .._registry import register
 from .cpp import cpp
-from .launch import MAX_K, MAX_V
+from .launch import reason_against
 from .reference import reference
 from .spec import SPEC
 
@@ -48,7 +48,7 @@ register(
     cpp,
     frozenset(DTYPE_CODES),
     frozenset(DTYPE_CODES),
-    triton_limits={"k": MAX_K, "V": MAX_V},
+    triton_against=reason_against,
     sizes=lambda logits, k, *_: {"k": k, "V": logits.shape[1]},
 )
 

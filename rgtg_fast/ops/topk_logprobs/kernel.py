@@ -12,9 +12,6 @@ from .._extension import dense
 from .._triton import on_device
 from .launch import key_bits, merge_configuration, segment_configuration
 
-# Ranks below every key.
-NO_KEY = tl.constexpr(-(1 << 63))
-
 
 @triton.jit
 def _ordered(b_x, bits):
@@ -95,7 +92,8 @@ def merge_kernel(
     p_keys,
     p_tokens,
     p_statistics,
-    p_best,
+    p_best_key,
+    p_best_place,
     p_logprobs,
     p_chosen,
     p_entropy,
@@ -130,20 +128,24 @@ def merge_kernel(
     p_row = i_b * candidates
     b_key = tl.load(p_keys + p_row + o_c, mask=m_c, other=0).to(tl.uint32, bitcast=True)
     b_chosen, o_k = _chosen(b_key, k, bits)
-    # Packed by way of memory, key and place in one number that orders as they do, first places first.
-    b_best = ((b_key.to(tl.int64) - 0x80000000) << 32) | (BLOCK_C - o_c)
-    tl.store(p_best + i_b * k + o_k, b_best, mask=b_chosen)
+    # Packed by way of memory, in the same order.
+    p_best_key += i_b * k
+    p_best_place += i_b * k
+    tl.store(p_best_key + o_k, b_key.to(tl.int32, bitcast=True), mask=b_chosen)
+    tl.store(p_best_place + o_k, o_c, mask=b_chosen)
     tl.debug_barrier()
 
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < k
-    b_best = tl.load(p_best + i_b * k + o_k, mask=m_k, other=NO_KEY)
+    b_best = tl.load(p_best_key + o_k, mask=m_k, other=0).to(tl.uint32, bitcast=True)
     b_rank = tl.zeros([BLOCK_K], tl.int32)
     for start in range(0, k, 16):
         o_j = start + tl.arange(0, 16)
-        b_other = tl.load(p_best + i_b * k + o_j, mask=o_j < k, other=NO_KEY)
-        b_rank += tl.sum((b_other[None, :] > b_best[:, None]).to(tl.int32), 1)
-    o_c = BLOCK_C - (b_best & 0xFFFFFFFF)
+        b_other = tl.load(p_best_key + o_j, mask=o_j < k, other=0).to(tl.uint32, bitcast=True)
+        m_before = b_other[None, :] > b_best[:, None]
+        m_tie = (b_other[None, :] == b_best[:, None]) & (o_j[None, :] < o_k[:, None])
+        b_rank += tl.sum((m_before | m_tie).to(tl.int32), 1)
+    o_c = tl.load(p_best_place + o_k, mask=m_k, other=0)
     b_token = tl.load(p_tokens + p_row + o_c, mask=m_k, other=0).to(tl.int64)
     b_x = tl.load(p_logits + i_b * stride_logits + b_token, mask=m_k, other=0.0).to(tl.float32)
     tl.store(p_chosen + i_b * k + b_rank, b_token, mask=m_k)
@@ -168,7 +170,8 @@ def launch(
         return torch.empty(size, dtype=dtype, device=logits.device)
 
     keys, tokens = empty(B, segments, k, dtype=torch.int32), empty(B, segments, k, dtype=torch.int32)
-    best, chosen = empty(B, k, dtype=torch.int64), empty(B, k, dtype=torch.int64)
+    best_key, best_place = empty(B, k, dtype=torch.int32), empty(B, k, dtype=torch.int32)
+    chosen = empty(B, k, dtype=torch.int64)
     statistics, logprobs, entropy = empty(B, segments, 3), empty(B, k), empty(B)
     if B == 0:
         return logprobs, chosen, entropy
@@ -192,7 +195,8 @@ def launch(
             keys,
             tokens,
             statistics,
-            best,
+            best_key,
+            best_place,
             logprobs,
             chosen,
             entropy,

@@ -9,7 +9,7 @@ from .. import _checks
 from .._extension import DTYPE_CODES
 from .._registry import register
 from .cpp import cpp
-from .launch import MAX_D
+from .launch import reason_against
 from .reference import reference
 from .spec import SPEC
 
@@ -62,7 +62,7 @@ register(
     lambda *args: cpp(_check_values, *args),
     frozenset(DTYPE_CODES),
     frozenset(DTYPE_CODES),
-    triton_limits={"D": MAX_D},
+    triton_against=reason_against,
     sizes=lambda q, *_: {"D": q.shape[-1]},
 )
 

@@ -9,6 +9,12 @@ from .._triton import TYPES, power_of_two, signature
 
 MAX_D = 256
 
+
+def reason_against(D: int = 1) -> str:
+    """Why the kernels cannot serve these sizes; empty where they can."""
+    return f"its Triton kernel takes D <= {MAX_D}, not {D}" if D > MAX_D else ""
+
+
 # Slots whose attention is summed up by itself. Results are folded leaf by leaf within a span of slots, then
 # span by span, whichever programs do it: so the cut never changes a bit.
 LEAF = 256
@@ -18,20 +24,24 @@ SPAN = 2048
 ALONE, MASKED, CAUSAL = 0, 1, 2
 
 
-# BLOCK_M with its warps, BLOCK_N and stages, by bytes of a number and largest D. Chosen so that two accumulators and a
-# block of scores stay in registers on every architecture of docs/kernels.md, and three blocks of keys and values
-# are on their way; 4-byte numbers are split in two for the tensor cores and need twice the registers.
+# By bytes of a number and largest D: BLOCK_M with its BLOCK_N, warps and stages. Chosen so that two accumulators and a
+# block of scores stay in registers on every architecture of docs/kernels.md, and blocks of keys and values are on
+# their way meanwhile. Numbers of 4 bytes are split in two for the tensor cores and need twice the registers.
 TILES = {
-    2: {64: ({16: 4, 64: 4, 128: 8}, 64, 3), 128: ({16: 4, 64: 8}, 64, 3), 256: ({16: 8, 32: 8}, 32, 2)},
-    4: {64: ({16: 4, 32: 4}, 32, 2), 128: ({16: 4}, 32, 2), 256: ({16: 8}, 16, 1)},
+    2: {
+        64: {16: (64, 4, 3), 64: (64, 4, 3), 128: (32, 8, 4)},
+        128: {16: (64, 4, 3), 64: (64, 8, 3)},
+        256: {16: (32, 8, 2), 32: (32, 8, 2)},
+    },
+    4: {64: {16: (32, 4, 2), 32: (32, 4, 2)}, 128: {16: (32, 4, 2)}, 256: {16: (16, 8, 1)}},
 }
 
 
 def configuration(D: int, rows: int, mode: int, dtype: torch.dtype) -> dict[str, object]:
     """Block shapes for a head of `D` numbers and so many query rows: new tokens times heads of the group."""
-    by_width = TILES[dtype.itemsize]
-    blocks, block_n, stages = next(tile for width, tile in by_width.items() if width >= D)
-    block = next((m for m in blocks if m >= rows), max(blocks))
+    tiles = next(tiles for width, tiles in TILES[dtype.itemsize].items() if width >= D)
+    block = next((m for m in tiles if m >= rows), max(tiles))
+    block_n, warps, stages = tiles[block]
     return {
         "MODE": mode,
         "D": D,
@@ -39,14 +49,15 @@ def configuration(D: int, rows: int, mode: int, dtype: torch.dtype) -> dict[str,
         "BLOCK_M": block,
         "BLOCK_N": block_n,
         "LEAF": LEAF,
-        "num_warps": blocks[block],
+        "num_warps": warps,
         "num_stages": stages,
+        "enable_fp_fusion": True,
     }
 
 
 def merge_configuration(D: int) -> dict[str, object]:
     """Block shapes of the merge: one program per query row."""
-    return {"D": D, "BLOCK_D": power_of_two(D, 16), "SPAN": SPAN, "num_warps": 1}
+    return {"D": D, "BLOCK_D": power_of_two(D, 16), "SPAN": SPAN, "num_warps": 1, "enable_fp_fusion": True}
 
 
 def span_of(programs: int, T: int, multiprocessors: int) -> int:

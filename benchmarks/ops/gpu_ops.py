@@ -1,0 +1,284 @@
+"""Times every op on a GPU against what PyTorch composes, and attention against other libraries if installed.
+
+    python -m benchmarks.ops.gpu_ops                     # all cases into benchmarks/results/gpu_ops.csv
+    python -m benchmarks.ops.gpu_ops --ops commit --list # what would be run; needs no GPU
+
+A measurement is one CUDA graph that runs the op once on each of several copies of its inputs, together larger than
+the second-level cache, so that every run finds it cold; time is by CUDA events, per run, as quantiles over replays.
+Bytes are those that any implementation must move; the ceiling is a device copy measured in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rgtg_fast import ops
+from rgtg_fast.ops import specs, use_backend
+
+RESULTS = Path(__file__).parents[1] / "results" / "gpu_ops.csv"
+COLUMNS = ("op", "who", "shape", "dtype", "us_p20", "us_p50", "us_p80", "bytes", "gb_per_s", "of_copy")
+MACHINE = ("gpu", "driver", "torch", "triton", "commit")
+
+# Several times the 50 to 126 MB of the second-level caches in question.
+COLD_BYTES = 400 << 20
+MAX_COPIES = 128
+REPLAYS = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape."""
+
+    op: str
+    shape: dict[str, Any]
+    dtype: torch.dtype = torch.bfloat16
+
+
+def cases() -> Iterator[Case]:
+    """Shapes of Llama-3.1-8B (V=128256, H=32, G=8, D=128, L=32)."""
+    for B in (1, 8, 32):
+        for k in (10, 40):
+            yield Case("topk_logprobs", {"B": B, "V": 128256, "k": k})
+    yield Case("topk_logprobs", {"B": 32, "V": 128256, "k": 10}, torch.float32)
+    yield Case("topk_logprobs", {"B": 32, "V": 128256, "k": 10, "guided": True})
+    for B, T in ((1, 512), (1, 4096), (1, 8192), (8, 4096), (32, 512), (32, 4096)):
+        for S in (1, 10, 40):
+            yield Case(
+                "tree_attention", {"B": B, "H": 32, "G": 8, "S": S, "T": T, "D": 128, "lengths": [T] * B}
+            )
+    for B, K in ((1, 10), (32, 10), (32, 40), (1, 128256)):
+        yield Case("resample", {"B": B, "K": K}, torch.float32)
+    for B in (1, 32):
+        yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
+
+
+def moved_bytes(case: Case) -> int:
+    """What must be read and written, whoever does it."""
+    size, s = case.dtype.itemsize, case.shape
+    if case.op == "topk_logprobs":
+        return s["B"] * (s["V"] * (size + (4 if s.get("guided") else 0)) + s["k"] * 12 + 4)
+    if case.op == "tree_attention":
+        new = 2 * s["B"] * s["S"] * (s["G"] + s["H"]) * s["D"]
+        return size * (2 * s["G"] * sum(s["lengths"]) * s["D"] + new)
+    if case.op == "resample":
+        return s["B"] * (2 * s["K"] * size + 36)
+    return 4 * s["L"] * s["B"] * s["G"] * s["D"] * size
+
+
+def copies(footprint: int) -> int:
+    """Copies of the inputs that together find the cache cold; as many as may be where the inputs are tiny."""
+    return max(2, min(MAX_COPIES, -(-COLD_BYTES // max(footprint, 1))))
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    p = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    return p[0].item(), p[1].item(), p[2].item()
+
+
+def timed(function: Callable[[Any], Any], inputs: list[Any]) -> tuple[float, float, float]:
+    """Microseconds of one run, as quantiles over replays of a graph that runs once on each of the inputs."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function(inputs[0])
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for one in inputs:
+            function(one)
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end) / len(inputs))
+    return quantiles(times[2:])
+
+
+def footprint(inputs: Any) -> int:
+    """Bytes of all tensors among the inputs."""
+    values = inputs.values() if isinstance(inputs, dict) else inputs
+    return sum(x.numel() * x.element_size() for x in values if isinstance(x, torch.Tensor))
+
+
+def ours(op: str) -> Callable[[dict[str, Any]], Any]:
+    function = getattr(ops, op)
+    return lambda inputs: function(**inputs)
+
+
+def torch_topk(a: dict[str, Any]) -> Any:
+    logprobs = a["logits"].float().log_softmax(-1)
+    score = logprobs if a["guidance"] is None else logprobs + a["beta"][:, None] * a["guidance"]
+    tokens = score.topk(a["k"]).indices
+    return logprobs.gather(-1, tokens), tokens
+
+
+def torch_resample(a: dict[str, Any]) -> Any:
+    scores = (a["logprobs"] + a["beta"][:, None] * a["rewards"]) / a["temperature"][:, None]
+    return scores.softmax(-1).multinomial(1)
+
+
+def replicated(a: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of the usual way: every candidate is a row of its own with a copy of the prefix."""
+    S = a["q"].shape[2]
+
+    def keys(cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        old = cache.repeat_interleave(S, 0)  # [B·S, G, T, D]
+        return torch.cat([old, new.transpose(1, 2).flatten(0, 1)[:, :, None]], 2)
+
+    return {
+        "q": a["q"].transpose(1, 2).flatten(0, 1)[:, :, None].contiguous(),  # [B·S, H, 1, D]
+        "k": keys(a["k_cache"], a["k"]),
+        "v": keys(a["v_cache"], a["v"]),
+    }
+
+
+def torch_sdpa(a: dict[str, Any]) -> torch.Tensor:
+    return F.scaled_dot_product_attention(a["q"], a["k"], a["v"], enable_gqa=True)
+
+
+def packed(a: dict[str, Any]) -> dict[str, Any]:
+    """For flash-attn: candidates as extra query heads over the prefix alone, without the token itself."""
+    B, H, S, D = a["q"].shape
+    G = a["k"].shape[1]
+    heads = a["q"].view(B, G, H // G, S, D).reshape(B, 1, H * S, D)
+    cache = {name: a[name].transpose(1, 2).contiguous() for name in ("k_cache", "v_cache")}
+    return {"q": heads, **cache, "cache_seqlens": a["lengths"].int()}
+
+
+def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], Callable[[Any], Any]]]:
+    """Name, what makes its inputs out of ours, and its call."""
+    if case.op == "topk_logprobs":
+        yield "torch log_softmax + topk", dict, torch_topk
+    elif case.op == "resample":
+        yield "torch softmax + multinomial", dict, torch_resample
+    elif case.op == "commit":
+        yield "torch index_put", dict, lambda a: specs()["commit"].reference(**a)
+    elif case.op == "tree_attention":
+        yield "torch SDPA, replicated prefix", replicated, torch_sdpa
+        if importlib.util.find_spec("flash_attn"):
+            from flash_attn import flash_attn_with_kvcache
+
+            yield "flash-attn, packed heads, prefix only", packed, lambda a: flash_attn_with_kvcache(**a)
+        if importlib.util.find_spec("flashinfer") and case.shape["B"] == 1:
+            from flashinfer import single_prefill_with_kv_cache
+
+            def flashinfer(a: dict[str, Any]) -> torch.Tensor:
+                q, k, v = (a[name][0].transpose(0, 1) for name in ("q", "k_cache", "v_cache"))
+                return single_prefill_with_kv_cache(q, k, v, causal=False)
+
+            yield "FlashInfer, prefix only", dict, flashinfer
+
+
+def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
+    """Rows of one case: ours, then the rivals."""
+    spec = specs()[case.op]
+    contestants = [("ours", dict, ours(case.op)), *rivals(case)]
+    need = moved_bytes(case)
+    base = spec.make_inputs(case.shape, case.dtype, "cuda")
+    if case.op == "resample":
+        base["temperature"].fill_(1.0)
+    if case.op == "commit":
+        # From the start, so that there is a slot for every replay.
+        base["choice"].fill_(0)
+        base["lengths"].zero_()
+    for who, prepare, function in contestants:
+        first = prepare(base)
+        n = copies(footprint(first))
+        inputs = [first, *(prepare({k: _clone(x) for k, x in base.items()}) for _ in range(n - 1))]
+        with use_backend("triton"):
+            times = timed(function, inputs)
+        rate = need / times[1] / 1000
+        yield {
+            "op": case.op,
+            "who": who,
+            "shape": " ".join(f"{k}={v}" for k, v in case.shape.items() if k != "lengths"),
+            "dtype": str(case.dtype).removeprefix("torch."),
+            **{f"us_p{p}": round(t, 2) for p, t in zip((20, 50, 80), times, strict=True)},
+            "bytes": need,
+            "gb_per_s": round(rate, 1),
+            "of_copy": round(rate / ceiling, 3),
+        }
+        del first, inputs
+        torch.cuda.empty_cache()
+
+
+def _clone(x: Any) -> Any:
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device copy of 1 GiB, read and written bytes."""
+    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    _, p50, _ = timed(lambda _: target.copy_(source), [None, None])
+    return 2 * source.numel() / p50 / 1000
+
+
+def _output(*command: str) -> str:
+    """First line of what a command prints; empty where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0]
+
+
+def machine() -> dict[str, str]:
+    """Where the numbers come from."""
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", choices=sorted(specs()), default=sorted(specs()))
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    wanted = [case for case in cases() if case.op in given.ops]
+    if given.list:
+        for case in wanted:
+            print(case.op, case.shape, case.dtype, f"{moved_bytes(case)} bytes")
+        return 0
+    if not torch.cuda.is_available():
+        print("torch sees no CUDA device: nothing was measured")
+        return 2
+    where, ceiling = machine(), copy_bandwidth()
+    print(f"{where['gpu']}: a device copy moves {ceiling:.0f} GB/s")
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    with given.output.open("w", newline="", encoding="utf-8") as file, torch.inference_mode():
+        writer = csv.DictWriter(file, (*COLUMNS, *MACHINE), lineterminator="\n")
+        writer.writeheader()
+        for case in wanted:
+            try:
+                for row in measure(case, ceiling):
+                    writer.writerow({**row, **where})
+                    file.flush()
+                    print(*(row[name] for name in COLUMNS), sep="  ")
+            except torch.OutOfMemoryError:
+                print(f"{case.op} {case.shape}: out of memory, the rest of this case is left out")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

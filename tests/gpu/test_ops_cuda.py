@@ -1,0 +1,164 @@
+"""The Triton kernels on a real GPU: every spec, no host synchronisation, CUDA graphs, batch invariance, big strides."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from rgtg_fast import ops
+from rgtg_fast.ops import backend_of, specs, tree_attention, use_backend
+from rgtg_fast.ops.tree_attention.launch import LEAF, SPAN
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels are NOT run on a GPU"
+)
+SPECS = specs()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [
+    pytest.param(name, shape, dtype, id=f"{name}-{i}-{dtype}")
+    for name, spec in SPECS.items()
+    for i, shape in enumerate(spec.shapes)
+    for dtype in DTYPES
+    if shape.get("k", 0) <= 256
+]
+EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
+
+
+def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The op's results; for commit, what it has written."""
+    result = getattr(ops, name)(**arguments)
+    if result is None:
+        return arguments["k_cache"], arguments["v_cache"], arguments["lengths"]
+    return result if isinstance(result, tuple) else (result,)
+
+
+def moved(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
+    keep = ("beta", "temperature", "guidance")
+    return {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in keep else x
+        for name, x in copy.deepcopy(arguments).items()
+    }
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
+def test_equals_the_float64_reference(name, shape, dtype, compare):
+    spec = SPECS[name]
+    arguments = spec.make_inputs(shape, dtype)
+    with use_backend("reference"):
+        want = call(name, in_double(arguments))
+    with use_backend("triton"):
+        got = call(name, moved(arguments))
+    for g, w in zip(got, want, strict=True):
+        if w.is_floating_point():
+            compare(g.cpu(), w, spec.tolerances[dtype])
+        else:
+            assert torch.equal(g.cpu(), w)
+
+
+def test_triton_serves_and_the_reference_takes_what_it_does_not():
+    for name in SPECS:
+        assert backend_of(name, "cuda", torch.bfloat16) == "triton"
+    logits = torch.randn(2, 1000, device="cuda")
+    assert backend_of("topk_logprobs", "cuda", k=1000) == "reference"
+    _, tokens, _ = ops.topk_logprobs(logits, 1000)
+    assert torch.equal(tokens, logits.sort(dim=-1, descending=True, stable=True).indices)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPECS)
+def test_the_host_never_waits(name, dtype, request):
+    arguments = moved(SPECS[name].make_inputs(SPECS[name].shapes[2], dtype))
+    call(name, copy.deepcopy(arguments))  # compiles
+    request.getfixturevalue("no_sync")
+    call(name, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_graph_replays_to_the_same_bits(name, dtype):
+    arguments = moved(SPECS[name].make_inputs(SPECS[name].shapes[2], dtype))
+    before = copy.deepcopy(arguments)
+    want = tuple(x.clone() for x in call(name, copy.deepcopy(before)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call(name, arguments)
+    for _ in range(3):
+        for key, x in before.items():
+            if isinstance(x, torch.Tensor):
+                arguments[key].copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["topk_logprobs", "tree_attention", "resample"])
+def test_a_row_has_the_same_bits_in_any_batch(name, dtype):
+    for shape in SPECS[name].shapes:
+        if shape["B"] == 1 or shape.get("k", 0) > 256:
+            continue
+        arguments = moved(SPECS[name].make_inputs(shape, dtype))
+        whole = call(name, arguments)
+        for row in range(shape["B"]):
+            alone = {
+                key: x[row : row + 1] if isinstance(x, torch.Tensor) else x for key, x in arguments.items()
+            }
+            for a, b in zip(call(name, alone), whole, strict=True):
+                torch.testing.assert_close(a, b[row : row + 1], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("S", [1, 10, 40])
+def test_the_cut_of_the_prefix_changes_no_bit(dtype, S, monkeypatch):
+    shape = {"B": 2, "H": 8, "G": 2, "S": S, "T": 2 * SPAN + 300, "D": 128, "lengths": [2 * SPAN + 290, 700]}
+    arguments = moved(SPECS["tree_attention"].make_inputs(shape, dtype))
+    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
+    results = []
+    for slots in (LEAF, SPAN):
+        monkeypatch.setattr(kernel, "span_of", lambda *_, slots=slots: slots)
+        results.append(tree_attention(**arguments))
+    assert torch.equal(*results)
+
+
+def test_offsets_pass_31_bits(compare):
+    """Rows of the cache that lie further apart than 32 bits can count."""
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("less than 16 GiB free: offsets beyond 2^31 are NOT tested")
+    small = SPECS["tree_attention"].make_inputs(
+        {"B": 2, "H": 4, "G": 2, "S": 3, "T": 300, "D": 64}, torch.bfloat16
+    )
+    with use_backend("reference"):
+        want = call("tree_attention", in_double(small))[0]
+    arguments = moved(small)
+    far = (1 << 31) + 64
+    for name in ("k_cache", "v_cache"):
+        room = torch.empty(far + 2 * 300 * 64, dtype=torch.bfloat16, device="cuda")
+        arguments[name] = room.as_strided((2, 2, 300, 64), (far, 300 * 64, 64, 1)).copy_(arguments[name])
+    compare(tree_attention(**arguments).cpu(), want, SPECS["tree_attention"].tolerances[torch.bfloat16])
+    one, zero = (
+        torch.ones(2, dtype=torch.int64, device="cuda"),
+        torch.zeros(2, dtype=torch.int64, device="cuda"),
+    )
+    new = torch.randn(1, 2, 2, 3, 64, device="cuda").bfloat16()
+    caches = [arguments[name][None] for name in ("k_cache", "v_cache")]
+    ops.commit(new, new, *caches, lengths=zero, choice=one)
+    for cache in caches:
+        assert torch.equal(cache[:, :, :, 0], new[:, :, :, 1])
