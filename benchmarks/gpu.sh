@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One round on a machine with an NVIDIA GPU, within 9 minutes and without downloads: tests, then the decode benchmark.
+# One round on a machine with an NVIDIA GPU, within 9 minutes and without downloads: tests, the ops, then decoding.
 #   bash benchmarks/gpu.sh          results go to $OUT, or to benchmarks/results/gpu where OUT is not set
-# It needs torch with CUDA, transformers and pytest. On the GPU the reference ops serve: the numbers are a start.
+# It needs torch with CUDA, which brings Triton, transformers and pytest.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,8 +28,11 @@ assert torch.cuda.is_available(), "torch sees no CUDA device"
 print(torch.__version__, torch.cuda.get_device_name())
 PY
 
-# The C++ kernels need pybind11 and a compiler; without them the reference serves on the CPU as well.
-step build 120 python setup.py build_ext --inplace
-step tests 150 python -m pytest -q tests/ops tests/evaluation
-step decode 240 python -m benchmarks.decode --gpu --shape llama-1b --device cuda --output "$out/decode.csv"
+# Most of this is compiling: each configuration takes a second or more the first time.
+step gpu 200 python -m pytest -q tests/gpu
+step ops 110 python -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv"
+# The C++ kernels need pybind11 and a compiler; without them the reference serves on the CPU.
+step build 60 python setup.py build_ext --inplace
+step tests 60 python -m pytest -q -m "not slow" tests/ops tests/evaluation
+step decode 110 python -m benchmarks.decode --gpu --shape llama-1b --device cuda --output "$out/decode.csv"
 exit $status

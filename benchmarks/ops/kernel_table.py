@@ -43,6 +43,7 @@ class Compiled:
     stack: int
     shared: int
     tensor_cores: tuple[str, ...]
+    asynchronous: bool
 
     @property
     def label(self) -> str:
@@ -90,7 +91,11 @@ def compile_one(op: str, kernel: str, signature: Mapping[str, str], arch: int) -
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(done.asm["cubin"])
     found = tuple(sorted({m.group(1) for m in TENSOR_CORES.finditer(done.asm["ptx"])}))
-    return Compiled(op, kernel, dict(signature), arch, registers, stack, done.metadata.shared, found)
+    # Copies of 16 bytes into shared memory that run while others are computed with.
+    overlapped = bool(re.search(r"cp\.async\.cg\.shared\.global .*0x10\b", done.asm["ptx"]))
+    return Compiled(
+        op, kernel, dict(signature), arch, registers, stack, done.metadata.shared, found, overlapped
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

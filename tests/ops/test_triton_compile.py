@@ -60,6 +60,8 @@ def test_attention_runs_on_tensor_cores(compiled):
     assert {row.label.split()[0] for row in rows} == {"bf16", "fp16", "fp32"}
     for row in rows:
         assert row.tensor_cores, f"{row.label} sm_{row.arch}"
+    # Keys and values are on their way, 16 bytes at a time, while others are computed with.
+    assert all(row.asynchronous for row in rows if int(row.signature["num_stages"]) > 1)
     # The generation's own instructions where there are rows enough for them.
     for arch, own in ((90, "wgmma.mma_async"), (100, "tcgen05.mma")):
         wide = [row for row in rows if row.arch == arch and int(row.signature["BLOCK_M"]) >= 64]

@@ -16,7 +16,8 @@ from .launch import configuration
 TICKET = tl.constexpr(1 << 40)
 
 
-@triton.jit
+# Sizes that change from call to call must not compile the kernel anew when they happen to be 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["stride_lengths", "stride_choice", "LG", "G", "S", "T"])
 def commit_kernel(
     p_k_new,
     p_v_new,

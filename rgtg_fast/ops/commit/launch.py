@@ -27,7 +27,7 @@ def _signature(dtype: torch.dtype, D: int) -> dict[str, str]:
         "stride_lengths": "i32",
         "stride_choice": "i32",
     }
-    arguments |= {"LG": "i32:16", "G": "i32", "S": "i32", "T": "i32:16", "D": "i32:16"}
+    arguments |= {"LG": "i32", "G": "i32", "S": "i32", "T": "i32", "D": "i32:16"}
     for name in ("k_new", "v_new", "k_cache", "v_cache"):
         arguments |= {f"{name}_{letter}": stride for letter in ("l", "b", "g", "s")}
     return signature(arguments, configuration(D))

@@ -42,7 +42,8 @@ def _chosen(b_key, k, bits):
     return b_chosen, tl.cumsum(b_chosen.to(tl.int32), 0) - 1
 
 
-@triton.jit
+# What changes from call to call must not compile the kernel anew when they happen to be 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["k", "bits"])
 def segment_kernel(
     p_logits,
     p_guidance,
@@ -86,7 +87,7 @@ def segment_kernel(
     tl.store(p_tokens + o_c, o_v, mask=b_chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "k", "bits"])
 def merge_kernel(
     p_logits,
     p_keys,

@@ -54,7 +54,8 @@ def _block(b_q, b_k, b_v, m_mn, factor, b_peak, b_total, b_sums):
     return b_high, b_total, b_sums
 
 
-@triton.jit
+# Sizes that change from call to call must not compile the kernel anew when they happen to be 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["G", "S", "T", "R", "span"])
 def split_kernel(
     p_q,
     p_k,
@@ -188,7 +189,7 @@ def split_kernel(
             tl.store(p_totals + o_part, b_total_all, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "splits"])
 def merge_kernel(
     p_sums,
     p_peaks,

@@ -79,7 +79,7 @@ def _split(dtype: torch.dtype, D: int, rows: int, mode: int) -> dict[str, str]:
     arguments = {f"p_{name}": pointer for name in STRIDED}
     arguments |= {"p_sums": "*fp32:16", "p_peaks": "*fp32:16", "p_totals": "*fp32:16", "p_lengths": "*i64:16"}
     arguments["p_ancestors"] = "*i64:16" if mode == MASKED else "None"
-    arguments |= {"scale": "fp32", "G": "i32", "S": "i32", "T": "i32:16", "R": "i32", "span": "i32:16"}
+    arguments |= {"scale": "fp32", "G": "i32", "S": "i32", "T": "i32", "R": "i32", "span": "i32"}
     for name in STRIDED:
         arguments |= {f"{name}_{letter}": "i64:16" for letter in ("b", "h", "s")}
     return signature(arguments, configuration(D, rows, mode, dtype))
@@ -87,8 +87,8 @@ def _split(dtype: torch.dtype, D: int, rows: int, mode: int) -> dict[str, str]:
 
 def _merge(dtype: torch.dtype, D: int) -> dict[str, str]:
     arguments = {"p_sums": "*fp32:16", "p_peaks": "*fp32:16", "p_totals": "*fp32:16", "p_lengths": "*i64:16"}
-    arguments |= {"p_out": f"*{TYPES[dtype]}:16", "G": "i32", "S": "i32", "T": "i32:16", "R": "i32"}
-    arguments |= {"span": "i32:16", "splits": "i32"}
+    arguments |= {"p_out": f"*{TYPES[dtype]}:16", "G": "i32", "S": "i32", "T": "i32", "R": "i32"}
+    arguments |= {"span": "i32", "splits": "i32"}
     arguments |= {f"out_{letter}": "i64:16" for letter in ("b", "h", "s")}
     return signature(arguments, merge_configuration(D))
 
