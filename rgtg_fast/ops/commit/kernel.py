@@ -1,7 +1,5 @@
 """Triton kernel of commit: one launch for all layers."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch

@@ -1,7 +1,5 @@
 """Triton kernel of resample: one program per row."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch

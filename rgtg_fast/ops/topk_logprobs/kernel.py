@@ -1,7 +1,5 @@
 """Triton kernels of topk_logprobs: segments of the vocabulary, then one program per row that merges them."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch

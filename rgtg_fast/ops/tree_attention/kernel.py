@@ -1,7 +1,5 @@
 """Triton kernels of tree_attention: splits of the prefix for all queries of a group, then their merge."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import torch
