@@ -234,6 +234,14 @@ def test_the_cut_of_the_prefix_changes_no_bit(mask, monkeypatch, triton):
     assert torch.equal(tree_attention(**short), results[0][1:])
 
 
+def test_many_rows_walk_over_the_whole_prefix(compare, triton):
+    shape = {"B": 2, "H": 2, "G": 1, "S": 512, "T": 700, "D": 16, "mask": "causal", "lengths": [0, 600]}
+    arguments = SPECS["tree_attention"].make_inputs(shape, torch.float32)
+    with use_backend("reference"):
+        want = tree_attention(**in_double(arguments))
+    compare(tree_attention(**arguments), want, SPECS["tree_attention"].tolerances[torch.float32])
+
+
 def test_a_nan_candidate_stays_alone(triton):
     arguments = SPECS["tree_attention"].make_inputs(
         {"B": 1, "H": 4, "G": 2, "S": 8, "T": 300, "D": 16}, torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -67,6 +68,49 @@ def test_attention_runs_on_tensor_cores(compiled):
         wide = [row for row in rows if row.arch == arch and int(row.signature["BLOCK_M"]) >= 64]
         assert wide
         assert all(own in row.tensor_cores for row in wide)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch) -> None:
+    """A driver that says H100 and launches nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self) -> object:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    # Not set_active: its way back asks for a real driver.
+    monkeypatch.setattr(driver, "_active", Driver())
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("name", specs())
+def test_launches_compile_as_they_are_called(name, no_gpu, monkeypatch):
+    """From the wrapper through Triton's own specialisation of the arguments to machine code, all but the launch."""
+    from triton.runtime.jit import JITFunction
+
+    run, compiled = JITFunction.run, []
+
+    def compile_only(
+        self: object, *arguments: object, grid: object, warmup: bool, **options: object
+    ) -> object:
+        compiled.append(self.fn.__name__)
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    launch = importlib.import_module(f"rgtg_fast.ops.{name}.kernel").launch
+    for shape in specs()[name].shapes:
+        if shape.get("k", 0) <= topk_logprobs.MAX_K:
+            launch(*specs()[name].make_inputs(shape, torch.bfloat16).values())
+    assert set(compiled) == {kernel.name for kernel in specs()[name].kernels}
 
 
 def test_the_page_lists_every_kernel_and_signature():

@@ -124,8 +124,8 @@ def merge_kernel(
     candidates = segments * k
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < candidates
-    p_row = i_b * candidates
-    b_key = tl.load(p_keys + p_row + o_c, mask=m_c, other=0).to(tl.uint32, bitcast=True)
+    o_row = i_b * candidates
+    b_key = tl.load(p_keys + o_row + o_c, mask=m_c, other=0).to(tl.uint32, bitcast=True)
     b_chosen, o_k = _chosen(b_key, k, bits)
     # Packed by way of memory, in the same order.
     p_best_key += i_b * k
@@ -145,7 +145,7 @@ def merge_kernel(
         m_tie = (b_other[None, :] == b_best[:, None]) & (o_j[None, :] < o_k[:, None])
         b_rank += tl.sum((m_before | m_tie).to(tl.int32), 1)
     o_c = tl.load(p_best_place + o_k, mask=m_k, other=0)
-    b_token = tl.load(p_tokens + p_row + o_c, mask=m_k, other=0).to(tl.int64)
+    b_token = tl.load(p_tokens + o_row + o_c, mask=m_k, other=0).to(tl.int64)
     b_x = tl.load(p_logits + i_b * stride_logits + b_token, mask=m_k, other=0.0).to(tl.float32)
     tl.store(p_chosen + i_b * k + b_rank, b_token, mask=m_k)
     tl.store(p_logprobs + i_b * k + b_rank, (b_x - peak) - log_total, mask=m_k)

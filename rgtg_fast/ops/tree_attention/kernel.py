@@ -267,7 +267,7 @@ def launch(
     mode = CAUSAL if causal else ALONE if ancestors is None else MASKED
     settings = configuration(D, S * R, mode, q.dtype)
     programs = B * G * triton.cdiv(S * R, settings["BLOCK_M"])
-    span = span_of(programs, T, multiprocessors(q.device))
+    span = span_of(programs, S * R, T, multiprocessors(q.device))
     splits = max(1, triton.cdiv(T, span))
     # A single split writes the result itself.
     parts = (B * G * S * R, splits) if splits > 1 else (0, 0)

@@ -60,14 +60,21 @@ def merge_configuration(D: int) -> dict[str, object]:
     return {"D": D, "BLOCK_D": power_of_two(D, 16), "SPAN": SPAN, "num_warps": 1, "enable_fp_fusion": True}
 
 
-def span_of(programs: int, T: int, multiprocessors: int) -> int:
-    """Slots that one program walks over: a span where those fill the device, else a leaf.
+# Query rows from which their blocks alone fill the device, and partial sums would be the larger part of the memory.
+MANY_ROWS = 1024
+
+
+def span_of(programs: int, rows: int, T: int, multiprocessors: int) -> int:
+    """Slots that one program walks over: a span where those fill the device, a leaf where not, all for many rows.
 
     Args:
         programs: programs per split: B · G · blocks of query rows.
+        rows: query rows: new tokens times heads of the group.
         T: slots of the cache.
         multiprocessors: of the device.
     """
+    if rows >= MANY_ROWS:
+        return max(1, -(-T // LEAF)) * LEAF
     return SPAN if programs * max(1, -(-T // SPAN)) >= 2 * multiprocessors else LEAF
 
 
