@@ -26,7 +26,7 @@ class Row(Prefix):
     finish_reason: str | None = None
     last_token: int = -1  # the newest decision, end-of-sequence included
 
-    def finished(self, answer_reward: Callable[[list[float]], float], traced: bool) -> GeneratedRow:
+    def finished(self, answer_reward: Callable[[list[float]], float] | None, traced: bool) -> GeneratedRow:
         """The row as the user gets it; `rewards` may hold one more entry, the end-of-sequence token's."""
         assert self.finish_reason is not None
         count = len(self.answer)
@@ -36,7 +36,7 @@ class Row(Prefix):
             tokens=self.answer,
             text=self.text,
             finish_reason=self.finish_reason,
-            reward=answer_reward(self.rewards) if self.rewards else None,
+            reward=None if answer_reward is None else answer_reward(self.rewards),
             logprobs=self.logprobs[:count],
             rewards=self.rewards[:count],
             trace=self.trace if traced else None,

@@ -28,7 +28,7 @@ from rgtg_fast.models.loading import (
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.ops import resample, topk_logprobs
 from rgtg_fast.profiling import PhaseTimer
-from rgtg_fast.rewards import FunctionReward, Prefix, Reward, SequenceReward
+from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward
 
 RewardLike = Reward | str | os.PathLike[str] | Callable[..., Any] | None
 
@@ -43,7 +43,7 @@ class _Run:
     trace: bool
     live_text: bool  # texts are needed after every token, for stop strings or a stream
     number: int
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    timer: PhaseTimer
     stats: Stats = field(default_factory=Stats)
     started: float = field(default_factory=time.perf_counter)
 
@@ -57,12 +57,17 @@ class RewardGuidedDecoder:
     Args:
         lm: the base language model. reward: the guide, already bound to it, or None.
         max_batch: rows decoded at once; more prompts wait for a free place.
+
+    Attributes:
+        phase_timer: makes the timer of a call; `lambda: PhaseTimer(spans=True)` puts the phases into torch's profiler
+            and NVTX.
     """
 
     def __init__(self, lm: LanguageModel, reward: Reward | None, max_batch: int):
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise RGTGError(f"max_batch={max_batch!r} is not a whole number >= 1: use for example 8")
         self.lm, self.reward, self.max_batch = lm, reward, max_batch
+        self.phase_timer: Callable[[], PhaseTimer] = PhaseTimer
         self._runs = 0
 
     @classmethod
@@ -373,7 +378,7 @@ class RewardGuidedDecoder:
     def _finished(self, run: _Run) -> Iterator[GeneratedRow]:
         """Rows as they finish."""
         done: list[GeneratedRow] = []
-        answer_reward = _no_reward if self.reward is None else self.reward.answer_reward
+        answer_reward = None if self.reward is None else self.reward.answer_reward
         try:
             for rows in self._steps(run):
                 self._count(run)
@@ -434,7 +439,7 @@ class RewardGuidedDecoder:
                 "stop strings need text and the model came without a tokenizer: pass (model, tokenizer)"
             )
         self._runs += 1
-        return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs)
+        return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs, self.phase_timer())
 
     def _check_guidance(self, guidance: Guidance) -> None:
         if not isinstance(guidance, Guidance):
@@ -595,10 +600,3 @@ def _as_reward(reward: RewardLike) -> Reward | None:
     if isinstance(reward, (str, os.PathLike)):
         return SequenceReward(reward)
     return FunctionReward(reward)
-
-
-def _no_reward(rewards: Sequence[float]) -> float:
-    raise TypeError("a decoder without a guide has no reward")
-
-
-__all__ = ["Prefix", "RewardGuidedDecoder"]

@@ -19,6 +19,7 @@ from rgtg_fast import (
     RGTGError,
     SequenceReward,
 )
+from rgtg_fast.profiling import PhaseTimer
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.decoding.naive import guided_greedy
 
@@ -489,3 +490,13 @@ def test_describe_is_plain_data(decoder: RewardGuidedDecoder) -> None:
     assert described["lm_engine"] in ("native", "transformers")
     assert described["cache_bytes"]["reward"] > 0
     assert json.loads(json.dumps(decoder.generate("w1", 2, GREEDY).stats.as_dict()))["tokens_per_second"] > 0
+
+
+def test_phases_are_spans_of_the_profiler_on_demand() -> None:
+    decoder = make_decoder()
+    decoder.phase_timer = lambda: PhaseTimer(spans=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        phases = decoder.generate("w1 w2", 3, GREEDY).stats.phases
+    names = {event.key for event in profile.key_averages()}
+    assert {f"rgtg_fast::{phase}" for phase in phases} <= names
+    assert set(phases) == {"prefill", "lm", "topk", "reward", "resample", "commit", "host"}
