@@ -451,8 +451,8 @@ class RewardGuidedDecoder:
         if guidance.support != "lm" and (self.reward is None or not self.reward.wide):
             guide = "no reward" if self.reward is None else self.reward.name
             raise RGTGError(
-                f"support={guidance.support!r} needs a reward over the whole vocabulary and {guide} gives none: "
-                "use support='lm'"
+                f"support={guidance.support!r} needs a reward over the whole vocabulary and this decoder has {guide}: "
+                "use support='lm', or a guide such as ContrastiveReward"
             )
 
     def _check_length(self, row: Row, new_tokens: int) -> None:

@@ -233,11 +233,12 @@ def _one_line(source: str | os.PathLike[str], role: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError) as error:
         path = Path(source)
-        if path.exists():
-            why = "is not a folder that transformers can load"
-        elif len(path.parts) > 2 or path.is_absolute():
-            why = "does not exist"
-        else:
-            why = "is neither a local folder nor to be had from the hub"
+        if not path.exists() and (len(path.parts) > 2 or path.is_absolute()):
+            raise RGTGError(f"{role} {str(source)!r} does not exist: check the path") from error
+        why = (
+            "is not a folder that transformers can load"
+            if path.exists()
+            else "is neither a local folder nor to be had from the hub"
+        )
         detail = " ".join(str(error).split())[:160]
         raise RGTGError(f"{role} {str(source)!r} {why}: check the name ({detail})") from error

@@ -243,7 +243,7 @@ def test_a_reward_model_may_have_its_own_prompt_format() -> None:
     for token in row.tokens:
         text.append(token)
         hidden = rm.base_model(torch.tensor([text]), use_cache=False).last_hidden_state[0, -1]
-        rewards.append(float(rm.score(hidden)))
+        rewards.append(rm.score(hidden).item())
     assert row.rewards == pytest.approx(rewards, abs=1e-4)
     assert decoder.score([chat], [row.tokens])[0] == pytest.approx(rewards, abs=1e-4)
 

@@ -46,7 +46,7 @@ def test_an_encoder_guides(template: str | None) -> None:
             text = " ".join(filter(None, [*answer, word]))
             pair = ("w1 w2 w3", text) if template is None else (f"w1 w2 w3 {text}", None)
             expected = model(**tokenizer(*pair, return_tensors="pt")).logits[0, 0]
-            assert candidate.reward == pytest.approx(float(expected), abs=1e-4)
+            assert candidate.reward == pytest.approx(expected.item(), abs=1e-4)
         answer.append("" if step.token == 2 else step.text)
     assert decoder.score(["w1 w2 w3"], [row.tokens])[0] == pytest.approx(row.rewards, abs=1e-4)
 
