@@ -127,9 +127,8 @@ class Backbone:
         )
         self.cache = PrefixCache(*self.geometry, self.dtype, self.device)
         self.counter = Counter()
-        self._lengths: list[
-            int
-        ] = []  # the host's copy of cache.lengths, so that nothing waits for the device
+        # The host's copy of cache.lengths, so that nothing waits for the device.
+        self._lengths: list[int] = []
 
     @property
     def name(self) -> str:
@@ -208,16 +207,20 @@ class Backbone:
         Raises:
             RGTGError: the two differ by more than the dtype's rounding.
         """
-        ids = [(7 * i + 3) % (self.embeddings - 2) + 2 for i in range(6)]
+        # The padding token stays out: a reward model's own forward would score the token before it. A short context, or
+        # a window as short, is not exceeded.
+        pad = self.model.config.get_text_config().pad_token_id
+        tokens = (number % self.embeddings for number in range(3, 59, 7))
+        ids = [token for token in tokens if token != pad][: min(6, self.limit)]
         self.reserve(1, len(ids))
-        self.prefill(0, ids[:3])
+        self.prefill(0, ids[: len(ids) // 2])
         out = torch.empty(0)
-        for token in ids[3:]:
+        for token in ids[len(ids) // 2 :]:
             hidden = self.step(torch.tensor([[token]], device=self.device))
             self.commit(torch.zeros(1, dtype=torch.int64, device=self.device))
             out = self.logits(hidden.squeeze(1))
-        tokens = torch.tensor([ids], device=self.device)
-        own = self.model(input_ids=tokens, use_cache=False).logits.reshape(-1, out.shape[-1])[-1:].double()
+        text = torch.tensor([ids], device=self.device)
+        own = self.model(input_ids=text, use_cache=False).logits.reshape(-1, out.shape[-1])[-1:].double()
         error = float((out.double() - own).norm() / own.norm())
         if not error <= _ROUNDING[self.dtype]:
             raise RGTGError(

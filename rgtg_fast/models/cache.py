@@ -34,8 +34,8 @@ class PrefixCache(Cache):
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # [slots]
         self.k_new = self.v_new = torch.empty(0)
         self._scratch = torch.empty(0, dtype=dtype, device=device)
-        self._rows = 0
-        self._causal = False
+        self._first = self._rows = 0
+        self._causal = self._empty_prefix = False
         self._ancestors: torch.Tensor | None = None
 
     # ---- memory -----------------------------------------------------------------------------------------------
@@ -46,10 +46,11 @@ class PrefixCache(Cache):
         return 2 * layers * kv_heads * head_dim * dtype.itemsize
 
     def reserve(self, slots: int, length: int) -> None:
-        """Makes room for `slots` rows of `length` tokens; grown buffers start empty, large enough ones are kept."""
+        """Makes room for `slots` rows of `length` tokens, all empty; buffers that are large enough are kept."""
         if slots > self.slots or length > self.max_length:
             layers, kv_heads, head_dim = self.shape
-            self.slots, self.max_length = max(slots, self.slots), max(length, self.max_length)
+            # Exactly what was asked for: the larger of both in each direction could be far more than either call needs.
+            self.slots, self.max_length = slots, length
             size = (layers, self.slots, kv_heads, self.max_length, head_dim)
             self.keys = self.values = torch.empty(0)  # freed first: both generations need not fit at once
             self.keys = torch.empty(size, dtype=self.dtype, device=self.device)

@@ -500,3 +500,14 @@ def test_phases_are_spans_of_the_profiler_on_demand() -> None:
     names = {event.key for event in profile.key_averages()}
     assert {f"rgtg_fast::{phase}" for phase in phases} <= names
     assert set(phases) == {"prefill", "lm", "topk", "reward", "resample", "commit", "host"}
+
+
+def test_a_cache_never_grows_to_the_product_of_two_calls() -> None:
+    decoder = make_decoder()
+    wide, long = [[5]] * 8, [[5] * 100]
+    needs = {"wide": 8 * (1 + 4), "long": 100 + 4}
+    for _ in range(2):
+        decoder.generate(wide, 4, GREEDY)
+        held = decoder.lm.backbone.cache.keys.numel()
+        decoder.generate(long, 4, GREEDY)
+        assert decoder.lm.backbone.cache.keys.numel() * needs["wide"] == held * needs["long"]

@@ -43,6 +43,20 @@ def test_sliding_windows_are_refused_unless_rows_stay_inside() -> None:
     assert RewardGuidedDecoder.from_pretrained((model, None), max_length=8).max_length == 8
 
 
+@pytest.mark.parametrize("length", [2, 4])
+def test_a_window_shorter_than_the_check_at_load_time(length: int) -> None:
+    config = tf.MistralConfig(**BASE, num_key_value_heads=1, sliding_window=4, max_position_embeddings=64)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    assert RewardGuidedDecoder.from_pretrained((model, None), max_length=length).max_length == length
+
+
+@pytest.mark.parametrize("pad", [3, 17, 38, 40])
+def test_a_padding_token_anywhere_is_no_reason_to_refuse(pad: int) -> None:
+    rm = make_rm(pad_token_id=pad)
+    decoder = RewardGuidedDecoder.from_pretrained((make_lm(), None), reward=SequenceReward((rm, None)))
+    assert decoder.generate([[5, 6]], 2)[0].rewards
+
+
 def test_layers_with_a_window_are_refused() -> None:
     config = tf.Gemma2Config(**BASE, num_key_value_heads=1, head_dim=8, sliding_window=8)
     assert "sliding window" in refused(tf.AutoModelForCausalLM.from_config(config))
