@@ -244,7 +244,10 @@ class RewardGuidedDecoder:
             with phase("prefill"):
                 self._admit(batch, waiting)
             with phase("lm"):
-                logits = self._forward(batch)  # [B, V]
+                logits, contexts = self._forward(batch)  # [B, V], [B, contexts, V]
+            with phase("reward"):
+                if reward is not None:
+                    reward.observe(contexts)
             with phase("topk"):
                 logprobs, candidates, entropy = self._select(batch, logits)  # [B, k]
             with phase("reward"):
@@ -268,19 +271,16 @@ class RewardGuidedDecoder:
             with phase("host"):
                 self._retire(run, batch)
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        """The base model's logits [B, V] for the next token; a guide with contexts observes theirs."""
-        backbone, reward = self.lm.backbone, self.reward
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base model's logits [B, V] for the next token, and those [B, contexts, V] in the guide's contexts."""
+        backbone = self.lm.backbone
         contexts = self._contexts
         tokens = batch.tokens if contexts == 1 else batch.tokens.repeat_interleave(contexts)
         hidden = backbone.step(tokens.unsqueeze(-1))
         backbone.commit(torch.zeros_like(tokens))
         logits = backbone.logits(hidden.squeeze(1))[:, : self.lm.vocabulary]
-        if reward is None or contexts == 1:
-            return logits
         per_prompt = logits.unflatten(0, (len(batch), contexts))
-        reward.observe(per_prompt[:, 1:])
-        return per_prompt[:, 0]
+        return per_prompt[:, 0], per_prompt[:, 1:]
 
     def _select(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The support: log-probabilities and tokens [B, k], and the base distribution's entropy [B]."""
@@ -290,7 +290,7 @@ class RewardGuidedDecoder:
             return logprobs, everything, torch.special.entr(logprobs.exp()).sum(-1)
         by_guidance = {}
         if batch.combined and self.reward is not None:
-            by_guidance = {"guidance": self.reward.guidance(), "beta": batch.selection_beta}
+            by_guidance = {"guidance": self.reward.guidance().float(), "beta": batch.selection_beta}
         logprobs, candidates, entropy = topk_logprobs(logits, batch.k, **by_guidance)
         if batch.beyond is not None:
             logprobs = logprobs.masked_fill(batch.beyond, -torch.inf)
@@ -315,7 +315,7 @@ class RewardGuidedDecoder:
                 break  # the two supports have candidates of different shape
             row = waiting.popleft()
             slot = batch.add(row)
-            own = row.encoded if self._contexts > 1 else []
+            own = row.encoded[: self._contexts - 1]
             for context, ids in enumerate([row.prompt_ids, *own]):
                 self.lm.backbone.clear(slot * self._contexts + context)
                 self.lm.backbone.prefill(slot * self._contexts + context, ids[:-1])
@@ -479,7 +479,7 @@ class RewardGuidedDecoder:
         """One prefix cache per model, as large as the call needs."""
         slots = min(self.max_batch, len(run.rows))
         own = [ids for row in run.rows for ids in row.encoded]
-        shared = own if self._contexts > 1 else []
+        shared = [ids for row in run.rows for ids in row.encoded[: self._contexts - 1]]
         lm_length = max(map(len, [*(row.prompt_ids for row in run.rows), *shared])) + run.max_new_tokens
         reward_length = max(map(len, own), default=0) + run.max_new_tokens
         backbone, reward = self.lm.backbone, self.reward

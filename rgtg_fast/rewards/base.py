@@ -36,7 +36,7 @@ class Reward(ABC):
     """What guides a decoder: r(x, y_<i ∘ v) for candidate tokens v.
 
     A guide is bound once to a base model. Then, for each call of the decoder: `reserve` once, `admit` for every row
-    that enters a slot, and per step `observe` (guides with `contexts`), `score` for the candidates, then `commit`.
+    that enters a slot, and per step `observe`, `guidance` (wide guides), `score` for the candidates, then `commit`.
     `move` follows a row to another slot. Rows occupy the slots 0..n-1.
 
     Class attributes:
@@ -87,7 +87,7 @@ class Reward(ABC):
         return 0
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
-        """The prompt's token ids in each context the guide keeps (its own model's, or `contexts` of the base's)."""
+        """The prompt's token ids in each context the guide keeps: first its `contexts` of the base's, then its own."""
         return []
 
     def reserve(self, slots: int, length: int) -> None:
@@ -101,7 +101,7 @@ class Reward(ABC):
         """The row in slot `source` moves to slot `target`."""
 
     def observe(self, context_logits: torch.Tensor) -> None:
-        """The base model's logits [B, contexts, V] in the guide's own contexts, for the step that begins."""
+        """A step begins for slots 0..B-1: the base model's logits [B, contexts, V] in the guide's own contexts."""
 
     def guidance(self) -> torch.Tensor:
         """Rewards [B, V] of every token in this step; wide guides only."""
