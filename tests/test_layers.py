@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "rgtg_fast"
 # What a layer may import of ours, besides itself.
 BASE = {"config", "errors", "profiling"}
 OPS = BASE | {"ops", "_C"}
-MODELS = OPS | {"models"}
+MODELS = OPS | {"bundled", "models"}
 REWARDS = MODELS | {"rewards"}
 DECODING = REWARDS | {"decoding"}
 EVALUATION = DECODING | {"evaluation", "training"}
@@ -20,6 +20,7 @@ ALLOWED = {
     "config": {"errors"},
     "errors": set(),
     "profiling": {"config", "errors"},
+    "bundled": {"errors"},
     "ops": OPS,
     "models": MODELS,
     "rewards": REWARDS,
