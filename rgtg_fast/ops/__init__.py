@@ -6,6 +6,7 @@ for CUDA; see README.md for the legend of shapes.
 
 from ._registry import KernelSpec, OpSpec, Tolerance, backend_of, specs, use_backend
 from .commit import commit
+from .partial_bt_loss import partial_bt_loss, partial_bt_terms
 from .resample import resample
 from .topk_logprobs import topk_logprobs
 from .tree_attention import tree_attention
@@ -16,6 +17,8 @@ __all__ = [
     "Tolerance",
     "backend_of",
     "commit",
+    "partial_bt_loss",
+    "partial_bt_terms",
     "resample",
     "specs",
     "topk_logprobs",
