@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from rgtg_fast.decoding.results import Step as Step
     from rgtg_fast.errors import RewardNaNError as RewardNaNError
     from rgtg_fast.errors import RGTGError as RGTGError
+    from rgtg_fast.rewards.autoregressive import AutoregressiveReward as AutoregressiveReward
     from rgtg_fast.rewards.base import Prefix as Prefix
     from rgtg_fast.rewards.base import Reward as Reward
     from rgtg_fast.rewards.contrastive import ContrastiveReward as ContrastiveReward
     from rgtg_fast.rewards.function import FunctionReward as FunctionReward
+    from rgtg_fast.rewards.log_ratio import LogRatioReward as LogRatioReward
+    from rgtg_fast.rewards.mixture import MixtureReward as MixtureReward
+    from rgtg_fast.rewards.named import named_guide as named_guide
+    from rgtg_fast.rewards.rad import RADReward as RADReward
     from rgtg_fast.rewards.sequence import SequenceReward as SequenceReward
     from rgtg_fast.rewards.text import TextReward as TextReward
+    from rgtg_fast.rewards.vocabulary import VocabularyReward as VocabularyReward
 
 __version__ = "0.1.0"
 
@@ -37,23 +43,33 @@ _HOMES = {
     "Step": "decoding.results",
     "RGTGError": "errors",
     "RewardNaNError": "errors",
+    "AutoregressiveReward": "rewards.autoregressive",
     "Prefix": "rewards.base",
     "Reward": "rewards.base",
     "ContrastiveReward": "rewards.contrastive",
     "FunctionReward": "rewards.function",
+    "LogRatioReward": "rewards.log_ratio",
+    "MixtureReward": "rewards.mixture",
+    "named_guide": "rewards.named",
+    "RADReward": "rewards.rad",
     "SequenceReward": "rewards.sequence",
     "TextReward": "rewards.text",
+    "VocabularyReward": "rewards.vocabulary",
 }
 
 __all__ = [
+    "AutoregressiveReward",
     "Candidate",
     "ContrastiveReward",
     "FunctionReward",
     "GeneratedRow",
     "GenerationResult",
     "Guidance",
+    "LogRatioReward",
+    "MixtureReward",
     "Piece",
     "Prefix",
+    "RADReward",
     "RGTGError",
     "Reward",
     "RewardGuidedDecoder",
@@ -62,7 +78,9 @@ __all__ = [
     "Stats",
     "Step",
     "TextReward",
+    "VocabularyReward",
     "__version__",
+    "named_guide",
 ]
 
 

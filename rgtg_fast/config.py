@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rgtg_fast.errors import RGTGError
@@ -24,19 +25,21 @@ class Guidance:
         support: `"lm"`: the k tokens most probable under the base model; `"combined"`: the k with the highest
             combined score (FaRMA); `"all"`: the whole vocabulary (GenARM). The last two need a reward that scores
             the whole vocabulary at once.
+        weights: of the guides of a `MixtureReward`, for this request alone; None for the mixture's own.
 
     Raises:
         RGTGError: a value out of its range.
 
     Example:
         >>> Guidance(k=10, beta=2.0, temperature=0)
-        Guidance(k=10, beta=2.0, temperature=0.0, support='lm')
+        Guidance(k=10, beta=2.0, temperature=0.0, support='lm', weights=None)
     """
 
     k: int = 10
     beta: float = 1.0
     temperature: float = 1.0
     support: str = "lm"
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int):
@@ -57,6 +60,25 @@ class Guidance:
             raise RGTGError(
                 f"support={self.support!r} is unknown: use one of {', '.join(map(repr, SUPPORTS))}"
             )
+        if self.weights is not None:
+            object.__setattr__(self, "weights", as_weights(self.weights))
+
+
+def as_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights of a mixture's guides as finite numbers.
+
+    Raises:
+        RGTGError: something else.
+    """
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise RGTGError(f"weights={weights!r} is no list of numbers: use for example weights=(0.7, 0.3)")
+    checked = tuple(_number(f"weights[{j}]", weight) for j, weight in enumerate(weights))
+    for j, weight in enumerate(checked):
+        if not math.isfinite(weight):
+            raise RGTGError(
+                f"weights[{j}]={weight} is not finite: use a number such as 1.0 (0 takes a guide out)"
+            )
+    return checked
 
 
 def _number(name: str, value: object) -> float:

@@ -28,7 +28,7 @@ from rgtg_fast.models.loading import (
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.ops import resample, topk_logprobs
 from rgtg_fast.profiling import PhaseTimer
-from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward
+from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 
 RewardLike = Reward | str | os.PathLike[str] | Callable[..., Any] | None
 
@@ -85,7 +85,8 @@ class RewardGuidedDecoder:
 
         Args:
             lm: path or hub id of a causal language model, or a (model, tokenizer) pair.
-            reward: path or hub id of a reward model (a `SequenceReward`), a reward object, a function
+            reward: path or hub id of a reward model (a `SequenceReward`), after a method's name and a colon
+                (`"farma:path"`, see `named_guide`) for another guide, a reward object, a function
                 f(prefix_ids, candidate_ids) -> rewards, or None for the base model alone.
             device: by default CUDA where there is one, a loaded model's own.
             dtype: by default float32 on a CPU, bfloat16 on CUDA, a loaded model's own.
@@ -429,7 +430,8 @@ class RewardGuidedDecoder:
             self._check_guidance(setting)
             if not isinstance(number, int) or not -(2**63) <= number < 2**63:
                 raise RGTGError(f"seed={number!r} is not a 64-bit whole number: use for example 0")
-            row = Row(prompt, prompt.ids(self.tokenizer), guidance=setting, seed=number)
+            ids = prompt.ids(self.tokenizer)
+            row = Row(prompt, ids, weights=setting.weights, guidance=setting, seed=number)
             row.encoded = [] if self.reward is None else self.reward.encode(prompt)
             self._check_length(row, max_new_tokens)
             rows.append(row)
@@ -454,6 +456,13 @@ class RewardGuidedDecoder:
                 f"support={guidance.support!r} needs a reward over the whole vocabulary and this decoder has {guide}: "
                 "use support='lm', or a guide such as ContrastiveReward"
             )
+        if guidance.weights is not None:
+            parts = 0 if self.reward is None else self.reward.parts
+            if len(guidance.weights) != parts:
+                raise RGTGError(
+                    f"{len(guidance.weights)} weights in the guidance and this decoder mixes {parts} guides: "
+                    "pass one weight per guide of a MixtureReward"
+                )
 
     def _check_length(self, row: Row, new_tokens: int) -> None:
         if not row.prompt_ids:
@@ -597,6 +606,6 @@ class RewardGuidedDecoder:
 def _as_reward(reward: RewardLike) -> Reward | None:
     if reward is None or isinstance(reward, Reward):
         return reward
-    if isinstance(reward, (str, os.PathLike)):
-        return SequenceReward(reward)
-    return FunctionReward(reward)
+    if isinstance(reward, str):
+        return named_guide(reward)
+    return SequenceReward(reward) if isinstance(reward, os.PathLike) else FunctionReward(reward)

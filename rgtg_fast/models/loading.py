@@ -169,6 +169,41 @@ def load_sequence_classifier(
     return _placed(model, lm.device, kind), tokenizer
 
 
+def load_vocabulary_model(
+    source: str | os.PathLike[str] | ModelAndTokenizer, lm: PreTrainedModel, dtype: torch.dtype | None
+) -> ModelAndTokenizer:
+    """A guide's causal language model and its tokenizer, from a path, a hub id or a pair already loaded.
+
+    Args:
+        lm: the base model, whose device it shares.
+        dtype: None keeps a loaded pair as it is, and takes the base model's for a name.
+
+    Raises:
+        RGTGError: nothing there, or no vocabulary head in the files.
+    """
+    if isinstance(source, tuple):
+        model, tokenizer = source
+        return _placed(model, lm.device, dtype or model.dtype), tokenizer
+    kind = dtype or lm.dtype
+    with _one_line(source, "reward model"):
+        made_as = AutoConfig.from_pretrained(source).architectures or [""]
+        if "Classification" in made_as[0]:
+            raise RGTGError(
+                f"{source} is a {made_as[0]} and this guide needs a vocabulary head: "
+                "use SequenceReward for a reward model with one label"
+            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
+        model, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    missing = [key for key in info["missing_keys"] if "head" in key or "embed_out" in key]
+    if missing:
+        raise RGTGError(
+            f"{source} has no trained vocabulary head ({missing[0]} is missing from its files): "
+            "name a model saved with its head (AutoModelForCausalLM)"
+        )
+    return _placed(model, lm.device, kind), tokenizer
+
+
 def language_backbone(model: PreTrainedModel, engine: str, max_length: int | None) -> Backbone:
     """The base model as a Backbone, refused by name where it cannot work."""
     head: object = model.get_output_embeddings()

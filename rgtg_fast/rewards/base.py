@@ -20,11 +20,13 @@ class Prefix:
     Attributes:
         prompt: as the user gave it. prompt_ids: its token ids under the base model.
         answer: ids of the answer tokens decided so far; grows while the row is decoded.
+        weights: what this request gives the guides of a mixture, None for the mixture's own.
     """
 
     prompt: Prompt
     prompt_ids: list[int]
     answer: list[int] = field(default_factory=list)
+    weights: tuple[float, ...] | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -43,10 +45,15 @@ class Reward(ABC):
         wide: True where a step's rewards of the whole vocabulary are known at once, so that the support may be
             "combined" or "all": such a guide also has `guidance`.
         contexts: rows that the guide adds to the base model's batch for each prompt (contrastive prompts: 2).
+        additive: True where the reward of an answer is the sum over its tokens (a log-ratio of the whole answer), False
+            where it is that of its last prefix.
+        parts: guides that a mixture adds up and `Guidance(weights=...)` may weigh, 0 for anything else.
     """
 
     wide = False
     contexts = 0
+    additive = False
+    parts = 0
 
     def __init__(self) -> None:
         self.counter = Counter()
@@ -104,7 +111,7 @@ class Reward(ABC):
         """A step begins for slots 0..B-1: the base model's logits [B, contexts, V] in the guide's own contexts."""
 
     def guidance(self) -> torch.Tensor:
-        """Rewards [B, V] of every token in this step; wide guides only."""
+        """Rewards [B, V] of every token in this step, any floating dtype; wide guides only."""
         raise TypeError(f"{type(self).__name__} scores candidates, not the whole vocabulary")
 
     @abstractmethod
@@ -115,9 +122,10 @@ class Reward(ABC):
         """Candidate `choice[b]` [B] has become row b's next token."""
 
     def answer_reward(self, rewards: Sequence[float]) -> float:
-        """The reward of a whole answer from its tokens' rewards: the last prefix's."""
-        return rewards[-1]
+        """The reward of a whole answer from its tokens' rewards: their sum or the last prefix's."""
+        return sum(rewards) if self.additive else rewards[-1]
 
     @abstractmethod
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        """Reward of every prefix y_{1:i} of an answer, i = 1..n."""
+        """What decoding y gives its tokens, i = 1..n: the reward of each prefix y_{1:i}, or each token's own where the
+        guide is `additive`."""

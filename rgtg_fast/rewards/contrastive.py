@@ -36,6 +36,7 @@ class ContrastiveReward(Reward):
 
     wide = True
     contexts = 2
+    additive = True
 
     def __init__(self, better: str = BETTER, worse: str = WORSE):
         super().__init__()
@@ -77,9 +78,6 @@ class ContrastiveReward(Reward):
         at = candidates.unsqueeze(1).expand(-1, self.contexts, -1)
         logprobs = self._logits.gather(-1, at) - self._log_sum_exp
         return logprobs[:, 0] - logprobs[:, 1]
-
-    def answer_reward(self, rewards: Sequence[float]) -> float:
-        return sum(rewards)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
         assert self._lm is not None

@@ -1,0 +1,42 @@
+"""A language model whose log-probabilities are the reward: GenARM."""
+
+from __future__ import annotations
+
+import torch
+
+from rgtg_fast.rewards.wide import Follower, Scores, Source, WideReward
+
+
+class AutoregressiveReward(WideReward):
+    """g(v) = log π_r(v | x, y_<i): the log-probability of an autoregressive reward model.
+
+    GenARM (arXiv 2410.08193), there with the whole vocabulary as support: `Guidance(beta=1/β_r, support="all")`.
+    Several reward models with weights α_i are a `MixtureReward` of these. A step costs one forward of B tokens. The
+    reward of a whole answer is the sum over its tokens, log π_r(y | x).
+
+    Args:
+        model: path or hub id of an `AutoModelForCausalLM`, or a (model, tokenizer) pair.
+        chat_template: Jinja chat template for the reward model's prompts; by default its own tokenizer's, and
+            where that has none the base model's prompt ids.
+
+    Raises:
+        RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
+            cached.
+
+    Example:
+        >>> reward = AutoregressiveReward("path-or-hub-id")
+        >>> decoder = RewardGuidedDecoder.from_pretrained("lm", reward=reward)  # doctest: +SKIP
+        >>> decoder.generate("Hello", guidance=Guidance(beta=1.0, support="all"))  # doctest: +SKIP
+    """
+
+    additive = True
+
+    def __init__(self, model: Source, chat_template: str | None = None):
+        super().__init__([Follower(model, chat_template, type(self).__name__)])
+
+    def guidance(self) -> torch.Tensor:
+        scores = self._followers[0].scores
+        return scores.logits - scores.log_sum_exp
+
+    def rewards_at(self, scores: list[Scores], tokens: torch.Tensor) -> torch.Tensor:
+        return scores[0].logprobs_at(tokens)

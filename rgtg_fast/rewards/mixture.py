@@ -1,0 +1,175 @@
+"""A weighted sum of guides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rgtg_fast.config import as_weights
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.backbone import Counter
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.rewards.base import Prefix, Reward
+
+
+class MixtureReward(Reward):
+    """g(v) = Σ_j w_j · g_j(v): several guides at once, with weights that may differ between the requests of a batch.
+
+    Any guides mix. The support may be "combined" or "all" where all of them know the whole vocabulary at once. A step
+    costs the sum of its guides' costs. The reward of a whole answer is the sum over its tokens where that is so
+    for every guide, else that of the last token.
+
+    Args:
+        rewards: the guides, each an object of its own.
+        weights: one finite number per guide, 1 each by default. `Guidance(weights=...)` replaces them for one request.
+
+    Raises:
+        RGTGError: no guide, the same one twice, a mixture inside a mixture, or weights that do not fit; at binding:
+            guides over other vocabularies than the base model's.
+
+    Example:
+        >>> from rgtg_fast import ContrastiveReward, FunctionReward
+        >>> shorter_ids = FunctionReward(lambda prefix_ids, candidate_ids: -candidate_ids.float())
+        >>> MixtureReward([ContrastiveReward(), shorter_ids], weights=[0.7, 0.01]).weights
+        (0.7, 0.01)
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None):
+        super().__init__()
+        self.rewards = list(rewards)
+        if not self.rewards:
+            raise RGTGError("a mixture of no guides: pass at least one reward object")
+        for reward in self.rewards:
+            if not isinstance(reward, Reward):
+                raise RGTGError(
+                    f"a mixture takes reward objects and got {reward!r}: wrap it, for example SequenceReward(path)"
+                )
+            if isinstance(reward, MixtureReward):
+                raise RGTGError(
+                    "a mixture inside a mixture: list its guides in the outer one, weights multiplied"
+                )
+        if len({id(reward) for reward in self.rewards}) < len(self.rewards):
+            raise RGTGError("a mixture has the same guide twice: add the two weights instead")
+        self.weights = [1.0] * len(self.rewards) if weights is None else weights
+        self.parts = len(self.rewards)
+        self.wide = all(reward.wide for reward in self.rewards)
+        self.additive = all(reward.additive for reward in self.rewards)
+        self.contexts = sum(reward.contexts for reward in self.rewards)
+        self._by_slot = torch.empty(0)  # [slots, J]
+        self._owned: list[int] = []
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of requests that name none; settable between calls."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Sequence[float]) -> None:
+        checked = as_weights(weights)
+        if len(checked) != len(self.rewards):
+            raise RGTGError(
+                f"{len(checked)} weights for {len(self.rewards)} guides: pass one weight per guide"
+            )
+        self._weights = checked
+
+    def bind(
+        self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
+    ) -> None:
+        for reward in self.rewards:
+            reward.bind(lm, dtype=dtype, engine=engine, max_length=max_length)
+        weight_dtype = torch.promote_types(lm.backbone.dtype, torch.float32)
+        self._by_slot = torch.empty(0, dtype=weight_dtype, device=lm.backbone.device)
+
+    @property
+    def name(self) -> str:
+        terms = zip(self.weights, self.rewards, strict=True)
+        return f"MixtureReward({' + '.join(f'{weight:g}*{reward.name}' for weight, reward in terms)})"
+
+    @property
+    def limit(self) -> int | None:
+        return min((r.limit for r in self.rewards if r.limit is not None), default=None)
+
+    @property
+    def engine(self) -> str | None:
+        return next((reward.engine for reward in self.rewards if reward.engine is not None), None)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return sum(reward.cache_bytes_per_token for reward in self.rewards)
+
+    def cache_bytes(self) -> int:
+        return sum(reward.cache_bytes() for reward in self.rewards)
+
+    def encode(self, prompt: Prompt) -> list[list[int]]:
+        encoded = [reward.encode(prompt) for reward in self.rewards]
+        # How many contexts a guide keeps is the same for every prompt.
+        self._owned = [len(ids) - reward.contexts for reward, ids in zip(self.rewards, encoded, strict=True)]
+        pairs = list(zip(self.rewards, encoded, strict=True))
+        shared = [ids for reward, own in pairs for ids in own[: reward.contexts]]
+        return shared + [ids for reward, own in pairs for ids in own[reward.contexts :]]
+
+    def reserve(self, slots: int, length: int) -> None:
+        super().reserve(slots, length)
+        for reward in self.rewards:
+            reward.reserve(slots, length)
+        self._by_slot = self._by_slot.new_zeros(slots, len(self.rewards))
+
+    def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
+        weights = self.weights if prefix.weights is None else prefix.weights
+        self._by_slot[slot] = self._by_slot.new_tensor(weights)
+        shared, own = encoded[: self.contexts], encoded[self.contexts :]
+        for reward, count in zip(self.rewards, self._owned, strict=True):
+            reward.admit(slot, prefix, shared[: reward.contexts] + own[:count])
+            shared, own = shared[reward.contexts :], own[count:]
+        self._count()
+
+    def move(self, source: int, target: int) -> None:
+        self._by_slot[target] = self._by_slot[source]
+        for reward in self.rewards:
+            reward.move(source, target)
+
+    def observe(self, context_logits: torch.Tensor) -> None:
+        sizes = [reward.contexts for reward in self.rewards]
+        for reward, own in zip(self.rewards, context_logits.split(sizes, dim=1), strict=True):
+            reward.observe(own)
+
+    def guidance(self) -> torch.Tensor:
+        if not self.wide:
+            return super().guidance()
+        return self._sum([reward.guidance() for reward in self.rewards])
+
+    def score(self, candidates: torch.Tensor) -> torch.Tensor:
+        return self._sum([reward.score(candidates) for reward in self.rewards])
+
+    def commit(self, choice: torch.Tensor) -> None:
+        for reward in self.rewards:
+            reward.commit(choice)
+        self._count()
+
+    def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
+        weights = self.weights if prefix.weights is None else prefix.weights
+        rewards = [reward.score_answer(prefix, answer) for reward in self.rewards]
+        # A weight of 0 takes a guide out, whatever it says.
+        terms = [(w, values) for w, values in zip(weights, rewards, strict=True) if w != 0]
+        return [sum(w * values[i] for w, values in terms) for i in range(len(answer))]
+
+    def _sum(self, rewards: list[torch.Tensor]) -> torch.Tensor:
+        """Σ_j w_j · rewards_j [B, n], each row with its own weights; a weight of 0 ignores infinities and NaN."""
+        total = None
+        for j, values in enumerate(rewards):
+            weight = self._by_slot[: len(values), j : j + 1]
+            term = (values * weight).masked_fill_(weight == 0, 0)
+            total = term if total is None else total.add_(term)
+        assert total is not None
+        return total
+
+    def _count(self) -> None:
+        """The guides' counters, added up."""
+        counters = [reward.counter for reward in self.rewards]
+        self.counter = Counter(
+            sum(c.calls for c in counters),
+            sum(c.tokens for c in counters),
+            sum(c.prompt_tokens for c in counters),
+        )

@@ -1,0 +1,82 @@
+"""Guides by name: `farma:PATH`, `genarm:PATH`, `mixture:0.7*pargs:PATH+0.3*contrastive` ..."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.rewards.autoregressive import AutoregressiveReward
+from rgtg_fast.rewards.base import Reward
+from rgtg_fast.rewards.contrastive import ContrastiveReward
+from rgtg_fast.rewards.log_ratio import LogRatioReward
+from rgtg_fast.rewards.mixture import MixtureReward
+from rgtg_fast.rewards.rad import RADReward
+from rgtg_fast.rewards.sequence import SequenceReward
+from rgtg_fast.rewards.text import TextReward
+from rgtg_fast.rewards.vocabulary import VocabularyReward
+
+CONTRASTIVE = "contrastive"
+_TERM = re.compile(r"\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)
+
+
+def _log_ratio(paths: str) -> Reward:
+    tuned, _, untuned = (part.strip() for part in paths.partition(","))
+    if not tuned or not untuned:
+        raise RGTGError(f"'eft:{paths}' names one model and needs two: use eft:TUNED,UNTUNED")
+    return LogRatioReward(tuned, untuned)
+
+
+def _mixture(terms: str) -> Reward:
+    guides, weights = [], []
+    # A plus sign begins a term only where a weight and an asterisk follow: paths may contain it.
+    for term in re.split(r"\+(?=\s*[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?\s*\*)", terms):
+        match = _TERM.fullmatch(term)
+        if match is None:
+            raise RGTGError(
+                f"{term!r} is no term of a mixture: use mixture:0.7*pargs:PATH+0.3*contrastive, a weight for each"
+            )
+        weights.append(float(match[1]))
+        guides.append(named_guide(match[2]))
+    return MixtureReward(guides, weights)
+
+
+# What stands before the colon, and the guide that it makes of what stands behind.
+PREFIXES: dict[str, Callable[[str], Reward]] = {
+    "pargs": SequenceReward,
+    "args": SequenceReward,
+    "cd-fudge": SequenceReward,
+    "rad": RADReward,
+    "rad-inverse": lambda path: RADReward(path, invert=True),
+    "farma": VocabularyReward,
+    "genarm": AutoregressiveReward,
+    "eft": _log_ratio,
+    "text": TextReward,
+    "mixture": _mixture,
+}
+
+
+def named_guide(name: str) -> Reward:
+    """The guide that a name on the command line or in `from_pretrained(reward=...)` means.
+
+    Args:
+        name: `contrastive`; a method's prefix, a colon and what it needs (`farma:PATH`, `eft:TUNED,UNTUNED`,
+            `mixture:0.7*pargs:PATH+0.3*contrastive`); or a path or hub id alone, a `SequenceReward`.
+
+    Raises:
+        RGTGError: nothing behind the colon, or a mixture or pair that cannot be read.
+
+    Example:
+        >>> type(named_guide("farma:some/folder")).__name__
+        'VocabularyReward'
+        >>> named_guide("mixture: 0.7*pargs:a + 0.3*contrastive").weights
+        (0.7, 0.3)
+    """
+    if name == CONTRASTIVE:
+        return ContrastiveReward()
+    prefix, colon, rest = name.partition(":")
+    if not colon or prefix not in PREFIXES:
+        return SequenceReward(name)
+    if not rest.strip():
+        raise RGTGError(f"reward {name!r} names no model: put a path or hub id after the colon")
+    return PREFIXES[prefix](rest.strip())
