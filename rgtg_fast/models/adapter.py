@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from rgtg_fast.errors import RGTGError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+RECIPE = "rgtg_fast.json"
+HEADS = ("score", "lm_head")
 
 _FINGERPRINT_VALUES = 64
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight$")
+# What PEFT can do to a model beside adding B·A to a linear layer: (its option, what it is called here).
+_BEYOND = (
+    ("use_dora", "DoRA magnitudes"),
+    ("lora_bias", "biases of the low-rank part"),
+    ("trainable_token_indices", "retrained token embeddings"),
+    ("layer_replication", "replicated layers"),
+    ("target_parameters", "adapted parameters outside linear layers"),
+    ("alora_invocation_tokens", "activation by tokens (aLoRA)"),
+)
+# Initialisations that also change the base weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @torch.no_grad()
@@ -33,3 +63,269 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_adapter(source: object) -> bool:
+    """Whether `source` is a folder with an adapter in PEFT's format."""
+    return isinstance(source, (str, os.PathLike)) and (Path(source) / CONFIG).is_file()
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a causal transformer, under whatever name its family keeps them."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.base_model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and name.split(".")[-1] in ("layers", "h")
+            and len(module) == count
+        ):
+            return module
+    raise RGTGError(
+        f"{type(model).__name__} keeps its {count} blocks under a name that adapters do not know "
+        "(layers or h): use a merged reward model"
+    )
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The correction y += (x aᵀ) bᵀ of one linear layer.
+
+    Attributes:
+        a: [r, inner] float32. b: [outer, r] float32, the scale α/r multiplied in.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
+        """The same correction elsewhere or in another dtype."""
+        return LowRank(self.a.to(device, dtype), self.b.to(device, dtype))
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The correction [..., outer] of inputs [..., inner], computed in the factors' dtype."""
+        return functional.linear(functional.linear(x.to(self.a.dtype), self.a), self.b)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter and the head saved with it.
+
+    Attributes:
+        name: the folder. base_name: the base model as PEFT wrote it down.
+        base_fingerprint: `fingerprint` of the base model, where the adapter was trained here.
+        low_rank: the corrections by layer and linear layer, for example (3, "self_attn.q_proj").
+        head: the saved head in float32, a reward's [1, E] or one as large as a vocabulary; None where none was saved.
+    """
+
+    name: str
+    base_name: str
+    base_fingerprint: str | None
+    low_rank: dict[tuple[int, str], LowRank]
+    head: nn.Linear | None
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Adapter:
+        """Reads an adapter from PEFT's files, without PEFT.
+
+        Raises:
+            RGTGError: no adapter there, or one that does more than add B·A to linear layers.
+        """
+        path = Path(folder)
+        if not is_adapter(path):
+            raise RGTGError(
+                f"{str(folder)!r} holds no {CONFIG}: name the folder that an adapter was saved to"
+            )
+        config = _read(path / CONFIG)
+        _refuse(config, path)
+        if not (path / WEIGHTS).is_file():
+            raise RGTGError(f"{str(folder)!r} holds no {WEIGHTS}: save the adapter with safetensors")
+        recipe = _read(path / RECIPE) if (path / RECIPE).is_file() else {}
+        factors, heads = _sorted(load_file(path / WEIGHTS), path)
+        low_rank = {}
+        for module, pair in factors.items():
+            if set(pair) != {"A", "B"}:
+                raise RGTGError(f"{path}: {module} has only one of its two factors: save it again")
+            a, b = pair["A"].float(), pair["B"].float() * _scale(config, module, len(pair["A"]))
+            layer, name = _LAYER.search(module).groups()  # pyright: ignore[reportOptionalMemberAccess]
+            low_rank[int(layer), name] = LowRank(a.contiguous(), b.contiguous())
+        return cls(
+            name=str(folder),
+            base_name=str(config.get("base_model_name_or_path") or ""),
+            base_fingerprint=recipe.get("base_fingerprint"),
+            low_rank=low_rank,
+            head=_head(heads, path),
+        )
+
+    @property
+    def fork(self) -> int | None:
+        """The first layer that the adapter changes, None where it changes none (a head on the frozen trunk)."""
+        return min((layer for layer, _ in self.low_rank), default=None)
+
+    def mismatch(self, model: PreTrainedModel) -> str | None:
+        """Why the adapter's base is not this model, in words; None where it is.
+
+        Where the adapter knows its base's fingerprint, that decides, else the base's name.
+        """
+        if self.base_fingerprint is not None:
+            if fingerprint(model) == self.base_fingerprint:
+                return self.misfit(model)
+            return f"{self.name} was trained on other weights than those of {_title(model)}"
+        if not self.base_name or not _same_name(self.base_name, model.config._name_or_path):
+            return (
+                f"{self.name} was trained on {self.base_name or 'an unnamed model'}, not on {_title(model)}"
+            )
+        return self.misfit(model)
+
+    def misfit(self, model: PreTrainedModel) -> str | None:
+        """Which of the adapter's shapes does not fit a model, in words; None where all do."""
+        layers = decoder_layers(model)
+        for (layer, name), pair in self.low_rank.items():
+            where = f"layer {layer} {name}"
+            parts = dict(layers[layer].named_modules()) if layer < len(layers) else {}
+            module = parts.get(name)
+            if module is None:
+                return f"{self.name} changes {where}, which {_title(model)} does not have"
+            shape = (len(pair.b), pair.a.shape[1])
+            if linear_shape(module) != shape:
+                return f"{self.name} is {shape} at {where}, where {_title(model)} has {linear_shape(module)}"
+        width = model.config.get_text_config().hidden_size
+        if self.head is not None and self.head.in_features != width:
+            return (
+                f"{self.name} has a head on {self.head.in_features} numbers and {_title(model)} gives {width}"
+            )
+        return None
+
+    def reward_head(self) -> nn.Linear:
+        """The one-label head.
+
+        Raises:
+            RGTGError: the adapter has none.
+        """
+        if self.head is None or self.head.out_features != 1:
+            labels = "no head" if self.head is None else f"a head of {self.head.out_features} labels"
+            raise RGTGError(
+                f"{self.name} was saved with {labels} and a reward model needs one label: "
+                "train it with num_labels=1 and modules_to_save=['score']"
+            )
+        return self.head
+
+    def merged(self, base: PreTrainedModel, head: str) -> PreTrainedModel:
+        """A model of its own: the base's weights copied, the adapter added to the copy, in float32 and then rounded.
+
+        Args:
+            base: the adapter's base model, which stays as it is.
+            head: `"score"` for a sequence classifier with one label, `"lm_head"` for a causal language model.
+        """
+        config = copy.deepcopy(base.config)
+        with base.device:
+            if head == "score":
+                config.num_labels = 1
+                own = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+            else:
+                own = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
+                own.load_state_dict(base.state_dict())
+        own.base_model.load_state_dict(base.base_model.state_dict())
+        layers = decoder_layers(own)
+        with torch.no_grad():
+            for (layer, name), pair in self.low_rank.items():
+                module: Any = layers[layer].get_submodule(name)
+                change = pair.b.to(base.device) @ pair.a.to(base.device)
+                if not isinstance(module, nn.Linear):
+                    change = change.T
+                exact = torch.promote_types(base.dtype, torch.float32)
+                module.weight.copy_(module.weight.to(exact) + change.to(exact))
+            if self.head is not None:
+                setattr(own, head, copy.deepcopy(self.head).to(base.device, base.dtype))
+        return own.eval()
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(outer, inner) of a linear layer, GPT-2's transposed one included; None for another module."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        return None
+    outer, inner = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+    return int(outer), int(inner)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RGTGError(f"{path} is not readable JSON: save the adapter again") from error
+
+
+def _refuse(config: dict[str, Any], path: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise RGTGError(f"{path} is a {kind} adapter: only LORA can be served, or a merged model")
+    for option, what in _BEYOND:
+        if config.get(option):
+            raise RGTGError(
+                f"{path} has {what} ({option}), which cannot be served: merge it into a full model"
+            )
+    if config.get("bias", "none") != "none":
+        raise RGTGError(
+            f"{path} trained biases (bias={config['bias']!r}): train with bias='none' or merge it"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise RGTGError(
+            f"{path} began with init_lora_weights={start!r}, which changes the base weights: save it converted, "
+            "or merge it"
+        )
+
+
+def _sorted(
+    tensors: dict[str, torch.Tensor], path: Path
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The tensors of the file: factors by the module they belong to, and the head's by name."""
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    heads: dict[str, torch.Tensor] = {}
+    for key, tensor in sorted(tensors.items()):
+        name = key.removeprefix("base_model.model.")
+        found = _FACTOR.fullmatch(name)
+        if found is not None and _LAYER.search(found[1]):
+            factors.setdefault(found[1], {})[found[2]] = tensor
+            continue
+        parts = name.replace("modules_to_save.", "").split(".")
+        if len(parts) != 2 or parts[0] not in HEADS or parts[1] not in ("weight", "bias"):
+            raise RGTGError(
+                f"{path} holds {key!r}: beside linear layers' factors only a head ({' or '.join(HEADS)}) can be "
+                "served; merge it into a full model"
+            )
+        heads[".".join(parts)] = tensor
+    return factors, heads
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    alpha = config.get("lora_alpha", 8)
+    for pattern, own in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = own
+            break
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _head(tensors: dict[str, torch.Tensor], path: Path) -> nn.Linear | None:
+    names = sorted({key.split(".")[0] for key in tensors})
+    if not names:
+        return None
+    if len(names) > 1 or f"{names[0]}.weight" not in tensors:
+        raise RGTGError(f"{path} holds {', '.join(sorted(tensors))}: save one head with its weight")
+    weight, bias = tensors[f"{names[0]}.weight"], tensors.get(f"{names[0]}.bias")
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    head.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        head.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return head
+
+
+def _same_name(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    return Path(one).is_dir() and Path(other).is_dir() and Path(one).resolve() == Path(other).resolve()
+
+
+def _title(model: PreTrainedModel) -> str:
+    return model.config._name_or_path or type(model).__name__

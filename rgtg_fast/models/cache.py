@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -10,6 +10,15 @@ from transformers import Cache
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops import commit, tree_attention
+
+
+class CachePart(NamedTuple):
+    """Layers first..last-1, whose rows stand `variants` times in their cache."""
+
+    first: int
+    last: int
+    variants: int
+    cache: PrefixCache
 
 
 class PrefixCache(Cache):
@@ -64,17 +73,17 @@ class PrefixCache(Cache):
 
     # ---- the two kinds of forward -----------------------------------------------------------------------------
 
-    def begin_prefill(self, slot: int, start: int, new_tokens: int) -> None:
-        """The next forward appends `new_tokens` causal tokens to one slot, whose prefix holds `start`."""
+    def begin_prefill(self, slot: int, start: int, new_tokens: int, rows: int = 1) -> None:
+        """The next forward appends `new_tokens` causal tokens to `rows` slots from `slot` on, which hold `start`."""
         if start + new_tokens > self.max_length:
             raise RGTGError(
                 f"{start + new_tokens} tokens exceed the cache ({self.max_length}): raise max_length"
             )
         window = slice(start, start + new_tokens)
-        self._first, self._rows, self._causal, self._ancestors = slot, 1, True, None
+        self._first, self._rows, self._causal, self._ancestors = slot, rows, True, None
         self._empty_prefix = start == 0
-        self.k_new = self.keys[:, slot : slot + 1, :, window]
-        self.v_new = self.values[:, slot : slot + 1, :, window]
+        self.k_new = self.keys[:, slot : slot + rows, :, window]
+        self.v_new = self.values[:, slot : slot + rows, :, window]
 
     def begin_step(self, rows: int, new_tokens: int, ancestors: torch.Tensor | None = None) -> None:
         """The next forward runs `new_tokens` undecided tokens for each of the first `rows` slots."""
@@ -104,7 +113,11 @@ class PrefixCache(Cache):
 
     def end_prefill(self, new_tokens: int) -> None:
         """The tokens of the prefill belong to the prefix from now on."""
-        self.lengths[self._first] += new_tokens
+        self.lengths[self._first : self._first + self._rows] += new_tokens
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot for the next prompt."""
+        self.lengths[slot] = 0
 
     def commit(self, choice: torch.Tensor) -> None:
         """Moves new token `choice[b]` of each row to its prefix's end, in every layer; -1 leaves a row as it is."""
@@ -116,6 +129,11 @@ class PrefixCache(Cache):
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
         self.lengths[target] = self.lengths[source]
+
+    @property
+    def parts(self) -> list[CachePart]:
+        """The model's layers with the cache that holds them: one part, all layers."""
+        return [CachePart(0, self.shape[0], 1, self)]
 
     # ---- what transformers' blocks call ------------------------------------------------------------------------
 
@@ -160,6 +178,115 @@ class PrefixCache(Cache):
     def get_max_length(self, layer_idx: int = 0) -> int:
         """Tokens that fit in a slot."""
         return self.max_length
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: transformers must not wrap this cache in its own compilation."""
+        return False
+
+
+class ForkedCache(Cache):
+    """The cache of a trunk that several adapters share: two prefix caches, split where the adapters begin.
+
+    Layers below `fork` are the same for the base model and every adapter: one row per slot. From there on a slot has
+    `variants` rows next to each other, the base model's first: row = slot · variants + variant, so that the active
+    slots' rows are a leading slice in both.
+
+    Args:
+        layers, kv_heads, head_dim, dtype, device: as in `PrefixCache`.
+        fork: f, the first layer with rows of its own for each variant, 0 to L-1.
+        variants: rows of a slot from there on.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fork: int,
+        variants: int,
+    ):
+        super().__init__(layers=[])
+        below = PrefixCache(fork, kv_heads, head_dim, dtype, device)
+        above = PrefixCache(layers - fork, kv_heads, head_dim, dtype, device)
+        self.fork, self.variants = fork, variants
+        self.parts = [CachePart(0, fork, 1, below)] if fork else []
+        self.parts.append(CachePart(fork, layers, variants, above))
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each slot's prefix [slots]."""
+        part = self.parts[0]
+        return part.cache.lengths[:: part.variants]
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Empties the cache and makes room for `slots` rows of `length` tokens."""
+        for part in self.parts:
+            part.cache.reserve(slots * part.variants, length)
+
+    def nbytes(self) -> int:
+        """Bytes of the buffers, the undecided tokens' included."""
+        return sum(part.cache.nbytes() for part in self.parts)
+
+    def begin_prefill(self, slot: int, start: int, new_tokens: int) -> None:
+        """The next forward appends `new_tokens` causal tokens to one slot, whose prefix holds `start`."""
+        for part in self.parts:
+            part.cache.begin_prefill(slot * part.variants, start, new_tokens, part.variants)
+
+    def begin_step(self, rows: int, new_tokens: int) -> None:
+        """The next forward runs `new_tokens` undecided tokens for each of the first `rows` slots."""
+        for part in self.parts:
+            part.cache.begin_step(rows * part.variants, new_tokens)
+
+    def end_prefill(self, new_tokens: int) -> None:
+        """The tokens of the prefill belong to the prefix from now on."""
+        for part in self.parts:
+            part.cache.end_prefill(new_tokens)
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot for the next prompt."""
+        for part in self.parts:
+            part.cache.lengths[slot * part.variants : (slot + 1) * part.variants] = 0
+
+    def commit(self, choice: torch.Tensor) -> None:
+        """Moves new token `choice[b]` [B] of each slot to its prefix's end, in every layer and variant."""
+        for part in self.parts:
+            part.cache.commit(choice if part.variants == 1 else choice.repeat_interleave(part.variants))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies one slot's prefix of `length` tokens over another's."""
+        for part in self.parts:
+            for variant in range(part.variants):
+                part.cache.move(source * part.variants + variant, target * part.variants + variant, length)
+
+    # ---- what transformers' blocks call ------------------------------------------------------------------------
+
+    def _holding(self, layer: int) -> CachePart:
+        return self.parts[0] if layer < self.fork else self.parts[-1]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `PrefixCache.update`."""
+        part = self._holding(layer_idx)
+        return part.cache.update(key_states, value_states, layer_idx - part.first)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As `PrefixCache.attend`."""
+        part = self._holding(layer)
+        return part.cache.attend(layer - part.first, query, key, value, scale)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: positions are always passed explicitly, since rows differ in length."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(0, 0): no mask is to be built, the op knows who sees whom."""
+        return 0, 0
 
     @property
     def is_compileable(self) -> bool:
