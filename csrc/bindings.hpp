@@ -11,6 +11,7 @@ void bind_tree_attention(pybind11::module_& m);
 void bind_topk_logprobs(pybind11::module_& m);
 void bind_resample(pybind11::module_& m);
 void bind_commit(pybind11::module_& m);
+void bind_partial_bt_loss(pybind11::module_& m);
 
 inline void bind_all(pybind11::module_& m) {
   bind_linear(m);
@@ -18,6 +19,7 @@ inline void bind_all(pybind11::module_& m) {
   bind_commit(m);
   bind_resample(m);
   bind_topk_logprobs(m);
+  bind_partial_bt_loss(m);
   bind_decoder_layers(m);
 }
 

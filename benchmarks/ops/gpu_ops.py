@@ -60,6 +60,8 @@ def cases() -> Iterator[Case]:
         yield Case("resample", {"B": B, "K": K}, torch.float32)
     for B in (1, 32):
         yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
+    for N in (16, 256):
+        yield Case("partial_bt_loss", {"N": N, "T": 256, "mode": "hold"}, torch.float32)
 
 
 def moved_bytes(case: Case) -> int:
@@ -72,6 +74,9 @@ def moved_bytes(case: Case) -> int:
         return size * (2 * s["G"] * sum(s["lengths"]) * s["D"] + new)
     if case.op == "resample":
         return s["B"] * (2 * s["K"] * size + 36)
+    if case.op == "partial_bt_loss":
+        offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
+        return int(offsets[-1]) * (size + 4) + 8 * len(offsets)
     return 4 * s["L"] * s["B"] * s["G"] * s["D"] * size
 
 
@@ -131,6 +136,25 @@ def torch_resample(a: dict[str, Any]) -> Any:
     return scores.softmax(-1).multinomial(1)
 
 
+def padded(a: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of the usual way: answers in rows of one length, the last reward repeated."""
+    lengths = a["offsets"].diff()  # [2N]
+    term = torch.arange(int(lengths.max()), device=lengths.device)
+    at = a["offsets"][:-1, None] + term.minimum(lengths[:, None] - 1)
+    used = term < lengths.view(-1, 2).amax(1)[:, None]
+    rewards = a["rewards"][at].view(len(used), 2, -1)
+    # Copies that autograd may keep, whatever mode the caller is in.
+    with torch.inference_mode(False):
+        return {"rewards": rewards.clone().requires_grad_(), "used": used.clone()}
+
+
+def torch_bt_loss(a: dict[str, Any]) -> Any:
+    with torch.inference_mode(False):
+        margin = a["rewards"][:, 0] - a["rewards"][:, 1]
+        loss = -(F.logsigmoid(margin) * a["used"]).sum() / a["used"].sum()
+        return loss, *torch.autograd.grad(loss, a["rewards"])
+
+
 def replicated(a: dict[str, Any]) -> dict[str, Any]:
     """The inputs of the usual way: every candidate is a row of its own with a copy of the prefix."""
     S = a["q"].shape[2]
@@ -167,6 +191,8 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
         yield "torch softmax + multinomial", dict, torch_resample
     elif case.op == "commit":
         yield "torch index_put", dict, lambda a: specs()["commit"].reference(**a)
+    elif case.op == "partial_bt_loss":
+        yield "torch logsigmoid and autograd, padded", padded, torch_bt_loss
     elif case.op == "tree_attention":
         yield "torch SDPA, replicated prefix", replicated, torch_sdpa
         if importlib.util.find_spec("flash_attn"):

@@ -58,7 +58,9 @@ def label(signature: Mapping[str, str]) -> str:
         f"{name}={t}" for name, t in signature.items() if _constant(name, t) and name != "enable_fp_fusion"
     ]
     optional = [
-        name.removeprefix("p_") for name, t in signature.items() if name == "p_guidance" and t != "None"
+        name.removeprefix("p_")
+        for name, t in signature.items()
+        if name in ("p_guidance", "p_normalizer") and t != "None"
     ]
     return " ".join([pointer, *optional, *constants])
 

@@ -1,4 +1,4 @@
-"""The fused operations of a decoding step: topk_logprobs, tree_attention, resample, commit.
+"""The fused operations: topk_logprobs, tree_attention, resample, commit to decode, partial_bt_loss to train.
 
 Each is one torch.library op with a reference in plain PyTorch, a C++ kernel for the CPU and Triton kernels
 for CUDA; see README.md for the legend of shapes.

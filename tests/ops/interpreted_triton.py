@@ -17,7 +17,15 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from rgtg_fast import RGTGError, ops
-from rgtg_fast.ops import backend_of, commit, resample, topk_logprobs, tree_attention, use_backend
+from rgtg_fast.ops import (
+    backend_of,
+    commit,
+    partial_bt_loss,
+    resample,
+    topk_logprobs,
+    tree_attention,
+    use_backend,
+)
 from rgtg_fast.ops.tree_attention.launch import LEAF, SPAN
 
 SPECS = ops.specs()
@@ -45,6 +53,7 @@ SHAPES = {
     ),
     "resample": tuple(shape for shape in SPECS["resample"].shapes if shape["B"] <= 8),
     "commit": SPECS["commit"].shapes,
+    "partial_bt_loss": tuple(shape for shape in SPECS["partial_bt_loss"].shapes if shape["N"] <= 8),
 }
 CASES = [
     pytest.param(
@@ -369,3 +378,61 @@ def test_a_full_cache_is_never_written_past_its_end():
     assert (k_cache[0, 0, 0, 3] == 1).all()
     launch(torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 1, 2, 4), k_cache, v_cache, lengths, torch.tensor([2]))
     assert lengths.tolist() == [5]
+
+
+# --- partial_bt_loss
+
+
+@pytest.mark.parametrize("mode", ["eos", "hold", "truncate"])
+@pytest.mark.parametrize("weight", ["prefix", "pair"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_of_every_mode(mode, weight, dtype, compare):
+    """Lengths on both sides of a block; more pairs than are counted at a time in the last case."""
+    for shape in ({"N": 6, "T": 300}, {"N": 3, "T": 1, "normalizer": True}, {"N": 270, "T": 2}):
+        arguments = SPECS["partial_bt_loss"].make_inputs({**shape, "mode": mode, "weight": weight}, dtype)
+        results = []
+        for backend, case in (("reference", in_double(arguments)), ("triton", arguments)):
+            rewards = case.pop("rewards").requires_grad_()
+            with use_backend(backend):
+                loss = partial_bt_loss(rewards, **case)
+            loss.backward()
+            results.append((loss.detach(), rewards.grad))
+        tolerance = SPECS["partial_bt_loss"].tolerances[torch.float32]
+        compare(results[1][0], results[0][0], tolerance)
+        # The gradient has the rewards' dtype.
+        compare(
+            results[1][1],
+            results[0][1].to(dtype),
+            ops.Tolerance(4e-3, 8e-3) if dtype.itemsize == 2 else tolerance,
+        )
+
+
+def test_extreme_rewards_and_nan_stay_in_their_pair(triton):
+    rewards = torch.tensor([1e4, -1e4, -1e4, 1e4, 0.0, 1.0, NAN, 0.0], requires_grad=True)
+    offsets = torch.tensor([0, 2, 4, 5, 6, 7, 8])
+    loss = partial_bt_loss(rewards[:6], offsets[:5], "eos")
+    assert loss.item() == pytest.approx((0 + 2e4 + math.log1p(math.e)) / 3)
+    loss = partial_bt_loss(rewards, offsets, "eos")
+    loss.backward()
+    assert loss.isnan()
+    assert rewards.grad is not None
+    assert rewards.grad[:6].isfinite().all()
+    assert rewards.grad[6:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "mode"),
+    [
+        ([0, 2, 3], "eos"),
+        ([0, 2, 2], "hold"),
+        ([0, 1, 4], "hold"),
+        ([1, 2, 3], "hold"),
+        ([0, 9, 3], "truncate"),
+    ],
+)
+def test_offsets_that_do_not_fit_give_nan(offsets, mode):
+    """On a GPU nobody checks them: the kernel must not read or write outside."""
+    launch = importlib.import_module("rgtg_fast.ops.partial_bt_loss.kernel").launch
+    room = torch.zeros(40)
+    loss, _ = launch(room[8:11], torch.tensor(offsets), mode, "prefix", None)
+    assert loss.isnan()

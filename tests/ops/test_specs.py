@@ -94,7 +94,9 @@ def test_number_of_threads_changes_no_bit(name, shape, dtype, threads):
 
 
 @pytest.mark.usefixtures("cpp")
-@pytest.mark.parametrize(("name", "shape"), [p for p in SMALL if p.values[0] != "commit"])
+@pytest.mark.parametrize(
+    ("name", "shape"), [p for p in SMALL if p.values[0] not in ("commit", "partial_bt_loss")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_batch(name, shape, dtype):
     arguments = SPECS[name].make_inputs(shape, dtype)

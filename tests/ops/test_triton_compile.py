@@ -14,6 +14,7 @@ import torch
 from benchmarks.ops import kernel_table
 from rgtg_fast.ops import specs
 from rgtg_fast.ops.commit import launch as commit
+from rgtg_fast.ops.partial_bt_loss import launch as partial_bt_loss
 from rgtg_fast.ops.resample import launch as resample
 from rgtg_fast.ops.topk_logprobs import launch as topk_logprobs
 from rgtg_fast.ops.tree_attention import launch as tree_attention
@@ -179,6 +180,10 @@ def test_what_is_launched_is_compiled():
             known("tree_attention", "split_kernel", settings)
     for K in (1, 10, 64, 65, 512, 513, 256000):
         known("resample", "resample_kernel", resample.configuration(K))
+    for mode in partial_bt_loss.MODES:
+        for weight in partial_bt_loss.WEIGHTS:
+            known("partial_bt_loss", "pair_kernel", partial_bt_loss.pair_configuration(mode, weight))
+    known("partial_bt_loss", "sum_kernel", partial_bt_loss.sum_configuration())
     for V in (100, 32000, 128256, 151936, 262144, 262208, topk_logprobs.MAX_V):
         for k in (1, 10, 40, 100, 256):
             few = min(k, topk_logprobs.most(V), V)

@@ -10,14 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from ...errors import RGTGError
 from .. import _checks
+from .._extension import DTYPE_CODES
 from .._registry import LIBRARY, register
+from .cpp import cpp
+from .launch import MODES, WEIGHTS
 from .reference import reference
 from .spec import SPEC
 
 __all__ = ["MODES", "SPEC", "WEIGHTS", "partial_bt_loss", "partial_bt_terms", "reference"]
-
-MODES = ("eos", "hold", "truncate")
-WEIGHTS = ("prefix", "pair")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -60,9 +60,9 @@ register(
     "(Tensor rewards, Tensor offsets, str mode, str weight, Tensor? normalizer) -> (Tensor, Tensor)",
     _fake,
     _check_values,
-    reference,
-    frozenset(),
-    frozenset(),
+    lambda *args: cpp(_check_values, *args),
+    frozenset({torch.float64, *DTYPE_CODES}),
+    frozenset(DTYPE_CODES),
 )
 
 

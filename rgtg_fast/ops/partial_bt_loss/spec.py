@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._registry import OpSpec, Tolerance
+from .launch import KERNELS
 from .reference import reference
 
 
@@ -52,4 +53,5 @@ SPEC = OpSpec(
         torch.bfloat16: Tolerance(2e-6, 2e-6),
         torch.float16: Tolerance(2e-6, 2e-6),
     },
+    kernels=KERNELS,
 )
