@@ -8,7 +8,8 @@ is the one of a forward over x∘y alone (the loss of arXiv 2406.07780 without i
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -202,8 +203,9 @@ class Packing:
         """Additive mask [answer, prompt + answer] of an answer's tokens, which see the prompt and those before."""
         key = (answer, prompt, like.dtype)
         if key not in self._masks:
-            hidden = torch.ones(answer, prompt + answer, dtype=torch.bool).triu(prompt + 1)
-            zeros = torch.zeros(answer, prompt + answer, dtype=like.dtype)
+            size, device = (answer, prompt + answer), like.device
+            hidden = torch.ones(size, dtype=torch.bool, device=device).triu(prompt + 1)
+            zeros = torch.zeros(size, dtype=like.dtype, device=device)
             self._masks[key] = zeros.masked_fill_(hidden, float("-inf"))
         return self._masks[key]
 
@@ -271,7 +273,8 @@ def packed_attention(
             f"a prompt with its answer has {packing.longest} tokens and {type(module).__name__} attends a window of "
             f"{window}: use max_length={window}"
         )
-    if query.is_cuda:
+    # Triton's kernels know no float64.
+    if query.is_cuda and query.dtype != torch.float64:
         out = _flex(query, key, value, packing, scaling, dropout)
     else:
         out = _per_pair(query, key, value, packing, scaling, dropout)
@@ -288,6 +291,10 @@ def _per_pair(
 ) -> torch.Tensor:
     """Each pair by itself: prompt and chosen answer are one causal sequence, the rejected one's queries a second."""
     gqa = query.shape[1] != key.shape[1]
+    # Half precision is computed in float32: the backward of PyTorch's CPU kernel is several times slower in bfloat16.
+    dtype = query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
     rows = []
     # Splits and their backward, a concatenation, touch every token once; slices would each write a whole zero gradient.
     for q, k, v, pairs in zip(query.unbind(), key.unbind(), value.unbind(), packing.segments, strict=True):
@@ -321,7 +328,7 @@ def _per_pair(
             )
         out.append(torch.zeros_like(qs[-1]))
         rows.append(torch.cat(out, dim=1))
-    return torch.stack(rows)
+    return torch.stack(rows).to(dtype)
 
 
 def _flex(
@@ -337,12 +344,17 @@ def _flex(
             f"attention dropout {dropout} is not available for packed rows on CUDA: set the config's "
             "attention dropout to 0"
         )
-    from transformers.integrations.flex_attention import compile_friendly_flex_attention
+    gqa = query.shape[1] != key.shape[1]
+    attend = _compiled_flex_attention()
+    return attend(query, key, value, block_mask=packing.block_mask(), scale=scale, enable_gqa=gqa)
 
-    groups = query.shape[1] // key.shape[1]
-    return compile_friendly_flex_attention(  # pyright: ignore[reportReturnType]
-        query, key, value, block_mask=packing.block_mask(), scale=scale, enable_gqa=groups > 1
-    )
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """flex_attention as a fused kernel: uncompiled it would store all S² scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)  # pyright: ignore[reportReturnType]
 
 
 def packed_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
