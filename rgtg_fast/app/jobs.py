@@ -41,7 +41,14 @@ class Job:
         """The fields of an output row that are known before the answer is."""
         name = {"line": self.line} if self.id is None else {"line": self.line, "id": self.id}
         g = self.guidance
-        settings = {"k": g.k, "beta": g.beta, "temperature": g.temperature, "support": g.support}
+        settings: dict[str, Any] = {
+            "k": g.k,
+            "beta": g.beta,
+            "temperature": g.temperature,
+            "support": g.support,
+        }
+        if g.weights is not None:
+            settings["weights"] = g.weights
         return {**name, "prompt": self.prompt, "seed": self.seed, **settings}
 
 
@@ -51,7 +58,7 @@ def read_prompts(
     """Reads a prompts file (plain or gzip), one JSON object a line.
 
     A row has the prompt (a text, chat messages or token ids) under `field` and may have `id`, `seed`, `k`,
-    `beta` and `temperature`. Broken lines are reported and skipped; empty lines are skipped.
+    `beta`, `temperature` and `weights`. Broken lines are reported and skipped; empty lines are skipped.
 
     Args:
         path: the file.
@@ -116,7 +123,7 @@ def _parse(number: int, text: str, guidance: Guidance, seed: int, field: str) ->
     if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
         raise RGTGError(f"id must be a string or an integer, not {_kind(name)}")
     # A field that is null is as good as absent.
-    own = {f: row[f] for f in ("k", "beta", "temperature") if row.get(f) is not None}
+    own = {f: row[f] for f in ("k", "beta", "temperature", "weights") if row.get(f) is not None}
     row_seed = seed if row.get("seed") is None else row["seed"]
     if isinstance(row_seed, bool) or not isinstance(row_seed, int):
         raise RGTGError(f"seed={row_seed!r} is not a whole number")

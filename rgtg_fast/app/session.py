@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 # Words that `--reward` takes in place of a path or hub id.
 CONTRASTIVE, NONE = "contrastive", "none"
-# Before a path or hub id: an encoder or a model with another tokenizer, scored over texts.
-TEXT = "text:"
 
 
 @dataclass(frozen=True)
@@ -53,22 +51,15 @@ class Setup:
         return self.lm if self.lm is not None else str(embedded.default_model(say))
 
     def reward_source(self) -> Any:
-        """What `from_pretrained` takes as the reward."""
+        """What `from_pretrained` takes as the reward; names of guides are read there (`named_guide`)."""
         if self.reward == NONE:
             return None
         if self.reward != CONTRASTIVE:
-            return self._model_source()
+            return self.reward
         from rgtg_fast import ContrastiveReward
 
         prompts = {"better": self.better, "worse": self.worse}
         return ContrastiveReward(**{name: text for name, text in prompts.items() if text is not None})
-
-    def _model_source(self) -> Any:
-        if not self.reward.startswith(TEXT):
-            return self.reward
-        from rgtg_fast import TextReward
-
-        return TextReward(self.reward.removeprefix(TEXT))
 
     def pair(self, say: Callable[[str], None]) -> Any:
         """The language model and its tokenizer, loaded once for several decoders."""

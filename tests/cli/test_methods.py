@@ -1,0 +1,108 @@
+"""`rgtg-fast methods`, its pages, and the guides that `--reward` names."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import rgtg_fast
+from rgtg_fast.app import methods
+from rgtg_fast.rewards.named import CONTRASTIVE, PREFIXES
+from tests.cli.conftest import config, save
+from tests.cli.support import read_rows
+
+PAGES = Path(__file__).parents[2] / "docs" / "methods"
+
+
+@pytest.fixture(scope="module")
+def vocabulary_rm(models_folder: Path) -> str:
+    torch.manual_seed(3)
+    return save(LlamaForCausalLM(config(initializer_range=0.3)), models_folder / "vocabulary_rm")
+
+
+def test_methods(run: Callable) -> None:
+    listed = json.loads(run("methods", "--json").out)["methods"]
+    assert [row["name"] for row in listed] == [method.name for method in methods.METHODS]
+    for row in listed:
+        assert getattr(rgtg_fast, row["reward_class"]) is not None
+        assert row["formula"]
+        assert row["cost"] is None or row["cost"]["lm"]
+    text = run("methods").out
+    for method in methods.METHODS:
+        assert method.name in text
+    assert "head(h(x, y_<i))[v]" in text
+
+
+def test_every_name_is_in_the_table_and_every_usage_is_a_name() -> None:
+    usages = [usage.strip() for m in methods.METHODS for usage in (m.usage or "").split(" ") if usage]
+    prefixes = {usage.partition(":")[0] for usage in usages if ":" in usage}
+    assert prefixes <= set(PREFIXES)
+    assert {m.name for m in methods.METHODS} >= {name.removesuffix("-inverse") for name in PREFIXES}
+    assert CONTRASTIVE in usages
+
+
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.name)
+def test_every_method_has_its_page(method: methods.Method) -> None:
+    page = (PAGES / f"{method.name}.md").read_text(encoding="utf-8")
+    assert method.page == f"docs/methods/{method.name}.md"
+    assert "```python" in page
+    assert method.usage is None or method.usage.partition(":")[0] in page
+    for source in method.source.split(", "):
+        assert source.split("of ")[-1].replace("arXiv ", "") in page
+
+
+def test_the_index_has_the_table() -> None:
+    assert methods.markdown() in (PAGES / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("support", ["lm", "combined", "all"])
+@pytest.mark.parametrize("name", ["farma", "genarm", "eft"])
+def test_wide_guides_by_name(run: Callable, lm: str, vocabulary_rm: str, name: str, support: str) -> None:
+    source = f"{name}:{vocabulary_rm}" + (f",{lm}" if name == "eft" else "")
+    args = ("--lm", lm, "--reward", source, "--support", support, "--max-new-tokens", 4, "--json")
+    outcome = run("generate", "is tea safe?", *args)
+    assert outcome.code == 0, outcome.err
+    (row,) = outcome.rows
+    calls = {"eft": 2}.get(name, 1)
+    assert row["stats"]["reward_tokens"] == calls * row["stats"]["tokens"]
+    explained = run("explain", "is tea safe?", *args[:-1], "--k", 3)
+    assert explained.code == 0, explained.err
+
+
+@pytest.mark.parametrize("name", ["pargs", "args", "cd-fudge", "rad", "rad-inverse"])
+def test_scalar_guides_by_name(run: Callable, lm: str, rm: str, name: str) -> None:
+    args = ("--lm", lm, "--reward", f"{name}:{rm}", "--max-new-tokens", 4, "--k", 3, "--json")
+    outcome = run("generate", "is tea safe?", *args)
+    assert outcome.code == 0, outcome.err
+    (row,) = outcome.rows
+    assert row["stats"]["reward_tokens"] == 3 * row["stats"]["tokens"]
+    assert not name.startswith("rad") or 0 <= row["reward"] <= 1
+
+
+def test_weights_in_a_prompts_file(
+    run: Callable, lm: str, rm: str, vocabulary_rm: str, prompts_file: Callable, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "is tea safe?"}] * 3
+    rows = [row | w for row, w in zip(rows, ({}, {"weights": [1, 0]}, {"weights": [1, 2, 3]}), strict=True)]
+    mixture = f"mixture:1*pargs:{rm}+0.5*farma:{vocabulary_rm}"
+    output = tmp_path / "answers.jsonl"
+    args = ("--lm", lm, "--max-new-tokens", 4, "--temperature", 0, "--output", output)
+    outcome = run("generate", "--input", prompts_file(*rows), "--reward", mixture, *args)
+    assert "3 weights in the guidance and this decoder mixes 2 guides" in outcome.error
+    answers = read_rows(output)
+    assert [row.get("weights") for row in answers] == [None, [1, 0]]
+    alone = run("generate", "is tea safe?", "--lm", lm, "--reward", rm, *args[2:6], "--json").rows[0]
+    assert answers[1]["tokens"] == alone["tokens"]
+
+
+def test_names_that_cannot_be(run: Callable, lm: str, rm: str) -> None:
+    for name, message in (
+        ("farma:", "names no model"),
+        (f"farma:{rm}", "needs a vocabulary head"),
+        ("eft:one", "needs two"),
+        ("mixture:nothing", "is no term of a mixture"),
+    ):
+        assert message in run("generate", "hello", "--lm", lm, "--reward", name).error
