@@ -101,9 +101,10 @@ LM = Annotated[
 Reward = Annotated[
     str,
     typer.Option(
-        help="Reward model: path or hub id, after `text:` for an encoder or another tokenizer; `contrastive` "
-        "guides with the language model itself under a better and a worse system prompt; `none` is the "
-        "language model alone.",
+        help="Reward model: path or hub id; after a method's name and a colon for another guide (`farma:PATH`, "
+        "`genarm:PATH`, `rad:PATH`, `eft:TUNED,UNTUNED`, `text:PATH`, `mixture:0.7*pargs:PATH+0.3*contrastive`: see "
+        "`rgtg-fast methods`); `contrastive` guides with the language model itself under a better and a worse "
+        "system prompt; `none` is the language model alone.",
         rich_help_panel=MODELS,
     ),
 ]
@@ -228,7 +229,7 @@ def generate(
         Path | None,
         typer.Option(
             help='Prompts as JSON Lines (plain or gzip): {"prompt": text, chat or token ids} with optional '
-            "id, seed, k, beta, temperature.",
+            "id, seed, k, beta, temperature, weights.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -440,6 +441,17 @@ def bench(
     options |= {"new_tokens": new_tokens, "dtype": dtype, "methods": names, "repeats": repeats}
     options |= {"seed": seed, "threads": threads, "device": device}
     benchmark.run(options, json)
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the guides: formula, paper, what a token costs, how `--reward` names them."""
+    from rgtg_fast.app import methods as table
+
+    if json:
+        print_json(table.report())
+    else:
+        table.show(Console())
 
 
 @app.command()
