@@ -1,4 +1,4 @@
-"""The command line `rgtg-fast`: demo, generate, explain, bench, env.
+"""The command line `rgtg-fast`: demo, generate, explain, train, bench, env.
 
 User errors are one line on stderr and exit code 2. Heavy imports happen inside the commands: help is instant.
 """
@@ -89,6 +89,7 @@ app = typer.Typer(
 )
 
 MODELS, GUIDANCE, LENGTH, OUTPUT = "Models", "Guidance", "Length and batch", "Output"
+TRAINING_DATA, OBJECTIVE, TRAINED, STEPS = "Data", "Objective", "What is trained", "Steps"
 
 LM = Annotated[
     str | None,
@@ -452,6 +453,179 @@ def methods(json: Json = False) -> None:
         print_json(table.report())
     else:
         table.show(Console())
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a data set of Hugging Face.",
+            rich_help_panel=TRAINING_DATA,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="New folder for the reward model.", rich_help_panel=OUTPUT)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Language model to make the reward model from: path or hub id.",
+            show_default="the embedded SmolLM2-135M-Instruct",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Pairs to evaluate on.", show_default="--held-out of --data", rich_help_panel=TRAINING_DATA
+        ),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of --data to evaluate on, by prompt.", rich_help_panel=TRAINING_DATA)
+    ] = 0.1,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Pairs to take at most.", show_default="all", rich_help_panel=TRAINING_DATA),
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of a prompt and its longer answer.", rich_help_panel=TRAINING_DATA)
+    ] = 512,
+    min_answer_tokens: Annotated[
+        int, typer.Option(help="Drop pairs with a shorter answer.", rich_help_panel=TRAINING_DATA)
+    ] = 0,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="partial_bt (PARGS), full_bt (ARGS, judges), cd_fudge or rad.", rich_help_panel=OBJECTIVE
+        ),
+    ] = "partial_bt",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="Past the end of the shorter answer: hold its last reward, pad it with eos, or truncate.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = "hold",
+    weight: Annotated[
+        str, typer.Option(help="Every prefix counts the same, or every pair.", rich_help_panel=OBJECTIVE)
+    ] = "prefix",
+    fork_layer: Annotated[
+        int,
+        typer.Option(
+            help="Train from this layer on; the layers below run once over the data and are cached.",
+            rich_help_panel=TRAINED,
+        ),
+    ] = 0,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=TRAINED)] = 16,
+    lora_alpha: Annotated[
+        float, typer.Option(help="Adapters are scaled by alpha / rank.", rich_help_panel=TRAINED)
+    ] = 32.0,
+    lora_dropout: Annotated[
+        float, typer.Option(help="Dropout before the adapters.", rich_help_panel=TRAINED)
+    ] = 0.0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train the weights, not adapters.", rich_help_panel=TRAINED)
+    ] = False,
+    trunk_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the activations below --fork-layer.",
+            show_default="in the user's cache folder",
+            rich_help_panel=TRAINED,
+        ),
+    ] = None,
+    no_trunk_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-trunk-cache",
+            help="Run the layers below --fork-layer in every step, for want of disk.",
+            rich_help_panel=TRAINED,
+        ),
+    ] = False,
+    epochs: Annotated[float, typer.Option(help="Passes over the pairs.", rich_help_panel=STEPS)] = 1.0,
+    lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=STEPS)] = 2e-4,
+    head_lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of the score head.", show_default="--lr", rich_help_panel=STEPS),
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=STEPS)] = 0.0,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed row.", rich_help_panel=STEPS)] = 2048,
+    accumulate: Annotated[int, typer.Option(help="Rows of an optimizer step.", rich_help_panel=STEPS)] = 4,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.", rich_help_panel=STEPS)] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory for more time.", rich_help_panel=STEPS),
+    ] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=OUTPUT),
+    ] = False,
+    save_steps: Annotated[
+        int, typer.Option(help="Steps between checkpoints.", min=1, rich_help_panel=OUTPUT)
+    ] = 50,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between evaluations.", show_default="at the end", min=1, rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    log_steps: Annotated[
+        int, typer.Option(help="Steps between lines of the log.", min=1, rich_help_panel=OUTPUT)
+    ] = 10,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where transformers' Trainer reports: tensorboard, wandb, … (repeatable).",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a whole model with the adapters merged to this folder.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a reward model on preference pairs."""
+    from rgtg_fast.app import train as training
+
+    recipe = {
+        "objective": objective,
+        "mode": mode,
+        "weight": weight,
+        "fork_layer": fork_layer,
+        "full": full,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "epochs": epochs,
+        "learning_rate": lr,
+        "head_learning_rate": head_lr,
+        "weight_decay": weight_decay,
+        "token_budget": batch_tokens,
+        "accumulation": accumulate,
+        "max_length": max_length,
+        "min_answer_tokens": min_answer_tokens,
+        "held_out": held_out,
+        "limit": limit,
+        "bf16": bf16,
+        "gradient_checkpointing": gradient_checkpointing,
+        "seed": seed,
+    }
+    options = {
+        "eval_data": eval_data,
+        "resume": resume,
+        "merged": merge,
+        "save_steps": save_steps,
+        "eval_steps": eval_steps,
+        "logging_steps": log_steps,
+        "cache_trunk": not no_trunk_cache,
+        "report_to": report_to or "none",
+        "device": device,
+    }
+    training.run(model, data, output, recipe, options, trunk_cache, json)
 
 
 @app.command()

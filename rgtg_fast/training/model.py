@@ -1,0 +1,271 @@
+"""Reward models made from language models: a score head, LoRA adapters from a fork layer on, merging."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.pytorch_utils import Conv1D
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.packing import (
+    PackedBatch,
+    answer_positions,
+    forward_arguments,
+    pretrained,
+    use_packed_attention,
+)
+
+HEAD = "score"
+EXTRA = 'pip install "rgtg-fast[train]"'
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of low-rank adapters.
+
+    Attributes:
+        rank: of each update B·A.
+        alpha: updates are scaled by alpha / rank.
+        dropout: share of an adapter's inputs set to 0 while training.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise RGTGError(f"LoRA rank {self.rank} is below 1: use for example 16, or train the full model")
+        if not 0 <= self.dropout < 1:
+            raise RGTGError(f"LoRA dropout {self.dropout} is not in [0, 1): use for example 0.05")
+
+
+def load_base(
+    source: str | os.PathLike[str] | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal model with a score head of one label, zero where its files have none, and its tokenizer.
+
+    Args:
+        source: folder or hub id of a causal language model or of a reward model, or a loaded classifier with its
+            tokenizer.
+
+    Raises:
+        RGTGError: nothing there, or no classifier with a `score` head over the trunk.
+    """
+    if isinstance(source, tuple):
+        model, tokenizer = source
+        if model.config.num_labels != 1:
+            raise RGTGError(
+                f"{type(model).__name__} has {model.config.num_labels} labels and a reward is 1: use num_labels=1"
+            )
+        _head(model)
+        return model, tokenizer
+    try:
+        config = AutoConfig.from_pretrained(source, num_labels=1)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:160]
+        raise RGTGError(
+            f"{str(source)!r} cannot be loaded as a reward model's base: name a folder or hub id of a causal "
+            f"language model ({detail})"
+        ) from error
+    head = _head(model)
+    # From 0 the first steps fit the frozen features instead of unlearning a random reward.
+    if any(name.startswith(HEAD) for name in info["missing_keys"]):
+        nn.init.zeros_(head.weight)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return model, tokenizer
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = dict(model.named_children()).get(HEAD)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise RGTGError(
+            f"{type(model).__name__} has no one-label `score` head over a causal trunk: use a decoder-only model "
+            "(Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, GPT-2)"
+        )
+    return head
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The trunk's list of decoder layers and its name.
+
+    Raises:
+        RGTGError: the trunk has no such list.
+    """
+    trunk = pretrained(model).base_model
+    count = trunk.config.get_text_config().num_hidden_layers
+    for name, child in trunk.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return name, child
+    raise RGTGError(
+        f"{type(trunk).__name__} has no list of its {count} decoder layers: use a model of a family that "
+        "transformers calls decoder-only"
+    )
+
+
+def check_fork_layer(model: nn.Module, fork_layer: int) -> None:
+    """Refuses a fork layer that the model does not have.
+
+    Raises:
+        RGTGError: outside 0 to the number of layers.
+    """
+    count = len(decoder_layers(model)[1])
+    if not 0 <= fork_layer <= count:
+        raise RGTGError(
+            f"fork_layer={fork_layer} is not in 0..{count}: the model has {count} layers; {count} trains the score "
+            "head alone"
+        )
+
+
+def freeze_below(model: PreTrainedModel, fork_layer: int) -> None:
+    """Lets train everything but the embeddings and the layers below the fork; fork layer 0 lets train all."""
+    if fork_layer == 0:
+        return
+    name, layers = decoder_layers(model)
+    upper = {id(p) for layer in layers[fork_layer:] for p in layer.parameters()}
+    trunk = model.base_model
+    after = {id(p) for child in _after(trunk, name) for p in child.parameters()}
+    for parameter in trunk.parameters():
+        parameter.requires_grad_(id(parameter) in upper | after)
+
+
+def _after(trunk: nn.Module, layers: str) -> list[nn.Module]:
+    """What runs after the layers: the final norm, registered behind them."""
+    children = list(trunk.named_children())
+    place = [name for name, _ in children].index(layers)
+    return [child for _, child in children[place + 1 :]]
+
+
+def add_adapters(model: PreTrainedModel, fork_layer: int, lora: Lora) -> Any:
+    """The model with LoRA on every linear map of the layers from `fork_layer` on, and a trained score head.
+
+    Args:
+        fork_layer: 0 adapts every layer, the number of layers none (the head alone is trained then).
+
+    Returns:
+        PEFT's model around it.
+    """
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError as error:
+        raise RGTGError(f"LoRA needs peft: {EXTRA}, or train the full model") from error
+    name, layers = decoder_layers(model)
+    # The head learns in float32 also over a bfloat16 trunk: its steps are smaller than bfloat16 resolves.
+    _head(model).to(torch.promote_types(model.dtype, torch.float32))
+    if fork_layer == len(layers):
+        # PEFT has no configuration for a head alone: the last layer gets adapters that stay zero and frozen.
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=1, target_modules=[], modules_to_save=[HEAD], inference_mode=False
+        )
+        return get_peft_model(model, config)
+    linear = (nn.Linear, Conv1D)
+    targets = {
+        path.rpartition(".")[2]
+        for layer in layers[fork_layer:]
+        for path, module in layer.named_modules()
+        if isinstance(module, linear)
+    }
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=sorted(targets),
+        layers_to_transform=list(range(fork_layer, len(layers))),
+        layers_pattern=name,
+        modules_to_save=[HEAD],
+    )
+    return get_peft_model(model, config)
+
+
+def use_packed_forward(model: nn.Module) -> None:
+    """Makes the model's forward take a packed batch: `model(batch=…, trunk_states=…).logits` are its rewards [M].
+
+    The rewards are computed inside the model's own forward, so that wrappers around it (DistributedDataParallel,
+    FSDP, autocast, PEFT) see an ordinary one. A call without `batch` is what it was.
+    """
+    inner = pretrained(model)
+    use_packed_attention(inner)
+    inner.forward = MethodType(_packed_forward, inner)
+
+
+def _packed_forward(
+    self: PreTrainedModel,
+    *args: Any,
+    batch: PackedBatch | None = None,
+    trunk_states: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    if batch is None:
+        return type(self).forward(self, *args, **kwargs)
+    stored = {} if trunk_states is None else {"trunk_states": trunk_states}
+    trunk: Any = self.base_model
+    hidden = trunk(
+        input_ids=batch.input_ids, **forward_arguments(batch, trunk.dtype), **stored
+    ).last_hidden_state
+    rows, columns, _ = answer_positions(batch)
+    head: Any = dict(self.named_children())[HEAD]
+    with torch.autocast(hidden.device.type, enabled=False):
+        rewards = head(hidden[rows, columns].to(head.weight.dtype))[:, 0]
+    return SequenceClassifierOutputWithPast(logits=rewards)
+
+
+def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
+    """Writes a reward model with its adapters merged into the weights, a plain model folder for any loader.
+
+    Args:
+        folder: of the adapters, as training saves them.
+        output: of the whole model, written beside its place and renamed.
+
+    Raises:
+        RGTGError: no adapters there, their base cannot be loaded, or `output` cannot be written.
+    """
+    source, target = Path(folder), Path(output)
+    if not (source / "adapter_config.json").is_file():
+        raise RGTGError(f"{source} has no adapter_config.json: name a folder that LoRA training has saved")
+    if target.exists():
+        raise RGTGError(f"{target} exists: name another folder for the merged model")
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise RGTGError(f"merging adapters needs peft: {EXTRA}") from error
+    base = PeftConfig.from_pretrained(str(source)).base_model_name_or_path
+    if base is None:
+        raise RGTGError(f"{source}/adapter_config.json names no base model: add base_model_name_or_path")
+    model, _ = load_base(base)
+    merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()  # pyright: ignore[reportCallIssue]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(target)
+    except OSError as error:
+        raise RGTGError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def trained_parameters(model: nn.Module) -> Sequence[tuple[str, nn.Parameter]]:
+    """The parameters that training changes, by name."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

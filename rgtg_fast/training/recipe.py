@@ -1,0 +1,434 @@
+"""One call from preference pairs to a saved reward model: data, model, trainer, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import fingerprint
+from rgtg_fast.training.data import (
+    DataReport,
+    PreferencePair,
+    TokenizedPair,
+    load_pairs,
+    split_by_prompt,
+    tokenize_pairs,
+)
+from rgtg_fast.training.losses import Objective
+from rgtg_fast.training.model import (
+    Lora,
+    add_adapters,
+    check_fork_layer,
+    freeze_below,
+    load_base,
+    merge,
+    trained_parameters,
+)
+from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer, Say
+from rgtg_fast.training.trunk import hash_pairs
+
+RECIPE_FILE, LOG_FILE = "rgtg_fast.json", "training_log.jsonl"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a training run learns.
+
+    Attributes:
+        objective, mode, weight: see `Objective`.
+        fork_layer: layers below it are frozen and run once; 0 trains all of them.
+        full: train the weights themselves instead of LoRA adapters.
+        lora_rank, lora_alpha, lora_dropout: see `Lora`.
+        epochs: passes over the pairs.
+        learning_rate: at its height; it warms up over `warmup` of the steps and falls along a cosine to 0.
+        head_learning_rate: of the score head; None for the same.
+        weight_decay: of all but biases and norms.
+        token_budget: tokens of a packed row. accumulation: rows of an optimizer step on one process.
+        max_length: tokens of a prompt and its longer answer. min_answer_tokens: shorter answers are dropped.
+        held_out: share of the pairs, by prompt, to evaluate on where no evaluation data are named.
+        limit: pairs to take at most, from the beginning of the data.
+        bf16: the trunk computes in bfloat16; trained weights stay float32.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+        seed: of the order, the initial adapters and dropout.
+    """
+
+    objective: str = "partial_bt"
+    mode: str = "hold"
+    weight: str = "prefix"
+    fork_layer: int = 0
+    full: bool = False
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    epochs: float = 1.0
+    learning_rate: float = 2e-4
+    head_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    token_budget: int = 2048
+    accumulation: int = 4
+    max_length: int = 512
+    min_answer_tokens: int = 0
+    held_out: float = 0.1
+    limit: int | None = None
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Objective(self.objective, self.mode, self.weight)
+        Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
+        for name, least in (("token_budget", 2), ("accumulation", 1), ("max_length", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise RGTGError(f"{name}={value} is below {least}: use at least {least}")
+        for name in ("epochs", "learning_rate", "lora_alpha"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise RGTGError(f"{name}={value} is not above 0: use for example {getattr(Recipe, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise RGTGError(f"limit={self.limit} leaves no pairs: use at least 1")
+        if not 0 <= self.warmup < 1:
+            raise RGTGError(f"warmup={self.warmup} is not in [0, 1): it is a share of the steps")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to.
+
+    Attributes:
+        output: the saved folder.
+        steps: optimizer steps. rows, filled: packed rows and the share of their tokens that are no padding.
+        trained: parameters that were trained.
+        seconds: of the training proper.
+        data: counts of the data.
+        metrics: of the evaluation after training, without the prefix `eval_`.
+    """
+
+    output: Path
+    steps: int
+    rows: int
+    filled: float
+    trained: int
+    seconds: float
+    data: dict[str, Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def train_reward_model(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    output: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    eval_data: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None,
+    resume: bool = False,
+    merged: str | os.PathLike[str] | None = None,
+    save_steps: int = 50,
+    eval_steps: int | None = None,
+    logging_steps: int = 10,
+    trunk_cache: str | os.PathLike[str] | None = None,
+    cache_trunk: bool = True,
+    metrics: Metrics | None = None,
+    report_to: str | Sequence[str] = "none",
+    callbacks: Sequence[TrainerCallback] = (),
+    device: str | None = None,
+    say: Say = lambda message: None,
+    **settings: Any,
+) -> TrainResult:
+    """Trains a reward model on preference pairs and saves it.
+
+    The output folder is a PEFT adapter (or, with `full`, a model), which
+    `AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads; beside it lie the tokenizer, the
+    recipe and what it was used on (`rgtg_fast.json`), and the log (`training_log.jsonl`).
+
+    Args:
+        model: folder or hub id of a causal language model or of a reward model.
+        data, eval_data: as in `load_pairs`; without `eval_data`, `recipe.held_out` of the data is split off by prompt.
+        output: new folder, or that of a run to resume.
+        recipe: what to learn and how; single fields may be passed by name as well.
+        resume: go on from the last complete checkpoint in `output`.
+        merged: also write a whole model with the adapters merged here.
+        save_steps, eval_steps, logging_steps: optimizer steps between checkpoints, evaluations (None: only after
+            training) and lines of the log.
+        trunk_cache: folder for the activations below the fork, by default inside `output`; several runs may share one.
+        cache_trunk: False runs the layers below the fork in every step.
+        metrics: more metrics from the evaluation pairs' rewards.
+        report_to, callbacks: transformers' integrations and callbacks.
+        device: "cpu" keeps to the CPU where there is a GPU.
+        say: receives lines about the progress.
+
+    Raises:
+        RGTGError: one line for everything that a user can get wrong, a loss that is not finite, and a full disk.
+
+    Example:
+        >>> result = train_reward_model("folder-of-a-model", "pairs.jsonl", "guide", fork_layer=20)  # doctest: +SKIP
+    """
+    recipe = replace(recipe or Recipe(), **_known(settings))
+    folder = Path(output)
+    _check_output(folder, resume)
+    if merged is not None and (recipe.full or Path(merged).exists()):
+        raise RGTGError(
+            "a full model has no adapters to merge: leave out the merged folder"
+            if recipe.full
+            else f"{merged} exists: name another folder for the merged model"
+        )
+    set_seed(recipe.seed)
+    half = recipe.bf16 and not recipe.full
+    network, tokenizer = load_base(model, torch.bfloat16 if half else torch.float32)
+    check_fork_layer(network, recipe.fork_layer)
+    base = fingerprint(network)
+    train, evaluation, report = _data(data, eval_data, recipe, tokenizer)
+    for line in report["lines"]:
+        say(line)
+    facts = {
+        "recipe": asdict(recipe),
+        "base_model": str(model),
+        "base_fingerprint": base,
+        "data_sha256": hash_pairs(train),
+        "eval_data_sha256": hash_pairs(evaluation) if evaluation else None,
+        "data": {name: value for name, value in report.items() if name != "lines"},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    checkpoint = _begin(folder, facts, resume)
+    objective = Objective(recipe.objective, recipe.mode, recipe.weight)
+    wrapped: Any = network
+    if recipe.full:
+        freeze_below(network, recipe.fork_layer)
+    else:
+        wrapped = add_adapters(
+            network, recipe.fork_layer, Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
+        )
+    log = TrainingLog(folder / LOG_FILE, say)
+    trainer = PartialRewardTrainer(
+        wrapped,
+        _arguments(
+            recipe, folder, save_steps, eval_steps if evaluation else None, logging_steps, report_to, device
+        ),
+        train,
+        evaluation,
+        processing_class=tokenizer,
+        objective=objective,
+        token_budget=recipe.token_budget,
+        fork_layer=recipe.fork_layer,
+        trunk_cache=(trunk_cache or folder / "trunk") if cache_trunk else None,
+        head_learning_rate=recipe.head_learning_rate,
+        targets=None,
+        metrics=metrics,
+        pad_id=network.config.pad_token_id or 0,
+        say=say,
+        callbacks=[log, *callbacks],
+    )
+    for console in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(console)
+    trained = sum(p.numel() for _, p in trained_parameters(wrapped))
+    say(
+        f"training {trained:,} parameters on {len(train):,} pairs in {len(trainer.rows):,} rows "
+        f"({trainer.filled:.1%} filled), {'from ' + checkpoint if checkpoint else 'from the start'}"
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.evaluate() if evaluation else {}
+    trainer.save_to(folder)
+    found = TrainResult(
+        folder,
+        trainer.state.global_step,
+        len(trainer.rows),
+        trainer.filled,
+        trained,
+        log.seconds,
+        facts["data"],
+        {name.removeprefix("eval_"): value for name, value in result.items()},
+    )
+    if trainer.args.should_save:
+        _write_json(folder / RECIPE_FILE, facts | {"steps": found.steps, "metrics": found.metrics})
+        if merged is not None:
+            merge(folder, merged)
+    return found
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in fields(Recipe)]
+    unknown = next((name for name in settings if name not in names), None)
+    if unknown is not None:
+        raise RGTGError(f"there is no setting {unknown!r}: use one of {', '.join(names)}")
+    return settings
+
+
+def _check_output(folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RGTGError(f"{folder} is a file: name a folder for the output")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise RGTGError(f"{folder} is not empty: go on with the run in it (resume), or name another folder")
+
+
+def _begin(folder: Path, facts: dict[str, Any], resume: bool) -> str | None:
+    """Prepares the output folder and returns the checkpoint to go on from."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume and (folder / RECIPE_FILE).is_file():
+            before = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+            _check_same_run(folder, before, facts)
+        shutil.rmtree(folder / ".partial", ignore_errors=True)
+        _write_json(folder / RECIPE_FILE, facts)
+    except (OSError, json.JSONDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "broken " + RECIPE_FILE
+        raise RGTGError(f"cannot use {folder} for the output ({reason}): name another folder") from error
+    return get_last_checkpoint(str(folder)) if resume else None
+
+
+def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in ("base_fingerprint", "data_sha256"):
+        if before.get(name) != now[name]:
+            what = "model" if name == "base_fingerprint" else "pairs"
+            raise RGTGError(f"the run in {folder} began with other {what}: name another folder for this one")
+    for name, value in now["recipe"].items():
+        if before["recipe"].get(name) != value:
+            raise RGTGError(
+                f"the run in {folder} began with {name}={before['recipe'].get(name)} and this one has {value}: "
+                "resume with the same settings, or name another folder"
+            )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _data(
+    data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[TokenizedPair], list[TokenizedPair], dict[str, Any]]:
+    chat = tokenizer.chat_template is not None
+    pairs, loaded = load_pairs(data, chat=chat)
+    pairs = pairs[: recipe.limit]
+    held: list[PreferencePair] = []
+    eval_loaded = DataReport()
+    if eval_data is not None:
+        held, eval_loaded = load_pairs(eval_data, chat=chat)
+    elif recipe.held_out > 0:
+        pairs, held = split_by_prompt(pairs, recipe.held_out, recipe.seed)
+
+    def tokens(part: list[PreferencePair]) -> tuple[list[TokenizedPair], DataReport]:
+        return tokenize_pairs(
+            part,
+            tokenizer,
+            recipe.max_length,
+            min_answer_tokens=recipe.min_answer_tokens,
+            chat=chat,
+        )
+
+    train, fitted = tokens(pairs)
+    evaluation, eval_fitted = tokens(held) if held else ([], DataReport())
+    report: dict[str, Any] = {"loaded": loaded.as_dict(), "train": fitted.as_dict()}
+    lines = [f"data: {line}" for line in (*loaded.lines(), *fitted.lines()[1:])]
+    if held:
+        report["eval"] = (eval_loaded + eval_fitted if eval_data is not None else eval_fitted).as_dict()
+        lines.append(f"evaluation: {eval_fitted.lines()[0]}")
+    return train, evaluation, report | {"lines": lines}
+
+
+def _arguments(
+    recipe: Recipe,
+    folder: Path,
+    save_steps: int,
+    eval_steps: int | None,
+    logging_steps: int,
+    report_to: str | Sequence[str],
+    device: str | None,
+) -> TrainingArguments:
+    known = {f.name for f in fields(TrainingArguments)}
+    # transformers renamed it in 5.2x; the old name warns there.
+    checkpointing = (
+        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    )
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=recipe.accumulation,
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        bf16=recipe.bf16,
+        use_cpu=device == "cpu" or not torch.cuda.is_available(),
+        seed=recipe.seed,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=2,
+        eval_strategy="no" if eval_steps is None else "steps",
+        eval_steps=eval_steps,
+        logging_steps=logging_steps,
+        # A loss that is not finite ends the run, with the pairs that gave it.
+        logging_nan_inf_filter=False,
+        report_to=report_to,  # pyright: ignore[reportArgumentType]
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        **{checkpointing: recipe.gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
+    )
+
+
+class TrainingLog(TrainerCallback):
+    """Writes every log as a line of JSON and tells the progress in words.
+
+    Args:
+        path: of the log. A resumed run drops the lines after its checkpoint.
+    """
+
+    def __init__(self, path: Path, say: Say):
+        self.path, self.say, self.seconds = path, say, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        step = f"step {state.global_step}/{state.max_steps}"
+        if "loss" in logs:
+            rates = "".join(
+                f", {logs[f'{what}_per_second']:,.1f} {what}/s"
+                for what in ("pairs", "prefixes")
+                if f"{what}_per_second" in logs
+            )
+            self.say(f"{step}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.1e}{rates}")
+        elif "eval_loss" in logs:
+            self.say(f"{step}: held out: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_accuracy']:.3f}")
+        elif "train_runtime" in logs:
+            self.seconds = float(logs["train_runtime"])

@@ -1,0 +1,520 @@
+"""PartialRewardTrainer: transformers' Trainer on packed rows, and `train_reward_model`, which sets everything up."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.data import (
+    TokenizedPair,
+)
+from rgtg_fast.training.losses import Objective
+from rgtg_fast.training.model import (
+    HEAD,
+    check_fork_layer,
+    trained_parameters,
+    use_packed_forward,
+)
+from rgtg_fast.training.packing import answer_positions, collate, cost, pack, pretrained
+from rgtg_fast.training.trunk import LowerLayers, TrunkCache
+
+# Rewards of the prefixes of a pair's chosen and rejected answer.
+Scores = list[tuple[list[float], list[float]]]
+Metrics = Callable[[Scores], dict[str, Any]]
+Say = Callable[[str], None]
+
+RECIPE_FILE, LOG_FILE = "rgtg_fast.json", "training_log.jsonl"
+# Never taken for a checkpoint: those are called checkpoint-N.
+_PARTIAL = ".partial"
+_NAMED_PAIRS = 8
+
+
+class _Rows(Dataset[tuple[list[int], bool]]):
+    """Packed rows; a key is a row's number and whether it counts."""
+
+    def __init__(self, rows: list[list[int]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[list[int], bool]:
+        return self.rows[key[0]], key[1]
+
+
+class _RowBatches(Sampler[list[tuple[int, bool]]]):
+    """One process's share of shuffled rows, such that all processes together see what one would.
+
+    Rows that fill up the last batch do not count.
+
+    Args:
+        rows: how many there are. size: rows of a batch on one process.
+        epoch: tells the epoch whose order is wanted.
+    """
+
+    def __init__(
+        self, rows: int, size: int, seed: int, epoch: Callable[[], int], process: int, processes: int
+    ):
+        self.rows, self.size, self.seed, self.epoch = rows, size, seed, epoch
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / (self.size * self.processes))
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch())
+        order = [(row, True) for row in torch.randperm(self.rows, generator=generator).tolist()]
+        step = self.size * self.processes
+        order += [(order[0][0], False)] * (len(self) * step - self.rows)
+        for start in range(self.process * self.size, len(order), step):
+            yield order[start : start + self.size]
+
+
+class PartialRewardTrainer(Trainer):
+    """transformers' Trainer for reward models on packed preference pairs.
+
+    The items of a batch are rows, each packed with pairs to the token budget; `per_device_train_batch_size` counts
+    rows. The loss is divided by the terms of the global batch, over accumulation steps and processes, so that the
+    gradient depends on which pairs an optimizer step sees and not on how they are spread. Checkpoints are written
+    beside their place and renamed when complete.
+
+    Args:
+        model: a classifier with one label, or PEFT's model around one (`add_adapters`).
+        args: transformers' TrainingArguments.
+        train_pairs: tokenised pairs (`tokenize_pairs`).
+        eval_pairs: tokenised pairs to evaluate on.
+        processing_class: the tokenizer, saved with the model.
+        objective: what is learned, by default the partial-sequence Bradley-Terry loss.
+        token_budget: tokens of a row at most.
+        fork_layer: layers below it are frozen; with `trunk_cache` they run once over the data and are set aside.
+        trunk_cache: folder for their activations; None runs them in every step.
+        head_learning_rate: of the score head, where it differs from the rest's.
+        targets: by a pair's index, the rewards of its chosen and rejected answer (cd_fudge, rad).
+        metrics: gives more metrics from the evaluation pairs' rewards.
+        pad_id: token after a row's last pair.
+        say: receives a line when something slow goes on.
+
+    Raises:
+        RGTGError: no pairs, a pair over the budget, a fork layer that the model does not have or that is above
+            trained layers.
+    """
+
+    # The loss is divided by the whole accumulated batch's terms.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_pairs: Sequence[TokenizedPair],
+        eval_pairs: Sequence[TokenizedPair] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        objective: Objective | None = None,
+        token_budget: int = 2048,
+        fork_layer: int = 0,
+        trunk_cache: str | os.PathLike[str] | None = None,
+        head_learning_rate: float | None = None,
+        targets: dict[int, tuple[float, float]] | None = None,
+        metrics: Metrics | None = None,
+        pad_id: int = 0,
+        say: Say = lambda message: None,
+        **kwargs: Any,
+    ):
+        if not train_pairs:
+            raise RGTGError("there are no pairs to train on: pass at least one")
+        objective = objective or Objective()
+        check_fork_layer(model, fork_layer)
+        _check_frozen(model, fork_layer)
+        self.objective, self.head_learning_rate, self.targets = objective, head_learning_rate, targets
+        self.train_pairs, self.eval_pairs = list(train_pairs), list(eval_pairs or [])
+        self.pad_id, self._metrics, self._partial = pad_id, metrics, None
+        self.rows = pack(self.train_pairs, token_budget, objective.eos_padding)
+        self.eval_rows = pack(self.eval_pairs, token_budget, objective.eos_padding)
+        self._counts = torch.zeros(3)
+        self._logged_at = 0.0
+        use_packed_forward(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Rows(self.rows),
+            eval_dataset=_Rows(self.eval_rows) if self.eval_rows else None,
+            data_collator=self._collate,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # The loss that comes out of compute_loss is already that of the whole batch's mean.
+        self.model_accepts_loss_kwargs = True
+        self._trunks: dict[int, TrunkCache] = {}
+        self.lower: LowerLayers | None = None
+        if fork_layer > 0 and trunk_cache is not None:
+            for pairs in filter(None, (self.train_pairs, self.eval_pairs)):
+                cache = TrunkCache(
+                    trunk_cache,
+                    model,
+                    pairs,
+                    fork_layer,
+                    token_budget,
+                    objective.eos_padding,
+                    autocast=args.bf16 and pretrained(model).dtype == torch.float32,
+                )
+                with args.main_process_first(desc="the trunk's activations"):
+                    cache.fill(model, say)
+                self._trunks[id(pairs)] = cache
+            self.lower = LowerLayers(model, fork_layer)
+            self.lower.set_aside()
+
+    @property
+    def filled(self) -> float:
+        """Share of the rows' tokens that are no padding, each row as long as it is."""
+        longest = max(
+            sum(cost(self.train_pairs[i], self.objective.eos_padding) for i in r) for r in self.rows
+        )
+        total = sum(cost(pair, self.objective.eos_padding) for pair in self.train_pairs)
+        return total / (longest * len(self.rows))
+
+    # ---- Batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of rows; the order depends on the seed and the epoch alone."""
+        return DataLoader(
+            _Rows(self.rows),
+            batch_sampler=self._batches(),
+            collate_fn=self._collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def _batches(self) -> _RowBatches:
+        size, processes = self._train_batch_size, self.accelerator.num_processes
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        updates = math.ceil(
+            math.ceil(len(self.rows) / (size * processes)) / self.args.gradient_accumulation_steps
+        )
+        # A resumed run begins in the middle of an epoch; its step tells which.
+        return _RowBatches(
+            len(self.rows),
+            size,
+            seed,
+            lambda: self.state.global_step // updates,
+            self.accelerator.process_index,
+            processes,
+        )
+
+    def _collate(self, items: Sequence[tuple[list[int], bool]]) -> dict[str, Any]:
+        return self._batch(self.train_pairs, items)
+
+    def _batch(self, pairs: list[TokenizedPair], items: Sequence[tuple[list[int], bool]]) -> dict[str, Any]:
+        rows = [row for row, counts in items if counts]
+        batch = collate(pairs, rows or [items[0][0]], self.pad_id, eos_padding=self.objective.eos_padding)
+        trunk = self._trunks.get(id(pairs))
+        return {
+            "input_ids": batch.input_ids,
+            "batch": batch,
+            "states": None if trunk is None else trunk.states(batch),
+            "counts": bool(rows),
+        }
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The batches of one optimizer step on this process, and the terms of that step on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        totals = torch.zeros(3)
+        for inputs in batches:
+            if inputs["counts"]:
+                offsets = answer_positions(inputs["batch"])[2]
+                totals += torch.tensor(
+                    [self.objective.terms(offsets), len(inputs["batch"].pairs), float(offsets[-1])]
+                )
+        totals = self.accelerator.reduce(totals.to(device), "sum")
+        assert isinstance(totals, torch.Tensor)
+        self._counts += torch.tensor([1.0, *totals[1:].tolist()])
+        return batches, totals[0]
+
+    # ---- Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss of a batch, divided by the terms of the whole optimizer step.
+
+        Raises:
+            RGTGError: the loss is not finite; names the batch's pairs.
+        """
+        outputs = self._forward(model, inputs)
+        batch = inputs["batch"]
+        offsets = answer_positions(batch)[2].to(outputs.logits.device)
+        normalizer = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        targets = None
+        if self.targets is not None:
+            targets = torch.tensor([self.targets[self.train_pairs[i].index] for i in batch.pairs]).flatten()
+            targets = targets.to(offsets.device)
+        loss = self.objective.loss(outputs.logits, offsets, normalizer, targets)
+        if not torch.isfinite(loss):
+            raise RGTGError(self._not_finite("the loss", float(loss), batch.pairs))
+        # Gradients are averaged over processes, and this loss is a part of their sum.
+        loss = loss * (self.accelerator.num_processes if inputs["counts"] else 0)
+        self._last_pairs = batch.pairs
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        device, states = self.args.device, inputs["states"]
+        return model(
+            batch=inputs["batch"].to(device), trunk_states=None if states is None else states.to(device)
+        )
+
+    def _not_finite(self, what: str, value: float, pairs: list[int]) -> str:
+        rows = [self.train_pairs[i].index for i in pairs]
+        more = f" and {len(rows) - _NAMED_PAIRS} more" if len(rows) > _NAMED_PAIRS else ""
+        last = get_last_checkpoint(str(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        return (
+            f"{what} became {value} at step {self.state.global_step + 1} with the pairs in rows "
+            f"{', '.join(map(str, rows[:_NAMED_PAIRS]))}{more} of the data; {kept}: use a smaller learning rate, or "
+            "look at these pairs"
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Multiplications and additions of forward and backward over a batch, by 6 for each parameter and token."""
+        return 6 * inputs["input_ids"].numel() * self._parameters()
+
+    def _parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters()) if self.model is not None else 0
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer, in which the score head may have a learning rate of its own."""
+        if self.optimizer is not None or self.head_learning_rate is None:
+            return super().create_optimizer(*args, **kwargs)
+        model = next(iter(args), kwargs.get("model")) or self.model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in trained_parameters(model):
+            groups.setdefault((HEAD in name.split("."), name in decayed), []).append(parameter)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                    "lr": self.head_learning_rate if head else self.args.learning_rate,
+                }
+                for (head, decay), parameters in groups.items()
+            ],
+            **settings,
+        )
+        assert self.optimizer is not None
+        return self.optimizer
+
+    # ---- Logs and evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, with pairs and prefixes per second since the last time."""
+        steps, pairs, prefixes = self._counts.tolist()
+        now = time.monotonic()
+        if "loss" in logs and steps and self._logged_at:
+            seconds = now - self._logged_at
+            logs["pairs_per_second"] = round(pairs / seconds, 3)
+            logs["prefixes_per_second"] = round(prefixes / seconds, 1)
+        if "loss" in logs or not self._logged_at:
+            self._counts.zero_()
+            self._logged_at = now
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; see transformers' Trainer."""
+        self._logged_at = time.monotonic()
+        self._counts.zero_()
+        return super().train(*args, **kwargs)
+
+    def score(self, pairs: Sequence[TokenizedPair] | None = None) -> Scores:
+        """Rewards of every prefix of both answers, by this process and all others together.
+
+        Args:
+            pairs: `train_pairs` or `eval_pairs` of this trainer, by default the latter.
+        """
+        chosen = self.eval_pairs if pairs is None or pairs is self.eval_pairs else self.train_pairs
+        rows = self.eval_rows if chosen is self.eval_pairs else self.rows
+        share = _RowBatches(
+            len(rows), 1, 0, lambda: 0, self.accelerator.process_index, self.accelerator.num_processes
+        )
+        model = self.model_wrapped if self.is_in_train else self.model
+        assert model is not None
+        training = model.training
+        model.eval()
+        scores: dict[int, tuple[list[float], list[float]]] = {}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for keys in share:
+                inputs = self._batch(chosen, [(rows[row], counts) for row, counts in keys])
+                batch = inputs["batch"]
+                rewards = self._forward(model, inputs).logits.float().tolist()
+                ends = answer_positions(batch)[2].tolist()
+                for n, i in enumerate(batch.pairs):
+                    first, second = ends[2 * n], ends[2 * n + 1]
+                    scores[i] = (
+                        rewards[first : first + len(chosen[i].chosen_ids)],
+                        rewards[second : second + len(chosen[i].rejected_ids)],
+                    )
+        model.train(training)
+        if self.accelerator.num_processes > 1:
+            parts: list[Any] = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(parts, scores)
+            scores = {i: pair for part in parts for i, pair in part.items()}
+        return [scores[i] for i in range(len(chosen))]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and accuracy of whole answers on the evaluation pairs, and what `metrics` gives."""
+        if not self.eval_pairs:
+            raise RGTGError("there are no pairs to evaluate on: pass eval_pairs")
+        began = time.monotonic()
+        scores = self.score()
+        flat = torch.tensor([r for pair in scores for answer in pair for r in answer])
+        lengths = torch.tensor([len(answer) for pair in scores for answer in pair])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        # The rewards of padding are not among the scores, so `eos` is told as `hold`.
+        objective = Objective(
+            self.objective.name,
+            "hold" if self.objective.eos_padding else self.objective.mode,
+            self.objective.weight,
+        )
+        right = sum((w[-1] > l[-1]) + 0.5 * (w[-1] == l[-1]) for w, l in scores)  # noqa: E741
+        result: dict[str, Any] = {
+            "loss": objective.loss(flat, offsets).item() if self.targets is None else float("nan"),
+            "accuracy": right / len(scores),
+        }
+        if self._metrics is not None:
+            result |= self._metrics(scores)
+        result["runtime"] = round(time.monotonic() - began, 3)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        # Evaluation is no training time.
+        self._logged_at += time.monotonic() - began
+        return metrics
+
+    # ---- Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        partial = run / _PARTIAL
+        self._check_weights()
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._partial = partial
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_global_step:
+                    self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+                    self.state.save_to_json(str(partial / name / "trainer_state.json"))
+                _publish(partial / name, run / name)
+                shutil.rmtree(partial, ignore_errors=True)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RGTGError(_cannot_save(run, name, error)) from error
+        finally:
+            self._partial = None
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """A loss may be finite and its gradient not; what it spoils must not replace a good checkpoint."""
+        assert self.model is not None
+        for name, parameter in trained_parameters(self.model):
+            if not torch.isfinite(parameter).all():
+                raise RGTGError(self._not_finite(f"the weight {name}", float("nan"), self._last_pairs))
+
+    def save_to(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the trained model (adapters, or all weights) and the tokenizer, complete or not at all.
+
+        Raises:
+            RGTGError: the folder cannot be written.
+        """
+        target = Path(folder)
+        partial = target / _PARTIAL
+        self._check_weights()
+        try:
+            if self.lower is not None:
+                with self.lower.whole():
+                    self.save_model(str(partial), _internal_call=True)
+            else:
+                self.save_model(str(partial), _internal_call=True)
+            if self.args.should_save:
+                for file in sorted(partial.iterdir(), key=lambda file: file.name.endswith("config.json")):
+                    _sync(file)
+                    file.replace(target / file.name)
+                partial.rmdir()
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RGTGError(_cannot_save(target, "the model", error)) from error
+        self.accelerator.wait_for_everyone()
+
+
+def _check_frozen(model: nn.Module, fork_layer: int) -> None:
+    if fork_layer == 0:
+        return
+    from rgtg_fast.training.model import decoder_layers
+
+    for number, layer in enumerate(decoder_layers(model)[1][:fork_layer]):
+        trained = next((name for name, p in layer.named_parameters() if p.requires_grad), None)
+        if trained is not None:
+            raise RGTGError(
+                f"fork_layer={fork_layer} freezes layer {number} and its {trained} is to be trained: freeze it, or "
+                f"use fork_layer={number}"
+            )
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Gives a complete folder its name."""
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+
+
+def _cannot_save(run: Path, what: str, error: BaseException) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:120]
+    last = get_last_checkpoint(str(run)) if run.is_dir() else None
+    kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+    return f"cannot save {what} in {run} ({reason}); {kept}: free some space and go on with resume"
