@@ -187,6 +187,18 @@ def test_a_row_depends_on_itself_alone(name: str, support: str) -> None:
         assert together.generate([prompt], 8, guidance, seed)[0].tokens == row.tokens
 
 
+@pytest.mark.parametrize("name", WIDE)
+def test_rows_of_every_support_in_one_call(name: str) -> None:
+    case = MAKERS[name](torch.float32)
+    decoder = decoder_for(case.reward, "auto", torch.float32, max_batch=2)
+    supports = ["all", "lm", "combined", "lm", "all", "combined"]
+    prompts = ragged_prompts(6, seed=4)
+    rows = decoder.generate(prompts, 5, [Guidance(5, 0.8, 0, support) for support in supports])
+    for prompt, support, row in zip(prompts, supports, rows, strict=True):
+        lm = decoder.lm.backbone.model
+        assert row.tokens == naive.guided(lm, case.formula, prompt, 5, 0.8, support, 5, EOS)[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 @pytest.mark.parametrize("support", ["lm", "combined", "all"])
@@ -313,6 +325,22 @@ def test_weights_per_request() -> None:
     assert decoder.score([[9]], [[10, 11]])[0] == pytest.approx(
         [2 * second.formula([9], [], 10), 2 * second.formula([9], [10], 11)], abs=1e-4
     )
+
+
+def test_weights_follow_their_row_to_another_slot() -> None:
+    """The first row ends at once, and the last row takes its slot."""
+    first = _farma(torch.float32)
+    ending = FunctionReward(lambda prefix, ids: 1e4 * (ids == EOS).float())
+    decoder = decoder_for(MixtureReward([first.reward, ending]), "auto", torch.float32)
+    weights = [(1.0, 1.0), (0.5, 0.0), (-2.0, 0.0)]
+    prompts = ragged_prompts(3, seed=5)
+    rows = decoder.generate(prompts, 8, [Guidance(64, 1.0, 0, weights=w) for w in weights])
+    assert rows[0].tokens == []
+    for prompt, (weight, _), row in list(zip(prompts, weights, rows, strict=True))[1:]:
+        formula = naive.mixture((weight, first.formula))
+        assert (
+            row.tokens == naive.guided(decoder.lm.backbone.model, formula, prompt, 64, 1.0, "lm", 8, EOS)[0]
+        )
 
 
 def test_a_mixture_of_contexts_texts_and_functions() -> None:
