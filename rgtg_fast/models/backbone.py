@@ -146,23 +146,32 @@ class Backbone:
         self._lengths = [0] * slots
         self.counter = Counter()
 
-    def prefill(self, slot: int, ids: Sequence[int]) -> None:
-        """Appends tokens to a slot's prefix in one causal forward; their logits are not computed."""
+    def prefill(self, slot: int, ids: Sequence[int]) -> torch.Tensor:
+        """Appends tokens to a slot's prefix in one causal forward; returns their hidden states [S, E]."""
         if not ids:
-            return
+            return torch.empty(0)
         start, count = self._lengths[slot], len(ids)
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
         positions = torch.arange(start, start + count, device=self.device).unsqueeze(0)
         self.cache.begin_prefill(slot, start, count)
-        self.layers.forward(tokens, positions, self.cache)
+        hidden = self.layers.forward(tokens, positions, self.cache)
         self.cache.end_prefill(count)
         self._lengths[slot] += count
         self.counter.prompt_tokens += count
+        return hidden[0]
 
     def clear(self, slot: int) -> None:
         """Empties a slot for the next prompt."""
-        self.cache.lengths[slot] = 0
-        self._lengths[slot] = 0
+        self.roll_back(slot, 0)
+
+    def roll_back(self, slot: int, length: int) -> None:
+        """Cuts a slot's prefix back to its first `length` tokens; nothing is copied or computed."""
+        self.cache.lengths[slot] = length
+        self._lengths[slot] = length
+
+    def length(self, slot: int) -> int:
+        """Tokens in a slot's prefix, from the host's own count."""
+        return self._lengths[slot]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, S, E] of S undecided tokens [B, S] per row, each of which sees its prefix and itself."""
