@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -92,9 +93,18 @@ def load_base(
     # From 0 the first steps fit the frozen features instead of unlearning a random reward.
     if any(name.startswith(HEAD) for name in info["missing_keys"]):
         nn.init.zeros_(head.weight)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    _pad_with_another_token_than_eos(model, tokenizer)
     return model, tokenizer
+
+
+def _pad_with_another_token_than_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers' classifiers take the last token that is no padding for an answer's end, which here is its EOS."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        known = [tokenizer.unk_token_id, *tokenizer.all_special_ids]
+        other = next((i for i in known if i is not None and i != tokenizer.eos_token_id), None)
+        if other is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:
@@ -174,29 +184,52 @@ def add_adapters(model: PreTrainedModel, fork_layer: int, lora: Lora) -> Any:
     # The head learns in float32 also over a bfloat16 trunk: its steps are smaller than bfloat16 resolves.
     _head(model).to(torch.promote_types(model.dtype, torch.float32))
     if fork_layer == len(layers):
-        # PEFT has no configuration for a head alone: the last layer gets adapters that stay zero and frozen.
-        config = LoraConfig(
-            task_type=TaskType.SEQ_CLS, r=1, target_modules=[], modules_to_save=[HEAD], inference_mode=False
-        )
-        return get_peft_model(model, config)
-    linear = (nn.Linear, Conv1D)
-    targets = {
-        path.rpartition(".")[2]
-        for layer in layers[fork_layer:]
-        for path, module in layer.named_modules()
-        if isinstance(module, linear)
-    }
+        return _head_alone(model, name, layers)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.dropout,
-        target_modules=sorted(targets),
+        target_modules=sorted({path.rpartition(".")[2] for path in _linear(layers[fork_layer:])}),
         layers_to_transform=list(range(fork_layer, len(layers))),
         layers_pattern=name,
         modules_to_save=[HEAD],
     )
     return get_peft_model(model, config)
+
+
+def _linear(layers: nn.Module) -> list[str]:
+    """Paths of the linear maps inside."""
+    return [path for path, module in layers.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def _head_alone(model: PreTrainedModel, name: str, layers: nn.ModuleList) -> Any:
+    """PEFT has no adapter of a head alone: one map of the last layer gets a correction that is 0 and stays so."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    last = len(layers) - 1
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=1,
+        target_modules=[_linear(layers[last])[0].rpartition(".")[2]],
+        layers_to_transform=[last],
+        layers_pattern=name,
+        modules_to_save=[HEAD],
+    )
+    wrapped = get_peft_model(model, config)
+    for parameter_name, parameter in wrapped.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.requires_grad_(False)
+    return wrapped
+
+
+def drop_zero_adapters(folder: Path) -> None:
+    """Leaves the head alone in the files of adapters that `add_adapters` made for it; PEFT fills in zeros."""
+    path = folder / "adapter_model.safetensors"
+    if path.is_file():
+        tensors = load_file(path)
+        kept = {name: tensor for name, tensor in tensors.items() if "lora_" not in name}
+        save_file(kept, path, metadata={"format": "pt"})
 
 
 def use_packed_forward(model: nn.Module) -> None:

@@ -29,6 +29,8 @@ from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
     HEAD,
     check_fork_layer,
+    decoder_layers,
+    drop_zero_adapters,
     trained_parameters,
     use_packed_forward,
 )
@@ -144,7 +146,7 @@ class PartialRewardTrainer(Trainer):
         _check_frozen(model, fork_layer)
         self.objective, self.head_learning_rate, self.targets = objective, head_learning_rate, targets
         self.train_pairs, self.eval_pairs = list(train_pairs), list(eval_pairs or [])
-        self.pad_id, self._metrics, self._partial = pad_id, metrics, None
+        self.pad_id, self.fork_layer, self._metrics, self._partial = pad_id, fork_layer, metrics, None
         self.rows = pack(self.train_pairs, token_budget, objective.eos_padding)
         self.eval_rows = pack(self.eval_pairs, token_budget, objective.eos_padding)
         self._counts = torch.zeros(3)
@@ -474,6 +476,8 @@ class PartialRewardTrainer(Trainer):
             else:
                 self.save_model(str(partial), _internal_call=True)
             if self.args.should_save:
+                if self.fork_layer == len(decoder_layers(self.model)[1]):
+                    drop_zero_adapters(partial)
                 for file in sorted(partial.iterdir(), key=lambda file: file.name.endswith("config.json")):
                     _sync(file)
                     file.replace(target / file.name)
@@ -487,8 +491,6 @@ class PartialRewardTrainer(Trainer):
 def _check_frozen(model: nn.Module, fork_layer: int) -> None:
     if fork_layer == 0:
         return
-    from rgtg_fast.training.model import decoder_layers
-
     for number, layer in enumerate(decoder_layers(model)[1][:fork_layer]):
         trained = next((name for name, p in layer.named_parameters() if p.requires_grad), None)
         if trained is not None:

@@ -1,0 +1,47 @@
+"""Pairs that a tiny model can learn and models on disk, for the tests of training."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rgtg_fast.training.data import TokenizedPair
+from tests.conftest import make_lm, make_tokenizer
+
+EOS = 1
+CHOSEN, REJECTED = range(6, 30), range(34, 58)
+
+
+def tokenized(count: int, seed: int = 0, longest: int = 9) -> list[TokenizedPair]:
+    """Pairs whose chosen answers use other words than their rejected ones."""
+    draw = random.Random(seed)
+    pairs = []
+    for index in range(count):
+        prompt = [draw.choice(range(6, 58)) for _ in range(draw.randint(1, 6))]
+        chosen = [draw.choice(CHOSEN) for _ in range(draw.randint(1, longest))]
+        rejected = [draw.choice(REJECTED) for _ in range(draw.randint(1, longest))]
+        pairs.append(TokenizedPair(prompt, [*chosen, EOS], [*rejected, EOS], index))
+    return pairs
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The same as texts: rows of a preference file."""
+    draw = random.Random(seed)
+
+    def words(of: range) -> str:
+        return " ".join(f"w{draw.choice(of) - 6}" for _ in range(draw.randint(1, 9)))
+
+    return [
+        {"prompt": words(range(6, 58)), "chosen": words(CHOSEN), "rejected": words(REJECTED)}
+        for _ in range(count)
+    ]
+
+
+def save_lm(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Path:
+    """A tiny language model with its tokenizer on disk."""
+    make_lm(dtype=dtype, **{"num_hidden_layers": 3, **settings}).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
