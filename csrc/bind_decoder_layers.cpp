@@ -30,7 +30,7 @@ int64_t decoder_chunk(const DecoderCall& call) {
 int64_t decoder_scratch_bytes(const DecoderShape& s, const DecoderCall& call, int threads) {
   const int64_t chunk = decoder_chunk(call);
   const int64_t per_row = (s.heads + 2 * s.groups) * s.head_dim + 3 * s.inner + 2 * s.heads * s.head_dim;
-  return 4 * chunk * (per_row + threads * s.hidden) + 64 * (8 + threads);
+  return 4 * chunk * (per_row + threads * s.hidden + 3 * call.rank) + 64 * (9 + threads);
 }
 
 TreeAttention decoder_attention(const DecoderShape& s, const DecoderCall& call) {
@@ -71,9 +71,24 @@ class DecoderLayers {
     }
   }
 
+  // The corrections of every layer's matrices by every adapter, in this order: (a, b, rank) each. An empty table: none.
+  void adapt(const std::vector<Addresses>& table) {
+    std::lock_guard<std::mutex> one_call(mutex_);
+    low_rank_.clear();
+    rank_ = 0;
+    for (const Addresses& p : table) {
+      if (p.size() != 3) throw std::invalid_argument("a correction has two addresses and a rank");
+      low_rank_.push_back({reinterpret_cast<const void*>(p[0]), reinterpret_cast<const float*>(p[1]),
+                           static_cast<int64_t>(p[2])});
+      if (low_rank_.back().rank > rank_) rank_ = low_rank_.back().rank;
+    }
+    if (table.size() % (layers_.size() * kMatrices) != 0) throw std::invalid_argument("a correction is missing");
+  }
+
+  // Layers first to last - 1; the last of all is followed by the final norm. Without ids, x holds the states that enter.
   // Addresses and strides of k_cache, v_cache, k_new and v_new: (address, layer, row, group, token) each.
   // False, with nothing computed, where an id is outside the vocabulary.
-  bool forward(uintptr_t ids, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t positions,
+  bool forward(int64_t first, int64_t last, int64_t variants, uintptr_t ids, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t positions,
                const std::vector<Addresses>& kv, uintptr_t lengths,
                uintptr_t ancestors, bool causal, int64_t batch, int64_t tokens,
                int64_t cache_tokens, int threads) {
@@ -82,9 +97,15 @@ class DecoderLayers {
       return KeyValues{reinterpret_cast<void*>(a.at(0)), static_cast<int64_t>(a.at(1)), static_cast<int64_t>(a.at(2)),
                        static_cast<int64_t>(a.at(3)), static_cast<int64_t>(a.at(4))};
     };
-    DecoderCall call{layers_.data(),
-                     static_cast<int64_t>(layers_.size()),
-                     final_norm_,
+    const int64_t adapters = static_cast<int64_t>(low_rank_.size() / (layers_.size() * kMatrices));
+    if (variants != 1 && variants != 1 + adapters) throw std::invalid_argument("variants are not those of adapt()");
+    const bool ends = last == static_cast<int64_t>(layers_.size());
+    DecoderCall call{layers_.data() + first,
+                     last - first,
+                     ends ? final_norm_ : nullptr,
+                     low_rank_.data() + first * kMatrices * adapters,
+                     variants,
+                     variants > 1 ? rank_ : 0,
                      embedding_,
                      embedding_scale_,
                      reinterpret_cast<const int64_t*>(ids),
@@ -102,7 +123,7 @@ class DecoderLayers {
                      batch,
                      tokens,
                      cache_tokens};
-    for (int64_t n = 0; n < batch * tokens; ++n) {
+    for (int64_t n = 0; call.ids != nullptr && n < batch * tokens; ++n) {
       if (call.ids[n] < 0 || call.ids[n] >= vocabulary_) return false;
     }
     const TreeAttention attention = decoder_attention(shape_, call);
@@ -136,6 +157,8 @@ class DecoderLayers {
   int64_t vocabulary_;
   float embedding_scale_;
   std::vector<LayerWeights> layers_;
+  std::vector<LowRank> low_rank_;
+  int64_t rank_ = 0;
   std::unique_ptr<char, Free> scratch_;
   int64_t scratch_bytes_ = 0;
   std::mutex mutex_;
@@ -147,6 +170,7 @@ void bind_decoder_layers(pybind11::module_& m) {
   pybind11::class_<DecoderLayers>(m, "DecoderLayers")
       .def(pybind11::init<const std::vector<Addresses>&, uintptr_t, uintptr_t, int64_t, float, int64_t, int64_t,
                           int64_t, int64_t, int64_t, int64_t, float, float, int, int>())
+      .def("adapt", &DecoderLayers::adapt)
       .def("forward", &DecoderLayers::forward);
 }
 

@@ -1,5 +1,6 @@
 // Runs decoder layers: norm, q/k/v, rotary embedding, attention over cache and new tokens, output projection, norm,
-// gated MLP. Activations are fp32 between the products; where the weights are bf16 the products' inputs are rounded to
+// gated MLP. Rows of several adapters run side by side: a product reads its weights once for all of them, then each row
+// gets its own adapter's low-rank correction. Activations are fp32 between the products; where the weights are bf16 the products' inputs are rounded to
 // bf16. Every value of a row depends on that row's own inputs in a fixed order of operations: batch, chunk and thread
 // count change nothing.
 #include "decoder_layers.hpp"
@@ -71,6 +72,34 @@ void rotate(const float* x, const float* cos, const float* sin, T* out, int64_t 
   }
 }
 
+// y[r, begin:end] += sum over i of t[r, i] b[i, begin:end] for all rows, in the order of i.
+void add_products(const float* t, int64_t ldt, const float* b, int64_t rank, int64_t ldb, float* y, int64_t ldy,
+                  int64_t rows, int64_t begin, int64_t end) {
+  constexpr int kTile = 8;
+  for (int64_t n = begin; n < end; n += kWidth) {
+    const int count = static_cast<int>(end - n < kWidth ? end - n : kWidth);
+    for (int64_t first = 0; first < rows; first += kTile) {
+      const int tile = static_cast<int>(rows - first < kTile ? rows - first : kTile);
+      Vec sums[kTile];
+      for (int r = 0; r < kTile; ++r) sums[r] = zero();
+      const float* own = t + first * ldt;
+      for (int64_t i = 0; i < rank; ++i) {
+        const Vec column = load_n(b + i * ldb + n, count);
+        if (tile == kTile) {
+#pragma GCC unroll 8
+          for (int r = 0; r < kTile; ++r) sums[r] = fma(set1(own[r * ldt + i]), column, sums[r]);
+        } else {
+          for (int r = 0; r < tile; ++r) sums[r] = fma(set1(own[r * ldt + i]), column, sums[r]);
+        }
+      }
+      for (int r = 0; r < tile; ++r) {
+        float* out = y + (first + r) * ldy + n;
+        store_n(out, load_n(out, count) + sums[r], count);
+      }
+    }
+  }
+}
+
 template <class T>
 T* at(const KeyValues& kv, int64_t layer, int64_t row, int64_t group) {
   return static_cast<T*>(kv.data) + layer * kv.layer + row * kv.row + group * kv.group;
@@ -89,7 +118,7 @@ struct Worker {
   const int64_t chunk;
   static constexpr int64_t kBytes = sizeof(T);
   T *norm, *q, *mixed, *hidden;
-  float *qkv, *gate, *up;
+  float *qkv, *gate, *up, *low;
 
   Worker(const DecoderShape& shape, const DecoderCall& call, char* scratch, void* attention_workspace,
          BarrierState* barrier_state, int index, int count)
@@ -111,6 +140,7 @@ struct Worker {
     take(q, chunk * s.heads * s.head_dim);
     take(mixed, chunk * s.heads * s.head_dim);
     take(hidden, chunk * s.inner);
+    take(low, chunk * 3 * c.rank);
     for (int i = 0; i <= (private_norm() ? thread : 0); ++i) take(norm, chunk * s.hidden);
   }
 
@@ -141,7 +171,55 @@ struct Worker {
     return {x, w, bias, y, rows, inner, inner, ldy, s.dtype, accumulate};
   }
 
+  // The chunk's rows that have an adapter, as runs of one variant: body(variant, first row, rows, row distance).
+  template <class Body>
+  void adapted(int64_t first, int64_t rows, Body body) const {
+    if (c.tokens == 1) {
+      for (int64_t variant = 1; variant < c.variants; ++variant) {
+        const int64_t begin = (variant - first % c.variants + c.variants) % c.variants;
+        if (begin < rows) body(variant, begin, (rows - begin + c.variants - 1) / c.variants, c.variants);
+      }
+      return;
+    }
+    for (int64_t r = 0; r < rows;) {
+      const int64_t b = (first + r) / c.tokens, stop = (b + 1) * c.tokens - first;
+      const int64_t end = stop < rows ? stop : rows;
+      if (b % c.variants > 0) body(b % c.variants, r, end - r, int64_t{1});
+      r = end;
+    }
+  }
+  const LowRank& low_rank(int64_t layer, int matrix, int64_t variant) const {
+    return c.low_rank[(layer * kMatrices + matrix) * (c.variants - 1) + variant - 1];
+  }
+
+  // low = a x for the matrices from `matrix` on that share their input x [rows, inner]. Ends with a barrier.
+  void reduce(int64_t layer, int matrix, int count, const T* x, int64_t inner, int64_t first, int64_t rows) {
+    if (c.variants == 1) return;
+    adapted(first, rows, [&](int64_t variant, int64_t begin, int64_t n, int64_t step) {
+      for (int i = 0; i < count; ++i) {
+        const LowRank& p = low_rank(layer, matrix + i, variant);
+        const Range mine = columns(p.rank);
+        linear({x + begin * inner, p.a, nullptr, low + begin * 3 * c.rank + i * c.rank, n, inner, step * inner,
+                step * 3 * c.rank, s.dtype, false},
+               mine.begin, mine.end, {nullptr, 0});
+      }
+    });
+    wait();
+  }
+
+  // y[:, begin:end] += b low for the rows with an adapter; `place` is the matrix's place in the last reduce().
+  void correct(int64_t layer, int matrix, int place, float* y, int64_t outer, int64_t ldy, int64_t first, int64_t rows,
+               int64_t begin, int64_t end) const {
+    if (c.variants == 1) return;
+    adapted(first, rows, [&](int64_t variant, int64_t start, int64_t n, int64_t step) {
+      const LowRank& p = low_rank(layer, matrix, variant);
+      add_products(low + start * 3 * c.rank + place * c.rank, step * 3 * c.rank, p.b, p.rank, outer, y + start * ldy,
+                   step * ldy, n, begin, end);
+    });
+  }
+
   void embed(int64_t n) {
+    if (c.ids == nullptr) return;
     const T* table = static_cast<const T*>(c.embedding);
     const Vec scale = set1(c.embedding_scale);
     T rounded[kWidth];
@@ -166,7 +244,7 @@ struct Worker {
     if (!private_norm()) wait();
   }
 
-  void project_qkv(const LayerWeights& w, int64_t rows) {
+  void project_qkv(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
     const int64_t nq = s.heads * s.head_dim, nk = s.groups * s.head_dim, all = nq + 2 * nk;
     const Range mine = columns(all);
     const int64_t starts[] = {0, nq, nq + nk, all};
@@ -180,6 +258,7 @@ struct Worker {
                                 ? Upcoming{weights[i + 1], (mine.end - starts[i + 1]) * s.hidden * kBytes}
                                 : upcoming(w.o, s.hidden, nq);
       linear(product(norm, weights[i], biases[i], qkv + starts[i], rows, s.hidden, all, false), begin, end, next);
+      correct(layer, kQ + i, i, qkv + starts[i], starts[i + 1] - starts[i], all, first, rows, begin, end);
     }
   }
 
@@ -222,7 +301,7 @@ struct Worker {
     tree_attention(attention, workspace, thread, threads);
   }
 
-  void mlp(const LayerWeights& w, int64_t rows) {
+  void mlp(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
     const Range mine = columns(s.inner);
     // Few rows: one long stretch of each matrix keeps the memory busy. Many: short ones stay in the cache.
     const int64_t step = rows <= kPrivateNormRows ? mine.end - mine.begin : kMlpColumns;
@@ -236,6 +315,8 @@ struct Worker {
       const Upcoming next =
           end < mine.end ? Upcoming{gate_w + end * s.hidden, bytes} : upcoming(w.down, s.hidden, s.inner);
       linear(product(norm, w.up, w.up_bias, up, rows, s.hidden, s.inner, false), begin, end, next);
+      correct(layer, kGate, 0, gate, s.inner, s.inner, first, rows, begin, end);
+      correct(layer, kUp, 1, up, s.inner, s.inner, first, rows, begin, end);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t offset = r * s.inner + begin;
         activate_and_multiply(gate + offset, up + offset, hidden + offset, end - begin, s.activation);
@@ -254,23 +335,29 @@ struct Worker {
         const int64_t rows = first + chunk < n ? chunk : n - first;
         float* x = c.x + first * s.hidden;
         normalise(x, w.input_norm, rows);
-        project_qkv(w, rows);
+        reduce(layer, kQ, 3, norm, s.hidden, first, rows);
+        project_qkv(w, layer, first, rows);
         wait();
         place(w, layer, first, rows);
         wait();
         attend(layer, first, rows);
         wait();
+        reduce(layer, kO, 1, mixed, mixed_width, first, rows);
         linear(product(mixed, w.o, w.o_bias, x, rows, mixed_width, s.hidden, true), out.begin, out.end,
                upcoming(w.gate, s.inner, s.hidden));
+        correct(layer, kO, 0, x, s.hidden, s.hidden, first, rows, out.begin, out.end);
         wait();
         normalise(x, w.mlp_norm, rows);
-        mlp(w, rows);
+        reduce(layer, kGate, 2, norm, s.hidden, first, rows);
+        mlp(w, layer, first, rows);
         wait();
+        reduce(layer, kDown, 1, hidden, s.inner, first, rows);
         const bool again = first + chunk < n;
         const Upcoming next = again ? upcoming_qkv(w)
                               : layer + 1 < c.layer_count ? upcoming_qkv(c.layers[layer + 1])
                                                           : Upcoming{nullptr, 0};
         linear(product(hidden, w.down, w.down_bias, x, rows, s.inner, s.hidden, true), out.begin, out.end, next);
+        correct(layer, kDown, 0, x, s.hidden, s.hidden, first, rows, out.begin, out.end);
         wait();
       }
     }

@@ -16,6 +16,16 @@ struct LayerWeights {
   const float *input_norm, *mlp_norm, *q_norm, *k_norm;
 };
 
+// The matrices of a layer in the order of LayerWeights.
+enum Matrix : int { kQ = 0, kK = 1, kV = 2, kO = 3, kGate = 4, kUp = 5, kDown = 6, kMatrices = 7 };
+
+// A correction y += b (a x) of one matrix: a [rank, inner] of the model's dtype, b transposed [rank, outer] fp32.
+struct LowRank {
+  const void* a;
+  const float* b;
+  int64_t rank;  // 0: the adapter leaves this matrix alone
+};
+
 struct DecoderShape {
   int64_t hidden, heads, groups, head_dim, inner, rotary;
   float eps, scale;
@@ -33,9 +43,13 @@ struct DecoderCall {
   const LayerWeights* layers;
   int64_t layer_count;
   const float* final_norm;   // nullptr: x is left as the last layer gives it
+  // Batch row b is of variant b % variants; 0 is the model itself, the others have an adapter each:
+  // low_rank[layer][matrix][variant - 1]. rank is the largest of all.
+  const LowRank* low_rank;
+  int64_t variants, rank;
   const void* embedding;     // [vocabulary, hidden] of the model's dtype
   float embedding_scale;     // what its rows are multiplied by, rounded to that dtype
-  const int64_t* ids;        // [N]
+  const int64_t* ids;        // [N], or nullptr where x holds the states to begin with
   float* x;                  // [N, hidden]: the residual stream, and the result
   const float *cos, *sin;    // [positions, rotary]
   const int64_t* positions;  // [N]

@@ -67,6 +67,7 @@ class RewardGuidedDecoder:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise RGTGError(f"max_batch={max_batch!r} is not a whole number >= 1: use for example 8")
         self.lm, self.reward, self.max_batch = lm, reward, max_batch
+        lm.backbone.contexts = self._contexts
         self.phase_timer: Callable[[], PhaseTimer] = PhaseTimer
         self._runs = 0
 
@@ -127,6 +128,7 @@ class RewardGuidedDecoder:
             "lm_engine": backbone.engine,
             "reward": None if guide is None else guide.name,
             "reward_engine": None if guide is None else guide.engine,
+            "reward_trunk": None if guide is None else guide.trunk,
             "device": str(backbone.device),
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "max_batch": self.max_batch,
@@ -260,6 +262,8 @@ class RewardGuidedDecoder:
                 )
                 self._check_choice(batch, choice)
             with phase("commit"):
+                if lm.lookahead:
+                    lm.commit(self._per_context(choice))
                 if reward is not None:
                     reward.commit(choice)
                 batch.tokens = candidates.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
@@ -273,14 +277,17 @@ class RewardGuidedDecoder:
                 self._retire(run, batch)
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base model's logits [B, V] for the next token, and those [B, contexts, V] in the guide's contexts."""
-        backbone = self.lm.backbone
-        contexts = self._contexts
-        tokens = batch.tokens if contexts == 1 else batch.tokens.repeat_interleave(contexts)
-        hidden = backbone.step(tokens.unsqueeze(-1))
-        backbone.commit(torch.zeros_like(tokens))
-        logits = backbone.logits(hidden.squeeze(1))[:, : self.lm.vocabulary]
-        per_prompt = logits.unflatten(0, (len(batch), contexts))
+        """The base model's logits [B, V] for the next token, and those [B, contexts, V] in the guide's contexts.
+
+        A guide that shares the forward has already run the newest token: as a candidate of the step before.
+        """
+        lm = self.lm.backbone
+        tokens = self._per_context(batch.tokens)
+        if not lm.lookahead:
+            lm.step(tokens.unsqueeze(-1))
+            lm.commit(torch.zeros_like(tokens))
+        logits = lm.next_logits(len(tokens))[:, : self.lm.vocabulary]
+        per_prompt = logits.unflatten(0, (len(batch), self._contexts))
         return per_prompt[:, 0], per_prompt[:, 1:]
 
     def _select(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -301,6 +308,8 @@ class RewardGuidedDecoder:
         """The candidates' rewards [B, k]; zeros without a guide."""
         if self.reward is None:
             return torch.zeros_like(logprobs)
+        if self.lm.backbone.lookahead:
+            self.lm.backbone.step(self._per_context(candidates))
         whole = batch.support == "all"
         rewards = self.reward.guidance() if whole else self.reward.score(candidates)
         return rewards.to(logprobs.dtype)
@@ -308,7 +317,10 @@ class RewardGuidedDecoder:
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
     def _admit(self, batch: Batch, waiting: deque[Row]) -> None:
-        """Free slots take waiting prompts: all but the last prompt token enter the base model's cache."""
+        """Free slots take waiting prompts: all but the last prompt token enter the base model's cache.
+
+        With a guide that shares the forward all of them do, as in every guide's own cache.
+        """
         changed = False
         while waiting and len(batch) < self.max_batch:
             whole = waiting[0].guidance.support == "all"
@@ -319,7 +331,8 @@ class RewardGuidedDecoder:
             own = row.encoded[: self._contexts - 1]
             for context, ids in enumerate([row.prompt_ids, *own]):
                 self.lm.backbone.clear(slot * self._contexts + context)
-                self.lm.backbone.prefill(slot * self._contexts + context, ids[:-1])
+                new = ids if self.lm.backbone.lookahead else ids[:-1]
+                self.lm.backbone.prefill(slot * self._contexts + context, new)
             if self.reward is not None:
                 self.reward.admit(slot, row, row.encoded)
             changed = True
@@ -450,7 +463,8 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 f"k={guidance.k} exceeds the vocabulary (V={self.lm.vocabulary}): use k <= {self.lm.vocabulary}"
             )
-        if guidance.support != "lm" and (self.reward is None or not self.reward.wide):
+        wide = guidance.support == "all" if self.reward is None else self.reward.wide
+        if guidance.support != "lm" and not wide:
             guide = "no reward" if self.reward is None else self.reward.name
             raise RGTGError(
                 f"support={guidance.support!r} needs a reward over the whole vocabulary and this decoder has {guide}: "
@@ -508,6 +522,10 @@ class RewardGuidedDecoder:
     def _contexts(self) -> int:
         """Rows of the base model's batch per prompt."""
         return 1 if self.reward is None else 1 + self.reward.contexts
+
+    def _per_context(self, of_prompt: torch.Tensor) -> torch.Tensor:
+        """What belongs to a prompt [B, ...], for each of its rows in the base model's batch."""
+        return of_prompt if self._contexts == 1 else of_prompt.repeat_interleave(self._contexts, 0)
 
     def _cache_bytes(self) -> dict[str, int]:
         guide = 0 if self.reward is None else self.reward.cache_bytes()

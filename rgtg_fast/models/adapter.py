@@ -115,6 +115,7 @@ class Adapter:
         base_fingerprint: `fingerprint` of the base model, where the adapter was trained here.
         low_rank: the corrections by layer and linear layer, for example (3, "self_attn.q_proj").
         head: the saved head in float32, a reward's [1, E] or one as large as a vocabulary; None where none was saved.
+        head_name: `"score"` or `"lm_head"`, the module that it replaces.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Adapter:
     base_fingerprint: str | None
     low_rank: dict[tuple[int, str], LowRank]
     head: nn.Linear | None
+    head_name: str
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Adapter:
@@ -154,6 +156,7 @@ class Adapter:
             base_fingerprint=recipe.get("base_fingerprint"),
             low_rank=low_rank,
             head=_head(heads, path),
+            head_name=min(heads, default="lm_head").split(".")[0],
         )
 
     @property
@@ -209,33 +212,34 @@ class Adapter:
             )
         return self.head
 
-    def merged(self, base: PreTrainedModel, head: str) -> PreTrainedModel:
-        """A model of its own: the base's weights copied, the adapter added to the copy, in float32 and then rounded.
+    def merged(self, base: PreTrainedModel) -> PreTrainedModel:
+        """A model of its own: the base's weights copied, the adapter added to the copy in float32 and then rounded.
 
         Args:
             base: the adapter's base model, which stays as it is.
-            head: `"score"` for a sequence classifier with one label, `"lm_head"` for a causal language model.
+
+        Returns:
+            A sequence classifier where the adapter has a `score` head, else a causal language model.
         """
         config = copy.deepcopy(base.config)
         with base.device:
-            if head == "score":
-                config.num_labels = 1
+            if self.head is not None and self.head_name == "score":
+                config.num_labels = self.head.out_features
                 own = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+                own.base_model.load_state_dict(base.base_model.state_dict())
             else:
                 own = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
                 own.load_state_dict(base.state_dict())
-        own.base_model.load_state_dict(base.base_model.state_dict())
         layers = decoder_layers(own)
+        exact = torch.promote_types(base.dtype, torch.float32)
         with torch.no_grad():
             for (layer, name), pair in self.low_rank.items():
                 module: Any = layers[layer].get_submodule(name)
-                change = pair.b.to(base.device) @ pair.a.to(base.device)
-                if not isinstance(module, nn.Linear):
-                    change = change.T
-                exact = torch.promote_types(base.dtype, torch.float32)
-                module.weight.copy_(module.weight.to(exact) + change.to(exact))
-            if self.head is not None:
-                setattr(own, head, copy.deepcopy(self.head).to(base.device, base.dtype))
+                pair = pair.to(base.device, exact)
+                change = pair.b @ pair.a
+                module.weight += change if isinstance(module, nn.Linear) else change.T
+        if self.head is not None:
+            setattr(own, self.head_name, copy.deepcopy(self.head).to(base.device, base.dtype))
         return own.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,8 +13,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
-from rgtg_fast.models.cache import PrefixCache
+from rgtg_fast.models.cache import ForkedCache, PrefixCache
+from rgtg_fast.models.low_rank import LowRankRows
 from rgtg_fast.models.native import NativeLayers
 
 ENGINES = ("auto", "native", "transformers")
@@ -25,8 +28,14 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torc
 class Layers(Protocol):
     """What runs a model's blocks over the forward that its cache has begun."""
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
-        """Hidden states [B, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+    ) -> torch.Tensor:
+        """States [B · variants, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
+        ...
+
+    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
+        """Forwards have a variant for each adapter from now on; `rows` hooks the same into the model's own modules."""
         ...
 
     def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
@@ -40,11 +49,22 @@ class TransformersLayers:
     def __init__(self, model: PreTrainedModel):
         use_prefix_attention(model)
         self.trunk = model.base_model
+        self._rows: LowRankRows | None = None
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
-        out = self.trunk(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, prefix_cache=cache
-        )
+    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
+        self._rows = rows
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+    ) -> torch.Tensor:
+        with nullcontext() if self._rows is None else self._rows.interleaved(len(ids)):
+            out = self.trunk(
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                prefix_cache=cache,
+            )
         return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
@@ -57,19 +77,32 @@ class FusedLayers:
     def __init__(self, model: PreTrainedModel):
         self.native = NativeLayers(model.base_model)
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
-        keys, values, lengths = cache.active
-        return self.native.forward(
-            ids,
-            positions,
-            keys,
-            values,
-            lengths,
-            cache.k_new,
-            cache.v_new,
-            causal=cache.causal,
-            ancestors=cache.ancestors,
-        )
+    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
+        self.native.adapt(adapters)
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+    ) -> torch.Tensor:
+        x = ids
+        for first, last, variants, part in cache.parts:
+            if variants > 1:
+                x, positions = x.repeat_interleave(variants, 0), positions.repeat_interleave(variants, 0)
+            keys, values, lengths = part.active
+            x = self.native.forward(
+                x,
+                positions,
+                keys,
+                values,
+                lengths,
+                part.k_new,
+                part.v_new,
+                causal=part.causal,
+                ancestors=part.ancestors,
+                first=first,
+                last=last,
+                variants=variants,
+            )
+        return x
 
     def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
         return self.native.logits(hidden, head.weight, head.bias)
@@ -107,11 +140,20 @@ class Backbone:
     Rows live in slots 0..n-1. `prefill` fills one slot's prefix, `step` runs S undecided tokens per row, `commit`
     appends the chosen one. Nothing is ever computed twice.
 
+    Guides whose weights are an adapter on this model share its forward (`attach`): from the first layer that an adapter
+    changes on, each row runs once more under that adapter.
+
     Args:
         model: a causal model with a head: `lm_head` (language model) or `score` (reward model).
         head: the head's linear layer.
         engine: `"auto"`, `"native"` or `"transformers"`.
         limit: tokens that the model's context holds.
+
+    Attributes:
+        lookahead: whether a step runs the candidates themselves, because an attached guide scores them. The state after
+            the chosen one then gives the next token's logits, and no token is run again.
+        contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached guides
+            look at the first alone.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear, engine: str, limit: int):
@@ -125,8 +167,14 @@ class Backbone:
             int(getattr(config, "num_key_value_heads", None) or heads),
             int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         )
-        self.cache = PrefixCache(*self.geometry, self.dtype, self.device)
+        self.cache: PrefixCache | ForkedCache = PrefixCache(*self.geometry, self.dtype, self.device)
         self.counter = Counter()
+        self.lookahead = False
+        self.contexts = 1
+        self._adapters: list[Adapter] = []
+        self._rows: LowRankRows | None = None
+        # States [B, variants, S, E] of the last step's tokens, and with lookahead [slots, variants, E] of the newest.
+        self._stepped = self._states = self._newest = torch.empty(0)
         # The host's copy of cache.lengths, so that nothing waits for the device.
         self._lengths: list[int] = []
 
@@ -137,14 +185,76 @@ class Backbone:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in the cache."""
-        return PrefixCache.bytes_per_token(*self.geometry, self.dtype)
+        """Bytes that one token of one row takes in the cache, with all its variants."""
+        layers, kv_heads, head_dim = self.geometry
+        stored = self.fork + (layers - self.fork) * self.variants
+        return PrefixCache.bytes_per_token(stored, kv_heads, head_dim, self.dtype)
+
+    # ---- guides that share the forward ------------------------------------------------------------------------------
+
+    @property
+    def variants(self) -> int:
+        """Rows of a slot above the fork: the model's own, and one for each attached adapter."""
+        return 1 + len(self._adapters)
+
+    @property
+    def fork(self) -> int:
+        """The first layer that an attached adapter changes; the number of layers where there is none."""
+        forks = [adapter.fork for adapter in self._adapters]
+        return min((fork for fork in forks if fork is not None), default=self.geometry[0])
+
+    @torch.inference_mode()
+    def attach(self, adapter: Adapter, scores_candidates: bool) -> Attached:
+        """Lets a guide's adapter take part in every forward of this model from now on.
+
+        Args:
+            adapter: low-rank corrections on this model's weights. One without any (a head alone) costs no rows.
+            scores_candidates: whether the guide wants the state after each candidate, or that of the newest token.
+
+        Raises:
+            RGTGError: the adapter does not fit this model, or its cached forward differs from the uncached one.
+        """
+        reason = adapter.misfit(self.model)
+        if reason is not None:
+            raise RGTGError(f"{reason}: name an adapter of this model")
+        self.lookahead = self.lookahead or scores_candidates
+        if adapter.fork is None:
+            return Attached(self, 0)
+        self._adapters.append(adapter)
+        self._rows = LowRankRows(self.model, self._adapters, self.fork)
+        self.layers.adapt(self._adapters, self._rows)
+        self.cache = ForkedCache(*self.geometry, self.dtype, self.device, self.fork, self.variants)
+        self._verify_variant(self.variants - 1)
+        return Attached(self, self.variants - 1)
+
+    def next_logits(self, rows: int) -> torch.Tensor:
+        """The head's output [B, V] for the token after each of the first `rows` slots' newest.
+
+        Without `lookahead` the newest token is the one that was stepped last.
+        """
+        newest = self._states[:rows] if self.lookahead else self._stepped[:, :, 0]
+        self._newest = newest
+        return self.logits(newest[:, 0])
+
+    def newest(self, variant: int) -> torch.Tensor:
+        """States [B, E] under a variant, from which this step's next token is decided."""
+        return self._newest[:: self.contexts, variant]
+
+    def candidates(self, variant: int) -> torch.Tensor:
+        """States [B, k, E] under a variant after each token of the last step."""
+        return self._stepped[:: self.contexts, variant]
+
+    # ---- forwards ---------------------------------------------------------------------------------------------------
 
     def reserve(self, slots: int, length: int) -> None:
         """Empties the cache and makes room for `slots` rows of `length` tokens."""
         self.cache.reserve(slots, length)
         self._lengths = [0] * slots
         self.counter = Counter()
+        if self.lookahead:
+            width = self.head.in_features
+            dtype = torch.float32 if self.engine == "native" else self.dtype
+            self._states = torch.empty(slots, self.variants, width, dtype=dtype, device=self.device)
 
     def prefill(self, slot: int, ids: Sequence[int]) -> torch.Tensor:
         """Appends tokens to a slot's prefix in one causal forward; returns their hidden states [S, E]."""
@@ -156,6 +266,8 @@ class Backbone:
         self.cache.begin_prefill(slot, start, count)
         hidden = self.layers.forward(tokens, positions, self.cache)
         self.cache.end_prefill(count)
+        if self.lookahead:
+            self._states[slot] = hidden[:, -1]
         self._lengths[slot] += count
         self.counter.prompt_tokens += count
         return hidden[0]
@@ -166,7 +278,7 @@ class Backbone:
 
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens; nothing is copied or computed."""
-        self.cache.lengths[slot] = length
+        self.cache.roll_back(slot, length)
         self._lengths[slot] = length
 
     def length(self, slot: int) -> int:
@@ -174,23 +286,30 @@ class Backbone:
         return self._lengths[slot]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, E] of S undecided tokens [B, S] per row, each of which sees its prefix and itself."""
+        """States [B, S, E] of S undecided tokens [B, S] per row, each of which sees its prefix and itself."""
         rows, new_tokens = tokens.shape
         self.cache.begin_step(rows, new_tokens)
         positions = self.cache.lengths[:rows, None].expand(rows, new_tokens)
         self.counter.calls += 1
         self.counter.tokens += rows * new_tokens
-        return self.layers.forward(tokens, positions, self.cache)
+        hidden = self.layers.forward(tokens, positions, self.cache)
+        self._stepped = hidden.unflatten(0, (rows, -1))
+        return self._stepped[:, 0]
 
     def commit(self, choice: torch.Tensor) -> None:
         """Appends undecided token `choice[b]` [B] to each row's prefix."""
         self.cache.commit(choice)
+        if self.lookahead:
+            rows = torch.arange(len(choice), device=self.device)
+            self._states[: len(choice)] = self._stepped[rows, :, choice]
         for slot in range(len(choice)):
             self._lengths[slot] += 1
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""
         self.cache.move(source, target, self._lengths[source])
+        if self.lookahead:
+            self._states[target] = self._states[source]
         self._lengths[target] = self._lengths[source]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -199,12 +318,7 @@ class Backbone:
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """The one-label head's output [B, S] in at least float32 for hidden states [B, S, E]."""
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        bias = self.head.bias
-        out = functional.linear(
-            hidden.to(dtype), self.head.weight.to(dtype), None if bias is None else bias.to(dtype)
-        )
-        return out.squeeze(-1)
+        return scores_of(hidden, self.head)
 
     @torch.inference_mode()
     def verify(self) -> None:
@@ -216,18 +330,8 @@ class Backbone:
         Raises:
             RGTGError: the two differ by more than the dtype's rounding.
         """
-        # The padding token stays out: a reward model's own forward would score the token before it. A short context, or
-        # a window as short, is not exceeded.
-        pad = self.model.config.get_text_config().pad_token_id
-        tokens = (number % self.embeddings for number in range(3, 59, 7))
-        ids = [token for token in tokens if token != pad][: min(6, self.limit)]
-        self.reserve(1, len(ids))
-        self.prefill(0, ids[: len(ids) // 2])
-        out = torch.empty(0)
-        for token in ids[len(ids) // 2 :]:
-            hidden = self.step(torch.tensor([[token]], device=self.device))
-            self.commit(torch.zeros(1, dtype=torch.int64, device=self.device))
-            out = self.logits(hidden.squeeze(1))
+        ids = self._probe()
+        out = self.logits(self._cached_steps(ids)[0])
         text = torch.tensor([ids], device=self.device)
         own = self.model(input_ids=text, use_cache=False).logits.reshape(-1, out.shape[-1])[-1:].double()
         error = float((out.double() - own).norm() / own.norm())
@@ -237,7 +341,37 @@ class Backbone:
                 f"{error:.1%}, more than {self.dtype} rounds; use a tested family (Llama, Qwen2, Qwen3, "
                 "Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
             )
+
+    def _verify_variant(self, variant: int) -> None:
+        """The same for an adapter's rows beside the model's own."""
+        ids = self._probe()
+        out = self._cached_steps(ids)[variant].double()
+        own = self.hidden_uncached(ids, variant)[-1:].double()
+        error = float((out - own).norm() / own.norm())
+        if not error <= _ROUNDING[self.dtype]:
+            raise RGTGError(
+                f"{self._adapters[variant - 1].name} cannot share the forward of {type(self.model).__name__}: cached "
+                f"and uncached differ by {error:.1%}, more than {self.dtype} rounds; use share_trunk=False"
+            )
+
+    def _probe(self) -> list[int]:
+        """A few tokens that this model surely knows."""
+        # The padding token stays out: a reward model's own forward would score the token before it. A short context, or
+        # a window as short, is not exceeded.
+        pad = self.model.config.get_text_config().pad_token_id
+        tokens = (number % self.embeddings for number in range(3, 59, 7))
+        return [token for token in tokens if token != pad][: min(6, self.limit)]
+
+    def _cached_steps(self, ids: list[int]) -> torch.Tensor:
+        """States [variants, 1, E] of the last of a few tokens: half of them prefilled, half decoded."""
         self.reserve(1, len(ids))
+        self.prefill(0, ids[: len(ids) // 2])
+        for token in ids[len(ids) // 2 :]:
+            self.step(torch.tensor([[token]], device=self.device))
+            self.commit(torch.zeros(1, dtype=torch.int64, device=self.device))
+        states = self._stepped[0]
+        self.reserve(1, len(ids))
+        return states
 
     @property
     def embeddings(self) -> int:
@@ -245,7 +379,39 @@ class Backbone:
         weight: Any = self.model.get_input_embeddings().weight
         return int(weight.shape[0])
 
-    def hidden_uncached(self, ids: Sequence[int]) -> torch.Tensor:
-        """Hidden states [T, E] of a whole text by the model's own uncached forward."""
+    def hidden_uncached(self, ids: Sequence[int], variant: int = 0) -> torch.Tensor:
+        """States [T, E] of a whole text by the model's own uncached forward, under an attached adapter where named."""
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
-        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        with nullcontext() if self._rows is None else self._rows.only(variant):
+            return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A guide's place in a forward that it shares.
+
+    Attributes:
+        backbone: the base model. variant: which rows are the guide's, 0 where they are the base model's own.
+    """
+
+    backbone: Backbone
+    variant: int
+
+    def newest(self) -> torch.Tensor:
+        """States [B, E] of each row's newest token under the guide's adapter, for the step that has begun."""
+        return self.backbone.newest(self.variant)
+
+    def candidates(self) -> torch.Tensor:
+        """States [B, k, E] after each candidate of this step under the guide's adapter."""
+        return self.backbone.candidates(self.variant)
+
+    def hidden_uncached(self, ids: Sequence[int]) -> torch.Tensor:
+        """States [T, E] of a whole text under the guide's adapter."""
+        return self.backbone.hidden_uncached(ids, self.variant)
+
+
+def scores_of(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+    """A one-label head's output [...] in at least float32 for states [..., E]."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return functional.linear(hidden.to(dtype), head.weight.to(dtype), bias).squeeze(-1)

@@ -115,9 +115,9 @@ class PrefixCache(Cache):
         """The tokens of the prefill belong to the prefix from now on."""
         self.lengths[self._first : self._first + self._rows] += new_tokens
 
-    def clear(self, slot: int) -> None:
-        """Empties a slot for the next prompt."""
-        self.lengths[slot] = 0
+    def roll_back(self, slot: int, length: int) -> None:
+        """Cuts a slot's prefix back to its first `length` tokens."""
+        self.lengths[slot] = length
 
     def commit(self, choice: torch.Tensor) -> None:
         """Moves new token `choice[b]` of each row to its prefix's end, in every layer; -1 leaves a row as it is."""
@@ -245,10 +245,10 @@ class ForkedCache(Cache):
         for part in self.parts:
             part.cache.end_prefill(new_tokens)
 
-    def clear(self, slot: int) -> None:
-        """Empties a slot for the next prompt."""
+    def roll_back(self, slot: int, length: int) -> None:
+        """Cuts a slot's prefix back to its first `length` tokens."""
         for part in self.parts:
-            part.cache.lengths[slot * part.variants : (slot + 1) * part.variants] = 0
+            part.cache.lengths[slot * part.variants : (slot + 1) * part.variants] = length
 
     def commit(self, choice: torch.Tensor) -> None:
         """Moves new token `choice[b]` [B] of each slot to its prefix's end, in every layer and variant."""

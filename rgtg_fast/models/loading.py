@@ -169,6 +169,14 @@ def load_sequence_classifier(
     return _placed(model, lm.device, kind), tokenizer
 
 
+def adapter_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved with an adapter, None where the folder has none."""
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return None
+    with _one_line(folder, "adapter's tokenizer"):
+        return AutoTokenizer.from_pretrained(folder)
+
+
 def load_vocabulary_model(
     source: str | os.PathLike[str] | ModelAndTokenizer, lm: PreTrainedModel, dtype: torch.dtype | None
 ) -> ModelAndTokenizer:

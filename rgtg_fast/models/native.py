@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.ops import _extension
 
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
@@ -129,6 +131,7 @@ class NativeLayers:
         self._cos = self._sin = torch.empty(0, 0)
         # Every tensor whose address the extension holds.
         self._tensors: list[torch.Tensor] = []
+        self._factors: list[torch.Tensor] = []
 
         def address(tensor: torch.Tensor | None) -> int:
             if tensor is None:
@@ -216,16 +219,45 @@ class NativeLayers:
                     return f"{where} is not contiguous"
         return None
 
+    def adapt(self, adapters: Sequence[Adapter]) -> None:
+        """Rows may have these adapters' corrections from now on: see `variants` of `forward`.
+
+        Raises:
+            RGTGError: an adapter changes something else than a layer's seven matrices.
+        """
+        known = {f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in MATRICES}
+        for adapter in adapters:
+            for layer, name in adapter.low_rank:
+                if name not in known:
+                    raise RGTGError(
+                        f"{adapter.name} changes layer {layer} {name}, which the native engine does not run: "
+                        "use engine='transformers'"
+                    )
+        self._factors = []
+        table = []
+        for layer in range(self.layers):
+            for name in MATRICES:
+                module = f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
+                for adapter in adapters:
+                    pair = adapter.low_rank.get((layer, module))
+                    if pair is None:
+                        table.append([0, 0, 0])
+                        continue
+                    a, b = pair.a.to(self.dtype).contiguous(), pair.b.T.float().contiguous()
+                    self._factors += [a, b]
+                    table.append([a.data_ptr(), b.data_ptr(), len(a)])
+        self._native.adapt(table)
+
     def _grow_tables(self, length: int) -> None:
         """Tables of cos and sin [length, rotary D] by the model's own rotary embedding, in float32."""
         positions = torch.arange(length).unsqueeze(0)
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32), position_ids=positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
 
-    def _check(self, cache: torch.Tensor, name: str, rows: int, tokens: int | None) -> list[int]:
+    def _check(self, cache: torch.Tensor, name: str, layers: int, rows: int, tokens: int | None) -> list[int]:
         """Address and strides of keys or values [L, B, G, T, D], after checking that they fit this model."""
         expected = (
-            self.layers,
+            layers,
             rows,
             self.kv_heads,
             cache.shape[3] if tokens is None else tokens,
@@ -245,7 +277,7 @@ class NativeLayers:
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        inputs: torch.Tensor,
         position_ids: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -254,37 +286,54 @@ class NativeLayers:
         v_new: torch.Tensor,
         causal: bool = False,
         ancestors: torch.Tensor | None = None,
+        first: int = 0,
+        last: int | None = None,
+        variants: int = 1,
     ) -> torch.Tensor:
-        """Runs all layers over S new tokens per row, beside each row's prefix.
+        """Runs layers over S new tokens per row, beside each row's prefix.
 
         Args:
-            input_ids, position_ids: [B, S] int64.
-            k_cache, v_cache: [L, B, G, T, D], the prefixes; only the last dimension need be contiguous.
+            inputs: [B, S] int64 token ids, or [B, S, E] float32 states that enter layer `first`.
+            position_ids: [B, S] int64.
+            k_cache, v_cache: [L, B, G, T, D], the prefixes in these layers; only the last dimension need be contiguous.
             lengths: [B] int64, tokens of each row that stand in the cache.
             k_new, v_new: [L, B, G, S, D], receive the new tokens' keys and values; they may be a window of the cache
                 beyond `lengths`.
             causal: new token s sees new tokens 0..s; otherwise itself alone, or what `ancestors` says.
             ancestors: [B, S] int64 bit masks, S <= 64: bit j of ancestors[b, s] = s sees new token j.
+            first, last: layers first..last-1, by default all.
+            variants: row b has the correction of adapter b % variants - 1, none where that is -1: 1, or one more than
+                the adapters of `adapt`.
 
         Returns:
-            Hidden states after the final norm, [B, S, E] float32.
+            States [B, S, E] float32 after these layers, and after the final norm where the last one is among them.
 
         Raises:
             RGTGError: a tensor of another shape, dtype or device.
         """
-        rows, tokens = input_ids.shape
-        if input_ids.dtype != torch.int64:
-            raise RGTGError(f"input_ids are {input_ids.dtype}, not torch.int64")
+        rows, tokens = inputs.shape[:2]
+        last = self.layers if last is None else last
+        if not 0 <= first < last <= self.layers:
+            raise RGTGError(f"layers {first} to {last} are not in 0..{self.layers}")
+        states = inputs.ndim == 3
+        if states and (inputs.dtype != torch.float32 or inputs.shape[2] != self.hidden):
+            raise RGTGError(
+                f"states are {tuple(inputs.shape)} {inputs.dtype}, not [B, S, {self.hidden}] float32"
+            )
+        if not states and inputs.dtype != torch.int64:
+            raise RGTGError(f"token ids are {inputs.dtype}, not torch.int64")
+        if not states and first:
+            raise RGTGError(f"token ids enter layer 0, not layer {first}: pass states")
         positions = position_ids.contiguous()
-        if positions.shape != input_ids.shape or positions.dtype != torch.int64:
+        if positions.shape != inputs.shape[:2] or positions.dtype != torch.int64:
             raise RGTGError(
                 f"position_ids are {tuple(positions.shape)} {positions.dtype}, not {(rows, tokens)} int64"
             )
         kv = [
-            self._check(k_cache, "k_cache", rows, None),
-            self._check(v_cache, "v_cache", rows, None),
-            self._check(k_new, "k_new", rows, tokens),
-            self._check(v_new, "v_new", rows, tokens),
+            self._check(k_cache, "k_cache", last - first, rows, None),
+            self._check(v_cache, "v_cache", last - first, rows, None),
+            self._check(k_new, "k_new", last - first, rows, tokens),
+            self._check(v_new, "v_new", last - first, rows, tokens),
         ]
         if lengths.shape != (rows,) or lengths.dtype != torch.int64:
             raise RGTGError(f"lengths are {tuple(lengths.shape)} {lengths.dtype}, not {(rows,)} int64")
@@ -298,22 +347,28 @@ class NativeLayers:
             raise RGTGError(
                 f"lengths are {lengths.tolist()}: each must be in 0..{k_cache.shape[3]}, the cache's room"
             )
-        x = torch.empty(rows, tokens, self.hidden, dtype=torch.float32)
+        if states:
+            x = inputs.clone(memory_format=torch.contiguous_format)
+        else:
+            x = torch.empty(rows, tokens, self.hidden, dtype=torch.float32)
         if x.numel() == 0:
             return x
-        last = int(positions.max())
+        furthest = int(positions.max())
         if int(positions.min()) < 0:
             raise RGTGError(f"position_ids begin at {int(positions.min())}: they must not be negative")
-        if last >= len(self._cos):
-            self._grow_tables(max(2 * len(self._cos), last + 1))
+        if furthest >= len(self._cos):
+            self._grow_tables(max(2 * len(self._cos), furthest + 1))
         # Held here, since a concurrent call may replace the tables by longer ones.
         cos, sin = self._cos, self._sin
         # The extension looks the embeddings up itself: torch's threads would go on spinning on the cores it needs.
-        ids = input_ids.contiguous()
+        ids = None if states else inputs.contiguous()
         lengths = lengths.contiguous()
         ancestors = None if ancestors is None else ancestors.contiguous()
         done = self._native.forward(
-            ids.data_ptr(),
+            first,
+            last,
+            variants,
+            _extension.pointer(ids),
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -327,7 +382,7 @@ class NativeLayers:
             k_cache.shape[3],
             torch.get_num_threads(),
         )
-        if not done:
+        if not done and ids is not None:
             raise RGTGError(
                 f"token ids reach from {int(ids.min())} to {int(ids.max())}: the vocabulary has {self.vocabulary}"
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.backbone import Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
@@ -85,6 +86,11 @@ class Reward(ABC):
         return None
 
     @property
+    def trunk(self) -> str | None:
+        """In words: which weights run the guide, the base model's or its own; None where it has no model."""
+        return None
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that one token of one row takes in the guide's own cache."""
         return 0
@@ -124,6 +130,19 @@ class Reward(ABC):
     def answer_reward(self, rewards: Sequence[float]) -> float:
         """The reward of a whole answer from its tokens' rewards: their sum or the last prefix's."""
         return sum(rewards) if self.additive else rewards[-1]
+
+    @property
+    def appends(self) -> bool:
+        """Whether the guide's prefix can grow by several tokens at once and be cut back (`append`, `roll_back`)."""
+        return False
+
+    def append(self, slot: int, tokens: Sequence[int]) -> list[float]:
+        """Tokens have been added to a row's answer: the reward of each prefix, from one causal forward."""
+        raise RGTGError(f"{self.name} cannot append tokens: use a SequenceReward with a cache of its own")
+
+    def roll_back(self, slot: int, count: int) -> None:
+        """A row's last `count` tokens are no longer part of its answer."""
+        raise RGTGError(f"{self.name} cannot be rolled back: use a SequenceReward with a cache of its own")
 
     @abstractmethod
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:

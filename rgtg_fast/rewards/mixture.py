@@ -96,6 +96,10 @@ class MixtureReward(Reward):
         return next((reward.engine for reward in self.rewards if reward.engine is not None), None)
 
     @property
+    def trunk(self) -> str | None:
+        return "; ".join(reward.trunk for reward in self.rewards if reward.trunk is not None) or None
+
+    @property
     def cache_bytes_per_token(self) -> int:
         return sum(reward.cache_bytes_per_token for reward in self.rewards)
 

@@ -9,9 +9,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.backbone import Backbone
+from rgtg_fast.models.adapter import Adapter, is_adapter
+from rgtg_fast.models.backbone import Attached, Backbone, Counter, scores_of
 from rgtg_fast.models.language_model import LanguageModel
-from rgtg_fast.models.loading import ModelAndTokenizer, load_sequence_classifier, reward_backbone
+from rgtg_fast.models.loading import (
+    ModelAndTokenizer,
+    adapter_tokenizer,
+    load_causal_lm,
+    load_sequence_classifier,
+    reward_backbone,
+)
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.rewards.base import Prefix, Reward
 
@@ -23,32 +30,80 @@ class SequenceReward(Reward):
     """r(x, y_<i ∘ v): a causal model's scalar head at the candidate's own position, the candidate being the last token.
 
     PARGS (arXiv 2406.07780) with a model trained on partial sequences, ARGS (arXiv 2402.01694) with one trained on
-    full sequences: the same call. A step costs one forward of B·k tokens over one shared prefix cache.
+    full sequences: the same call. A step costs one forward of B·k tokens over one shared prefix cache. Where the reward
+    model is an adapter on the base model itself, that forward is the base model's too: one forward a token for both.
 
     Args:
-        model: path or hub id of an `AutoModelForSequenceClassification` with one label, or a (model, tokenizer) pair.
+        model: path or hub id of an `AutoModelForSequenceClassification` with one label, a folder with a LoRA adapter
+            and its score head in PEFT's format, or a (model, tokenizer) pair.
         chat_template: Jinja chat template for the reward model's prompts; by default its own tokenizer's, and
             where that has none the base model's prompt ids. Answer ids are shared with the base model.
+        share_trunk: whether an adapter runs in the base model's own forward. None: where its base is this model and
+            its prompts read the same; True: refuse otherwise; False: a copy of the base model with the adapter merged.
 
     Raises:
-        RGTGError: at binding: several labels, no trained head, another tokenizer, a model that cannot be cached.
+        RGTGError: at binding: several labels, no trained head, another tokenizer, a model that cannot be cached, an
+            adapter that cannot be served or, with `share_trunk=True`, not be shared.
+
+    Example:
+        >>> SequenceReward("adapter-folder", share_trunk=False).share_trunk
+        False
     """
 
-    def __init__(self, model: str | os.PathLike[str] | ModelAndTokenizer, chat_template: str | None = None):
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | ModelAndTokenizer,
+        chat_template: str | None = None,
+        share_trunk: bool | None = None,
+    ):
         super().__init__()
         self.source = model
         self.chat_template = chat_template
+        self.share_trunk = share_trunk
         self.backbone: Backbone | None = None
+        self._attached: Attached | None = None
+        self._head: torch.nn.Linear | None = None
+        self._title = ""
+        self._trunk: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._lm: LanguageModel | None = None
 
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        model, tokenizer = load_sequence_classifier(self.source, lm.backbone.model, dtype)
-        check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, model.config._name_or_path)
+        self._lm, self.backbone, self._attached = lm, None, None
+        if isinstance(self.source, (str, os.PathLike)) and is_adapter(self.source):
+            adapter = Adapter.load(self.source)
+            head = adapter.reward_head()
+            self._tokenizer = adapter_tokenizer(self.source) or lm.tokenizer
+            check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, adapter.name)
+            reason = adapter.mismatch(lm.backbone.model) or self._other_prompts(adapter.name)
+            if self.share_trunk and reason is not None:
+                raise RGTGError(f"share_trunk=True: {reason}; use share_trunk=None for a model of its own")
+            if self.share_trunk is not False and reason is None:
+                self._share(adapter, head)
+                return
+            own = None if adapter.mismatch(lm.backbone.model) is None else adapter.base_name
+            base = lm.backbone.model
+            if own is not None:
+                base, _ = load_causal_lm(own, base.device, dtype or base.dtype)
+            misfit = adapter.misfit(base)
+            if misfit is not None:
+                raise RGTGError(f"{misfit}: name the model that the adapter was trained on")
+            model = adapter.merged(base)
+            model.config._name_or_path = adapter.name
+            why = "share_trunk=False" if self.share_trunk is False else reason
+            self._trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
+        elif self.share_trunk:
+            raise RGTGError(
+                f"share_trunk=True and {self.source!r} is no adapter folder: only an adapter shares the base model"
+            )
+        else:
+            model, self._tokenizer = load_sequence_classifier(self.source, lm.backbone.model, dtype)
+            check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, model.config._name_or_path)
+            self._trunk = "a model of its own"
         self.backbone = reward_backbone(model, engine, max_length)
-        self._tokenizer, self._lm = tokenizer, lm
+        self._title = self.backbone.name
         embeddings = self.backbone.embeddings
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)
         if embeddings < used:
@@ -58,17 +113,49 @@ class SequenceReward(Reward):
             )
         lm.vocabulary = min(lm.vocabulary, embeddings)
 
+    def _other_prompts(self, name: str) -> str | None:
+        """Why a prompt reads differently under the guide than under the base model, None where it does not."""
+        assert self._lm is not None
+        base, own = self._lm.tokenizer, self._tokenizer
+        if base is None or own is None:
+            return (
+                None if self.chat_template is None else f"{name} has a chat template and the base model none"
+            )
+        template = self.chat_template or own.chat_template
+        if template is not None and template != base.chat_template:
+            return f"{name} has another chat template than the base model"
+        if own(_PROBE)["input_ids"] != base(_PROBE)["input_ids"]:
+            return f"{name} begins its prompts with other special tokens than the base model"
+        return None
+
+    def _share(self, adapter: Adapter, head: torch.nn.Linear) -> None:
+        assert self._lm is not None
+        backbone = self._lm.backbone
+        self._attached = backbone.attach(adapter, scores_candidates=True)
+        self._head = head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+        self._title = adapter.name
+        rows = (
+            f"rows of its own from layer {adapter.fork} on"
+            if adapter.fork is not None
+            else "no rows of its own"
+        )
+        self._trunk = f"the base model's, {rows}"
+
     @property
     def _bound(self) -> Backbone:
-        if self.backbone is None:
+        if self._lm is None:
             raise RGTGError(
                 "this SequenceReward belongs to no decoder yet: pass it to RewardGuidedDecoder.from_pretrained"
             )
-        return self.backbone
+        return self.backbone or self._lm.backbone
 
     @property
     def name(self) -> str:
-        return f"SequenceReward({self._bound.name})"
+        return f"SequenceReward({self._title or self._bound.name})"
+
+    @property
+    def trunk(self) -> str | None:
+        return self._trunk
 
     @property
     def limit(self) -> int | None:
@@ -80,40 +167,71 @@ class SequenceReward(Reward):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return self._bound.cache_bytes_per_token
+        return 0 if self.backbone is None else self.backbone.cache_bytes_per_token
 
     def cache_bytes(self) -> int:
-        return self._bound.cache.nbytes()
+        return 0 if self.backbone is None else self.backbone.cache.nbytes()
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
         assert self._lm is not None
+        if self._attached is not None:
+            return []
         own = self._tokenizer
         if prompt.messages is not None and (own is None or not (self.chat_template or own.chat_template)):
             own = self._lm.tokenizer
         return [prompt.ids(own or self._lm.tokenizer, self.chat_template)]
 
     def reserve(self, slots: int, length: int) -> None:
-        self._bound.reserve(slots, length)
-        self.counter = self._bound.counter
+        self.counter = Counter()
+        if self.backbone is not None:
+            self.backbone.reserve(slots, length)
+            self.counter = self.backbone.counter
+
+    # The decoder itself moves and commits the rows of the base model's forward, a sharing guide's among them.
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
-        self._bound.clear(slot)
-        self._bound.prefill(slot, encoded[0])
+        if self.backbone is not None:
+            self.backbone.clear(slot)
+            self.backbone.prefill(slot, encoded[0])
+        elif self._attached is not None and self._attached.variant:
+            self.counter.prompt_tokens += len(prefix.prompt_ids)
 
     def move(self, source: int, target: int) -> None:
-        self._bound.move(source, target)
+        if self.backbone is not None:
+            self.backbone.move(source, target)
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
-        backbone = self._bound
-        return backbone.scores(backbone.step(candidates))
+        if self.backbone is not None:
+            return self.backbone.scores(self.backbone.step(candidates))
+        assert self._attached is not None
+        assert self._head is not None
+        if self._attached.variant:
+            self.counter.tokens += candidates.numel()
+        return scores_of(self._attached.candidates(), self._head)
 
     def commit(self, choice: torch.Tensor) -> None:
-        self._bound.commit(choice)
+        if self.backbone is not None:
+            self.backbone.commit(choice)
+
+    @property
+    def appends(self) -> bool:
+        return self.backbone is not None
+
+    def append(self, slot: int, tokens: Sequence[int]) -> list[float]:
+        return self._bound.scores(self._bound.prefill(slot, tokens)).tolist()
+
+    def roll_back(self, slot: int, count: int) -> None:
+        self._bound.roll_back(slot, self._bound.length(slot) - count)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        prompt_ids = self.encode(prefix.prompt)[0]
-        hidden = self._bound.hidden_uncached([*prompt_ids, *answer])
-        return self._bound.scores(hidden[len(prompt_ids) :]).tolist()
+        if self.backbone is not None:
+            prompt_ids = self.encode(prefix.prompt)[0]
+            hidden = self.backbone.hidden_uncached([*prompt_ids, *answer])
+            return self.backbone.scores(hidden[len(prompt_ids) :]).tolist()
+        assert self._attached is not None
+        assert self._head is not None
+        hidden = self._attached.hidden_uncached([*prefix.prompt_ids, *answer])
+        return scores_of(hidden[len(prefix.prompt_ids) :], self._head).tolist()
 
 
 def check_same_tokenizer(
