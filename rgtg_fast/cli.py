@@ -1,4 +1,4 @@
-"""The command line `rgtg-fast`: demo, generate, explain, train, bench, env.
+"""The command line `rgtg-fast`: demo, generate, explain, train, accuracy, bench, env.
 
 User errors are one line on stderr and exit code 2. Heavy imports happen inside the commands: help is instant.
 """
@@ -580,6 +580,12 @@ def train(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the held-out accuracy by prefix length (.png, .svg, .pdf).", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     merge: Annotated[
         Path | None,
         typer.Option(
@@ -625,7 +631,60 @@ def train(
         "report_to": report_to or "none",
         "device": device,
     }
-    training.run(model, data, output, recipe, options, trunk_cache, json)
+    training.run(model, data, output, recipe, options, trunk_cache, figure, json)
+
+
+@app.command()
+def accuracy(
+    reward: Annotated[
+        list[str],
+        typer.Option(
+            help="Guide, as in the other commands: path or hub id of a reward model or adapter, `bundled:NAME`, "
+            "`text:PATH`, `contrastive`, … (repeatable, to compare guides).",
+            rich_help_panel=MODELS,
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a data set of Hugging Face.",
+            rich_help_panel=TRAINING_DATA,
+        ),
+    ],
+    fractions: Annotated[
+        str, typer.Option(help="Shares of each answer to judge by, separated by commas.")
+    ] = "0.1,0.25,0.5,0.75,1",
+    layout: Annotated[
+        str,
+        typer.Option(help="plain, dialogue, tldr, or auto by the fields.", rich_help_panel=TRAINING_DATA),
+    ] = "auto",
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Pairs to take at most.", show_default="all", min=1, rich_help_panel=TRAINING_DATA),
+    ] = None,
+    max_length: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of a prompt and its longer answer; longer prompts lose their beginning.",
+            rich_help_panel=TRAINING_DATA,
+        ),
+    ] = 1024,
+    chat: Chat = True,
+    lm: LM = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed row.")] = 2048,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the curves to this .png, .svg or .pdf.", rich_help_panel=OUTPUT)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Judge guides by preference pairs: how often the chosen answer wins, by the share of it that is read."""
+    from rgtg_fast.app import accuracy as judging
+
+    pairs = judging.Data(data, layout, limit, max_length, batch_tokens, chat)
+    models = {"lm": lm, "dtype": dtype, "device": device}
+    judging.run(reward, pairs, fractions, models, figure, json)
 
 
 @app.command()

@@ -1,0 +1,272 @@
+"""Runs `rgtg-fast accuracy`: guides judged by real preferences, at every share of the answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rgtg_fast.app.session import NONE, Setup, quiet
+from rgtg_fast.app.terminal import note, print_json, status
+from rgtg_fast.errors import RGTGError
+
+if TYPE_CHECKING:
+    from rgtg_fast.training.data import DataReport, PreferencePair, TokenizedPair
+
+# Lines about the progress that a run off a terminal prints for each guide.
+_PROGRESS_LINES = 10
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which pairs, and how they become token ids.
+
+    Attributes:
+        source: as `load_pairs` takes it.
+        layout: of its rows. limit: pairs to take at most.
+        max_length: tokens of a prompt and its longer answer.
+        budget: tokens of a packed row.
+        chat: texts become chat messages where there is a chat template.
+    """
+
+    source: str
+    layout: str = "auto"
+    limit: int | None = None
+    max_length: int = 1024
+    budget: int = 2048
+    chat: bool = True
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One guide with its scores.
+
+    Attributes:
+        name: as it was given. pairs: as the guide's tokenizer cuts them.
+        scores: of each pair, the rewards of all prefixes of both answers.
+        report: which pairs were left out.
+    """
+
+    name: str
+    pairs: "list[TokenizedPair]"
+    scores: list[tuple[list[float], list[float]]]
+    report: "DataReport"
+
+
+def parse_fractions(text: str) -> list[float]:
+    """Fractions separated by commas.
+
+    Raises:
+        RGTGError: something that is no number in (0, 1].
+    """
+    from rgtg_fast.evaluation.accuracy import check_fractions
+
+    try:
+        fractions = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise RGTGError(
+            f"--fractions {text!r} are no numbers: use for example 0.1,0.25,0.5,0.75,1"
+        ) from error
+    check_fractions(fractions)
+    return sorted(set(fractions))
+
+
+def run(
+    rewards: Sequence[str],
+    data: Data,
+    fractions: str,
+    models: dict[str, Any],
+    figure: Path | None,
+    json: bool,
+) -> None:
+    """Scores the pairs with every guide and tells the accuracies.
+
+    Args:
+        rewards: the guides by name.
+        fractions: separated by commas.
+        models: fields of `Setup` that all guides share.
+        figure: where the curves are drawn.
+
+    Raises:
+        RGTGError: everything that a user can get wrong.
+    """
+    quiet()
+    shares = parse_fractions(fractions)
+    if len(set(rewards)) < len(rewards):
+        raise RGTGError("a guide is named twice: name each --reward once")
+    if figure is not None and not figure.parent.is_dir():
+        raise RGTGError(f"cannot write {figure}: the folder {figure.parent} does not exist")
+    from rgtg_fast.training.data import load_pairs
+
+    # Before any model is loaded: what is wrong with the data should be told at once.
+    loaded = load_pairs(data.source, data.layout)  # pyright: ignore[reportArgumentType]
+    with status("Loading") as say:
+        judged = [_judge(Setup(reward=name, **models), data, loaded, say) for name in rewards]
+    report = _report(judged, shares, data)
+    if figure is not None:
+        _draw(report, figure)
+    if json:
+        print_json(report)
+        return
+    for line in judged[0].report.lines():
+        note(line)
+    _show(report, Console())
+    if figure is not None:
+        note(f"written: {figure}")
+
+
+def _judge(
+    setup: Setup, data: Data, loaded: "tuple[list[PreferencePair], DataReport]", say: Callable[[str], None]
+) -> Judged:
+    """Loads one guide and scores the pairs with it."""
+    from rgtg_fast.evaluation.accuracy import score_pairs
+    from rgtg_fast.rewards import SequenceReward, named_guide
+    from rgtg_fast.training.data import load_pairs, tokenize_pairs
+
+    if setup.reward == NONE:
+        raise RGTGError(f"--reward {NONE} is no guide: name one that gives rewards")
+    say(f"Loading {setup.reward}")
+    named = named_guide(setup.reward)
+    scorer: Any
+    if type(named) is SequenceReward:
+        scorer, tokenizer = _classifier(str(named.source), setup, say)
+    else:
+        decoder = setup.decoder(say)
+        scorer, tokenizer = decoder.reward, decoder.tokenizer
+    assert tokenizer is not None
+    chat = data.chat and tokenizer.chat_template is not None
+    if not chat:
+        loaded = load_pairs(data.source, data.layout, chat=False)  # pyright: ignore[reportArgumentType]
+    pairs, report = loaded
+    pairs = pairs[: data.limit]
+    tokenized, fitted = tokenize_pairs(pairs, tokenizer, data.max_length, chat=chat)
+    prompts = {pair.index: pair.prompt for pair in pairs}
+    shown = 0
+
+    def progress(done: int) -> None:
+        nonlocal shown
+        if done * _PROGRESS_LINES // len(tokenized) > shown:
+            shown = done * _PROGRESS_LINES // len(tokenized)
+            say(f"{setup.reward}: {done} of {len(tokenized)} pairs scored")
+
+    given: list[Any] = [prompts[pair.index] for pair in tokenized]
+    if chat:
+        given = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in given]
+    scores = score_pairs(scorer, tokenized, data.budget, given, progress)
+    return Judged(setup.reward, tokenized, scores, report + fitted)
+
+
+def _classifier(source: str, setup: Setup, say: Callable[[str], None]) -> tuple[Any, Any]:
+    """A reward model for packed rows, with its adapter merged where it is one, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from rgtg_fast import bundled
+    from rgtg_fast.models.adapter import Adapter, is_adapter
+    from rgtg_fast.models.loading import load_causal_lm, load_sequence_classifier
+    from rgtg_fast.training.packing import use_packed_attention
+
+    folder = bundled.resolve(source)
+    lm, lm_tokenizer = setup.pair(say)
+    if is_adapter(folder):
+        adapter = Adapter.load(folder)
+        why = adapter.mismatch(lm)
+        if why is not None and setup.lm is None and adapter.base_name:
+            lm, lm_tokenizer = load_causal_lm(adapter.base_name, setup.device, setup.dtype)
+            why = adapter.mismatch(lm)
+        if why is not None:
+            raise RGTGError(f"{source} cannot be put on this base model: {why}; name its base with --lm")
+        adapter.reward_head()
+        model = adapter.merged(lm, "score")
+        own = (Path(folder) / "tokenizer.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder) if own else lm_tokenizer
+    else:
+        model, tokenizer = load_sequence_classifier(folder, lm, None)
+    if "score" not in dict(model.named_children()):
+        raise RGTGError(
+            f"{source} ({type(model).__name__}) has no `score` head over a causal trunk: use --reward text:{source}"
+        )
+    use_packed_attention(model)
+    return model, tokenizer
+
+
+def _report(judged: list[Judged], fractions: list[float], data: Data) -> dict[str, Any]:
+    from rgtg_fast.evaluation.accuracy import (
+        differences,
+        length_verdicts,
+        longer_wins,
+        paired_bootstrap,
+        prefix_accuracy,
+        verdicts,
+    )
+
+    guides = []
+    for one in judged:
+        longer = length_verdicts(one.pairs)
+        above = [paired_bootstrap(f, verdicts(one.scores, f), longer).as_dict() for f in fractions]
+        accuracy = [point.as_dict() for point in prefix_accuracy(one.scores, fractions)]
+        counts = one.report.as_dict()
+        guides.append({"reward": one.name, "accuracy": accuracy, "above_longer_wins": above, "data": counts})
+    first = judged[0]
+    compared = []
+    for i, one in enumerate(judged):
+        for other in judged[i + 1 :]:
+            # Tokenizers may drop different pairs; what is compared is what both have scored.
+            theirs = {pair.index: scores for pair, scores in zip(other.pairs, other.scores, strict=True)}
+            both = [
+                (scores, theirs[pair.index])
+                for pair, scores in zip(one.pairs, one.scores, strict=True)
+                if pair.index in theirs
+            ]
+            gaps = differences([a for a, _ in both], [b for _, b in both], fractions)
+            compared += [{"rewards": [one.name, other.name], **gap.as_dict()} for gap in gaps]
+    limited = {} if data.limit is None else {"limit": data.limit}
+    baseline = longer_wins(first.pairs).as_dict()
+    del baseline["fraction"]
+    return {
+        "accuracy": guides[0]["accuracy"],
+        "longer_wins": baseline,
+        "data": {"file": data.source, **limited, **first.report.as_dict()},
+        "guides": guides,
+        "differences": compared,
+    }
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    from rgtg_fast.evaluation.accuracy import FractionAccuracy, figure
+
+    curves = {
+        guide["reward"]: [FractionAccuracy(**point) for point in guide["accuracy"]]
+        for guide in report["guides"]
+    }
+    title = f"{Path(report['data']['file']).name}, {report['longer_wins']['n']} pairs"
+    figure(curves, path, FractionAccuracy(fraction=1.0, **report["longer_wins"]), title)
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    table = Table(
+        box=box.SIMPLE, title=f"Chosen answer preferred, of {report['longer_wins']['n']} pairs (95 %)"
+    )
+    table.add_column("answer read", justify="right")
+    for guide in report["guides"]:
+        table.add_column(guide["reward"], justify="right")
+    for row in zip(*(guide["accuracy"] for guide in report["guides"]), strict=True):
+        table.add_row(f"{100 * row[0]['fraction']:g} %", *map(_interval, row))
+    table.add_section()
+    table.add_row("longer wins", *[_interval(report["longer_wins"])] * len(report["guides"]))
+    console.print(table)
+    for gap in report["differences"]:
+        one, other = gap["rewards"]
+        low, high = gap["ci95"]
+        console.print(
+            f"{100 * gap['fraction']:g} %: {one} − {other} = {gap['difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _interval(point: dict[str, Any]) -> str:
+    low, high = point["ci95"]
+    return f"{point['accuracy']:.3f} [{low:.3f}, {high:.3f}]"

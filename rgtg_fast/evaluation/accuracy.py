@@ -1,0 +1,305 @@
+"""How often a guide prefers the chosen answer, by how much of the answers it has read.
+
+A guide steers unfinished answers, so what it must tell apart are prefixes: a model trained on whole answers may rank
+those well and prefixes by chance (arXiv 2406.07780).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.prompts import Prompt, PromptLike
+from rgtg_fast.rewards.base import Prefix, Reward
+from rgtg_fast.training.data import TokenizedPair
+from rgtg_fast.training.packing import collate, cost, pack, packed_rewards
+
+FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
+# Of each pair, the rewards of every prefix of the chosen and of the rejected answer; the last is with EOS.
+Scores: TypeAlias = "Sequence[tuple[Sequence[float], Sequence[float]]]"
+
+_Z = 1.959964  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class FractionAccuracy:
+    """Share of pairs whose chosen answer is preferred, both answers cut to one fraction.
+
+    Attributes:
+        fraction: of the answer's text tokens that is read; 1 is the whole answer with EOS.
+        accuracy: ties count one half.
+        ci95: Wilson's 95 % interval. n: pairs.
+    """
+
+    fraction: float
+    accuracy: float
+    ci95: tuple[float, float]
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of one guide minus that of another on the same pairs.
+
+    Attributes:
+        fraction: as in `FractionAccuracy`.
+        difference: of the accuracies.
+        ci95: 95 % interval of the paired bootstrap. n: pairs.
+    """
+
+    fraction: float
+    difference: float
+    ci95: tuple[float, float]
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def score_pairs(
+    guide: nn.Module | Reward,
+    pairs: Sequence[TokenizedPair],
+    budget: int = 2048,
+    prompts: Sequence[PromptLike] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[tuple[list[float], list[float]]]:
+    """Rewards of every prefix of both answers of each pair.
+
+    Args:
+        guide: a causal model with a score head and `use_packed_attention`, which scores packed rows; or a guide bound
+            to a base model, which scores one answer after the other.
+        pairs: tokenised under the guide's tokenizer.
+        budget: tokens of a packed row (more where a pair is longer).
+        prompts: for a bound guide, the pairs' prompts as the decoder takes them; by default their ids, which serve
+            guides that do not format the prompt themselves.
+        progress: called with the number of pairs done.
+
+    Raises:
+        RGTGError: a reward that is NaN.
+    """
+    if isinstance(guide, Reward):
+        scores = _one_by_one(guide, pairs, prompts, progress)
+    else:
+        scores = _packed(guide, pairs, budget, progress)
+    for pair, answers in zip(pairs, scores, strict=True):
+        if any(math.isnan(reward) for answer in answers for reward in answer):
+            raise RGTGError(
+                f"a reward of pair {pair.index} is NaN: check the guide's weights and dtype (float16 overflows: "
+                "try bfloat16 or float32)"
+            )
+    return scores
+
+
+def _packed(
+    model: nn.Module, pairs: Sequence[TokenizedPair], budget: int, progress: Callable[[int], None]
+) -> list[tuple[list[float], list[float]]]:
+    device = next(model.parameters()).device
+    scores: dict[int, tuple[list[float], list[float]]] = {}
+    training = model.training
+    model.eval()
+    for row in pack(pairs, max(budget, *(cost(pair) for pair in pairs))):
+        batch = collate(pairs, [row], pad_id=0).to(device)
+        rewards, offsets = packed_rewards(model, batch)
+        answers = [part.tolist() for part in rewards.split(offsets.diff().tolist())]
+        scores |= {i: (answers[2 * n], answers[2 * n + 1]) for n, i in enumerate(batch.pairs)}
+        progress(len(scores))
+    model.train(training)
+    return [scores[i] for i in range(len(pairs))]
+
+
+def _one_by_one(
+    guide: Reward,
+    pairs: Sequence[TokenizedPair],
+    prompts: Sequence[PromptLike] | None,
+    progress: Callable[[int], None],
+) -> list[tuple[list[float], list[float]]]:
+    scores = []
+    for done, pair in enumerate(pairs):
+        prompt = Prompt(pair.prompt_ids if prompts is None else prompts[done], pair.index)
+        answers = []
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            rewards = guide.score_answer(Prefix(prompt, pair.prompt_ids), ids)
+            # Guides by token, such as log-ratios, add up to the reward of a prefix.
+            answers.append([guide.answer_reward(rewards[: i + 1]) for i in range(len(rewards))])
+        scores.append((answers[0], answers[1]))
+        progress(done + 1)
+    return scores
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Refuses fractions of an answer that are none.
+
+    Raises:
+        RGTGError: no fraction, or one outside (0, 1].
+    """
+    if not fractions:
+        raise RGTGError("there is no fraction: use for example 0.1,0.25,0.5,0.75,1")
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise RGTGError(
+                f"fraction {fraction:g} of an answer is not in (0, 1]: use for example 0.5, or 1 for all"
+            )
+
+
+def verdicts(scores: Scores, fraction: float) -> list[float]:
+    """Of each pair, 1 where the chosen answer's prefix has the higher reward, ½ for a tie, else 0.
+
+    Each answer is cut to ⌈fraction · n⌉ of its own n text tokens; fraction 1 is the whole answer with EOS.
+    """
+    check_fractions([fraction])
+    found = []
+    for chosen, rejected in scores:
+        better, worse = (answer[_length(len(answer), fraction) - 1] for answer in (chosen, rejected))
+        found.append(1.0 if better > worse else 0.5 if better == worse else 0.0)
+    return found
+
+
+def _length(tokens: int, fraction: float) -> int:
+    if fraction == 1:
+        return tokens
+    # 0.7 · 10 is 7.000000000000001 in floating point, and its prefix has 7 tokens.
+    return max(1, math.ceil(fraction * (tokens - 1) - 1e-9))
+
+
+def prefix_accuracy(scores: Scores, fractions: Sequence[float] = FRACTIONS) -> list[FractionAccuracy]:
+    """Accuracy on prefixes of each length, with Wilson's 95 % interval.
+
+    Args:
+        scores: as `score_pairs` gives them.
+        fractions: of each answer's own length, in (0, 1].
+
+    Raises:
+        RGTGError: no pairs, or a fraction out of range.
+    """
+    check_fractions(fractions)
+    if not scores:
+        raise RGTGError("there are no pairs to judge by: pass at least one")
+    return [_accuracy(fraction, verdicts(scores, fraction)) for fraction in fractions]
+
+
+def longer_wins(pairs: Sequence[TokenizedPair]) -> FractionAccuracy:
+    """The baseline that prefers the longer answer in tokens: what an accuracy has to be compared with."""
+    return _accuracy(1.0, length_verdicts(pairs))
+
+
+def length_verdicts(pairs: Sequence[TokenizedPair]) -> list[float]:
+    """Of each pair, 1 where the chosen answer has more tokens, ½ for as many, else 0."""
+    lengths = [([float(len(pair.chosen_ids))], [float(len(pair.rejected_ids))]) for pair in pairs]
+    return verdicts(lengths, 1.0)
+
+
+def differences(
+    one: Scores, other: Scores, fractions: Sequence[float] = FRACTIONS, seed: int = 0
+) -> list[Difference]:
+    """Accuracy of one guide minus another's at each fraction, with a paired bootstrap interval.
+
+    Args:
+        one, other: scores of the same pairs in the same order.
+
+    Raises:
+        RGTGError: not the same number of pairs.
+    """
+    check_fractions(fractions)
+    if len(one) != len(other) or not one:
+        raise RGTGError(
+            f"the guides were scored on {len(one)} and {len(other)} pairs: compare them on the same pairs"
+        )
+    return [paired_bootstrap(f, verdicts(one, f), verdicts(other, f), seed) for f in fractions]
+
+
+def paired_bootstrap(
+    fraction: float, one: Sequence[float], other: Sequence[float], seed: int = 0, resamples: int = 10_000
+) -> Difference:
+    """Mean of `one` − `other` with the 2.5 % and 97.5 % quantiles of its mean over resampled pairs.
+
+    Args:
+        fraction: of the answers that the verdicts are about.
+        one, other: verdicts on the same pairs.
+    """
+    gaps = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    # In portions, so that many pairs take no more memory than few.
+    portion = max(1, 4_000_000 // len(gaps))
+    for start in range(0, resamples, portion):
+        size = (min(portion, resamples - start), len(gaps))
+        means[start : start + size[0]] = gaps[generator.integers(0, len(gaps), size)].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Difference(fraction, float(gaps.mean()), (float(low), float(high)), len(gaps))
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share: the p₀ with |p − p₀| ≤ z √(p₀(1 − p₀)/n) (Wilson 1927).
+
+    Args:
+        successes: out of n; halves come from ties.
+    """
+    share = successes / n
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _accuracy(fraction: float, found: Sequence[float]) -> FractionAccuracy:
+    return FractionAccuracy(fraction, sum(found) / len(found), wilson(sum(found), len(found)), len(found))
+
+
+def figure(
+    curves: Mapping[str, Sequence[FractionAccuracy]],
+    path: str | os.PathLike[str],
+    baseline: FractionAccuracy | None = None,
+    title: str = "",
+) -> None:
+    """Draws accuracy over the share of the answer that is read, one curve a guide, intervals as bands.
+
+    Args:
+        curves: by the guides' names.
+        path: .png, .svg or .pdf.
+        baseline: longer wins, a horizontal line.
+
+    Raises:
+        RGTGError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RGTGError('figures need matplotlib: pip install "rgtg-fast[train]"') from error
+    drawing = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = drawing.subplots()
+    for (name, points), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        ordered = sorted(points, key=lambda point: point.fraction)
+        x = [100 * point.fraction for point in ordered]
+        low, high = ([100 * point.ci95[side] for point in ordered] for side in (0, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(x, [100 * point.accuracy for point in ordered], color=colour, marker="o", label=name)
+    if baseline is not None:
+        axes.axhline(100 * baseline.accuracy, color="#7f7f7f", linestyle="--", label="longer answer wins")
+    axes.axhline(50, color="#bbbbbb", linestyle=":", label="chance")
+    axes.set_xlabel("share of the answer read, %")
+    axes.set_ylabel("chosen answer preferred, %")
+    axes.set_title(title)
+    axes.legend(fontsize="small")
+    try:
+        drawing.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RGTGError(f"cannot write the figure {path}: {reason}") from error
+
+
+def _colours(count: int) -> list[str]:
+    palette = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+    return [palette[i % len(palette)] for i in range(count)]
