@@ -1,15 +1,31 @@
-"""Runs `rgtg-fast train`."""
+"""Runs `rgtg-fast train` and shows what came out."""
 
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from rgtg_fast.app import embedded
 from rgtg_fast.app.session import quiet
 from rgtg_fast.app.terminal import note, print_json, print_line, status
 
-EXAMPLE = "examples/preferences.jsonl"
+Scores = list[tuple[list[float], list[float]]]
+
+
+class PrefixAccuracy:
+    """Accuracy by the share of the answers that is read, as numbers for the log; keeps the last evaluation."""
+
+    def __init__(self) -> None:
+        self.points: list[Any] = []
+
+    def __call__(self, scores: Scores) -> dict[str, float]:
+        from rgtg_fast.evaluation.accuracy import prefix_accuracy
+
+        self.points = prefix_accuracy(scores)
+        return {f"accuracy_{point.fraction:g}": point.accuracy for point in self.points}
 
 
 def run(
@@ -18,43 +34,59 @@ def run(
     output: Path,
     recipe: dict[str, Any],
     options: dict[str, Any],
-    trunk_cache: Path | None,
-    json: bool,
+    trunk_cache: Path | None = None,
+    figure: Path | None = None,
+    json: bool = False,
 ) -> None:
     """Trains a reward model and tells what came out.
 
     Args:
         recipe: fields of `Recipe`.
         options: further arguments of `train_reward_model`.
-        trunk_cache: folder for the activations below the fork, by default one in the cache of converted models.
+        trunk_cache: folder for the activations below the fork, by default one beside the converted models.
+        figure: file for accuracy by prefix length on the evaluation pairs.
 
     Raises:
         RGTGError: everything that a user can get wrong.
     """
     quiet()
-    # Known and harmless: torch's and transformers' notes to their callers.
+    # transformers' own calls of what it has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     with status("Loading") as say:
-        source = model if model is not None else str(embedded.default_model(say))
         from rgtg_fast.training.recipe import Recipe, train_reward_model
 
         chosen = Recipe(**recipe)
+        source = model if model is not None else str(embedded.default_model(say))
+    accuracy = PrefixAccuracy()
     result = train_reward_model(
         source,
         data,
         output,
         chosen,
         trunk_cache=trunk_cache or embedded.cache_folder() / "trunk",
-        metrics=by_prefix_length,
+        metrics=accuracy,
         say=note,
         **options,
     )
+    if figure is not None and accuracy.points:
+        from rgtg_fast.evaluation.accuracy import figure as draw
+
+        draw({chosen.objective: accuracy.points}, figure, title=f"{output.name}, held-out pairs")
     if json:
-        print_json({**asdict(result), "output": str(result.output), "recipe": asdict(chosen)})
+        points = [point.as_dict() for point in accuracy.points]
+        print_json({**asdict(result), "output": str(output), "recipe": asdict(chosen), "accuracy": points})
         return
-    print_line(f"saved: {result.output}")
+    if accuracy.points:
+        Console().print(_table(accuracy.points))
+    print_line(f"saved: {output}")
+    print_line(f"try it: rgtg-fast generate --reward {output} 'How do I get better at chess?'")
 
 
-def by_prefix_length(scores: list[tuple[list[float], list[float]]]) -> dict[str, Any]:
-    """Accuracy on the evaluation pairs by the share of the answer that is read."""
-    return {}
+def _table(points: list[Any]) -> Table:
+    table = Table(title=f"chosen preferred, {points[0].n} held-out pairs", title_justify="left")
+    for name in ("answer read", "accuracy", "95 % interval"):
+        table.add_column(name, justify="right")
+    for point in points:
+        low, high = point.ci95
+        table.add_row(f"{point.fraction:.0%}", f"{point.accuracy:.3f}", f"{low:.3f} – {high:.3f}")
+    return table

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
@@ -186,7 +186,13 @@ def train_reward_model(
     """
     recipe = replace(recipe or Recipe(), **_known(settings))
     folder = Path(output)
-    _check_output(folder, resume)
+    args = _arguments(recipe, folder, save_steps, eval_steps, logging_steps, report_to, device)
+    # With several processes, one of them speaks and prepares the folder.
+    main = args.process_index == 0
+    if main:
+        _check_output(folder, resume)
+    else:
+        say = _silent
     if merged is not None and (recipe.full or Path(merged).exists()):
         raise RGTGError(
             "a full model has no adapters to merge: leave out the merged folder"
@@ -210,7 +216,12 @@ def train_reward_model(
         "data": {name: value for name, value in report.items() if name != "lines"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    checkpoint = _begin(folder, facts, resume)
+    with args.main_process_first(desc="the output folder"):
+        if main:
+            _begin(folder, facts, resume)
+    checkpoint = get_last_checkpoint(str(folder)) if resume else None
+    if not evaluation:
+        args.eval_strategy = IntervalStrategy.NO
     objective = Objective(recipe.objective, recipe.mode, recipe.weight)
     wrapped: Any = network
     if recipe.full:
@@ -222,9 +233,7 @@ def train_reward_model(
     log = TrainingLog(folder / LOG_FILE, say)
     trainer = PartialRewardTrainer(
         wrapped,
-        _arguments(
-            recipe, folder, save_steps, eval_steps if evaluation else None, logging_steps, report_to, device
-        ),
+        args,
         train,
         evaluation,
         processing_class=tokenizer,
@@ -259,7 +268,7 @@ def train_reward_model(
         facts["data"],
         {name.removeprefix("eval_"): value for name, value in result.items()},
     )
-    if trainer.args.should_save:
+    if main:
         _write_json(folder / RECIPE_FILE, facts | {"steps": found.steps, "metrics": found.metrics})
         if merged is not None:
             merge(folder, merged)
@@ -281,8 +290,12 @@ def _check_output(folder: Path, resume: bool) -> None:
         raise RGTGError(f"{folder} is not empty: go on with the run in it (resume), or name another folder")
 
 
-def _begin(folder: Path, facts: dict[str, Any], resume: bool) -> str | None:
-    """Prepares the output folder and returns the checkpoint to go on from."""
+def _silent(message: str) -> None:
+    pass
+
+
+def _begin(folder: Path, facts: dict[str, Any], resume: bool) -> None:
+    """Prepares the output folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if resume and (folder / RECIPE_FILE).is_file():
@@ -293,7 +306,6 @@ def _begin(folder: Path, facts: dict[str, Any], resume: bool) -> str | None:
     except (OSError, json.JSONDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "broken " + RECIPE_FILE
         raise RGTGError(f"cannot use {folder} for the output ({reason}): name another folder") from error
-    return get_last_checkpoint(str(folder)) if resume else None
 
 
 def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -274,7 +274,7 @@ class PartialRewardTrainer(Trainer):
             targets = targets.to(offsets.device)
         loss = self.objective.loss(outputs.logits, offsets, normalizer, targets)
         if not torch.isfinite(loss):
-            raise RGTGError(self._not_finite("the loss", float(loss), batch.pairs))
+            raise RGTGError(self._not_finite("the loss", loss.item(), batch.pairs))
         # Gradients are averaged over processes, and this loss is a part of their sum.
         loss = loss * (self.accelerator.num_processes if inputs["counts"] else 0)
         self._last_pairs = batch.pairs

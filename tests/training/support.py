@@ -12,7 +12,7 @@ from rgtg_fast.training.data import TokenizedPair
 from tests.conftest import make_lm, make_tokenizer
 
 EOS = 1
-CHOSEN, REJECTED = range(6, 30), range(34, 58)
+CHOSEN, REJECTED = range(6, 10), range(34, 38)
 
 
 def tokenized(count: int, seed: int = 0, longest: int = 9) -> list[TokenizedPair]:

@@ -1,4 +1,4 @@
-"""Training from stored activations equals training through the whole trunk, and the file survives what happens to it."""
+"""Stored activations give what the whole trunk gives, and their file survives what happens to it."""
 
 from __future__ import annotations
 
