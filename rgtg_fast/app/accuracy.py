@@ -1,7 +1,7 @@
 """Runs `rgtg-fast accuracy`: guides judged by real preferences, at every share of the answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,29 +161,26 @@ def _judge(
 
 def _classifier(source: str, setup: Setup, say: Callable[[str], None]) -> tuple[Any, Any]:
     """A reward model for packed rows, with its adapter merged where it is one, and its tokenizer."""
-    from transformers import AutoTokenizer
-
     from rgtg_fast import bundled
     from rgtg_fast.models.adapter import Adapter, is_adapter
-    from rgtg_fast.models.loading import load_causal_lm, load_sequence_classifier
+    from rgtg_fast.models.loading import adapter_tokenizer, load_causal_lm, load_sequence_classifier
     from rgtg_fast.training.packing import use_packed_attention
 
     folder = bundled.resolve(source)
-    lm, lm_tokenizer = setup.pair(say)
     if is_adapter(folder):
         adapter = Adapter.load(folder)
-        why = adapter.mismatch(lm)
-        if why is not None and setup.lm is None and adapter.base_name:
-            lm, lm_tokenizer = load_causal_lm(adapter.base_name, setup.device, setup.dtype)
-            why = adapter.mismatch(lm)
-        if why is not None:
-            raise RGTGError(f"{source} cannot be put on this base model: {why}; name its base with --lm")
         adapter.reward_head()
-        model = adapter.merged(lm, "score")
-        own = (Path(folder) / "tokenizer.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder) if own else lm_tokenizer
+        if setup.lm is None and Path(adapter.base_name).is_dir():
+            setup = replace(setup, lm=adapter.base_name)
+        lm, lm_tokenizer = setup.pair(say)
+        if adapter.mismatch(lm) is not None and adapter.base_name:
+            lm, lm_tokenizer = load_causal_lm(adapter.base_name, setup.device, setup.dtype)
+        why = adapter.misfit(lm)
+        if why is not None:
+            raise RGTGError(f"{why}: name the model that the adapter was trained on with --lm")
+        model, tokenizer = adapter.merged(lm), adapter_tokenizer(folder) or lm_tokenizer
     else:
-        model, tokenizer = load_sequence_classifier(folder, lm, None)
+        model, tokenizer = load_sequence_classifier(folder, setup.pair(say)[0], None)
     if "score" not in dict(model.named_children()):
         raise RGTGError(
             f"{source} ({type(model).__name__}) has no `score` head over a causal trunk: use --reward text:{source}"

@@ -1,0 +1,154 @@
+"""`rgtg-fast accuracy`: its JSON, several guides, adapters, the figure, and every mistake in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from rgtg_fast.evaluation.accuracy import prefix_accuracy, score_pairs
+from rgtg_fast.training.data import load_pairs, tokenize_pairs
+from rgtg_fast.training.packing import use_packed_attention
+from tests.cli.conftest import Run, byte_tokenizer, save
+
+ANSWERS = ["Yes.", "No, never.", "Perhaps: ask again later", "I do not know!", "Of course", "42"]
+DIALOGUES = [
+    {
+        "prompt": f"\n\nHuman: Question {n}?\n\nAssistant:",
+        "chosen": ANSWERS[n % 6],
+        "rejected": ANSWERS[(n * n + 1) % 6] + "..." * (n % 3 + 1),
+    }
+    for n in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl.gz"
+    rows = [*DIALOGUES, DIALOGUES[0]]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return path
+
+
+def expected(folder: str, data: Path, model: Any = None) -> list[dict[str, Any]]:
+    """The accuracies through the library, from a plain transformers model."""
+    model = model if model is not None else AutoModelForSequenceClassification.from_pretrained(folder)
+    use_packed_attention(model)
+    pairs, _ = tokenize_pairs(load_pairs(data)[0], AutoTokenizer.from_pretrained(folder))
+    return json.loads(json.dumps([point.as_dict() for point in prefix_accuracy(score_pairs(model, pairs))]))
+
+
+def test_json(run: Run, lm: str, rm: str, data: Path) -> None:
+    (report,) = run("accuracy", "--reward", rm, "--lm", lm, "--data", data, "--json").rows
+    assert [point["fraction"] for point in report["accuracy"]] == [0.1, 0.25, 0.5, 0.75, 1]
+    assert report["accuracy"] == expected(rm, data)
+    assert all(set(point) == {"fraction", "accuracy", "ci95", "n"} for point in report["accuracy"])
+    assert set(report["longer_wins"]) == {"accuracy", "ci95", "n"}
+    assert (report["data"]["read"], report["data"]["kept"], report["data"]["duplicates"]) == (13, 12, 1)
+    (guide,) = report["guides"]
+    assert guide["accuracy"] == report["accuracy"]
+    for point, gap in zip(guide["accuracy"], guide["above_longer_wins"], strict=True):
+        assert gap["difference"] == pytest.approx(point["accuracy"] - report["longer_wins"]["accuracy"])
+    assert report["differences"] == []
+
+
+def test_several_guides_and_a_figure(run: Run, lm: str, rm: str, data: Path, tmp_path: Path) -> None:
+    figure = tmp_path / "curves.png"
+    arguments = ("accuracy", "--reward", rm, "--reward", "contrastive", "--lm", lm, "--data", data)
+    limits = ("--fractions", "1,0.5", "--limit", 5)
+    (report,) = run(*arguments, *limits, "--figure", figure, "--json").rows
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert [guide["reward"] for guide in report["guides"]] == [rm, "contrastive"]
+    assert (report["data"]["limit"], report["data"]["kept"], report["longer_wins"]["n"]) == (5, 5, 5)
+    for gap, one, other in zip(
+        report["differences"], *(guide["accuracy"] for guide in report["guides"]), strict=True
+    ):
+        assert gap["rewards"] == [rm, "contrastive"]
+        assert gap["difference"] == pytest.approx(one["accuracy"] - other["accuracy"])
+        assert gap["ci95"][0] <= gap["difference"] <= gap["ci95"][1]
+    table = run(*arguments, *limits)
+    assert table.code == 0
+    for text in ("50 %", "100 %", "longer wins", "contrastive", "−"):
+        assert text in table.out
+    assert "5 of 13 pairs kept" in table.err
+    assert "1 dropped: seen before" in table.err
+
+
+def test_an_adapter_is_judged_as_peft_applies_it(run: Run, lm: str, data: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    base = AutoModelForSequenceClassification.from_pretrained(lm, num_labels=1)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        layers_to_transform=[1],
+        modules_to_save=["score"],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(base, config)
+    folder = save(model, tmp_path / "adapter")
+    expected_curve = expected(folder, data, model)
+    for named in (("--lm", lm), ()):
+        # Without --lm the adapter's own base is loaded, by the name that it keeps.
+        (report,) = run("accuracy", "--reward", folder, *named, "--data", data, "--json").rows
+        assert report["accuracy"] == expected_curve
+
+
+def test_a_model_without_chat_template_reads_the_turns_as_text(
+    run: Run, plain_lm: str, data: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(plain_lm, num_labels=1)
+    folder = save(model, tmp_path / "rm", byte_tokenizer(chat=False))
+    (report,) = run("accuracy", "--reward", folder, "--lm", plain_lm, "--data", data, "--json").rows
+    use_packed_attention(model)
+    pairs, _ = tokenize_pairs(load_pairs(data, chat=False)[0], byte_tokenizer(chat=False))
+    assert report["accuracy"][-1]["accuracy"] == prefix_accuracy(score_pairs(model, pairs), [1])[0].accuracy
+    assert report["data"]["kept"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--fractions", "0.5,2"), "fraction 2 of an answer is not in (0, 1]"),
+        (("--fractions", "half"), "--fractions 'half' are no numbers"),
+        (("--fractions", ","), "there is no fraction"),
+        (("--data", "none.jsonl"), "cannot read none.jsonl: No such file or directory"),
+        (("--layout", "x"), "layout='x' is unknown: use one of auto, plain, dialogue, tldr"),
+        (("--layout", "tldr"), "no pairs are left of the 13"),
+        (("--max-length", "4"), "no pairs are left of the 12"),
+        (("--reward", "none"), "--reward none is no guide"),
+        (("--reward", "a", "--reward", "a"), "a guide is named twice"),
+        (("--reward", "bundled:nothing"), "'bundled:nothing' is no bundled guide"),
+        (("--reward", "/does/not/exist"), "reward model '/does/not/exist' does not exist"),
+        (("--figure", "/does/not/exist/a.png"), "cannot write /does/not/exist/a.png: the folder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run: Run, lm: str, rm: str, data: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    given = [] if "--reward" in arguments else ["--reward", rm]
+    given += [] if "--data" in arguments else ["--data", str(data)]
+    assert message in run("accuracy", *given, *arguments, "--lm", lm).error
+
+
+def test_an_encoder_is_told_how_to_be_named(run: Run, lm: str, data: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = BertForSequenceClassification(
+        BertConfig(vocab_size=len(byte_tokenizer()), num_labels=1, **sizes)
+    )
+    folder = save(encoder, tmp_path / "encoder")
+    line = run("accuracy", "--reward", folder, "--lm", lm, "--data", data).error
+    assert f"no `score` head over a causal trunk: use --reward text:{folder}" in line
+    assert run("accuracy", "--reward", f"text:{folder}", "--lm", lm, "--data", data, "--limit", 3).code == 0
