@@ -170,7 +170,7 @@ def _classifier(source: str, setup: Setup, say: Callable[[str], None]) -> tuple[
     if is_adapter(folder):
         adapter = Adapter.load(folder)
         adapter.reward_head()
-        if setup.lm is None and Path(adapter.base_name).is_dir():
+        if setup.lm is None and adapter.base_name and Path(adapter.base_name).is_dir():
             setup = replace(setup, lm=adapter.base_name)
         lm, lm_tokenizer = setup.pair(say)
         if adapter.mismatch(lm) is not None and adapter.base_name:
