@@ -83,7 +83,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def append(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Write rows behind those of the file, in one go.
 
     Raises:
@@ -94,10 +94,10 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     if not new:
         with path.open(newline="", encoding="utf-8") as file:
             header = next(csv.reader(file))
-        if tuple(header) != COLUMNS:
+        if header != list(columns):
             raise RGTGError(f"{path} has other columns than this version writes: move it away and start anew")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
@@ -154,11 +154,12 @@ def flatten(result: dict[str, Any], model: str, methods: Sequence[str] | None = 
         row["time_is"] = (
             "extrapolated: prefill once a row + decoding per token" if entry["extrapolated"] else "measured"
         )
-        rows.append({name: _shown(row[name]) for name in COLUMNS})
+        rows.append({name: shown(row[name]) for name in COLUMNS})
     return rows
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
+    """A value as the results files hold it."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return "" if value is None else value
@@ -204,7 +205,7 @@ def sweep(
         missing = [
             m
             for m in cell.methods
-            if tuple(str(_shown((here | {"method": m})[n])) for n in KEY) not in present
+            if tuple(str(shown((here | {"method": m})[n])) for n in KEY) not in present
         ]
         if not missing:
             say(f"[{number}/{len(cells)}] {cell}: present")
