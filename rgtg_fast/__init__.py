@@ -6,7 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rgtg_fast.config import BestOfN as BestOfN
+    from rgtg_fast.config import Blocks as Blocks
     from rgtg_fast.config import Guidance as Guidance
+    from rgtg_fast.config import Segments as Segments
     from rgtg_fast.decoding.decoder import RewardGuidedDecoder as RewardGuidedDecoder
     from rgtg_fast.decoding.results import Candidate as Candidate
     from rgtg_fast.decoding.results import GeneratedRow as GeneratedRow
@@ -33,6 +36,9 @@ __version__ = "0.1.0"
 
 # Public name -> the module that holds it; imported at the first use, so that `import rgtg_fast` costs nothing.
 _HOMES = {
+    "BestOfN": "config",
+    "Blocks": "config",
+    "Segments": "config",
     "Guidance": "config",
     "RewardGuidedDecoder": "decoding.decoder",
     "Candidate": "decoding.results",
@@ -59,6 +65,8 @@ _HOMES = {
 
 __all__ = [
     "AutoregressiveReward",
+    "BestOfN",
+    "Blocks",
     "Candidate",
     "ContrastiveReward",
     "FunctionReward",
@@ -74,6 +82,7 @@ __all__ = [
     "Reward",
     "RewardGuidedDecoder",
     "RewardNaNError",
+    "Segments",
     "SequenceReward",
     "Stats",
     "Step",

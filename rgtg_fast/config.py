@@ -64,6 +64,118 @@ class Guidance:
             object.__setattr__(self, "weights", as_weights(self.weights))
 
 
+@dataclass(frozen=True)
+class BestOfN:
+    """Samples n answers of the base model and keeps the one whose whole answer has the highest reward.
+
+    Args:
+        n: answers per prompt. temperature: τ >= 0 of the samples. top_k: samples from the k most probable tokens, None
+            for the whole vocabulary.
+
+    Raises:
+        RGTGError: a value out of its range.
+
+    Example:
+        >>> BestOfN(n=8).temperature
+        1.0
+    """
+
+    n: int = 4
+    temperature: float = 1.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("n", self.n, 1)
+        _sampling(self)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Segment-level rejection sampling (CARDS, arXiv 2406.16306).
+
+    A segment of the base model's samples ends where the next token's entropy reaches `entropy`. It is accepted with
+    probability min(1, exp((r − τ_t)/beta)), where r is the reward of the answer up to it, t its length in tokens and
+
+        τ_t = min(target, r0 + t·(target − r0)/max_new_tokens),    r0 = (1 − alpha)·r(x) + alpha·target
+
+    and sampled anew otherwise; after `rejections` of them the best one seen is kept.
+
+    Args:
+        target: r*, the reward to reach, on the reward model's own scale (8.5 in the paper, for its Llama on HH).
+        alpha: where between r(x) and the target the threshold begins, 0 to 1.
+        beta: temperature of the acceptance, > 0. entropy: in nats, the end of a segment.
+        shortest, longest: tokens of a segment. rejections: of one segment at most.
+        temperature, top_k: of the samples, as in `BestOfN`.
+
+    Raises:
+        RGTGError: a value out of its range.
+    """
+
+    target: float = 8.5
+    alpha: float = 0.5
+    beta: float = 0.7
+    entropy: float = 3.0
+    shortest: int = 4
+    longest: int = 64
+    rejections: int = 20
+    temperature: float = 1.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target", "alpha", "beta", "entropy"):
+            value = _number(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if not math.isfinite(value):
+                raise RGTGError(f"{name}={value} is not finite: use a number")
+        if not 0 <= self.alpha <= 1:
+            raise RGTGError(f"alpha={self.alpha} is outside of 0 to 1: use for example 0.5")
+        if self.beta <= 0:
+            raise RGTGError(f"beta={self.beta} is not above 0: use for example 0.7")
+        _at_least("shortest", self.shortest, 1)
+        _at_least("longest", self.longest, self.shortest)
+        _at_least("rejections", self.rejections, 0)
+        _sampling(self)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blockwise best-of-K (controlled decoding, arXiv 2310.17022): K sampled blocks, of which the best is kept.
+
+    Args:
+        k: blocks to choose from. length: tokens of a block.
+        temperature, top_k: of the samples, as in `BestOfN`.
+
+    Raises:
+        RGTGError: a value out of its range.
+    """
+
+    k: int = 4
+    length: int = 16
+    temperature: float = 1.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("k", self.k, 1)
+        _at_least("length", self.length, 1)
+        _sampling(self)
+
+
+Strategy = BestOfN | Segments | Blocks
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RGTGError(f"{name}={value!r} is not a whole number >= {least}: use for example {max(least, 4)}")
+
+
+def _sampling(strategy: Strategy) -> None:
+    object.__setattr__(strategy, "temperature", _number("temperature", strategy.temperature))
+    if not math.isfinite(strategy.temperature) or strategy.temperature < 0:
+        raise RGTGError(f"temperature={strategy.temperature} is not a number >= 0: use 1 to sample")
+    if strategy.top_k is not None:
+        _at_least("top_k", strategy.top_k, 1)
+
+
 def as_weights(weights: Sequence[float]) -> tuple[float, ...]:
     """Weights of a mixture's guides as finite numbers.
 

@@ -40,6 +40,7 @@ class Row(Prefix):
             logprobs=self.logprobs[:count],
             rewards=self.rewards[:count],
             trace=self.trace if traced else None,
+            end_token=self.last_token if self.finish_reason == "eos" else None,
         )
 
 

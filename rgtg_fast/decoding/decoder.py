@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rgtg_fast.config import Guidance
+from rgtg_fast.config import Guidance, Strategy
 from rgtg_fast.decoding.batch import Batch, Row
 from rgtg_fast.decoding.memory import check_fits, free_bytes
 from rgtg_fast.decoding.results import Candidate, GeneratedRow, GenerationResult, Piece, Stats, Step
+from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_strategy, run_strategy
 from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
 from rgtg_fast.errors import RewardNaNError, RGTGError
 from rgtg_fast.models.language_model import LanguageModel
@@ -146,6 +147,7 @@ class RewardGuidedDecoder:
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] | None = None,
         trace: bool = False,
+        strategy: Strategy | str | None = None,
     ) -> GenerationResult:
         """Decodes an answer to each prompt.
 
@@ -158,6 +160,9 @@ class RewardGuidedDecoder:
             guidance: one, or one per prompt. seed: one for all (equal prompts then get equal answers), or one each.
             stop: strings that end an answer and are cut from its text.
             trace: keep every step's candidates.
+            strategy: how the models are spent: `BestOfN(...)`, `Segments(...)`, `Blocks(...)`, their names
+                (`"best_of_n:n=8"`, see `named_strategy`), or None for token by token. A strategy samples the base model
+                by its own settings and takes no guidance.
 
         Raises:
             RGTGError: a bad argument. RewardNaNError: a NaN reward; carries the rows finished before it.
@@ -167,7 +172,7 @@ class RewardGuidedDecoder:
             >>> result[0].text, result.stats.tokens_per_second  # doctest: +SKIP
         """
         run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
-        rows = sorted(self._finished(run), key=lambda row: row.index)
+        rows = sorted(self._decoded(run, strategy), key=lambda row: row.index)
         return GenerationResult(rows, run.stats)
 
     def iterate(
@@ -178,10 +183,11 @@ class RewardGuidedDecoder:
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] | None = None,
         trace: bool = False,
+        strategy: Strategy | str | None = None,
     ) -> Iterator[tuple[int, GeneratedRow]]:
         """Like `generate`, giving (index, row) as soon as a row is finished."""
         run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
-        return ((row.index, row) for row in self._finished(run))
+        return ((row.index, row) for row in self._decoded(run, strategy))
 
     def stream(
         self,
@@ -373,10 +379,7 @@ class RewardGuidedDecoder:
 
     def _retire(self, run: _Run, batch: Batch) -> None:
         """Finished rows leave their slots, which the last rows take."""
-        if run.number != self._runs:
-            raise RGTGError(
-                "this decoder was called again before the run was through: finish or drop an iterator first"
-            )
+        self._check_not_overtaken(run)
         finished = [slot for slot, row in enumerate(batch.rows) if row.finish_reason is not None]
         for slot in reversed(finished):
             source = batch.remove(slot)
@@ -388,6 +391,46 @@ class RewardGuidedDecoder:
                 self.reward.move(source, slot)
         if finished and batch:
             batch.refresh()
+
+    def _decoded(self, run: _Run, strategy: Strategy | str | None) -> Iterator[GeneratedRow]:
+        """Rows as they finish, token by token or by a strategy."""
+        chosen = named_strategy(strategy) if isinstance(strategy, str) else strategy
+        if chosen is None:
+            return self._finished(run)
+        check_strategy(chosen, self.reward)
+        if run.trace or any(row.guidance != Guidance() for row in run.rows):
+            raise RGTGError(
+                f"{type(chosen).__name__} does not choose token by token: leave out guidance and trace, and give its "
+                "own settings instead"
+            )
+        unguided = RewardGuidedDecoder(self.lm, None, self.max_batch)
+
+        def sampled(prompts: list[PromptLike], guidance: Guidance, seeds: list[int]) -> GenerationResult:
+            return unguided.generate(prompts, run.max_new_tokens, guidance, seeds, run.stops or None)
+
+        ends = Ends(self.lm, run.max_new_tokens, run.stops)
+        call = Call(self.lm, self.reward, run.rows, ends, self.max_batch, sampled, run.stats)
+        return self._by_strategy(run, run_strategy(chosen, call))
+
+    def _by_strategy(self, run: _Run, rows: Iterator[GeneratedRow]) -> Iterator[GeneratedRow]:
+        """The rows of a strategy, timed, as long as this decoder is not called again."""
+        done: list[GeneratedRow] = []
+        try:
+            for row in rows:
+                run.stats.seconds = time.perf_counter() - run.started
+                run.stats.cache_bytes = self._cache_bytes()
+                done.append(row)
+                yield row
+                self._check_not_overtaken(run)
+        except RewardNaNError as error:
+            error.finished = done
+            raise
+
+    def _check_not_overtaken(self, run: _Run) -> None:
+        if run.number != self._runs:
+            raise RGTGError(
+                "this decoder was called again before the run was through: finish or drop an iterator first"
+            )
 
     def _finished(self, run: _Run) -> Iterator[GeneratedRow]:
         """Rows as they finish."""

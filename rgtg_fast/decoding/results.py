@@ -58,6 +58,8 @@ class GeneratedRow:
             answer), None without a guide.
         logprobs, rewards: per answer token, base log-probability and the guide's reward.
         trace: one `Step` per decision, the end-of-sequence token's included; None unless asked for.
+        end_token: the end-of-sequence token that ended the answer, where one did.
+        alternatives: the other samples of best-of-n, the best first; None otherwise.
     """
 
     index: int
@@ -69,6 +71,8 @@ class GeneratedRow:
     logprobs: list[float]
     rewards: list[float]
     trace: list[Step] | None = None
+    end_token: int | None = None
+    alternatives: list[GeneratedRow] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,13 @@ class Stats:
     prompt_tokens_reward: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     cache_bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Stats) -> None:
+        """Adds another run's counts; seconds are left to who measures them."""
+        for name in ("tokens", "steps", "lm_calls", "reward_calls", "lm_tokens", "reward_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.prompt_tokens_lm += other.prompt_tokens_lm
+        self.prompt_tokens_reward += other.prompt_tokens_reward
 
     @property
     def tokens_per_second(self) -> float:

@@ -39,6 +39,9 @@ class RADReward(SequenceReward):
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         return self._clamped(super().score(candidates))
 
+    def append(self, slot: int, tokens: Sequence[int]) -> list[float]:
+        return self._clamped(torch.tensor(super().append(slot, tokens), dtype=torch.float64)).tolist()
+
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
         return self._clamped(torch.tensor(super().score_answer(prefix, answer), dtype=torch.float64)).tolist()
 

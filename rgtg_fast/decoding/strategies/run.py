@@ -1,0 +1,136 @@
+"""Runs a strategy over the rows of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+
+from rgtg_fast.config import BestOfN, Blocks, Segments, Strategy
+from rgtg_fast.decoding.batch import Row
+from rgtg_fast.decoding.memory import check_fits, free_bytes
+from rgtg_fast.decoding.results import GeneratedRow, Stats
+from rgtg_fast.decoding.strategies.best_of_n import Generate, best_of_n
+from rgtg_fast.decoding.strategies.blocks import BlockDecoder
+from rgtg_fast.decoding.strategies.ends import Ends
+from rgtg_fast.decoding.strategies.sampler import Sampler
+from rgtg_fast.decoding.strategies.segments import SegmentDecoder
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.backbone import Counter
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.rewards.base import Reward
+
+
+@dataclass
+class Call:
+    """What a strategy needs of a decoder's call.
+
+    Attributes:
+        generate: decodes without a guide. max_batch: rows of the base model's batch.
+    """
+
+    lm: LanguageModel
+    guide: Reward | None
+    rows: list[Row]
+    ends: Ends
+    max_batch: int
+    generate: Generate
+    stats: Stats
+
+
+# What the command line and `generate(strategy=...)` call them.
+NAMES: dict[str, type[Strategy]] = {"best_of_n": BestOfN, "segment": Segments, "blockwise": Blocks}
+TOKENWISE = "tokenwise"
+
+
+def named_strategy(name: str) -> Strategy | None:
+    """The strategy that a name means, with settings behind a colon; None for `tokenwise`.
+
+    Raises:
+        RGTGError: an unknown name or setting, or a value out of its range.
+
+    Example:
+        >>> named_strategy("best_of_n:n=8,temperature=0.7")
+        BestOfN(n=8, temperature=0.7, top_k=None)
+    """
+    kind, _, settings = name.partition(":")
+    if kind == TOKENWISE and not settings:
+        return None
+    if kind not in NAMES:
+        raise RGTGError(f"strategy={name!r} is unknown: use one of {', '.join([TOKENWISE, *NAMES])}")
+    known = {field.name for field in fields(NAMES[kind])}
+    values: dict[str, float] = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = (part.strip() for part in setting.partition("="))
+        if key not in known:
+            raise RGTGError(f"{kind} has no setting {key!r}: use {', '.join(sorted(known))}")
+        try:
+            values[key] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise RGTGError(f"{key}={value!r} is not a number: use for example {kind}:{key}=4") from None
+    return NAMES[kind](**values)  # pyright: ignore[reportArgumentType]
+
+
+def check_strategy(strategy: Strategy, guide: Reward | None) -> None:
+    """Refuses a strategy that the decoder's guide cannot serve.
+
+    Raises:
+        RGTGError: no guide, or one without a cache that grows and shrinks by chunks.
+    """
+    name = type(strategy).__name__
+    if not isinstance(strategy, Strategy):
+        raise RGTGError(f"strategy={strategy!r} is none: use BestOfN(...), Segments(...) or Blocks(...)")
+    if guide is None:
+        raise RGTGError(f"{name} chooses by reward and this decoder has none: pass reward=...")
+    if not isinstance(strategy, BestOfN) and not guide.appends:
+        raise RGTGError(
+            f"{name} needs a guide whose cache grows and shrinks by chunks and this decoder has {guide.name}: use a "
+            "SequenceReward with a cache of its own, or BestOfN(...)"
+        )
+
+
+@torch.inference_mode()
+def run_strategy(strategy: Strategy, call: Call) -> Iterator[GeneratedRow]:
+    """The rows of a call as they finish, decoded by a strategy instead of token by token."""
+    guide = call.guide
+    assert guide is not None
+    if isinstance(strategy, BestOfN):
+        yield from best_of_n(call.generate, guide, call.rows, strategy, call.ends, call.max_batch, call.stats)
+        return
+    sampler = Sampler(call.lm, strategy.temperature, strategy.top_k)
+    longest = max(len(row.prompt_ids) for row in call.rows) + call.ends.max_new_tokens
+    own = max(len(row.encoded[0]) for row in call.rows) + call.ends.max_new_tokens
+    if isinstance(strategy, Segments):
+        slots = prompts = min(call.max_batch, len(call.rows))
+        room = 0
+    else:
+        prompts = min(max(1, call.max_batch // strategy.k), len(call.rows))
+        # A block that has ended goes on repeating its last token until the others are through.
+        slots, room = prompts * strategy.k, strategy.length
+    backbone = call.lm.backbone
+    free = free_bytes(backbone.device)
+    held = backbone.cache.nbytes() + guide.cache_bytes()
+    per_prompt = backbone.cache_bytes_per_token * (longest + room) * (slots // prompts)
+    per_prompt += guide.cache_bytes_per_token * own
+    check_fits(per_prompt, prompts, longest + room, None if free is None else free + held)
+    backbone.reserve(slots, longest + room)
+    guide.reserve(prompts, own)
+    if isinstance(strategy, Segments):
+        rows = SegmentDecoder(sampler, guide, strategy, call.ends, slots, call.stats).run(call.rows)
+    else:
+        rows = BlockDecoder(sampler, guide, strategy, call.ends, prompts, call.stats).run(call.rows)
+    extra = Counter()
+    for row in rows:
+        _count(call, extra)
+        yield row.finished(guide.answer_reward, traced=False)
+    _count(call, extra)
+
+
+def _count(call: Call, extra: Counter) -> None:
+    """Adds what the base model has done since the last time."""
+    counter = call.lm.backbone.counter
+    call.stats.lm_calls += counter.calls - extra.calls
+    call.stats.lm_tokens += counter.tokens - extra.tokens
+    call.stats.prompt_tokens_lm = sum(len(row.prompt_ids) - 1 for row in call.rows)
+    extra.calls, extra.tokens = counter.calls, counter.tokens
