@@ -160,10 +160,10 @@ def backend_of(
 ) -> str:
     """Says which implementation serves an op.
 
-    On the CPU that is `"cpp"` for float32, bfloat16 and float16, and `"reference"` for other dtypes or where
-    the extension is missing. On CUDA it is `"triton"` for these dtypes, and `"reference"` for others, where
-    Triton is missing, and beyond the sizes that the kernels take: topk_logprobs with k > 256 (less where V >
-    262144), tree_attention with D > 256. `use_backend` overrides the choice.
+    On the CPU that is `"cpp"` for float32, bfloat16 and float16 (commit and partial_bt_loss: float64 too), and
+    `"reference"` for other dtypes or where the extension is missing. On CUDA it is `"triton"` for these three (commit:
+    float64 too), and `"reference"` for others, where Triton is missing, and beyond the sizes that the kernels take:
+    topk_logprobs with k > 256 (less where V > 262144), tree_attention with D > 256. `use_backend` overrides the choice.
 
     Args:
         name: the op's name, e.g. `"tree_attention"`.

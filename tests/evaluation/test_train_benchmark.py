@@ -87,6 +87,13 @@ def test_full_training_without_the_peers_goes_behind_what_is_there(arguments):
     assert {row["pairs"] for row in rows} == {"5"}
 
 
+@needs_peft
+@needs_trl
+def test_bfloat16(arguments):
+    assert train.main([*arguments, "--limit", "4", "--dtype", "bfloat16"]) == 0
+    assert [row["dtype"] for row in read(arguments)] == ["bfloat16"] * 4
+
+
 def test_nothing_is_timed_where_the_two_ways_differ(arguments, monkeypatch, capsys):
     right = train.loss_of_rows
     monkeypatch.setattr(train, "loss_of_rows", lambda *given: 1.01 * right(*given))

@@ -138,6 +138,30 @@ def test_the_cut_of_the_prefix_changes_no_bit(dtype, S, monkeypatch):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SPECS["partial_bt_loss"].shapes, ids=str)
+def test_gradient_of_the_partial_bt_loss(shape, dtype, compare):
+    arguments = SPECS["partial_bt_loss"].make_inputs(shape, dtype)
+    with use_backend("reference"):
+        _, want = torch.ops.rgtg_fast.partial_bt_loss(*in_double(arguments).values())
+    with use_backend("triton"):
+        _, got = torch.ops.rgtg_fast.partial_bt_loss(*moved(arguments).values())
+        _, again = torch.ops.rgtg_fast.partial_bt_loss(*moved(arguments).values())
+    assert torch.equal(got, again)
+    compare(got.cpu(), want, SPECS["partial_bt_loss"].tolerances[dtype])
+    rewards = arguments.pop("rewards").cuda().requires_grad_()
+    ops.partial_bt_loss(rewards, **moved(arguments)).backward()
+    assert rewards.grad is not None
+    torch.testing.assert_close(rewards.grad, got.to(dtype), **EXACT)
+
+
+def test_offsets_that_do_not_fit_give_nan_on_the_device():
+    rewards = torch.zeros(5, device="cuda")
+    for lengths in ((2, 2), (2, 9), (0, 5)):
+        offsets = torch.tensor([0, *lengths]).cumsum(0).cuda()
+        assert ops.partial_bt_loss(rewards, offsets, "hold").isnan()
+
+
 def test_offsets_pass_31_bits(compare):
     """Rows of the cache that lie further apart than 32 bits can count."""
     if torch.cuda.mem_get_info()[0] < 16 << 30:
