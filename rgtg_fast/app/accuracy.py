@@ -93,29 +93,47 @@ def run(
     Raises:
         RGTGError: everything that a user can get wrong.
     """
-    quiet()
-    shares = parse_fractions(fractions)
-    if len(set(rewards)) < len(rewards):
-        raise RGTGError("a guide is named twice: name each --reward once")
     if figure is not None and not figure.parent.is_dir():
         raise RGTGError(f"cannot write {figure}: the folder {figure.parent} does not exist")
-    from rgtg_fast.training.data import load_pairs
-
-    # Before any model is loaded: what is wrong with the data should be told at once.
-    loaded = load_pairs(data.source, data.layout)  # pyright: ignore[reportArgumentType]
     with status("Loading") as say:
-        judged = [_judge(Setup(reward=name, **models), data, loaded, say) for name in rewards]
-    report = _report(judged, shares, data)
+        report, first = judge(rewards, data, fractions, models, say)
     if figure is not None:
         _draw(report, figure)
     if json:
         print_json(report)
         return
-    for line in judged[0].report.lines():
+    for line in first.lines():
         note(line)
     _show(report, Console())
     if figure is not None:
         note(f"written: {figure}")
+
+
+def judge(
+    rewards: Sequence[str], data: Data, fractions: str, models: dict[str, Any], say: Callable[[str], None]
+) -> "tuple[dict[str, Any], DataReport]":
+    """Scores the pairs with every guide.
+
+    Args:
+        rewards, data, fractions, models: as in `run`.
+        say: receives lines about the progress.
+
+    Returns:
+        What `--json` prints, and which pairs the first guide left out.
+
+    Raises:
+        RGTGError: everything that a user can get wrong.
+    """
+    quiet()
+    shares = parse_fractions(fractions)
+    if len(set(rewards)) < len(rewards):
+        raise RGTGError("a guide is named twice: name each --reward once")
+    from rgtg_fast.training.data import load_pairs
+
+    # Before any model is loaded: what is wrong with the data should be told at once.
+    loaded = load_pairs(data.source, data.layout)  # pyright: ignore[reportArgumentType]
+    judged = [_judge(Setup(reward=name, **models), data, loaded, say) for name in rewards]
+    return _report(judged, shares, data), judged[0].report
 
 
 def _judge(
