@@ -28,6 +28,8 @@ NAME = "rgtg_packed"
 # Arguments by which a model asks for attention that is not plain softmax(QK^T)V.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 _PROMPT, _CHOSEN, _REJECTED = 0, 1, 2
+# Tokens up to which a sequence's scores are kept whole.
+_SHORT = 768
 
 
 def cost(pair: TokenizedPair, eos_padding: bool = False) -> int:
@@ -281,6 +283,40 @@ def packed_attention(
     return out.transpose(1, 2), None
 
 
+class _ShortAttention(torch.autograd.Function):
+    """Attention of one short sequence in bfloat16, its scores kept for the backward pass.
+
+    softmax(scale · q kᵀ + mask) v with queries q [H, n, D], keys and values [G, m, D], mask [n, m]. On a CPU the
+    matrix products run at several times the speed of SDPA's bfloat16 kernels.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        (heads, n, size), (groups, m) = q.shape, k.shape[:2]
+        ctx.scale = size**-0.5 if scale is None else scale
+        # Autocast would compute the softmax in float32; the kernel does so inside, row by row.
+        with torch.autocast("cpu", enabled=False):
+            scaled = (q * ctx.scale).reshape(groups, -1, size)
+            scores = torch.bmm(scaled, k.transpose(1, 2)).view(groups, -1, n, m)
+            weights = torch.softmax(scores.add_(mask), -1).view(groups, -1, m)
+            ctx.save_for_backward(scaled, k, v, weights)
+            return torch.bmm(weights, v).view(heads, n, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scaled, k, v, weights = ctx.saved_tensors
+        heads, n, size = grad.shape
+        grad = grad.reshape(scaled.shape)
+        grad_v = torch.bmm(weights.transpose(1, 2), grad)
+        grad_scores = torch._softmax_backward_data(
+            torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype
+        )
+        grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale).view(heads, n, size)
+        return grad_q, torch.bmm(grad_scores.transpose(1, 2), scaled), grad_v, None, None
+
+
 def _per_pair(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -291,9 +327,10 @@ def _per_pair(
 ) -> torch.Tensor:
     """Each pair by itself: prompt and chosen answer are one causal sequence, the rejected one's queries a second."""
     gqa = query.shape[1] != key.shape[1]
-    # Half precision is computed in float32: the backward of PyTorch's CPU kernel is several times slower in bfloat16.
     dtype = query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    short = value.dtype == torch.bfloat16 and dropout == 0 and packing.longest <= _SHORT
+    # Sequences too long for that are computed in float32: the backward of PyTorch's CPU kernel is slow in bfloat16.
+    wide = value.dtype if short else torch.promote_types(dtype, torch.float32)
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
     rows = []
     # Splits and their backward, a concatenation, touch every token once; slices would each write a whole zero gradient.
@@ -302,8 +339,16 @@ def _per_pair(
         rest = q.shape[1] - sum(sizes)
         qs, ks, vs = (x.split([*sizes, rest], dim=1) for x in (q, k, v))
         out: list[torch.Tensor] = []
-        for i, (prompt, _, rejected) in enumerate(pairs):
+        for i, (prompt, chosen, rejected) in enumerate(pairs):
             first, second = 2 * i, 2 * i + 1
+            keys = torch.cat([ks[first][:, :prompt], ks[second]], dim=1)
+            values = torch.cat([vs[first][:, :prompt], vs[second]], dim=1)
+            if short:
+                mask = packing.mask(prompt + chosen, 0, v)
+                out.append(_ShortAttention.apply(qs[first], ks[first], vs[first], mask, scale))
+                mask = packing.mask(rejected, prompt, v)
+                out.append(_ShortAttention.apply(qs[second], keys, values, mask, scale))
+                continue
             out.append(
                 functional.scaled_dot_product_attention(
                     qs[first][None],
@@ -318,8 +363,8 @@ def _per_pair(
             out.append(
                 functional.scaled_dot_product_attention(
                     qs[second][None],
-                    torch.cat([ks[first][:, :prompt], ks[second]], dim=1)[None],
-                    torch.cat([vs[first][:, :prompt], vs[second]], dim=1)[None],
+                    keys[None],
+                    values[None],
                     attn_mask=packing.mask(rejected, prompt, q),
                     dropout_p=dropout,
                     scale=scale,

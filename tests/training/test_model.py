@@ -20,7 +20,7 @@ from rgtg_fast.training.model import (
     trained_parameters,
     use_packed_forward,
 )
-from rgtg_fast.training.packing import collate
+from rgtg_fast.training.packing import _ShortAttention, collate, pack
 from rgtg_fast.training.recipe import train_reward_model
 from tests.conftest import make_rm
 from tests.training.support import rows, save_lm, tokenized
@@ -147,3 +147,32 @@ def test_what_cannot_be_a_reward_model_is_refused(tmp_path: Path) -> None:
         Lora(rank=0)
 
 
+
+
+def test_short_attention_has_the_gradient_of_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = random(4, 3, 8), random(2, 5, 8), random(2, 5, 8)
+    hidden = torch.ones(3, 5, dtype=torch.bool).triu(3)
+    mask = torch.zeros(3, 5, dtype=torch.float64).masked_fill(hidden, float("-inf"))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask, scale=0.3, enable_gqa=True
+    )[0]
+    torch.testing.assert_close(_ShortAttention.apply(q, k, v, mask, 0.3), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *x: _ShortAttention.apply(*x, mask, 0.3), (q, k, v))
+
+
+def test_packed_rows_in_bfloat16_are_as_near_as_bfloat16_is() -> None:
+    pairs = tokenized(12)
+    batch = collate(pairs, pack(pairs, 64), 0)
+    errors = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        model: Any = make_rm(dtype=torch.float64).to(dtype)
+        use_packed_forward(model)
+        with torch.no_grad():
+            errors[dtype] = model(batch=batch).logits.double()
+    error = (errors[torch.bfloat16] - errors[torch.float64]).norm() / errors[torch.float64].norm()
+    assert error < 0.1

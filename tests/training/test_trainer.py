@@ -386,15 +386,13 @@ def processes(base: Path, out: Path, count: int, **settings: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"fork_layer": 2, "objective": "full_bt"}], ids=str)
-def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    processes(base, one, 1, accumulation=4, **settings)
-    processes(base, two, 2, accumulation=2, **settings)
-    # An odd number of rows: the last batch of an epoch is filled up on one process.
-    assert json.loads((one / "checkpoint-2" / "trainer_state.json").read_text())["max_steps"] == len(
-        losses(one)
-    )
+    processes(base, one, 1, accumulation=4, fork_layer=2)
+    processes(base, two, 2, accumulation=2, fork_layer=2)
+    # The last batch of an epoch is filled up on one process, and what fills it does not count.
+    pairs = json.loads((one / "rgtg_fast.json").read_text())["data"]["train"]["kept"]
+    assert 0 < pairs < 61
     assert len(losses(one)) >= 4
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     held = [[row["eval_accuracy"] for row in read_log(out) if "eval_loss" in row] for out in (one, two)]
