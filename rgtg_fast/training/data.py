@@ -47,10 +47,11 @@ class PreferencePair:
     @property
     def opening(self) -> str:
         """What makes two prompts the same one for a split: the first user message, or the whole text."""
-        if isinstance(self.prompt, str):
-            return self.prompt.strip()
-        users = [message for message in self.prompt if message["role"] == "user"]
-        return (users or self.prompt)[0]["content"].strip()
+        messages = hh_messages(self.prompt) if isinstance(self.prompt, str) else self.prompt
+        if messages is None:
+            return str(self.prompt).strip()
+        users = [message for message in messages if message["role"] == "user"]
+        return (users or messages)[0]["content"].strip()
 
 
 @dataclass(frozen=True)
@@ -460,10 +461,13 @@ def _read_tldr(row: Mapping[str, Any], chat: bool) -> tuple[str | Messages, str,
         raise _UnusableError("malformed", "'info' is not an object")
     if str(choice) not in ("0", "1"):
         raise _UnusableError("malformed", f"choice={choice!r} is neither 0 nor 1")
-    texts = (
-        [s.get("text") for s in summaries if isinstance(s, Mapping)] if isinstance(summaries, list) else []
-    )
-    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+    texts: Any = None
+    if isinstance(summaries, Mapping):
+        # `datasets` may turn a list of objects into an object of lists.
+        texts = summaries.get("text")
+    elif isinstance(summaries, list):
+        texts = [s.get("text") if isinstance(s, Mapping) else None for s in summaries]
+    if not isinstance(texts, list) or len(texts) != 2 or not all(isinstance(text, str) for text in texts):
         raise _UnusableError("malformed", "'summaries' are not two objects with a 'text'")
     if info.get("post"):
         heading = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post")]

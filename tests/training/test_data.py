@@ -101,6 +101,8 @@ def test_summary_comparisons() -> None:
     prompt = "SUBREDDIT: r/pets\nTITLE: Cat\nPOST: My cat left.\nTL;DR:"
     assert one({"info": info, "summaries": summaries, "choice": 0}) == (prompt, " Cat gone.", " A cat.")
     assert one({"info": info, "summaries": summaries, "choice": 1}) == (prompt, " A cat.", " Cat gone.")
+    columns = {"text": ["A cat.", " Cat gone."], "policy": ["a", "b"]}
+    assert one({"info": info, "summaries": columns, "choice": 0}) == (prompt, " A cat.", " Cat gone.")
     news = {"post": None, "title": "Rain", "subreddit": None, "article": "It rains."}
     assert one({"info": news, "summaries": summaries, "choice": 1})[0] == (
         "TITLE: Rain\nARTICLE: It rains.\nTL;DR:"
@@ -270,6 +272,8 @@ def test_broken_dialogues(row: dict[str, Any], counter: int) -> None:
         {"choice": None},
         {"summaries": [{"text": "a"}]},
         {"summaries": "a"},
+        {"summaries": 5},
+        {"summaries": {"text": "ab"}},
         {"info": "post"},
         {"info": {}},
     ],
@@ -374,6 +378,9 @@ def test_split_follows_its_seed_and_refuses_what_cannot_be_split() -> None:
 def test_openings() -> None:
     assert PreferencePair(" TL;DR: ", "a", "b", 0).opening == "TL;DR:"
     assert chat_pair(" one ", "two", 0).opening == "one"
+    # The same dialogue as text: a split must not depend on how the model reads it.
+    text = "\n\nHuman: one\n\nAssistant: ok\n\nHuman: two\n\nAssistant:"
+    assert PreferencePair(text, "a", "b", 0).opening == "one"
     assert PreferencePair([assistant("I begin")], "a", "b", 0).opening == "I begin"
 
 

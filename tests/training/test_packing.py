@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.packing import (
     PackedBatch,
     Packing,
+    _flex,
     answer_positions,
     collate,
     cost,
@@ -301,6 +303,25 @@ def test_flex_attention_with_the_block_mask_is_the_per_pair_attention() -> None:
     for row, pairs_of_row in enumerate(packing.segments):
         used = sum(map(sum, pairs_of_row))
         torch.testing.assert_close(per_pair[row, :, :used], flex[row, :, :used], rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling flex_attention needs g++")
+@torch.no_grad()
+def test_flex_attention_compiled_is_the_per_pair_attention() -> None:
+    """The call that CUDA gets, compiled for the CPU, where it has a forward alone and one length at a time."""
+    pairs = make_pairs(0, 24, longest=40)
+    batch = collate(pairs, pack(pairs, 512), PAD, length=512)
+    rows, size = batch.input_ids.shape
+    packing = Packing(batch.spans, (rows, size))
+    q, k, v = (torch.randn(rows, h, size, 16) for h in (6, 2, 2))
+    compiled = _flex(q, k, v, packing, None, 0.0)
+    per_pair = packed_attention(torch.nn.Module(), q, k, v, None, packing=packing)[0].transpose(1, 2)
+    for row, pairs_of_row in enumerate(packing.segments):
+        used = sum(map(sum, pairs_of_row))
+        torch.testing.assert_close(per_pair[row, :, :used], compiled[row, :, :used], rtol=0, atol=1e-5)
+    with pytest.raises(RGTGError, match=r"attention dropout 0\.1 is not available"):
+        _flex(q, k, v, packing, None, 0.1)
 
 
 FAMILIES = {
