@@ -35,6 +35,12 @@ _BEYOND = (
     ("layer_replication", "replicated layers"),
     ("target_parameters", "adapted parameters outside linear layers"),
     ("alora_invocation_tokens", "activation by tokens (aLoRA)"),
+    ("use_qalora", "grouped inputs (QALoRA)"),
+    ("use_bdlora", "block-diagonal factors (BD-LoRA)"),
+    ("kasa_config", "singular values (KaSA)"),
+    ("monteclora_config", "sampled factors (MonteCLoRA)"),
+    ("arrow_config", "routed adapters (Arrow)"),
+    ("lora_ga_config", "changed base weights (LoRA-GA)"),
 )
 # Initialisations that also change the base weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")

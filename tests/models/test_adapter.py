@@ -1,0 +1,176 @@
+"""Adapters from PEFT's files: equal to PEFT, refused in words where they do more, merged only into copies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rgtg_fast import RGTGError
+from rgtg_fast.models.adapter import Adapter, decoder_layers, fingerprint, is_adapter, linear_shape
+from rgtg_fast.models.loading import language_backbone
+from tests.conftest import make_lm
+from tests.models.adapters import write_adapter
+from tests.models.test_families import FAMILIES
+
+IDS = [9, 8, 7, 20, 21, 33]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3}},
+        {"alpha_pattern": {"q_proj": 5, "model.layers.0.mlp.down_proj": 40}},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]},
+    ],
+)
+def test_merged_and_hooked_equal_peft(tmp_path: Path, settings: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'rgtg-fast[train]'")
+    lm = make_lm()
+    config = lm.config
+    config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(config).eval()
+    classifier.base_model.load_state_dict(lm.base_model.state_dict())
+    lora = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        task_type="SEQ_CLS",
+        init_lora_weights=False,
+        **{"target_modules": "all-linear", **settings},
+    )
+    tuned = peft.get_peft_model(classifier, lora).eval()
+    tuned.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = tuned(torch.tensor([IDS])).logits
+        adapter = Adapter.load(tmp_path)
+        merged = adapter.merged(lm)(torch.tensor([IDS])).logits
+        attached = language_backbone(lm, "transformers", None).attach(adapter, scores_candidates=True)
+        hooked = attached.hidden_uncached(IDS)[-1:] @ adapter.reward_head().weight.T
+    assert adapter.fork == (1 if "layers_to_transform" in settings else 0)
+    assert float(adapter.reward_head().weight.std()) > 0
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hooked, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("engine", ["transformers", "auto"])
+def test_every_family_shares_its_forward(tmp_path: Path, family: str, engine: str) -> None:
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    layer = decoder_layers(lm)[0]
+    names = tuple(name for name, module in layer.named_modules() if linear_shape(module) is not None)
+    adapter = Adapter.load(write_adapter(tmp_path, lm, 1, names=names, head=None))
+    backbone = language_backbone(lm, engine, None)
+    attached = backbone.attach(adapter, scores_candidates=True)
+    own = adapter.merged(lm)
+    texts = [IDS, IDS[:2], IDS[1:5]]
+    with torch.inference_mode():
+        backbone.reserve(3, len(IDS))
+        for slot, ids in enumerate(texts):
+            backbone.prefill(slot, ids[:-1])
+        backbone.step(torch.tensor([[3, ids[-1]] for ids in texts]))
+        backbone.commit(torch.ones(3, dtype=torch.int64))
+        logits, states = backbone.next_logits(3), attached.newest()
+        for slot, ids in enumerate(texts):
+            text = torch.tensor([ids])
+            expected = lm(input_ids=text, use_cache=False).logits[0, -1]
+            torch.testing.assert_close(logits[slot], expected, rtol=1e-3, atol=1e-3)
+            expected = own.base_model(text, use_cache=False).last_hidden_state[0, -1]
+            torch.testing.assert_close(states[slot], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_merging_leaves_the_base_alone(tmp_path: Path) -> None:
+    lm = make_lm()
+    before = fingerprint(lm), [parameter.clone() for parameter in lm.parameters()]
+    own = Adapter.load(write_adapter(tmp_path, lm, 1)).merged(lm)
+    assert fingerprint(lm) == before[0] != fingerprint(own)
+    assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), before[1], strict=True))
+
+
+def test_a_fingerprint_is_the_trunk_s() -> None:
+    one, other = make_lm(), make_lm(seed=1)
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(make_lm()) == fingerprint(make_lm().to(torch.bfloat16))
+    with torch.no_grad():
+        one.lm_head.weight.zero_()
+    assert fingerprint(one) == fingerprint(make_lm())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "is a IA3 adapter: only LORA"),
+        ({"use_dora": True}, "has DoRA magnitudes"),
+        ({"bias": "all"}, "trained biases"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"trainable_token_indices": [1]}, "retrained token embeddings"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_adapter(tmp_path, make_lm(), 1, **change)
+    with pytest.raises(RGTGError, match=message) as error:
+        Adapter.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_tensors_are_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, make_lm(), 1)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for key in (
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector",
+    ):
+        save_file({**tensors, key: torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(RGTGError, match="only a head"):
+            Adapter.load(tmp_path)
+    half = {key: value for key, value in tensors.items() if not key.endswith("up_proj.lora_B.weight")}
+    save_file(half, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RGTGError, match="only one of its two factors"):
+        Adapter.load(tmp_path)
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    assert not is_adapter(tmp_path)
+    assert not is_adapter(make_lm())
+    with pytest.raises(RGTGError, match=r"holds no adapter_config\.json"):
+        Adapter.load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(RGTGError, match=r"holds no adapter_model\.safetensors"):
+        Adapter.load(tmp_path)
+
+
+def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
+    lm = make_lm()
+    adapter = Adapter.load(write_adapter(tmp_path, lm, 1))
+    assert adapter.mismatch(lm) is None
+    assert "was trained on other weights" in str(adapter.mismatch(make_lm(seed=3)))
+    wide = make_lm(intermediate_size=64)
+    assert "mlp.down_proj" in str(adapter.misfit(wide))
+    with pytest.raises(RGTGError, match=r"mlp\.down_proj"):
+        language_backbone(wide, "auto", None).attach(adapter, scores_candidates=True)
+    assert "does not have" in str(adapter.misfit(make_lm(num_hidden_layers=1)))
+
+
+def test_a_reward_needs_one_label(tmp_path: Path) -> None:
+    lm = make_lm()
+    for head, words in ((None, "no head"), (3, "a head of 3 labels")):
+        adapter = Adapter.load(write_adapter(tmp_path / str(head), lm, 1, head=head))
+        with pytest.raises(RGTGError, match=words):
+            adapter.reward_head()
+
+
+def test_without_a_fingerprint_the_name_decides(tmp_path: Path) -> None:
+    lm = make_lm()
+    lm.config._name_or_path = "somebody/model"
+    (write_adapter(tmp_path, lm, 1) / "rgtg_fast.json").unlink()
+    adapter = Adapter.load(tmp_path)
+    assert adapter.mismatch(lm) is None
+    lm.config._name_or_path = "somebody/other"
+    assert "was trained on somebody/model, not on somebody/other" in str(adapter.mismatch(lm))
