@@ -31,6 +31,7 @@ from rgtg_fast.training.model import (
     check_fork_layer,
     decoder_layers,
     drop_zero_adapters,
+    let_autocast_cast,
     trained_parameters,
     use_packed_forward,
 )
@@ -152,6 +153,8 @@ class PartialRewardTrainer(Trainer):
         self._counts = torch.zeros(3)
         self._logged_at = 0.0
         use_packed_forward(model)
+        if args.bf16:
+            let_autocast_cast(model)
         super().__init__(
             model=model,
             args=args,

@@ -88,16 +88,29 @@ class LowerLayers:
             self.set_aside()
 
 
-@torch.no_grad()
 def _returns_tuple(model: nn.Module, layer: nn.Module) -> bool:
     trunk: Any = pretrained(model).base_model
-    seen: list[bool] = []
-    hook = layer.register_forward_hook(lambda _, __, out: seen.append(isinstance(out, tuple)))
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=trunk.device)
+    return isinstance(_output_of(layer, trunk, input_ids=tokens, use_cache=False), tuple)
+
+
+@torch.no_grad()
+def _output_of(layer: nn.Module, trunk: nn.Module, **inputs: Any) -> Any:
+    """What a layer gives in a forward of the trunk, which goes no further."""
+    out: list[Any] = []
+
+    def stop(_: nn.Module, __: Any, output: Any) -> None:
+        out.append(output)
+        raise _ForkReachedError
+
+    hook = layer.register_forward_hook(stop)
     try:
-        trunk(input_ids=torch.zeros(1, 1, dtype=torch.long, device=trunk.device), use_cache=False)
+        trunk(**inputs)
+    except _ForkReachedError:
+        pass
     finally:
         hook.remove()
-    return seen[0]
+    return out[0]
 
 
 class TrunkCache:
@@ -212,29 +225,18 @@ class TrunkCache:
             total = end
         return len(self._rows), total
 
-    @torch.no_grad()
     def _compute(self, model: nn.Module, row: Sequence[int]) -> bytes:
         trunk: Any = pretrained(model).base_model
         layers = decoder_layers(model)[1]
         batch = collate(self._pairs, [row], 0, eos_padding=self._eos_padding).to(trunk.device)
-        out: list[torch.Tensor] = []
-
-        def stop(_: nn.Module, __: Any, output: Any) -> None:
-            out.append(output[0] if isinstance(output, tuple) else output)
-            raise _ForkReachedError
-
-        hook = layers[self._fork_layer - 1].register_forward_hook(stop)
         training = trunk.training
         trunk.eval()
-        try:
-            with torch.autocast(trunk.device.type, torch.bfloat16, enabled=self._autocast):
-                trunk(input_ids=batch.input_ids, **forward_arguments(batch, trunk.dtype))
-        except _ForkReachedError:
-            pass
-        finally:
-            hook.remove()
-            trunk.train(training)
-        states = out[0][0].to("cpu", self._dtype).contiguous()
+        with torch.autocast(trunk.device.type, torch.bfloat16, enabled=self._autocast):
+            arguments = forward_arguments(batch, trunk.dtype)
+            out = _output_of(layers[self._fork_layer - 1], trunk, input_ids=batch.input_ids, **arguments)
+        trunk.train(training)
+        hidden = out[0] if isinstance(out, tuple) else out
+        states = hidden[0].to("cpu", self._dtype).contiguous()
         return states.view(torch.uint8).numpy().tobytes()
 
     def states(self, batch: PackedBatch) -> torch.Tensor:
@@ -253,7 +255,7 @@ class TrunkCache:
 
 
 class _ForkReachedError(Exception):
-    """The forward has gone as far as it has to."""
+    """A forward has gone as far as it has to."""
 
 
 def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:
