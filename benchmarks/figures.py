@@ -1,4 +1,4 @@
-"""Makes the figures and the tables of README and docs from results/decode*.csv: `python -m benchmarks.figures`."""
+"""Makes the figures and the tables of README and docs from results/*.csv: `python -m benchmarks.figures`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 from benchmarks.cells import GPU, HEADLINES
 from benchmarks.harness import PHASES, RESULTS, read
+from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+# Names of the generated sections.
+DECODING, ACCURACY, COST = "benchmarks", "accuracy", "training-cost"
 NAMES = {
     "ours": "rgtg-fast",
     "args_replicated": "ARGS, k copies of the cache",
@@ -177,8 +179,8 @@ def _equality(row: Row) -> str:
     return f"first {row['first_difference_position']}, then {apart}"
 
 
-def write_block(readme: Path, text: str) -> bool:
-    """Put the text between the README's markers.
+def write_block(page: Path, text: str, name: str = DECODING) -> bool:
+    """Put the text between a page's markers `<!-- name:begin -->` and `<!-- name:end -->`.
 
     Returns:
         Whether the file changed.
@@ -186,19 +188,25 @@ def write_block(readme: Path, text: str) -> bool:
     Raises:
         ValueError: a marker is missing.
     """
-    old = readme.read_text(encoding="utf-8")
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"{readme} has no {BEGIN} and {END}: put them where the table belongs")
-    head, _, rest = old.partition(BEGIN)
-    new = f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
+    old = page.read_text(encoding="utf-8")
+    begin, end = _markers(name)
+    if begin not in old or end not in old:
+        raise ValueError(f"{page} has no {begin} and {end}: put them where the table belongs")
+    head, _, rest = old.partition(begin)
+    new = f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
     if new != old:
-        readme.write_text(new, encoding="utf-8")
+        page.write_text(new, encoding="utf-8")
     return new != old
 
 
-def current_block(readme: Path) -> str:
-    """What stands between the README's markers."""
-    return readme.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
+def current_block(page: Path, name: str = DECODING) -> str:
+    """What stands between a page's markers."""
+    begin, end = _markers(name)
+    return page.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip("\n")
+
+
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
@@ -280,16 +288,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, nargs="+", help="default: benchmarks/results/decode*.csv")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--training", type=Path, default=ROOT / "docs" / "training.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(arguments)
     rows = all_rows(given.results)
     if not rows:
         print("there are no results: python -m benchmarks.decode measures them", file=sys.stderr)
         return 2
-    for path in draw(rows, given.figures):
+    judged, trained = read(RESULTS / "accuracy.csv"), read(RESULTS / "train.csv")
+    for path in (*draw(rows, given.figures), *draw_accuracy(judged, given.figures)):
         print(path)
-    for page, text in ((given.readme, block(rows)), (given.performance, phases_block(rows))):
-        print(page, "changed" if write_block(page, text) else "unchanged")
+    for page, text, name in (
+        (given.readme, block(rows), DECODING),
+        (given.performance, phases_block(rows), DECODING),
+        (given.training, accuracy_block(judged), ACCURACY),
+        (given.training, cost_block(trained), COST),
+    ):
+        print(page, name, "changed" if write_block(page, text, name) else "unchanged")
     return 0
 
 

@@ -293,8 +293,10 @@ def figure(
     axes.set_ylabel("chosen answer preferred, %")
     axes.set_title(title)
     axes.legend(fontsize="small")
+    # The same points give the same file: a date would not.
+    undated = {"Date": None} if str(path).endswith(".svg") else None
     try:
-        drawing.savefig(path, dpi=150)
+        drawing.savefig(path, dpi=150, metadata=undated)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise RGTGError(f"cannot write the figure {path}: {reason}") from error

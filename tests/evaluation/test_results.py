@@ -13,6 +13,7 @@ from rgtg_fast.evaluation import benchmark
 from rgtg_fast.evaluation.benchmark import BenchmarkMismatchError
 
 ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 MACHINE = {
     "cpu": "Some CPU",
     "cores": 2,
@@ -169,14 +170,14 @@ def test_later_rows_replace_earlier_ones(results):
 
 def test_the_block_goes_between_the_markers_and_twice_is_once(results, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n", encoding="utf-8")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     text = figures.block(harness.read(results))
     assert figures.write_block(readme, text)
     once = readme.read_text(encoding="utf-8")
     assert not figures.write_block(readme, text)
     assert readme.read_text(encoding="utf-8") == once
-    assert once.startswith(f"before\n{figures.BEGIN}\n")
-    assert once.endswith(f"{figures.END}\nafter\n")
+    assert once.startswith(f"before\n{BEGIN}\n")
+    assert once.endswith(f"{END}\nafter\n")
     assert figures.current_block(readme) == text
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="benchmarks:begin"):
@@ -206,16 +207,17 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     with output.open(newline="") as file:
         assert len(list(csv.reader(file))) == 3
     readme = tmp_path / "README.md"
-    readme.write_text(f"{figures.BEGIN}{figures.END}", encoding="utf-8")
+    readme.write_text(f"{BEGIN}{END}", encoding="utf-8")
     page = tmp_path / "performance.md"
-    page.write_text(f"{figures.BEGIN}{figures.END}", encoding="utf-8")
+    page.write_text(f"{BEGIN}{END}", encoding="utf-8")
     arguments = ["--results", str(output), "--readme", str(readme), "--performance", str(page)]
-    arguments += ["--figures", str(tmp_path / "figures")]
+    training = tmp_path / "training.md"
+    names = (figures.ACCURACY, figures.COST)
+    training.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
+    arguments += ["--figures", str(tmp_path / "figures"), "--training", str(training)]
     assert figures.main(arguments) == 0
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
-        "decode_phases.svg",
-        "decode_speed.svg",
-    ]
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn >= {"decode_phases.svg", "decode_speed.svg"}
 
 
 def test_the_readme_shows_what_the_results_hold():
@@ -224,3 +226,39 @@ def test_the_readme_shows_what_the_results_hold():
         pytest.skip("no README.md or no benchmarks/results/decode*.csv in this checkout")
     assert figures.current_block(readme) == figures.block(rows), "run python -m benchmarks.figures"
     assert figures.current_block(page) == figures.phases_block(rows), "run python -m benchmarks.figures"
+
+
+def test_the_page_on_training_shows_what_the_results_hold():
+    page = ROOT / "docs" / "training.md"
+    judged, trained = (harness.read(harness.RESULTS / f"{name}.csv") for name in ("accuracy", "train"))
+    if not page.exists():
+        pytest.skip("no docs/training.md in this checkout")
+    shown = figures.current_block(page, figures.ACCURACY), figures.current_block(page, figures.COST)
+    assert shown == (figures.accuracy_block(judged), figures.cost_block(trained)), (
+        "run python -m benchmarks.figures"
+    )
+
+
+def test_tables_about_training_say_what_the_rows_hold():
+    row = {"data": "pairs", "pairs": "7", "dtype": "float32", "rgtg_fast": "0", "commit": "abc", "other": ""}
+
+    def judged(figure, value, guide="", other=""):
+        numbers = {"value": str(value), "ci95_low": str(value - 0.1), "ci95_high": str(value + 0.1)}
+        return row | {"figure": figure, "guide": guide, "other": other, "fraction": "0.5"} | numbers
+
+    text = figures.accuracy_block(
+        [
+            judged("longer_wins", 0.55),
+            judged("accuracy", 0.625, "one"),
+            judged("above_longer_wins", 0.075, "one"),
+            judged("accuracy", 0.5, "two"),
+            judged("above_longer_wins", -0.05, "two"),
+            judged("difference", 0.125, "one", "two"),
+        ]
+    )
+    assert "| `one` | 0.625 [0.525, 0.725] |" in text
+    assert "| `two` − longer wins | -0.050 [-0.150, +0.050] |" in text
+    assert "| `one` − `two` | +0.125 [+0.025, +0.225] |" in text
+    assert "chosen one in 0.550 [0.450, 0.650]" in text
+    assert "Not measured" in figures.accuracy_block([])
+    assert "Not measured" in figures.cost_block([])
