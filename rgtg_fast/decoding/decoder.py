@@ -403,10 +403,17 @@ class RewardGuidedDecoder:
                 f"{type(chosen).__name__} does not choose token by token: leave out guidance and trace, and give its "
                 "own settings instead"
             )
-        unguided = RewardGuidedDecoder(self.lm, None, self.max_batch)
 
         def sampled(prompts: list[PromptLike], guidance: Guidance, seeds: list[int]) -> GenerationResult:
-            return unguided.generate(prompts, run.max_new_tokens, guidance, seeds, run.stops or None)
+            backbone = self.lm.backbone
+            guided = backbone.lookahead, backbone.contexts
+            # No guide looks on: a step runs one token a row, whatever a guide that shares the forward would want.
+            backbone.lookahead = False
+            try:
+                unguided = RewardGuidedDecoder(self.lm, None, self.max_batch)
+                return unguided.generate(prompts, run.max_new_tokens, guidance, seeds, run.stops or None)
+            finally:
+                backbone.lookahead, backbone.contexts = guided
 
         ends = Ends(self.lm, run.max_new_tokens, run.stops)
         call = Call(self.lm, self.reward, run.rows, ends, self.max_batch, sampled, run.stats)

@@ -15,9 +15,11 @@ class AutoregressiveReward(WideReward):
     reward of a whole answer is the sum over its tokens, log π_r(y | x).
 
     Args:
-        model: path or hub id of an `AutoModelForCausalLM`, or a (model, tokenizer) pair.
+        model: path or hub id of an `AutoModelForCausalLM`, a folder with a LoRA adapter in PEFT's format, or a
+            (model, tokenizer) pair.
         chat_template: Jinja chat template for the reward model's prompts; by default its own tokenizer's, and
             where that has none the base model's prompt ids.
+        share_trunk: whether an adapter runs in the base model's own forward, as in `SequenceReward`.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -31,8 +33,8 @@ class AutoregressiveReward(WideReward):
 
     additive = True
 
-    def __init__(self, model: Source, chat_template: str | None = None):
-        super().__init__([Follower(model, chat_template, type(self).__name__)])
+    def __init__(self, model: Source, chat_template: str | None = None, share_trunk: bool | None = None):
+        super().__init__([Follower(model, chat_template, share_trunk, type(self).__name__)])
 
     def guidance(self) -> torch.Tensor:
         scores = self._followers[0].scores

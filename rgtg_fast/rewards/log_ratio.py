@@ -15,7 +15,8 @@ class LogRatioReward(WideReward):
     the two. The reward of a whole answer is the sum over its tokens, the log-ratio of the answer.
 
     Args:
-        tuned, untuned: paths or hub ids of an `AutoModelForCausalLM`, or (model, tokenizer) pairs.
+        tuned, untuned: paths or hub ids of an `AutoModelForCausalLM`, folders with a LoRA adapter in PEFT's format, or
+            (model, tokenizer) pairs.
         tuned_template, untuned_template: Jinja chat templates for their prompts; by default each one's own
             tokenizer's, and where that has none the base model's prompt ids.
 
@@ -39,7 +40,12 @@ class LogRatioReward(WideReward):
         untuned_template: str | None = None,
     ):
         guide = type(self).__name__
-        super().__init__([Follower(tuned, tuned_template, guide), Follower(untuned, untuned_template, guide)])
+        super().__init__(
+            [
+                Follower(tuned, tuned_template, None, guide),
+                Follower(untuned, untuned_template, None, guide),
+            ]
+        )
 
     def guidance(self) -> torch.Tensor:
         tuned, untuned = (follower.scores for follower in self._followers)

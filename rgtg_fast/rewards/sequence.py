@@ -77,7 +77,8 @@ class SequenceReward(Reward):
             head = adapter.reward_head()
             self._tokenizer = adapter_tokenizer(self.source) or lm.tokenizer
             check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, adapter.name)
-            reason = adapter.mismatch(lm.backbone.model) or self._other_prompts(adapter.name)
+            reason = adapter.mismatch(lm.backbone.model)
+            reason = reason or other_prompts(lm.tokenizer, self._tokenizer, self.chat_template, adapter.name)
             if self.share_trunk and reason is not None:
                 raise RGTGError(f"share_trunk=True: {reason}; use share_trunk=None for a model of its own")
             if self.share_trunk is not False and reason is None:
@@ -112,21 +113,6 @@ class SequenceReward(Reward):
                 "use a reward model with the same vocabulary, or TextReward(...)"
             )
         lm.vocabulary = min(lm.vocabulary, embeddings)
-
-    def _other_prompts(self, name: str) -> str | None:
-        """Why a prompt reads differently under the guide than under the base model, None where it does not."""
-        assert self._lm is not None
-        base, own = self._lm.tokenizer, self._tokenizer
-        if base is None or own is None:
-            return (
-                None if self.chat_template is None else f"{name} has a chat template and the base model none"
-            )
-        template = self.chat_template or own.chat_template
-        if template is not None and template != base.chat_template:
-            return f"{name} has another chat template than the base model"
-        if own(_PROBE)["input_ids"] != base(_PROBE)["input_ids"]:
-            return f"{name} begins its prompts with other special tokens than the base model"
-        return None
 
     def _share(self, adapter: Adapter, head: torch.nn.Linear) -> None:
         assert self._lm is not None
@@ -232,6 +218,27 @@ class SequenceReward(Reward):
         assert self._head is not None
         hidden = self._attached.hidden_uncached([*prefix.prompt_ids, *answer])
         return scores_of(hidden[len(prefix.prompt_ids) :], self._head).tolist()
+
+
+def other_prompts(
+    base: PreTrainedTokenizerBase | None,
+    own: PreTrainedTokenizerBase | None,
+    chat_template: str | None,
+    name: str,
+) -> str | None:
+    """Why a prompt reads differently under a guide than under the base model, None where it does not.
+
+    Args:
+        base, own: their tokenizers. chat_template: given for the guide. name: of the guide.
+    """
+    if base is None or own is None:
+        return None if chat_template is None else f"{name} has a chat template and the base model none"
+    template = chat_template or own.chat_template
+    if template is not None and template != base.chat_template:
+        return f"{name} has another chat template than the base model"
+    if own(_PROBE)["input_ids"] != base(_PROBE)["input_ids"]:
+        return f"{name} begins its prompts with other special tokens than the base model"
+    return None
 
 
 def check_same_tokenizer(

@@ -15,10 +15,11 @@ class VocabularyReward(WideReward):
     reward of a whole answer is that of its last token, head(h(x, y_<n))[y_n].
 
     Args:
-        model: path or hub id of an `AutoModelForCausalLM` whose head was trained as a reward, or a
-            (model, tokenizer) pair.
+        model: path or hub id of an `AutoModelForCausalLM` whose head was trained as a reward, a folder with a LoRA
+            adapter and its vocabulary-sized head in PEFT's format, or a (model, tokenizer) pair.
         chat_template: Jinja chat template for the reward model's prompts; by default its own tokenizer's, and
             where that has none the base model's prompt ids.
+        share_trunk: whether an adapter runs in the base model's own forward, as in `SequenceReward`.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -30,8 +31,8 @@ class VocabularyReward(WideReward):
         >>> decoder.generate("Hello", guidance=Guidance(k=10, support="combined"))  # doctest: +SKIP
     """
 
-    def __init__(self, model: Source, chat_template: str | None = None):
-        super().__init__([Follower(model, chat_template, type(self).__name__)])
+    def __init__(self, model: Source, chat_template: str | None = None, share_trunk: bool | None = None):
+        super().__init__([Follower(model, chat_template, share_trunk, type(self).__name__)])
 
     def guidance(self) -> torch.Tensor:
         return self._followers[0].scores.logits

@@ -5,18 +5,27 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.backbone import Backbone, Counter
+from rgtg_fast.models.adapter import Adapter, is_adapter
+from rgtg_fast.models.backbone import Attached, Backbone, Counter
 from rgtg_fast.models.language_model import LanguageModel
-from rgtg_fast.models.loading import ModelAndTokenizer, language_backbone, load_vocabulary_model
+from rgtg_fast.models.loading import (
+    ModelAndTokenizer,
+    adapter_tokenizer,
+    language_backbone,
+    load_causal_lm,
+    load_vocabulary_model,
+)
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.rewards.base import Prefix, Reward
-from rgtg_fast.rewards.sequence import check_same_tokenizer
+from rgtg_fast.rewards.sequence import check_same_tokenizer, other_prompts
 
 Source = str | os.PathLike[str] | ModelAndTokenizer
 
@@ -48,21 +57,30 @@ class Scores:
 
 
 class Follower:
-    """A causal language model with its own prefix cache that follows the decoder's rows.
+    """A causal language model that follows the decoder's rows: with a prefix cache of its own, at one forward of B
+    tokens a step, or, as an adapter on the base model, within the base model's own forward.
 
-    A step costs one forward of B tokens. It may have its own prompt format; the answer's tokens are the base model's.
+    It may have its own prompt format; the answer's tokens are the base model's.
 
     Args:
-        source: path or hub id of an `AutoModelForCausalLM`, or a (model, tokenizer) pair.
+        source: path or hub id of an `AutoModelForCausalLM`, a folder with a LoRA adapter in PEFT's format, or a
+            (model, tokenizer) pair.
         chat_template: Jinja chat template for its prompts; by default its own tokenizer's, and where that has none
             the base model's prompt ids.
+        share_trunk: as in `SequenceReward`.
         guide: class name of the guide that it serves, for messages.
     """
 
-    def __init__(self, source: Source, chat_template: str | None, guide: str):
-        self.source, self.chat_template, self.guide = source, chat_template, guide
+    def __init__(self, source: Source, chat_template: str | None, share_trunk: bool | None, guide: str):
+        self.source, self.chat_template = source, chat_template
+        self.share_trunk, self.guide = share_trunk, guide
         self.scores = Scores(torch.empty(0))
-        self._backbone: Backbone | None = None
+        self._title, self.trunk = "", ""
+        self.counter = Counter()
+        # The model of its own, or its place in the base model's forward.
+        self.backbone: Backbone | None = None
+        self._attached: Attached | None = None
+        self._head: nn.Linear | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._lm: LanguageModel | None = None
         # Each slot's newest token, not yet in the cache.
@@ -72,85 +90,169 @@ class Follower:
         """Loads the model and checks that its tokens are the base model's.
 
         Raises:
-            RGTGError: another tokenizer, or a head whose width is not the vocabulary's.
+            RGTGError: another tokenizer, a head whose width is not the vocabulary's, or with `share_trunk=True` an
+                adapter that cannot share the base model's forward.
         """
-        model, tokenizer = load_vocabulary_model(self.source, lm.backbone.model, dtype)
-        check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, model.config._name_or_path)
-        backbone = language_backbone(model, engine, max_length)
-        width, base = backbone.head.out_features, lm.backbone.head.out_features
-        named = lm.tokenizer is not None and tokenizer is not None
+        self._lm, self.backbone, self._attached = lm, None, None
+        if isinstance(self.source, (str, os.PathLike)) and is_adapter(self.source):
+            model = self._bind_adapter(lm, Adapter.load(self.source), dtype)
+        elif self.share_trunk:
+            raise RGTGError(
+                f"share_trunk=True and {self.source!r} is no adapter folder: only an adapter shares the base model"
+            )
+        else:
+            model, self._tokenizer = load_vocabulary_model(self.source, lm.backbone.model, dtype)
+            check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, model.config._name_or_path)
+            self.trunk = "a model of its own"
+        if model is not None:
+            self.backbone = language_backbone(model, engine, max_length)
+            self._head, self._title = self.backbone.head, self.backbone.name
+        assert self._head is not None
+        self._check_width(lm, self._head.out_features)
+        lm.vocabulary = min(lm.vocabulary, self._head.out_features)
+
+    def _bind_adapter(
+        self, lm: LanguageModel, adapter: Adapter, dtype: torch.dtype | None
+    ) -> PreTrainedModel | None:
+        """Attaches an adapter to the base model; a model of its own where it cannot share the forward."""
+        base = lm.backbone.model
+        self._tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
+        check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, adapter.name)
+        mismatch = adapter.mismatch(base)
+        reason = mismatch or other_prompts(lm.tokenizer, self._tokenizer, self.chat_template, adapter.name)
+        if self.share_trunk and reason is not None:
+            raise RGTGError(f"share_trunk=True: {reason}; use share_trunk=None for a model of its own")
+        self._title = adapter.name
+        if self.share_trunk is not False and reason is None:
+            head = adapter.head or lm.backbone.head
+            self._check_width(lm, head.out_features)
+            self._attached = lm.backbone.attach(adapter, scores_candidates=False)
+            self._head = head.to(lm.backbone.device, lm.backbone.dtype)
+            self.trunk = "the base model's"
+            return None
+        if mismatch is not None:
+            base, _ = load_causal_lm(adapter.base_name, base.device, dtype or base.dtype)
+        misfit = adapter.misfit(base)
+        if misfit is not None:
+            raise RGTGError(f"{misfit}: name the model that the adapter was trained on")
+        # Its head, whatever name it was saved under, takes the vocabulary head's place.
+        model = replace(adapter, head_name="lm_head").merged(base)
+        model.config._name_or_path = adapter.name
+        why = "share_trunk=False" if self.share_trunk is False else reason
+        self.trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
+        return model
+
+    def _check_width(self, lm: LanguageModel, width: int) -> None:
+        """Refuses a head that does not have one score for each of the base model's tokens."""
+        base = lm.backbone.head.out_features
+        named = lm.tokenizer is not None and self._tokenizer is not None
         # Models over one tokenizer pad their heads differently, which is harmless only where the tokenizer is known.
         used = min(len(lm.tokenizer), base) if lm.tokenizer is not None and named else base
         if width < used or (width != base and not named):
             raise RGTGError(
-                f"the head of {backbone.name} gives {width} scores and the base model's vocabulary has {used} tokens: "
+                f"the head of {self.name} gives {width} scores and the base model's vocabulary has {used} tokens: "
                 f"{self.guide} needs a model with one score for every token of the base model"
             )
-        lm.vocabulary = min(lm.vocabulary, width)
-        self._backbone, self._tokenizer, self._lm = backbone, tokenizer, lm
 
     @property
-    def backbone(self) -> Backbone:
-        """The model and its cache."""
-        if self._backbone is None:
+    def name(self) -> str:
+        """The model's path or hub id, or the adapter's folder."""
+        return self._title or self.model.name
+
+    @property
+    def model(self) -> Backbone:
+        """The model that runs it: its own, or the base model."""
+        if self._lm is None:
             raise RGTGError(
                 f"this {self.guide} belongs to no decoder yet: pass it to RewardGuidedDecoder.from_pretrained"
             )
-        return self._backbone
+        return self.backbone or self._lm.backbone
 
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that may be chosen; another guide of a mixture may lower it after this one was bound."""
+    def encode(self, prompt: Prompt) -> list[list[int]]:
+        """The prompt's ids in this model's format; none where it shares the base model's."""
         assert self._lm is not None
-        return self._lm.vocabulary
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt's ids in this model's format."""
-        assert self._lm is not None
+        if self._attached is not None:
+            return []
         own = self._tokenizer
         if prompt.messages is not None and (own is None or not (self.chat_template or own.chat_template)):
             own = self._lm.tokenizer
-        return prompt.ids(own or self._lm.tokenizer, self.chat_template)
+        return [prompt.ids(own or self._lm.tokenizer, self.chat_template)]
 
     def reserve(self, slots: int, length: int, counter: Counter) -> None:
         """Makes room for `slots` rows of `length` tokens; `counter` counts from here on."""
-        self.backbone.reserve(slots, length)
-        self.backbone.counter = counter
-        self._tokens = torch.zeros(slots, dtype=torch.int64, device=self.backbone.device)
+        self.counter = counter
+        if self.backbone is not None:
+            self.backbone.reserve(slots, length)
+            self.backbone.counter = counter
+            self._tokens = torch.zeros(slots, dtype=torch.int64, device=self.backbone.device)
 
-    def admit(self, slot: int, ids: list[int]) -> None:
+    def admit(self, slot: int, prefix: Prefix, ids: list[int]) -> None:
         """A row enters: all but its last token are prefilled, so that every step costs one token a row."""
-        self.backbone.clear(slot)
-        self.backbone.prefill(slot, ids[:-1])
-        self._tokens[slot] = ids[-1]
+        if self.backbone is not None:
+            self.backbone.clear(slot)
+            self.backbone.prefill(slot, ids[:-1])
+            self._tokens[slot] = ids[-1]
+        elif self._own_rows:
+            self.counter.prompt_tokens += len(prefix.prompt_ids) - (not self.model.lookahead)
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""
-        self.backbone.move(source, target)
-        self._tokens[target] = self._tokens[source]
+        if self.backbone is not None:
+            self.backbone.move(source, target)
+            self._tokens[target] = self._tokens[source]
 
     def step(self, rows: int) -> None:
         """The scores of every next token of slots 0..rows-1."""
-        newest = self._tokens[:rows]
-        hidden = self.backbone.step(newest.unsqueeze(-1))
-        self.backbone.commit(torch.zeros_like(newest))
-        self.scores = Scores(self.backbone.logits(hidden.squeeze(1))[:, : self.vocabulary])
+        assert self._head is not None
+        if self.backbone is not None:
+            newest = self._tokens[:rows]
+            states = self.backbone.step(newest.unsqueeze(-1)).squeeze(1)
+            self.backbone.commit(torch.zeros_like(newest))
+        else:
+            assert self._attached is not None
+            states = self._attached.newest()
+            # With lookahead, another guide's candidates are what runs: see `score`.
+            self.counter.tokens += rows if self._own_rows and not self.model.lookahead else 0
+        self.scores = self._scores(states)
+
+    def ran(self, candidates: torch.Tensor) -> None:
+        """Candidates [B, k] have been scored: a forward with lookahead ran all of them."""
+        if self.backbone is None and self._own_rows and self.model.lookahead:
+            self.counter.tokens += candidates.numel()
 
     def follow(self, tokens: torch.Tensor) -> None:
         """Tokens [B] have been decided."""
-        self._tokens[: len(tokens)] = tokens
+        if self.backbone is not None:
+            self._tokens[: len(tokens)] = tokens
 
-    def answer_scores(self, prompt: Prompt, answer: Sequence[int]) -> Scores:
+    def answer_scores(self, prefix: Prefix, answer: Sequence[int]) -> Scores:
         """Scores [n, V] before each token of a given answer, from one uncached forward."""
-        ids = self.encode(prompt)
-        hidden = self.backbone.hidden_uncached([*ids, *answer])[len(ids) - 1 : -1]
-        return Scores(self.backbone.logits(hidden)[:, : self.vocabulary])
+        if self.backbone is not None:
+            (ids,) = self.encode(prefix.prompt)
+            hidden = self.backbone.hidden_uncached([*ids, *answer])
+        else:
+            assert self._attached is not None
+            ids = prefix.prompt_ids
+            hidden = self._attached.hidden_uncached([*ids, *answer])
+        return self._scores(hidden[len(ids) - 1 : -1])
+
+    @property
+    def _own_rows(self) -> bool:
+        """Whether a forward that it shares runs rows for it: a head on the frozen base model needs none."""
+        return self._attached is not None and self._attached.variant > 0
+
+    def _scores(self, states: torch.Tensor) -> Scores:
+        # Another guide of a mixture may have lowered the vocabulary after this one was bound.
+        assert self._lm is not None
+        assert self._head is not None
+        return Scores(self.model.layers.logits(states, self._head)[:, : self._lm.vocabulary])
 
 
 class WideReward(Reward):
     """A guide made of the vocabulary heads of one or several causal language models; a subclass says how.
 
-    A step costs one forward of B tokens through each model, and the support may be "lm", "combined" or "all".
+    A step costs one forward of B tokens through each model, or none of its own where it is an adapter that shares the
+    base model's. The support may be "lm", "combined" or "all".
     """
 
     wide = True
@@ -172,25 +274,33 @@ class WideReward(Reward):
 
     @property
     def name(self) -> str:
-        return f"{type(self).__name__}({', '.join(f.backbone.name for f in self._followers)})"
+        return f"{type(self).__name__}({', '.join(follower.name for follower in self._followers)})"
 
     @property
     def limit(self) -> int | None:
-        return min(follower.backbone.limit for follower in self._followers)
+        return min(follower.model.limit for follower in self._followers)
 
     @property
     def engine(self) -> str | None:
-        return self._followers[0].backbone.engine
+        return self._followers[0].model.engine
+
+    @property
+    def trunk(self) -> str | None:
+        return "; ".join(follower.trunk for follower in self._followers)
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return sum(follower.backbone.cache_bytes_per_token for follower in self._followers)
+        return sum(backbone.cache_bytes_per_token for backbone in self._own_models)
 
     def cache_bytes(self) -> int:
-        return sum(follower.backbone.cache.nbytes() for follower in self._followers)
+        return sum(backbone.cache.nbytes() for backbone in self._own_models)
+
+    @property
+    def _own_models(self) -> list[Backbone]:
+        return [follower.backbone for follower in self._followers if follower.backbone is not None]
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
-        return [follower.encode(prompt) for follower in self._followers]
+        return [ids for follower in self._followers for ids in follower.encode(prompt)]
 
     def reserve(self, slots: int, length: int) -> None:
         super().reserve(slots, length)
@@ -198,8 +308,9 @@ class WideReward(Reward):
             follower.reserve(slots, length, self.counter)
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
-        for follower, ids in zip(self._followers, encoded, strict=True):
-            follower.admit(slot, ids)
+        own = iter(encoded)
+        for follower in self._followers:
+            follower.admit(slot, prefix, [] if follower.backbone is None else next(own))
 
     def move(self, source: int, target: int) -> None:
         for follower in self._followers:
@@ -213,6 +324,8 @@ class WideReward(Reward):
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         self._candidates = candidates
+        for follower in self._followers:
+            follower.ran(candidates)
         return self.rewards_at([follower.scores for follower in self._followers], candidates)
 
     def commit(self, choice: torch.Tensor) -> None:
@@ -223,7 +336,7 @@ class WideReward(Reward):
             follower.follow(tokens)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        device = self._followers[0].backbone.device
+        device = self._followers[0].model.device
         tokens = torch.tensor(list(answer), dtype=torch.int64, device=device).unsqueeze(-1)
-        scores = [follower.answer_scores(prefix.prompt, answer) for follower in self._followers]
+        scores = [follower.answer_scores(prefix, answer) for follower in self._followers]
         return self.rewards_at(scores, tokens).squeeze(-1).tolist()

@@ -86,7 +86,7 @@ def check_strategy(strategy: Strategy, guide: Reward | None) -> None:
     if not isinstance(strategy, BestOfN) and not guide.appends:
         raise RGTGError(
             f"{name} needs a guide whose cache grows and shrinks by chunks and this decoder has {guide.name}: use a "
-            "SequenceReward with a cache of its own, or BestOfN(...)"
+            "SequenceReward with a cache of its own (an adapter with share_trunk=False), or BestOfN(...)"
         )
 
 
