@@ -150,6 +150,14 @@ Support = Annotated[
         rich_help_panel=GUIDANCE,
     ),
 ]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help="How the models are spent: tokenwise, `best_of_n:n=8`, `segment:target=8.5` or `blockwise:k=4,length=16` "
+        "(settings behind the colon; see `rgtg-fast methods`).",
+        rich_help_panel=GUIDANCE,
+    ),
+]
 Seed = Annotated[
     int, typer.Option(help="Seed; the same seed and prompt give the same answer.", rich_help_panel=GUIDANCE)
 ]
@@ -266,6 +274,7 @@ def generate(
     beta: Beta = 1.0,
     temperature: Temperature = 1.0,
     support: Support = "lm",
+    strategy: Strategy = "tokenwise",
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = 128,
     stop: Stop = None,
@@ -290,7 +299,13 @@ def generate(
         raise RGTGError("--resume and --overwrite are about --output: name it")
     if resume and overwrite:
         raise RGTGError("--resume keeps the rows of --output and --overwrite drops them: choose one")
-    guidance = Guidance(k, beta, temperature, support)
+    tokenwise = strategy == "tokenwise"
+    if stream and not tokenwise:
+        raise RGTGError("--stream shows tokens as they are chosen: leave out --strategy")
+    # A strategy samples the base model by settings of its own, of which the temperature has an option too.
+    guidance = Guidance(k, beta, temperature, support) if tokenwise else Guidance()
+    if not tokenwise and "temperature=" not in strategy:
+        strategy += f"{',' if ':' in strategy else ':'}temperature={temperature}"
     one = input is None
     setup = Setup(lm, reward, better, worse, dtype, device, engine, 1 if one else max_batch, max_length)
     broken = 0
@@ -302,6 +317,8 @@ def generate(
     else:
         jobs, broken = read_prompts(input, guidance, seed, field, complain)
     run = {**setup.names(), "max_new_tokens": max_new_tokens, "stop": stop or [], "chat": chat}
+    if not tokenwise:
+        jobs = [replace(job, strategy=strategy) for job in jobs]
     answers = AnswerFile(output, resume, overwrite) if output is not None else None
     with contextlib.closing(answers) if answers is not None else contextlib.nullcontext():
         if answers is not None:

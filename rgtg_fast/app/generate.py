@@ -34,6 +34,7 @@ def answer_one(setup: Setup, job: Job, run: dict[str, Any], json: bool) -> None:
             guidance=job.guidance,
             seed=job.seed,
             stop=run["stop"],
+            strategy=job.strategy,
         )
     row, stats = result[0], result.stats
     if json:
@@ -103,6 +104,7 @@ def answer_many(setup: Setup, jobs: list[Job], run: dict[str, Any], answers: Ans
             guidance=[job.guidance for job in jobs],
             seed=[job.seed for job in jobs],
             stop=run["stop"],
+            strategy=jobs[0].strategy,
         )
         try:
             for index, row in rows:
@@ -127,7 +129,11 @@ def _possible(decoder: "RewardGuidedDecoder", jobs: list[Job], run: dict[str, An
         try:
             # A call checks its arguments at once and decodes only when its rows are asked for.
             decoder.iterate(
-                as_chat(job.prompt, decoder, run["chat"]), run["max_new_tokens"], job.guidance, job.seed
+                as_chat(job.prompt, decoder, run["chat"]),
+                run["max_new_tokens"],
+                job.guidance,
+                job.seed,
+                strategy=job.strategy,
             )
         except RGTGError as error:
             complain(f"line {job.line}: {str(error).replace('prompt 0 ', 'the prompt ', 1)}")

@@ -31,6 +31,7 @@ class Job:
     guidance: Guidance
     seed: int
     id: str | int | None = None
+    strategy: str | None = None  # with its settings, in place of the guidance; None for token by token
 
     @property
     def key(self) -> Key:
@@ -49,6 +50,8 @@ class Job:
         }
         if g.weights is not None:
             settings["weights"] = g.weights
+        if self.strategy is not None:
+            settings = {"strategy": self.strategy}
         return {**name, "prompt": self.prompt, "seed": self.seed, **settings}
 
 

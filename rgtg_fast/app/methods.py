@@ -221,9 +221,71 @@ METHODS = (
 )
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """Another way to spend the same two models than token by token.
+
+    Attributes:
+        name: for `--strategy` and `generate(strategy=...)`. strategy_class: the public class. usage: with settings.
+        source: paper, empty where there is none. rule: what it does.
+        lm, reward: what an answer of n tokens costs, in tokens through each model. guides: which guides can serve.
+    """
+
+    name: str
+    strategy_class: str
+    usage: str
+    source: str
+    rule: str
+    lm: str
+    reward: str
+    guides: str
+
+    @property
+    def page(self) -> str:
+        """Its page, from the root of the repository."""
+        return f"docs/methods/{self.name.replace('_', '-')}.md"
+
+
+STRATEGIES = (
+    Strategy(
+        "best_of_n",
+        "BestOfN",
+        "best_of_n:n=4,temperature=1",
+        "",
+        "n answers of the base model, the one with the highest reward of the whole answer is kept",
+        "N·n",
+        "N·(prompt + n), one forward an answer",
+        "any",
+    ),
+    Strategy(
+        "segment",
+        "Segments",
+        "segment:target=8.5,alpha=0.5,beta=0.7,entropy=3",
+        "arXiv 2406.16306",
+        "a segment of samples is accepted with probability min(1, exp((r − τ_t)/β)), else its caches are rolled back",
+        "tokens drawn",
+        "tokens drawn, one forward a segment",
+        "SequenceReward, RADReward",
+    ),
+    Strategy(
+        "blockwise",
+        "Blocks",
+        "blockwise:k=4,length=16",
+        "arXiv 2310.17022",
+        "k blocks of samples, the best one is kept and all go on from there",
+        "K·n",
+        "K·n, one forward a block",
+        "SequenceReward, RADReward",
+    ),
+)
+
+
 def report() -> dict[str, Any]:
-    """The table as data."""
-    return {"methods": [method.as_dict() for method in METHODS]}
+    """The tables as data."""
+    return {
+        "methods": [method.as_dict() for method in METHODS],
+        "strategies": [{**asdict(strategy), "page": strategy.page} for strategy in STRATEGIES],
+    }
 
 
 def markdown() -> str:
@@ -249,8 +311,28 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
+def strategies_markdown() -> str:
+    """The table of strategies for docs/methods/README.md."""
+    lines = ["| strategy | what it does | LM tokens | RM tokens | guides | `--strategy` | class | source |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for each in STRATEGIES:
+        page = each.page.rsplit("/")[-1]
+        cells = (
+            f"[{each.name}]({page})",
+            each.rule,
+            each.lm,
+            each.reward,
+            each.guides,
+            f"`{each.usage}`",
+            f"`{each.strategy_class}`",
+            each.source or "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def show(console: Console) -> None:
-    """Prints the table."""
+    """Prints the tables."""
     table = Table(header_style="bold", box=box.SIMPLE, show_lines=True, padding=(0, 1, 0, 0))
     for column in ("method", "guidance g(v)", "LM", "RM", "--reward"):
         table.add_column(column, no_wrap=column in ("method", "LM", "RM"))
@@ -272,3 +354,11 @@ def show(console: Console) -> None:
         "support.",
         style="dim",
     )
+    table = Table(header_style="bold", box=box.SIMPLE, show_lines=True, padding=(0, 1, 0, 0))
+    for column in ("strategy", "what it does", "LM tokens", "RM tokens", "--strategy"):
+        table.add_column(column, no_wrap=column == "strategy")
+    for strategy in STRATEGIES:
+        about = f"{strategy.source}; " if strategy.source else ""
+        rule = Text(strategy.rule).append(f"\n{about}guides: {strategy.guides}", "dim")
+        table.add_row(Text(strategy.name, "bold"), rule, strategy.lm, strategy.reward, Text(strategy.usage))
+    console.print(table)

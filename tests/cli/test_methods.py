@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 import rgtg_fast
 from rgtg_fast.app import methods
+from rgtg_fast.decoding.strategies import named_strategy
 from rgtg_fast.rewards.named import CONTRASTIVE, PREFIXES
 from tests.cli.conftest import config, save
 from tests.cli.support import read_rows
@@ -54,8 +55,46 @@ def test_every_method_has_its_page(method: methods.Method) -> None:
         assert source.split("of ")[-1].replace("arXiv ", "") in page
 
 
-def test_the_index_has_the_table() -> None:
-    assert methods.markdown() in (PAGES / "README.md").read_text(encoding="utf-8")
+def test_the_index_has_the_tables() -> None:
+    index = (PAGES / "README.md").read_text(encoding="utf-8")
+    assert methods.markdown() in index
+    assert methods.strategies_markdown() in index
+
+
+@pytest.mark.parametrize("strategy", methods.STRATEGIES, ids=lambda strategy: strategy.name)
+def test_every_strategy_has_its_page_and_its_class(strategy: methods.Strategy) -> None:
+    page = (PAGES.parents[1] / strategy.page).read_text(encoding="utf-8")
+    assert strategy.source.removeprefix("arXiv ") in page
+    assert type(named_strategy(strategy.usage)).__name__ == strategy.strategy_class
+    assert getattr(rgtg_fast, strategy.strategy_class) is not None
+
+
+@pytest.mark.parametrize(
+    "strategy", ["best_of_n:n=3", "segment:target=1,longest=5", "blockwise:k=2,length=3"]
+)
+def test_strategies(
+    run: Callable, lm: str, rm: str, strategy: str, prompts_file: Callable, tmp_path: Path
+) -> None:
+    args = ("--lm", lm, "--reward", rm, "--strategy", strategy, "--max-new-tokens", 6)
+    outcome = run("generate", "is tea safe?", *args, "--json", "--temperature", 0.8)
+    assert outcome.code == 0, outcome.err
+    (row,) = outcome.rows
+    assert row["strategy"] == f"{strategy},temperature=0.8"
+    assert "beta" not in row
+    assert row["stats"]["reward_calls"] > 0
+    output = tmp_path / "answers.jsonl"
+    many = prompts_file({"prompt": "is tea safe?"}, {"prompt": "why?", "beta": 3}, {"prompt": "how?"})
+    outcome = run("generate", "--input", many, *args, "--output", output)
+    assert "does not choose token by token" in outcome.error
+    assert {row["prompt"] for row in read_rows(output)} == {"is tea safe?", "how?"}
+    assert "--strategy" in run("generate", "is tea safe?", *args, "--stream").error
+
+
+def test_strategies_that_cannot_be(run: Callable, lm: str, rm: str) -> None:
+    for name, message in (("best", "is unknown"), ("segment:beta=0", "not above 0")):
+        assert message in run("generate", "hello", "--lm", lm, "--reward", rm, "--strategy", name).error
+    args = ("--lm", lm, "--reward", "contrastive", "--strategy", "blockwise", "--max-new-tokens", 4)
+    assert "share_trunk=False" in run("generate", "hello", *args).error
 
 
 @pytest.mark.parametrize("support", ["lm", "combined", "all"])
