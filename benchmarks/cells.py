@@ -16,6 +16,15 @@ HEADLINES = (
     Cell(128, 10, 1, "bfloat16", ENGINES, repeats=5, seconds_per_run=15),
 )
 
+# An adapter as guide in the base model's own forward, beside the same guide as a model of its own.
+TRUNK = ("shared_trunk", "two_models", "ours_unguided", "args_replicated", "unguided")
+SHARED = (
+    Cell(128, 10, 1, "bfloat16", TRUNK, repeats=5, seconds_per_run=15),
+    Cell(128, 10, 1, "float32", TRUNK, repeats=5, seconds_per_run=15),
+    Cell(512, 10, 1, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
+    Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
+)
+
 # What a few minutes of a GPU are spent on.
 GPU = (
     Cell(512, 10, 1, "float32", BATCHED, repeats=3, seconds_per_run=15),

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.cells import GPU, HEADLINES, sweep_cells
+from benchmarks.cells import GPU, HEADLINES, SHARED, sweep_cells
 from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
 from rgtg_fast.app import embedded
 from rgtg_fast.errors import RGTGError
@@ -31,6 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the README's lines only")
     parser.add_argument("--gpu", action="store_true", help="the cells for a GPU")
+    parser.add_argument(
+        "--shared", action="store_true", help="one forward for both models against two models"
+    )
+    parser.add_argument(
+        "--reward", help="guide of every cell: a folder with an adapter of the model, or bundled:NAME"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure anew what the file already holds")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
     parser.add_argument(
@@ -42,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.csv")
     given = parser.parse_args(arguments)
 
-    wanted = list(GPU if given.gpu else HEADLINES) if given.gpu or given.quick else sweep_cells()
+    wanted = list(SHARED if given.shared else GPU if given.gpu else HEADLINES)
+    if not (given.gpu or given.quick or given.shared):
+        wanted = sweep_cells()
     if given.list:
         for cell in wanted:
             print(cell, *cell.methods)
@@ -55,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
             models, model = {"lm": given.lm}, Path(given.lm).name
         else:
             models, model = {"lm": str(embedded.default_model(print))}, embedded.NAME
+        if given.reward:
+            models, model = models | {"rm": given.reward}, f"{model} with {given.reward}"
         model = given.name or model
         if given.fresh:
             _fresh(given.output, wanted, model, given.device)

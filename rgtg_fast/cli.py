@@ -426,7 +426,10 @@ def bench(
     rm: Annotated[
         str | None,
         typer.Option(
-            help="Reward model: path or hub id.", show_default="the language model with a random reward head"
+            "--rm",
+            "--reward",
+            help="Reward model: path or hub id, or an adapter of the language model (a folder, bundled:NAME).",
+            show_default="the language model with a random reward head",
         ),
     ] = None,
     shape: Annotated[
@@ -443,7 +446,11 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed runs of each method; the median is told.")] = 3,
     device: Device = None,
     methods: Annotated[
-        str, typer.Option(help="Methods to time, separated by commas.")
+        str,
+        typer.Option(
+            help="Methods to time, separated by commas: ours, ours_transformers, shared_trunk, two_models, "
+            "args_replicated, pargs_serial, unguided (transformers' own loop), ours_unguided."
+        ),
     ] = "ours,args_replicated,pargs_serial,unguided",
     seed: Annotated[int, typer.Option(help="Seed of the weights and prompts.")] = 0,
     threads: Annotated[

@@ -37,13 +37,14 @@ def _show(result: dict[str, Any], console: Console) -> None:
     rows = result["methods"]
     table = Table(header_style="bold")
     table.add_column("method", no_wrap=True)
-    for name in ("tokens/s", "ms/token", "cache kept", "cache at most", "same tokens"):
+    for name in ("tokens/s", "ms/token", "weights", "cache kept", "cache at most", "same tokens"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["method"],
             f"{row['tokens_per_second']:.1f}",
             f"{row['ms_per_token']:.1f}",
+            _mib(row["weight_bytes"]),
             _mib(row["cache_resident_bytes"]),
             _mib(row["cache_peak_bytes"]),
             {True: "yes", False: "no", None: "–"}[row["equal_to_reference"]],

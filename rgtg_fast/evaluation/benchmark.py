@@ -24,14 +24,35 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward, __version__
+from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward, __version__, bundled
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation import baselines
 from rgtg_fast.evaluation.baselines import BaselineRun
+from rgtg_fast.models.adapter import (
+    Adapter,
+    LowRank,
+    decoder_layers,
+    fingerprint,
+    is_adapter,
+    linear_shape,
+)
 
-METHODS = ("ours", "ours_transformers", "args_replicated", "pargs_serial", "unguided")
+METHODS = (
+    "ours",
+    "ours_transformers",
+    "shared_trunk",
+    "two_models",
+    "args_replicated",
+    "pargs_serial",
+    "unguided",
+    "ours_unguided",
+)
 # Methods whose greedy tokens must agree; the first that runs is the reference for the others.
-GUIDED = ("args_replicated", "pargs_serial", "ours", "ours_transformers")
+GUIDED = ("args_replicated", "pargs_serial", "ours", "ours_transformers", "two_models", "shared_trunk")
+# Methods of our decoder, those whose guide is an adapter, and those that hold the base model alone.
+OURS = ("ours", "ours_transformers", "shared_trunk", "two_models", "ours_unguided")
+ADAPTED = ("shared_trunk", "two_models")
+BASE_ALONE = ("unguided", "ours_unguided")
 # Decoded one row at a time whatever the batch: the published programs have no other way.
 ONE_ROW = ("args_replicated", "pargs_serial")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,6 +101,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+# The random adapter that stands in where none is named: the upper third of the layers, all linear layers.
+_ADAPTER_SHARE, _ADAPTER_RANK = 3, 16
 
 # Tokens of the warm-up, which is also the first comparison of the outputs.
 _WARM_UP_TOKENS = {"args_replicated": 2, "pargs_serial": 2}
@@ -231,8 +255,9 @@ def run_bench(
 
     Args:
         lm: path or hub id of the base model; or None with `shape`.
-        rm: path or hub id of a one-label sequence-classification model; None: the base model's trunk with a
-            seeded random head.
+        rm: path or hub id of a one-label sequence-classification model, a folder with an adapter of the base model,
+            or `bundled:NAME`; None: the base model's trunk with a seeded random head, and for `shared_trunk` and
+            `two_models` a seeded random adapter of rank 16 on the upper third of its layers as well.
         shape: random weights of these sizes instead of a model: one of `SHAPES`.
         prompt_length: tokens of each prompt (random ids).
         k: candidates per step.
@@ -251,9 +276,10 @@ def run_bench(
     Returns:
         {"methods": [...], "config": {...}, "machine": {...}}, ready for JSON. Each method:
         `tokens_per_second`, `ms_per_token` (prefill included), `decode_ms_per_token` (without), `phases` (ms
-        per token), bytes of the caches (between steps and within one), `tokens` and `seconds` of the whole
-        job, `equal_to_reference`. For "ours" also `floor`: bytes of weights and caches that a token must
-        read, the time the measured bandwidth allows for it, and how many times that the decoding takes.
+        per token), bytes of the caches (between steps and within one), `weight_bytes` of the models it holds,
+        `tokens` and `seconds` of the whole job, `equal_to_reference`. For our guided methods also `floor`: bytes of
+        weights and caches that a token must read, the time the measured bandwidth allows for it, and how many times
+        that the decoding takes.
 
     Raises:
         RGTGError: a value out of range, an unknown name, both or neither of `lm` and `shape`.
@@ -273,11 +299,18 @@ def run_bench(
             )
         if k > base.config.vocab_size:
             raise RGTGError(f"k={k} exceeds the vocabulary (V={base.config.vocab_size}): lower it")
-        reward = _reward_model(rm, base, DTYPES[dtype], target, seed)
+        adapter = _adapter(rm, base, methods, seed)
+        guide = _Guide(adapter, None)
+        if any(name not in ADAPTED + BASE_ALONE for name in methods):
+            guide.model = (
+                _reward_model(rm, base, DTYPES[dtype], target, seed)
+                if adapter is None
+                else adapter.merged(base)
+            )
         prompts = _prompts(tokenizer, base.config.vocab_size, batch, prompt_length, seed)
         guidance = Guidance(k=k, beta=beta, temperature=0.0)
         entries = [
-            _method(name, base, reward, tokenizer, guidance, batch, prompt_length + new_tokens, target)
+            _method(name, base, guide, tokenizer, guidance, batch, prompt_length + new_tokens, target)
             for name in methods
         ]
         _warm_up(entries, prompts, batch, new_tokens, repeats, seconds_per_run, dtype, say)
@@ -290,15 +323,18 @@ def run_bench(
         about = machine(target)
         reference = _reference(entries)
         rows = [_row(entry, reference, batch, new_tokens) for entry in entries]
-        floor = _floor(base, reward, prompt_length, new_tokens, batch, about["memory_bandwidth_gb_s"])
         for row in rows:
-            if row["method"] in ("ours", "ours_transformers"):
+            weights, stored = _held(row["method"], base, guide)
+            row["weight_bytes"] = weights
+            if row["method"] in OURS:
+                bandwidth = about["memory_bandwidth_gb_s"]
+                floor = _floor(weights, stored, prompt_length, new_tokens, batch, bandwidth)
                 row["floor"] = floor | {
                     "achieved_over_floor": round(row["decode_ms_per_token"] / floor["floor_ms_per_token"], 3)
                 }
     config = {
         "lm": lm,
-        "rm": rm or "the base model's trunk with a random head",
+        "rm": rm or f"the base model's trunk with a random {'adapter and ' if adapter else ''}head",
         "shape": shape,
         "prompt_length": prompt_length,
         "k": k,
@@ -418,6 +454,44 @@ def _reward_model(
     return model.eval()
 
 
+@dataclass
+class _Guide:
+    """What guides: an adapter where there is one, and the model of its own that the two-model methods run."""
+
+    adapter: Adapter | None
+    model: PreTrainedModel | None
+
+
+def _adapter(rm: str | None, base: PreTrainedModel, methods: Sequence[str], seed: int) -> Adapter | None:
+    """The adapter that `rm` names, or a random one where only a method asks for it."""
+    if rm is not None and is_adapter(bundled.resolve(rm)):
+        adapter = Adapter.load(bundled.resolve(rm))
+        reason = adapter.mismatch(base)
+        if reason is not None:
+            raise RGTGError(f"{reason}: name its base model with lm")
+        return adapter
+    asking = [name for name in methods if name in ADAPTED]
+    if not asking:
+        return None
+    if rm is not None:
+        raise RGTGError(f"rm={rm!r} is no adapter folder, which {asking[0]} needs: name one, or leave rm out")
+    layers = decoder_layers(base)
+    generator = torch.Generator().manual_seed(seed)
+    low_rank = {}
+    for number in range(len(layers) - max(len(layers) // _ADAPTER_SHARE, 1), len(layers)):
+        for name, module in layers[number].named_modules():
+            shape = linear_shape(module)
+            if shape is None:
+                continue
+            a = torch.randn(_ADAPTER_RANK, shape[1], generator=generator) / shape[1] ** 0.5
+            b = torch.randn(shape[0], _ADAPTER_RANK, generator=generator) / (10 * _ADAPTER_RANK**0.5)
+            low_rank[number, name] = LowRank(a, b)
+    head = torch.nn.Linear(base.config.hidden_size, 1, bias=False)
+    drawn = torch.randn(head.weight.shape, generator=generator) / head.in_features**0.5
+    head.weight = torch.nn.Parameter(drawn, requires_grad=False)
+    return Adapter("a random adapter", "", fingerprint(base), low_rank, head, "score")
+
+
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in other modules: what one method sets on its modules does not reach the others."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -436,7 +510,7 @@ def _prompts(
 def _method(
     name: str,
     lm: PreTrainedModel,
-    rm: PreTrainedModel,
+    guide: _Guide,
     tokenizer: PreTrainedTokenizerBase | None,
     guidance: Guidance,
     batch: int,
@@ -444,15 +518,21 @@ def _method(
     device: torch.device,
 ) -> _Method:
     engine = "transformers"
-    if name in ("ours", "ours_transformers"):
+    rm = guide.model
+    if name in OURS:
+        reward = None
+        if name in ADAPTED and guide.adapter is not None:
+            reward = SequenceReward(guide.adapter, share_trunk=name == "shared_trunk")
+        elif rm is not None and name not in BASE_ALONE:
+            reward = SequenceReward((_twin(rm), tokenizer))
         decoder = RewardGuidedDecoder.from_pretrained(
             (_twin(lm), tokenizer),
-            reward=SequenceReward((_twin(rm), tokenizer)),
+            reward=reward,
             device=device,
             dtype=lm.dtype,
             max_batch=batch,
             max_length=length,
-            engine="auto" if name == "ours" else "transformers",
+            engine="transformers" if name == "ours_transformers" else "auto",
         )
         engine = str(decoder.describe()["lm_engine"])
 
@@ -465,6 +545,7 @@ def _method(
             return baselines.unguided(lm, prompts, new_tokens=tokens)
 
     else:
+        assert rm is not None
         published = {"args_replicated": baselines.args_replicated, "pargs_serial": baselines.pargs_serial}[
             name
         ]
@@ -602,23 +683,33 @@ def _token_cache_bytes(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * groups * size * model.dtype.itemsize
 
 
+def _held(name: str, lm: PreTrainedModel, guide: _Guide) -> tuple[int, float]:
+    """Bytes of the weights that a method's step reads, and of the caches that it keeps for a token of a row."""
+    weights, stored = _weight_bytes(lm), float(_token_cache_bytes(lm))
+    adapter = guide.adapter
+    if name in BASE_ALONE:
+        return weights, stored
+    if name == "shared_trunk" and adapter is not None:
+        layers = lm.config.get_text_config().num_hidden_layers
+        above = 0 if adapter.fork is None else layers - adapter.fork
+        return weights + adapter.nbytes, stored * (1 + above / layers)
+    if guide.model is not None:
+        return weights + _weight_bytes(guide.model), stored + _token_cache_bytes(guide.model)
+    head = lm.get_output_embeddings()
+    return 2 * weights - (0 if head is None else head.weight.nbytes), 2 * stored
+
+
 def _floor(
-    lm: PreTrainedModel,
-    rm: PreTrainedModel,
-    prompt_length: int,
-    new_tokens: int,
-    batch: int,
-    bandwidth_gb_s: float,
+    weights: int, stored: float, prompt_length: int, new_tokens: int, batch: int, bandwidth_gb_s: float
 ) -> dict[str, float]:
-    """What a token must read when both models' weights and caches are read once a step (B tokens a step)."""
-    weights = (_weight_bytes(lm) + _weight_bytes(rm)) / batch
-    prefix = prompt_length + (new_tokens - 1) / 2
-    caches = prefix * (_token_cache_bytes(lm) + _token_cache_bytes(rm))
+    """What a token must read when weights and caches are read once a step (B tokens a step)."""
+    per_token = weights / batch
+    caches = (prompt_length + (new_tokens - 1) / 2) * stored
     return {
-        "weight_bytes_per_token": weights,
+        "weight_bytes_per_token": per_token,
         "cache_bytes_per_token": caches,
         "bandwidth_gb_s": bandwidth_gb_s,
-        "floor_ms_per_token": (weights + caches) / bandwidth_gb_s / 1e6,
+        "floor_ms_per_token": (per_token + caches) / bandwidth_gb_s / 1e6,
     }
 
 

@@ -170,6 +170,11 @@ class Adapter:
         """The first layer that the adapter changes, None where it changes none (a head on the frozen trunk)."""
         return min((layer for layer, _ in self.low_rank), default=None)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors as they are served, in float32."""
+        return sum(pair.a.nbytes + pair.b.nbytes for pair in self.low_rank.values())
+
     def mismatch(self, model: PreTrainedModel) -> str | None:
         """Why the adapter's base is not this model, in words; None where it is.
 

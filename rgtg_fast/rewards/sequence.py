@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rgtg_fast.bundled import resolve
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter, is_adapter
 from rgtg_fast.models.backbone import Attached, Backbone, Counter, scores_of
@@ -35,7 +36,7 @@ class SequenceReward(Reward):
 
     Args:
         model: path or hub id of an `AutoModelForSequenceClassification` with one label, a folder with a LoRA adapter
-            and its score head in PEFT's format, or a (model, tokenizer) pair.
+            and its score head in PEFT's format, `bundled:NAME`, a loaded `Adapter`, or a (model, tokenizer) pair.
         chat_template: Jinja chat template for the reward model's prompts; by default its own tokenizer's, and
             where that has none the base model's prompt ids. Answer ids are shared with the base model.
         share_trunk: whether an adapter runs in the base model's own forward. None: where its base is this model and
@@ -52,7 +53,7 @@ class SequenceReward(Reward):
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | ModelAndTokenizer,
+        model: str | os.PathLike[str] | ModelAndTokenizer | Adapter,
         chat_template: str | None = None,
         share_trunk: bool | None = None,
     ):
@@ -72,10 +73,10 @@ class SequenceReward(Reward):
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
         self._lm, self.backbone, self._attached = lm, None, None
-        if isinstance(self.source, (str, os.PathLike)) and is_adapter(self.source):
-            adapter = Adapter.load(self.source)
+        adapter = self._adapter()
+        if adapter is not None:
             head = adapter.reward_head()
-            self._tokenizer = adapter_tokenizer(self.source) or lm.tokenizer
+            self._tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
             check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, adapter.name)
             reason = adapter.mismatch(lm.backbone.model)
             reason = reason or other_prompts(lm.tokenizer, self._tokenizer, self.chat_template, adapter.name)
@@ -100,7 +101,9 @@ class SequenceReward(Reward):
                 f"share_trunk=True and {self.source!r} is no adapter folder: only an adapter shares the base model"
             )
         else:
-            model, self._tokenizer = load_sequence_classifier(self.source, lm.backbone.model, dtype)
+            source = resolve(self.source) if isinstance(self.source, str) else self.source
+            assert not isinstance(source, Adapter)
+            model, self._tokenizer = load_sequence_classifier(source, lm.backbone.model, dtype)
             check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, model.config._name_or_path)
             self._trunk = "a model of its own"
         self.backbone = reward_backbone(model, engine, max_length)
@@ -113,6 +116,13 @@ class SequenceReward(Reward):
                 "use a reward model with the same vocabulary, or TextReward(...)"
             )
         lm.vocabulary = min(lm.vocabulary, embeddings)
+
+    def _adapter(self) -> Adapter | None:
+        """The adapter that `model` names or is, None where it is a whole model."""
+        if isinstance(self.source, Adapter):
+            return self.source
+        source = resolve(self.source) if isinstance(self.source, str) else self.source
+        return Adapter.load(source) if not isinstance(source, tuple) and is_adapter(source) else None
 
     def _share(self, adapter: Adapter, head: torch.nn.Linear) -> None:
         assert self._lm is not None

@@ -194,3 +194,23 @@ def test_bad_input_is_refused_in_one_line(change, message):
     with pytest.raises(RGTGError, match=message) as error:
         run_bench(**{**TINY, **change})
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_is_timed_in_one_forward_and_as_two_models():
+    names = ("shared_trunk", "two_models", "args_replicated", "unguided", "ours_unguided")
+    rows = methods(run_bench(**{**TINY, "repeats": 1}, methods=names))
+    assert [rows[name]["equal_to_reference"] for name in names] == [True, True, True, None, None]
+    # one copy of the weights and the adapter's factors, against two copies
+    alone = rows["ours_unguided"]["weight_bytes"]
+    assert rows["unguided"]["weight_bytes"] == alone
+    assert alone < rows["shared_trunk"]["weight_bytes"] < 1.5 * alone
+    assert rows["two_models"]["weight_bytes"] > 1.7 * alone
+    # the upper layer's cache twice, the lower one's once
+    kept = {name: rows[name]["floor"]["cache_bytes_per_token"] for name in names if "floor" in rows[name]}
+    assert kept["shared_trunk"] == pytest.approx(1.5 * kept["ours_unguided"])
+    assert kept["two_models"] == pytest.approx(2 * kept["ours_unguided"])
+
+
+def test_only_an_adapter_is_shared(tmp_path):
+    with pytest.raises(RGTGError, match="is no adapter folder, which two_models needs"):
+        benchmark._adapter(str(tmp_path), None, ["ours", "two_models"], 0)
