@@ -191,7 +191,7 @@ def load_pairs(
     pairs: list[PreferencePair] = []
     seen: set[str] = set()
     read: Callable[[Mapping[str, Any], bool], tuple[str | Messages, str, str]] | None = None
-    for index, row in enumerate(_rows(source, split)):
+    for index, row in enumerate(read_rows(source, split)):
         report.read += 1
         try:
             if isinstance(row, str):
@@ -522,8 +522,8 @@ def _cut_dialogue(text: str) -> tuple[str, str]:
     return before + mark, answer.strip()
 
 
-def _rows(source: Any, split: str) -> Iterator[Any]:
-    """The source's rows; a row that cannot be parsed is a text that says why."""
+def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
+    """The source's rows, as `load_pairs` takes them; one that cannot be parsed is a text that says why."""
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, Mapping):
             raise RGTGError(f"the data set has the splits {', '.join(map(repr, source))}: pass one of them")

@@ -123,7 +123,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         RGTGError: the trunk has no such list.
     """
-    trunk = pretrained(model).base_model
+    trunk: Any = pretrained(model).base_model
     count = trunk.config.get_text_config().num_hidden_layers
     for name, child in trunk.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
@@ -232,9 +232,9 @@ def let_autocast_cast(model: nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         return
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
 
 
 def drop_zero_adapters(folder: Path) -> None:

@@ -31,6 +31,7 @@ from rgtg_fast.training.data import (
     PreferencePair,
     TokenizedPair,
     load_pairs,
+    read_rows,
     split_by_prompt,
     tokenize_pairs,
 )
@@ -44,9 +45,11 @@ from rgtg_fast.training.model import (
     merge,
     trained_parameters,
 )
-from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer, Say
+from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer, Say, Targets
 from rgtg_fast.training.trunk import hash_pairs
 
+# Columns of the data with the answers' rewards, for objectives that regress onto them.
+REWARD_COLUMNS = ("chosen_reward", "rejected_reward")
 RECIPE_FILE, LOG_FILE = "rgtg_fast.json", "training_log.jsonl"
 
 
@@ -204,8 +207,9 @@ def train_reward_model(
     network, tokenizer = load_base(model, torch.bfloat16 if half else torch.float32)
     check_fork_layer(network, recipe.fork_layer)
     base = fingerprint(network)
-    train, evaluation, report = _data(data, eval_data, recipe, tokenizer)
-    for line in report["lines"]:
+    found = _data(data, eval_data, recipe, tokenizer)
+    train, evaluation = found.train, found.evaluation
+    for line in found.lines:
         say(line)
     facts = {
         "recipe": asdict(recipe),
@@ -213,7 +217,7 @@ def train_reward_model(
         "base_fingerprint": base,
         "data_sha256": hash_pairs(train),
         "eval_data_sha256": hash_pairs(evaluation) if evaluation else None,
-        "data": {name: value for name, value in report.items() if name != "lines"},
+        "data": found.report,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     with args.main_process_first(desc="the output folder"):
@@ -242,7 +246,8 @@ def train_reward_model(
         fork_layer=recipe.fork_layer,
         trunk_cache=(trunk_cache or folder / "trunk") if cache_trunk else None,
         head_learning_rate=recipe.head_learning_rate,
-        targets=None,
+        targets=found.targets,
+        eval_targets=found.eval_targets,
         metrics=metrics,
         pad_id=network.config.pad_token_id or 0,
         say=say,
@@ -258,7 +263,7 @@ def train_reward_model(
     trainer.train(resume_from_checkpoint=checkpoint)
     result = trainer.evaluate() if evaluation else {}
     trainer.save_to(folder)
-    found = TrainResult(
+    outcome = TrainResult(
         folder,
         trainer.state.global_step,
         len(trainer.rows),
@@ -269,10 +274,10 @@ def train_reward_model(
         {name.removeprefix("eval_"): value for name, value in result.items()},
     )
     if main:
-        _write_json(folder / RECIPE_FILE, facts | {"steps": found.steps, "metrics": found.metrics})
+        _write_json(folder / RECIPE_FILE, facts | {"steps": outcome.steps, "metrics": outcome.metrics})
         if merged is not None:
             merge(folder, merged)
-    return found
+    return outcome
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
@@ -327,16 +332,31 @@ def _write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def _data(
-    data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[TokenizedPair], list[TokenizedPair], dict[str, Any]]:
+@dataclass(frozen=True)
+class _Data:
+    """Tokenised pairs, the rewards that came with them, and the counts.
+
+    Attributes:
+        report: counts by stage. lines: the same in words.
+    """
+
+    train: list[TokenizedPair]
+    evaluation: list[TokenizedPair]
+    targets: Targets | None
+    eval_targets: Targets | None
+    report: dict[str, Any]
+    lines: list[str]
+
+
+def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Data:
     chat = tokenizer.chat_template is not None
-    pairs, loaded = load_pairs(data, chat=chat)
+    regression = Objective(recipe.objective).regression
+    pairs, loaded, targets = _load(data, chat, regression)
     pairs = pairs[: recipe.limit]
     held: list[PreferencePair] = []
-    eval_loaded = DataReport()
+    eval_loaded, eval_targets = DataReport(), targets
     if eval_data is not None:
-        held, eval_loaded = load_pairs(eval_data, chat=chat)
+        held, eval_loaded, eval_targets = _load(eval_data, chat, regression)
     elif recipe.held_out > 0:
         pairs, held = split_by_prompt(pairs, recipe.held_out, recipe.seed)
 
@@ -356,7 +376,33 @@ def _data(
     if held:
         report["eval"] = (eval_loaded + eval_fitted if eval_data is not None else eval_fitted).as_dict()
         lines.append(f"evaluation: {eval_fitted.lines()[0]}")
-    return train, evaluation, report | {"lines": lines}
+    return _Data(train, evaluation, targets, eval_targets, report, lines)
+
+
+def _load(
+    source: Any, chat: bool, regression: bool
+) -> tuple[list[PreferencePair], DataReport, Targets | None]:
+    """Pairs, and for a regression the rewards that their rows give the answers, where they do."""
+    if not regression:
+        return *load_pairs(source, chat=chat), None
+    rows = list(read_rows(source))
+    pairs, report = load_pairs(rows, chat=chat)
+    if not any(name in rows[pairs[0].index] for name in REWARD_COLUMNS):
+        return pairs, report, None
+    targets: Targets = {}
+    for pair in pairs:
+        values = [rows[pair.index].get(name) for name in REWARD_COLUMNS]
+        try:
+            chosen, rejected = map(float, values)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError):
+            chosen = rejected = math.nan
+        if not (math.isfinite(chosen) and math.isfinite(rejected)):
+            raise RGTGError(
+                f"row {pair.index} of the data has the rewards {values}: give every row a number in "
+                f"{' and '.join(REWARD_COLUMNS)}, or none of them"
+            )
+        targets[pair.index] = (chosen, rejected)
+    return pairs, report, targets
 
 
 def _arguments(

@@ -41,6 +41,8 @@ from rgtg_fast.training.trunk import LowerLayers, TrunkCache
 # Rewards of the prefixes of a pair's chosen and rejected answer.
 Scores = list[tuple[list[float], list[float]]]
 Metrics = Callable[[Scores], dict[str, Any]]
+# By a pair's index, the rewards of its chosen and its rejected answer.
+Targets = dict[int, tuple[float, float]]
 Say = Callable[[str], None]
 
 RECIPE_FILE, LOG_FILE = "rgtg_fast.json", "training_log.jsonl"
@@ -109,7 +111,8 @@ class PartialRewardTrainer(Trainer):
         fork_layer: layers below it are frozen; with `trunk_cache` they run once over the data and are set aside.
         trunk_cache: folder for their activations; None runs them in every step.
         head_learning_rate: of the score head, where it differs from the rest's.
-        targets: by a pair's index, the rewards of its chosen and rejected answer (cd_fudge, rad).
+        targets, eval_targets: by a pair's index, the rewards of its chosen and rejected answer (cd_fudge, rad); by
+            default 1 and 0.
         metrics: gives more metrics from the evaluation pairs' rewards.
         pad_id: token after a row's last pair.
         say: receives a line when something slow goes on.
@@ -134,7 +137,8 @@ class PartialRewardTrainer(Trainer):
         fork_layer: int = 0,
         trunk_cache: str | os.PathLike[str] | None = None,
         head_learning_rate: float | None = None,
-        targets: dict[int, tuple[float, float]] | None = None,
+        targets: Targets | None = None,
+        eval_targets: Targets | None = None,
         metrics: Metrics | None = None,
         pad_id: int = 0,
         say: Say = lambda message: None,
@@ -145,7 +149,8 @@ class PartialRewardTrainer(Trainer):
         objective = objective or Objective()
         check_fork_layer(model, fork_layer)
         _check_frozen(model, fork_layer)
-        self.objective, self.head_learning_rate, self.targets = objective, head_learning_rate, targets
+        self.objective, self.head_learning_rate = objective, head_learning_rate
+        self.targets, self.eval_targets = targets, eval_targets
         self.train_pairs, self.eval_pairs = list(train_pairs), list(eval_pairs or [])
         self.pad_id, self.fork_layer, self._metrics, self._partial = pad_id, fork_layer, metrics, None
         self.rows = pack(self.train_pairs, token_budget, objective.eos_padding)
@@ -271,10 +276,7 @@ class PartialRewardTrainer(Trainer):
         batch = inputs["batch"]
         offsets = answer_positions(batch)[2].to(outputs.logits.device)
         normalizer = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        targets = None
-        if self.targets is not None:
-            targets = torch.tensor([self.targets[self.train_pairs[i].index] for i in batch.pairs]).flatten()
-            targets = targets.to(offsets.device)
+        targets = _targets(self.targets, [self.train_pairs[i] for i in batch.pairs], offsets.device)
         loss = self.objective.loss(outputs.logits, offsets, normalizer, targets)
         if not torch.isfinite(loss):
             raise RGTGError(self._not_finite("the loss", loss.item(), batch.pairs))
@@ -311,7 +313,7 @@ class PartialRewardTrainer(Trainer):
         """The optimizer, in which the score head may have a learning rate of its own."""
         if self.optimizer is not None or self.head_learning_rate is None:
             return super().create_optimizer(*args, **kwargs)
-        model = next(iter(args), kwargs.get("model")) or self.model
+        model: Any = next(iter(args), kwargs.get("model")) or self.model
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in trained_parameters(model):
@@ -384,7 +386,8 @@ class PartialRewardTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             parts: list[Any] = [None] * self.accelerator.num_processes
             torch.distributed.all_gather_object(parts, scores)
-            scores = {i: pair for part in parts for i, pair in part.items()}
+            for part in parts:
+                scores |= part
         return [scores[i] for i in range(len(chosen))]
 
     def evaluate(
@@ -404,9 +407,10 @@ class PartialRewardTrainer(Trainer):
             "hold" if self.objective.eos_padding else self.objective.mode,
             self.objective.weight,
         )
+        targets = _targets(self.eval_targets, self.eval_pairs, offsets.device)
         right = sum((w[-1] > l[-1]) + 0.5 * (w[-1] == l[-1]) for w, l in scores)  # noqa: E741
         result: dict[str, Any] = {
-            "loss": objective.loss(flat, offsets).item() if self.targets is None else float("nan"),
+            "loss": objective.loss(flat, offsets, targets=targets).item(),
             "accuracy": right / len(scores),
         }
         if self._metrics is not None:
@@ -479,6 +483,7 @@ class PartialRewardTrainer(Trainer):
             else:
                 self.save_model(str(partial), _internal_call=True)
             if self.args.should_save:
+                assert self.model is not None
                 if self.fork_layer == len(decoder_layers(self.model)[1]):
                     drop_zero_adapters(partial)
                 for file in sorted(partial.iterdir(), key=lambda file: file.name.endswith("config.json")):
@@ -489,6 +494,14 @@ class PartialRewardTrainer(Trainer):
             shutil.rmtree(partial, ignore_errors=True)
             raise RGTGError(_cannot_save(target, "the model", error)) from error
         self.accelerator.wait_for_everyone()
+
+
+def _targets(
+    targets: Targets | None, pairs: Sequence[TokenizedPair], device: torch.device
+) -> torch.Tensor | None:
+    if targets is None:
+        return None
+    return torch.tensor([targets[pair.index] for pair in pairs], device=device).flatten()
 
 
 def _check_frozen(model: nn.Module, fork_layer: int) -> None:
