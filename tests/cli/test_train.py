@@ -1,0 +1,55 @@
+"""`rgtg-fast train`: from a file of pairs to a guide, and its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "preferences.jsonl"
+
+pytest.importorskip("peft", reason="LoRA training needs peft")
+
+
+def settings(lm: str, tmp_path: Path) -> list[object]:
+    return [
+        "train", "--model", lm, "--data", EXAMPLE, "--output", tmp_path / "guide", "--limit", 12,
+        "--max-length", 250, "--batch-tokens", 800, "--trunk-cache", tmp_path / "trunk", "--device", "cpu", "--log-steps", 1,
+    ]  # fmt: skip
+
+
+def test_it_trains_on_the_projects_pairs(run: Run, lm: str, tmp_path: Path) -> None:
+    figure = tmp_path / "accuracy.svg"
+    arguments = [*settings(lm, tmp_path), "--fork-layer", 1, "--held-out", 0.3, "--json", "--figure", figure]
+    outcome = run(*arguments)
+    assert outcome.code == 0, outcome.err
+    (report,) = outcome.rows
+    assert report["steps"] > 0
+    assert report["recipe"]["fork_layer"] == 1
+    assert [point["fraction"] for point in report["accuracy"]] == [0.1, 0.25, 0.5, 0.75, 1.0]
+    assert report["metrics"]["accuracy"] == report["accuracy"][-1]["accuracy"]
+    assert "pairs/s" in outcome.err
+    assert "prefixes/s" in outcome.err
+    assert figure.stat().st_size > 0
+    assert list((tmp_path / "trunk").glob("*.states"))
+    assert (tmp_path / "guide" / "adapter_model.safetensors").is_file()
+    log = (tmp_path / "guide" / "training_log.jsonl").read_text().splitlines()
+    assert any("eval_accuracy_0.25" in json.loads(line) for line in log)
+    answer = run(
+        "generate", "Hello", "--lm", lm, "--reward", tmp_path / "guide", "--max-new-tokens", 2, "--json"
+    )
+    assert answer.code == 0, answer.err
+
+
+def test_errors_are_one_line(run: Run, lm: str, tmp_path: Path) -> None:
+    arguments = settings(lm, tmp_path)
+    assert "fork_layer=9" in run(*arguments, "--fork-layer", 9).error
+    assert "objective='dpo'" in run(*arguments, "--objective", "dpo").error
+    assert "does not exist" in run(*arguments, "--data", tmp_path / "none" / "here").error
+    assert "no pairs are left" in run(*arguments, "--min-answer-tokens", 900).error
+    (tmp_path / "guide").mkdir(exist_ok=True)
+    (tmp_path / "guide" / "file").touch()
+    assert "is not empty" in run(*arguments).error
