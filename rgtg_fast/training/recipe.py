@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from rgtg_fast.training.data import (
 )
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
+    EXTRA,
     Lora,
     add_adapters,
     check_fork_layer,
@@ -45,6 +47,7 @@ from rgtg_fast.training.model import (
     merge,
     trained_parameters,
 )
+from rgtg_fast.training.probe import check_strength
 from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer, Say, Targets
 from rgtg_fast.training.trunk import hash_pairs
 
@@ -65,6 +68,8 @@ class Recipe:
         epochs: passes over the pairs.
         learning_rate: at its height; it warms up over `warmup` of the steps and falls along a cosine to 0.
         head_learning_rate: of the score head; None for the same.
+        head_fit: fit the score head on the frozen model first, with a penalty of this strength (see `probe`); None
+            begins with a head of zeros.
         weight_decay: of all but biases and norms.
         token_budget: tokens of a packed row. accumulation: rows of an optimizer step on one process.
         max_length: tokens of a prompt and its longer answer. min_answer_tokens: shorter answers are dropped.
@@ -86,6 +91,7 @@ class Recipe:
     epochs: float = 1.0
     learning_rate: float = 2e-4
     head_learning_rate: float | None = None
+    head_fit: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.05
     token_budget: int = 2048
@@ -99,7 +105,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        Objective(self.objective, self.mode, self.weight)
+        check_strength(self.head_fit, Objective(self.objective, self.mode, self.weight))
         Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
         for name, least in (("token_budget", 2), ("accumulation", 1), ("max_length", 2), ("seed", 0)):
             value = getattr(self, name)
@@ -188,6 +194,8 @@ def train_reward_model(
         >>> result = train_reward_model("folder-of-a-model", "pairs.jsonl", "guide", fork_layer=20)  # doctest: +SKIP
     """
     recipe = replace(recipe or Recipe(), **_known(settings))
+    if importlib.util.find_spec("accelerate") is None:
+        raise RGTGError(f"training needs accelerate, which is not installed: {EXTRA}")
     folder = Path(output)
     args = _arguments(recipe, folder, save_steps, eval_steps, logging_steps, report_to, device)
     # With several processes, one of them speaks and prepares the folder.
@@ -260,6 +268,9 @@ def train_reward_model(
         f"training {trained:,} parameters on {len(train):,} pairs in {len(trainer.rows):,} rows "
         f"({trainer.filled:.1%} filled), {'from ' + checkpoint if checkpoint else 'from the start'}"
     )
+    if recipe.head_fit is not None and checkpoint is None:
+        say("fitting the score head on the frozen model")
+        trainer.fit_head(recipe.head_fit)
     trainer.train(resume_from_checkpoint=checkpoint)
     result = trainer.evaluate() if evaluation else {}
     trainer.save_to(folder)

@@ -36,6 +36,7 @@ from rgtg_fast.training.model import (
     use_packed_forward,
 )
 from rgtg_fast.training.packing import answer_positions, collate, cost, pack, pretrained
+from rgtg_fast.training.probe import PAIRS, HeadInputs, check_strength, differences, fit
 from rgtg_fast.training.trunk import LowerLayers, TrunkCache
 
 # Rewards of the prefixes of a pair's chosen and rejected answer.
@@ -354,6 +355,43 @@ class PartialRewardTrainer(Trainer):
         self._counts.zero_()
         return super().train(*args, **kwargs)
 
+    def fit_head(self, strength: float) -> None:
+        """Fits the score head to the objective on the model as it is, before training: see `probe`.
+
+        Args:
+            strength: of the penalty on the standardised weights.
+
+        Raises:
+            RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
+        """
+        check_strength(strength, self.objective)
+        model = self.model
+        assert model is not None
+        model.to(self.args.device)  # pyright: ignore[reportArgumentType]
+        head: Any = dict(pretrained(model).named_children())[HEAD]
+        generator = torch.Generator().manual_seed(self.args.seed)
+        found, weights, count = [], [], 0
+        training = model.training
+        model.eval()
+        # Every process fits the same head on the same rows: nothing has to be sent.
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for number in torch.randperm(len(self.rows), generator=generator).tolist():
+                if count >= PAIRS:
+                    break
+                inputs = self._batch(self.train_pairs, [(self.rows[number], True)])
+                with HeadInputs(head) as seen:
+                    self._forward(model, inputs)
+                offsets = answer_positions(inputs["batch"])[2]
+                features, shares = differences(torch.cat(seen.states), offsets, self.objective)
+                found.append(features)
+                weights.append(shares)
+                count += len(self.rows[number])
+        model.train(training)
+        weight = fit(torch.cat(found), torch.cat(weights), strength)
+        for name, parameter in trained_parameters(model):
+            if HEAD in name.split("."):
+                parameter.data.copy_(weight.to(parameter).view_as(parameter))
+
     def score(self, pairs: Sequence[TokenizedPair] | None = None) -> Scores:
         """Rewards of every prefix of both answers, by this process and all others together.
 
@@ -384,7 +422,7 @@ class PartialRewardTrainer(Trainer):
                     )
         model.train(training)
         if self.accelerator.num_processes > 1:
-            parts: list[Any] = [None] * self.accelerator.num_processes
+            parts: list[dict[int, Any]] = [{} for _ in range(self.accelerator.num_processes)]
             torch.distributed.all_gather_object(parts, scores)
             for part in parts:
                 scores |= part
