@@ -17,7 +17,8 @@ pytest.importorskip("peft", reason="LoRA training needs peft")
 def settings(lm: str, tmp_path: Path) -> list[object]:
     return [
         "train", "--model", lm, "--data", EXAMPLE, "--output", tmp_path / "guide", "--limit", 12,
-        "--max-length", 250, "--batch-tokens", 800, "--trunk-cache", tmp_path / "trunk", "--device", "cpu", "--log-steps", 1,
+        "--max-length", 250, "--batch-tokens", 800, "--trunk-cache", tmp_path / "trunk", "--device", "cpu",
+        "--log-steps", 1,
     ]  # fmt: skip
 
 
