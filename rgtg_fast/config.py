@@ -26,13 +26,15 @@ class Guidance:
             combined score (FaRMA); `"all"`: the whole vocabulary (GenARM). The last two need a reward that scores
             the whole vocabulary at once.
         weights: of the guides of a `MixtureReward`, for this request alone; None for the mixture's own.
+        gate_entropy: guides only where the base model's next-token entropy, in nats, is at least this (sparse guidance,
+            SIA, arXiv 2602.21215), and takes its own token elsewhere; None guides everywhere.
 
     Raises:
         RGTGError: a value out of its range.
 
     Example:
         >>> Guidance(k=10, beta=2.0, temperature=0)
-        Guidance(k=10, beta=2.0, temperature=0.0, support='lm', weights=None)
+        Guidance(k=10, beta=2.0, temperature=0.0, support='lm', weights=None, gate_entropy=None)
     """
 
     k: int = 10
@@ -40,6 +42,7 @@ class Guidance:
     temperature: float = 1.0
     support: str = "lm"
     weights: tuple[float, ...] | None = None
+    gate_entropy: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int):
@@ -62,6 +65,12 @@ class Guidance:
             )
         if self.weights is not None:
             object.__setattr__(self, "weights", as_weights(self.weights))
+        if self.gate_entropy is not None:
+            object.__setattr__(self, "gate_entropy", _number("gate_entropy", self.gate_entropy))
+            if not math.isfinite(self.gate_entropy) or self.gate_entropy < 0:
+                raise RGTGError(
+                    f"gate_entropy={self.gate_entropy} is not a number >= 0: use nats such as 1.0, None for no gate"
+                )
 
 
 @dataclass(frozen=True)

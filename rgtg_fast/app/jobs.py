@@ -50,6 +50,8 @@ class Job:
         }
         if g.weights is not None:
             settings["weights"] = g.weights
+        if g.gate_entropy is not None:
+            settings["gate_entropy"] = g.gate_entropy
         if self.strategy is not None:
             settings = {"strategy": self.strategy}
         return {**name, "prompt": self.prompt, "seed": self.seed, **settings}
@@ -61,7 +63,7 @@ def read_prompts(
     """Reads a prompts file (plain or gzip), one JSON object a line.
 
     A row has the prompt (a text, chat messages or token ids) under `field` and may have `id`, `seed`, `k`,
-    `beta`, `temperature` and `weights`. Broken lines are reported and skipped; empty lines are skipped.
+    `beta`, `temperature`, `weights` and `gate_entropy`. Broken lines are reported and skipped; empty lines are skipped.
 
     Args:
         path: the file.
@@ -126,7 +128,9 @@ def _parse(number: int, text: str, guidance: Guidance, seed: int, field: str) ->
     if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
         raise RGTGError(f"id must be a string or an integer, not {_kind(name)}")
     # A field that is null is as good as absent.
-    own = {f: row[f] for f in ("k", "beta", "temperature", "weights") if row.get(f) is not None}
+    own = {
+        f: row[f] for f in ("k", "beta", "temperature", "weights", "gate_entropy") if row.get(f) is not None
+    }
     row_seed = seed if row.get("seed") is None else row["seed"]
     if isinstance(row_seed, bool) or not isinstance(row_seed, int):
         raise RGTGError(f"seed={row_seed!r} is not a whole number")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ class Row(Prefix):
     text: str = ""
     finish_reason: str | None = None
     last_token: int = -1  # the newest decision, end-of-sequence included
+    unseen: list[int] = field(default_factory=list)  # answer tokens that a gated guide has not seen yet
 
     def finished(self, answer_reward: Callable[[list[float]], float] | None, traced: bool) -> GeneratedRow:
         """The row as the user gets it; `rewards` may hold one more entry, the end-of-sequence token's."""
@@ -36,12 +38,18 @@ class Row(Prefix):
             tokens=self.answer,
             text=self.text,
             finish_reason=self.finish_reason,
-            reward=None if answer_reward is None else answer_reward(self.rewards),
+            reward=self._reward(answer_reward),
             logprobs=self.logprobs[:count],
             rewards=self.rewards[:count],
             trace=self.trace if traced else None,
             end_token=self.last_token if self.finish_reason == "eos" else None,
         )
+
+    def _reward(self, answer_reward: Callable[[list[float]], float] | None) -> float | None:
+        if answer_reward is None:
+            return None
+        reward = answer_reward(self.rewards)
+        return None if math.isnan(reward) else reward
 
 
 class Batch:
@@ -51,8 +59,11 @@ class Batch:
         rows: the row of each slot.
         tokens: [n] int64, each row's newest token, not yet in the base model's cache.
         position: [n] int64, index of the answer token that the next step decides.
-        beta, temperature: [n]. seed: [n] int64. k: of the widest row. beyond: [n, k] bool, the candidates that a row
-            with a smaller k does not have, None where all rows have the same k.
+        beta, temperature: [n]; beta is 0 where a row's gate is closed in this step. seed: [n] int64.
+        k: of the widest row. beyond: [n, k] bool, the candidates that a row with a smaller k does not have, None where
+            all rows have the same k.
+        gated: whether any row has a gate. guided: for each row, whether this step guides it. closed: [n, 1] bool, the
+            same as a tensor, turned round.
     """
 
     def __init__(self, device: torch.device):
@@ -85,7 +96,11 @@ class Batch:
         self.tokens = tensor([(row.answer or row.prompt_ids)[-1] for row in self.rows], torch.int64)
         self.position = tensor([len(row.answer) for row in self.rows], torch.int64)
         self.seed = tensor([row.seed for row in self.rows], torch.int64)
-        self.beta = tensor([g.beta for g in settings], torch.float32)
+        self.beta = self._beta = tensor([g.beta for g in settings], torch.float32)
+        self._gates = [g.gate_entropy or 0.0 for g in settings]
+        self.gated = any(self._gates)
+        self.guided = [True] * len(settings)
+        self.closed = torch.zeros(len(settings), 1, dtype=torch.bool, device=self.device)
         self.temperature = tensor([g.temperature for g in settings], torch.float32)
         # Only rows whose support is "combined" are selected by their guidance.
         self.selection_beta = tensor(
@@ -99,3 +114,12 @@ class Batch:
         if min(widths) != self.k:
             rank = torch.arange(self.k, device=self.device)
             self.beyond = rank >= tensor(widths, torch.int64).unsqueeze(-1)
+
+    def open_gates(self, entropy: torch.Tensor) -> None:
+        """Decides from the base distribution's entropy [n] which rows this step guides."""
+        if not self.gated:
+            return
+        pairs = zip(entropy.tolist(), self._gates, strict=True)
+        self.guided = [value >= gate for value, gate in pairs]
+        self.closed = ~torch.tensor(self.guided, device=self.device).unsqueeze(-1)
+        self.beta = self._beta.masked_fill(self.closed.squeeze(-1), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -259,6 +260,7 @@ class RewardGuidedDecoder:
                     reward.observe(contexts)
             with phase("topk"):
                 logprobs, candidates, entropy = self._select(batch, logits)  # [B, k]
+                batch.open_gates(entropy)
             with phase("reward"):
                 rewards = self._rewards(batch, candidates, logprobs)  # [B, k]
                 self._check_rewards(batch, candidates, rewards)
@@ -270,7 +272,7 @@ class RewardGuidedDecoder:
             with phase("commit"):
                 if lm.lookahead:
                     lm.commit(self._per_context(choice))
-                if reward is not None:
+                if reward is not None and any(batch.guided):
                     reward.commit(choice)
                 batch.tokens = candidates.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
                 batch.position += 1
@@ -312,13 +314,28 @@ class RewardGuidedDecoder:
 
     def _rewards(self, batch: Batch, candidates: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
         """The candidates' rewards [B, k]; zeros without a guide."""
-        if self.reward is None:
+        if self.reward is None or not any(batch.guided):
             return torch.zeros_like(logprobs)
+        for slot, row in enumerate(batch.rows):
+            if row.unseen:
+                self._catch_up(slot, row)
         if self.lm.backbone.lookahead:
             self.lm.backbone.step(self._per_context(candidates))
         whole = batch.support == "all"
         rewards = self.reward.guidance() if whole else self.reward.score(candidates)
+        if not all(batch.guided):
+            rewards = rewards.masked_fill(batch.closed, 0)
         return rewards.to(logprobs.dtype)
+
+    def _catch_up(self, slot: int, row: Row) -> None:
+        """The guide sees, in one chunk, the tokens that were decided without it."""
+        assert self.reward is not None
+        self.reward.append(slot, row.unseen)
+        counter = self.reward.counter
+        counter.calls += 1
+        counter.tokens += len(row.unseen)
+        counter.prompt_tokens -= len(row.unseen)  # where `append` has counted them
+        row.unseen = []
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
@@ -362,7 +379,8 @@ class RewardGuidedDecoder:
         for slot, row in enumerate(batch.rows):
             row.last_token = tokens[slot]
             row.logprobs.append(chosen_logprobs[slot])
-            row.rewards += chosen_rewards[slot : slot + 1]
+            row.rewards += chosen_rewards[slot : slot + 1] if batch.guided[slot] else [math.nan]
+            row.unseen += [] if any(batch.guided) else [tokens[slot]]
             if tokens[slot] in eos:
                 row.finish_reason = "eos"
             else:
@@ -375,6 +393,7 @@ class RewardGuidedDecoder:
             elif row.finish_reason is None and len(row.answer) == run.max_new_tokens:
                 row.text, row.finish_reason = self.lm.text(row.answer), "length"
         run.stats.tokens += len(batch)
+        run.stats.guided_tokens += 0 if self.reward is None else sum(batch.guided)
         run.stats.steps += 1
 
     def _retire(self, run: _Run, batch: Batch) -> None:
@@ -520,6 +539,12 @@ class RewardGuidedDecoder:
                 f"support={guidance.support!r} needs a reward over the whole vocabulary and this decoder has {guide}: "
                 "use support='lm', or a guide such as ContrastiveReward"
             )
+        if guidance.gate_entropy is not None and (self.reward is None or not self.reward.appends):
+            guide = "none" if self.reward is None else self.reward.name
+            raise RGTGError(
+                f"gate_entropy={guidance.gate_entropy} needs a guide that can catch up with skipped tokens and this "
+                f"decoder has {guide}: use a SequenceReward with a cache of its own (an adapter with share_trunk=False)"
+            )
         if guidance.weights is not None:
             parts = 0 if self.reward is None else self.reward.parts
             if len(guidance.weights) != parts:
@@ -634,7 +659,8 @@ class RewardGuidedDecoder:
             listed = []
             for at in shown.tolist():
                 token = int(candidates[slot, at])
-                reward = None if self.reward is None else float(rewards[slot, at])
+                known = self.reward is not None and batch.guided[slot]
+                reward = float(rewards[slot, at]) if known else None
                 listed.append(
                     Candidate(
                         token,

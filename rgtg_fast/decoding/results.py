@@ -56,7 +56,8 @@ class GeneratedRow:
         finish_reason: "eos", "stop" or "length".
         reward: the guide's reward of the whole answer (the end-of-sequence token included where it ended the
             answer), None without a guide.
-        logprobs, rewards: per answer token, base log-probability and the guide's reward.
+        logprobs, rewards: per answer token, base log-probability and the guide's reward (NaN where a gate left the
+            token to the base model; `reward` is None where that is the last one).
         trace: one `Step` per decision, the end-of-sequence token's included; None unless asked for.
         end_token: the end-of-sequence token that ended the answer, where one did.
         alternatives: the other samples of best-of-n, the best first; None otherwise.
@@ -93,7 +94,8 @@ class Stats:
     """What a run cost.
 
     Attributes:
-        tokens: decided, end-of-sequence tokens included. seconds: of the whole call, prefill included.
+        tokens: decided, end-of-sequence tokens included. guided_tokens: of these, decided with the guide's word (fewer
+            with `Guidance(gate_entropy=...)`). seconds: of the whole call, prefill included.
         steps: iterations of the decode loop. lm_calls, reward_calls: forwards of each model in them.
         lm_tokens, reward_tokens: tokens through each model in them. prompt_tokens_lm, prompt_tokens_reward: tokens
             through each model in the prefills.
@@ -101,6 +103,7 @@ class Stats:
     """
 
     tokens: int = 0
+    guided_tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
     lm_calls: int = 0
@@ -114,7 +117,15 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Adds another run's counts; seconds are left to who measures them."""
-        for name in ("tokens", "steps", "lm_calls", "reward_calls", "lm_tokens", "reward_tokens"):
+        for name in (
+            "tokens",
+            "guided_tokens",
+            "steps",
+            "lm_calls",
+            "reward_calls",
+            "lm_tokens",
+            "reward_tokens",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.prompt_tokens_lm += other.prompt_tokens_lm
         self.prompt_tokens_reward += other.prompt_tokens_reward
