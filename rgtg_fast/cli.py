@@ -150,6 +150,14 @@ Support = Annotated[
         rich_help_panel=GUIDANCE,
     ),
 ]
+GateEntropy = Annotated[
+    float | None,
+    typer.Option(
+        help="Guide only where the language model's entropy is at least this, in nats.",
+        show_default="everywhere",
+        rich_help_panel=GUIDANCE,
+    ),
+]
 Strategy = Annotated[
     str,
     typer.Option(
@@ -238,7 +246,7 @@ def generate(
         Path | None,
         typer.Option(
             help='Prompts as JSON Lines (plain or gzip): {"prompt": text, chat or token ids} with optional '
-            "id, seed, k, beta, temperature, weights.",
+            "id, seed, k, beta, temperature, weights, gate_entropy.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -274,6 +282,7 @@ def generate(
     beta: Beta = 1.0,
     temperature: Temperature = 1.0,
     support: Support = "lm",
+    gate_entropy: GateEntropy = None,
     strategy: Strategy = "tokenwise",
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = 128,
@@ -303,7 +312,9 @@ def generate(
     if stream and not tokenwise:
         raise RGTGError("--stream shows tokens as they are chosen: leave out --strategy")
     # A strategy samples the base model by settings of its own, of which the temperature has an option too.
-    guidance = Guidance(k, beta, temperature, support) if tokenwise else Guidance()
+    guidance = Guidance(gate_entropy=gate_entropy)
+    if tokenwise:
+        guidance = Guidance(k, beta, temperature, support, gate_entropy=gate_entropy)
     if not tokenwise and "temperature=" not in strategy:
         strategy += f"{',' if ':' in strategy else ':'}temperature={temperature}"
     one = input is None
