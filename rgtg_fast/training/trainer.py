@@ -373,8 +373,10 @@ class PartialRewardTrainer(Trainer):
         found, weights, count = [], [], 0
         training = model.training
         model.eval()
+        # The Trainer makes a model compute in half precision when it begins to train, which is later.
+        half = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
         # Every process fits the same head on the same rows: nothing has to be sent.
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), half:
             for number in torch.randperm(len(self.rows), generator=generator).tolist():
                 if count >= PAIRS:
                     break

@@ -112,3 +112,20 @@ def test_bad_settings_are_one_line(settings, said):
     with pytest.raises(RGTGError, match=said) as caught:
         Recipe(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_fit_under_bfloat16(tmp_path: Path):
+    base = save_lm(tmp_path / "base")
+    pairs = tokenized(24)
+    heads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = load_base(base, dtype)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "out"), bf16=dtype == torch.bfloat16, use_cpu=True, report_to="none"
+        )
+        trainer = PartialRewardTrainer(add_adapters(model, 1, Lora(2, 4.0)), arguments, pairs)
+        trainer.fit_head(0.3)
+        state = trainer.model.state_dict()
+        heads.append(next(v.flatten() for k, v in state.items() if "score.modules_to_save" in k))
+    assert heads[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(heads[0], heads[1], dim=0) > 0.99
