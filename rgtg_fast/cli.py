@@ -582,6 +582,14 @@ def train(
         float | None,
         typer.Option(help="Learning rate of the score head.", show_default="--lr", rich_help_panel=STEPS),
     ] = None,
+    head_fit: Annotated[
+        float | None,
+        typer.Option(
+            help="Fit the score head on the frozen model first, with a penalty of this strength, for example 0.3.",
+            show_default="begin with zeros",
+            rich_help_panel=STEPS,
+        ),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=STEPS)] = 0.0,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed row.", rich_help_panel=STEPS)] = 2048,
     accumulate: Annotated[int, typer.Option(help="Rows of an optimizer step.", rich_help_panel=STEPS)] = 4,
@@ -644,6 +652,7 @@ def train(
         "epochs": epochs,
         "learning_rate": lr,
         "head_learning_rate": head_lr,
+        "head_fit": head_fit,
         "weight_decay": weight_decay,
         "token_budget": batch_tokens,
         "accumulation": accumulate,
