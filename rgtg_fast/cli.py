@@ -100,12 +100,13 @@ LM = Annotated[
     ),
 ]
 Reward = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Reward model: path or hub id; after a method's name and a colon for another guide (`farma:PATH`, "
-        "`genarm:PATH`, `rad:PATH`, `eft:TUNED,UNTUNED`, `text:PATH`, `mixture:0.7*pargs:PATH+0.3*contrastive`: see "
-        "`rgtg-fast methods`); `contrastive` guides with the language model itself under a better and a worse "
-        "system prompt; `none` is the language model alone.",
+        help="Reward model: path or hub id, or `bundled:pargs`; after a method's name and a colon for another guide "
+        "(`farma:PATH`, `genarm:PATH`, `rad:PATH`, `eft:TUNED,UNTUNED`, `text:PATH`, "
+        "`mixture:0.7*pargs:PATH+0.3*contrastive`: see `rgtg-fast methods`); `contrastive` guides with the language "
+        "model itself under a better and a worse system prompt; `none` is the language model alone.",
+        show_default="bundled:pargs for the default model, else contrastive",
         rich_help_panel=MODELS,
     ),
 ]
@@ -203,7 +204,7 @@ def _root(
 def demo(
     prompt: Annotated[list[str] | None, typer.Option(help="Your own prompt (repeatable).")] = None,
     lm: LM = None,
-    reward: Reward = "contrastive",
+    reward: Reward = None,
     better: Better = None,
     worse: Worse = None,
     dtype: Dtype = None,
@@ -218,9 +219,10 @@ def demo(
 ) -> None:
     """Answer a few prompts without and with the guide, side by side."""
     from rgtg_fast.app import demo as demonstration
-    from rgtg_fast.app.session import NONE, Setup, as_chat
+    from rgtg_fast.app.session import NONE, Setup, as_chat, default_reward
     from rgtg_fast.config import Guidance
 
+    reward = default_reward(lm, better, worse) if reward is None else reward
     if reward == NONE:
         raise RGTGError("the demo compares with and without a guide: --reward none leaves nothing to compare")
     guidance = Guidance(k, beta, temperature)
@@ -271,7 +273,7 @@ def generate(
     ] = False,
     json: Json = False,
     lm: LM = None,
-    reward: Reward = "contrastive",
+    reward: Reward = None,
     better: Better = None,
     worse: Worse = None,
     dtype: Dtype = None,
@@ -293,7 +295,7 @@ def generate(
     """Answer one prompt, or a file of prompts."""
     from rgtg_fast.app.generate import answer_many, answer_one, stream_one
     from rgtg_fast.app.jobs import AnswerFile, Job, check_prompt, read_prompts
-    from rgtg_fast.app.session import Setup
+    from rgtg_fast.app.session import Setup, default_reward
     from rgtg_fast.config import Guidance
 
     if (prompt is None) == (input is None):
@@ -318,6 +320,7 @@ def generate(
     if not tokenwise and "temperature=" not in strategy:
         strategy += f"{',' if ':' in strategy else ':'}temperature={temperature}"
     one = input is None
+    reward = default_reward(lm, better, worse, support) if reward is None else reward
     setup = Setup(lm, reward, better, worse, dtype, device, engine, 1 if one else max_batch, max_length)
     broken = 0
     if input is None:
@@ -360,7 +363,7 @@ def explain(
     ] = None,
     json: Json = False,
     lm: LM = None,
-    reward: Reward = "contrastive",
+    reward: Reward = None,
     better: Better = None,
     worse: Worse = None,
     dtype: Dtype = None,
@@ -379,12 +382,13 @@ def explain(
     """Show every token's candidates: log-probability, reward, final probability, and which was chosen."""
     from rgtg_fast.app import explain as explanation
     from rgtg_fast.app.jobs import check_prompt
-    from rgtg_fast.app.session import Setup, as_chat, decode_with
+    from rgtg_fast.app.session import Setup, as_chat, decode_with, default_reward
     from rgtg_fast.config import Guidance
 
     text = sys.stdin.read() if prompt == "-" else prompt
     check_prompt(text)
     guidance = Guidance(k, beta, temperature, support)
+    reward = default_reward(lm, better, worse, support) if reward is None else reward
     setup = Setup(lm, reward, better, worse, dtype, device, engine, 1, max_length)
     if html is not None and not html.parent.is_dir():
         raise RGTGError(f"cannot write {html}: the folder {html.parent} does not exist")

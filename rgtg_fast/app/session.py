@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Words that `--reward` takes in place of a path or hub id.
 CONTRASTIVE, NONE = "contrastive", "none"
+# The guide of the embedded model, trained for it.
+BUNDLED = "bundled:pargs"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ class Setup:
             max_length=self.max_length,
             engine=self.engine,
         )
+
+
+def default_reward(lm: str | None, better: str | None, worse: str | None, support: str = "lm") -> str:
+    """The guide where none is named: the bundled one where it fits, else one that every language model has.
+
+    Args:
+        lm: the language model, None for the embedded one.
+        better, worse: prompts of the contrastive guide, which are no use to another.
+        support: of the guidance; all but "lm" need a guide over the whole vocabulary.
+    """
+    fits = lm is None and better is None and worse is None and support == "lm"
+    return BUNDLED if fits else CONTRASTIVE
 
 
 def quiet() -> None:
