@@ -72,21 +72,24 @@ void rotate(const float* x, const float* cos, const float* sin, T* out, int64_t 
   }
 }
 
-// y[r, begin:end] += sum over i of t[r, i] b[i, begin:end] for all rows, in the order of i.
-void add_products(const float* t, int64_t ldt, const float* b, int64_t rank, int64_t ldb, float* y, int64_t ldy,
-                  int64_t rows, int64_t begin, int64_t end) {
-  constexpr int kTile = 8;
-  for (int64_t n = begin; n < end; n += kWidth) {
-    const int count = static_cast<int>(end - n < kWidth ? end - n : kWidth);
+// y[r, begin:end] += sum over i of t[r, i] b[i, begin:end] for all rows, in the order of i. b stands in panels, so that it
+// is read from one end to the other: [columns / kPanel][rank][kPanel].
+void add_products(const float* t, int64_t ldt, const float* b, int64_t rank, float* y, int64_t ldy, int64_t rows,
+                  int64_t begin, int64_t end) {
+  constexpr int kTile = 10;
+  for (int64_t n = begin; n < end;) {
+    const int64_t place = n % kPanel, room = kPanel - place < kWidth ? kPanel - place : kWidth;
+    const int count = static_cast<int>(end - n < room ? end - n : room);
+    const float* const panel = b + n / kPanel * rank * kPanel + place;
     for (int64_t first = 0; first < rows; first += kTile) {
       const int tile = static_cast<int>(rows - first < kTile ? rows - first : kTile);
       Vec sums[kTile];
       for (int r = 0; r < kTile; ++r) sums[r] = zero();
       const float* own = t + first * ldt;
       for (int64_t i = 0; i < rank; ++i) {
-        const Vec column = load_n(b + i * ldb + n, count);
+        const Vec column = load_n(panel + i * kPanel, count);
         if (tile == kTile) {
-#pragma GCC unroll 8
+#pragma GCC unroll 10
           for (int r = 0; r < kTile; ++r) sums[r] = fma(set1(own[r * ldt + i]), column, sums[r]);
         } else {
           for (int r = 0; r < tile; ++r) sums[r] = fma(set1(own[r * ldt + i]), column, sums[r]);
@@ -97,6 +100,7 @@ void add_products(const float* t, int64_t ldt, const float* b, int64_t rank, int
         store_n(out, load_n(out, count) + sums[r], count);
       }
     }
+    n += count;
   }
 }
 
@@ -208,12 +212,12 @@ struct Worker {
   }
 
   // y[:, begin:end] += b low for the rows with an adapter; `place` is the matrix's place in the last reduce().
-  void correct(int64_t layer, int matrix, int place, float* y, int64_t outer, int64_t ldy, int64_t first, int64_t rows,
-               int64_t begin, int64_t end) const {
+  void correct(int64_t layer, int matrix, int place, float* y, int64_t ldy, int64_t first, int64_t rows, int64_t begin,
+               int64_t end) const {
     if (c.variants == 1) return;
     adapted(first, rows, [&](int64_t variant, int64_t start, int64_t n, int64_t step) {
       const LowRank& p = low_rank(layer, matrix, variant);
-      add_products(low + start * 3 * c.rank + place * c.rank, step * 3 * c.rank, p.b, p.rank, outer, y + start * ldy,
+      add_products(low + start * 3 * c.rank + place * c.rank, step * 3 * c.rank, p.b, p.rank, y + start * ldy,
                    step * ldy, n, begin, end);
     });
   }
@@ -258,7 +262,7 @@ struct Worker {
                                 ? Upcoming{weights[i + 1], (mine.end - starts[i + 1]) * s.hidden * kBytes}
                                 : upcoming(w.o, s.hidden, nq);
       linear(product(norm, weights[i], biases[i], qkv + starts[i], rows, s.hidden, all, false), begin, end, next);
-      correct(layer, kQ + i, i, qkv + starts[i], starts[i + 1] - starts[i], all, first, rows, begin, end);
+      correct(layer, kQ + i, i, qkv + starts[i], all, first, rows, begin, end);
     }
   }
 
@@ -315,8 +319,8 @@ struct Worker {
       const Upcoming next =
           end < mine.end ? Upcoming{gate_w + end * s.hidden, bytes} : upcoming(w.down, s.hidden, s.inner);
       linear(product(norm, w.up, w.up_bias, up, rows, s.hidden, s.inner, false), begin, end, next);
-      correct(layer, kGate, 0, gate, s.inner, s.inner, first, rows, begin, end);
-      correct(layer, kUp, 1, up, s.inner, s.inner, first, rows, begin, end);
+      correct(layer, kGate, 0, gate, s.inner, first, rows, begin, end);
+      correct(layer, kUp, 1, up, s.inner, first, rows, begin, end);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t offset = r * s.inner + begin;
         activate_and_multiply(gate + offset, up + offset, hidden + offset, end - begin, s.activation);
@@ -345,7 +349,7 @@ struct Worker {
         reduce(layer, kO, 1, mixed, mixed_width, first, rows);
         linear(product(mixed, w.o, w.o_bias, x, rows, mixed_width, s.hidden, true), out.begin, out.end,
                upcoming(w.gate, s.inner, s.hidden));
-        correct(layer, kO, 0, x, s.hidden, s.hidden, first, rows, out.begin, out.end);
+        correct(layer, kO, 0, x, s.hidden, first, rows, out.begin, out.end);
         wait();
         normalise(x, w.mlp_norm, rows);
         reduce(layer, kGate, 2, norm, s.hidden, first, rows);
@@ -357,7 +361,7 @@ struct Worker {
                               : layer + 1 < c.layer_count ? upcoming_qkv(c.layers[layer + 1])
                                                           : Upcoming{nullptr, 0};
         linear(product(hidden, w.down, w.down_bias, x, rows, s.inner, s.hidden, true), out.begin, out.end, next);
-        correct(layer, kDown, 0, x, s.hidden, s.hidden, first, rows, out.begin, out.end);
+        correct(layer, kDown, 0, x, s.hidden, first, rows, out.begin, out.end);
         wait();
       }
     }

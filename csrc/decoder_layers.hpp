@@ -19,7 +19,9 @@ struct LayerWeights {
 // The matrices of a layer in the order of LayerWeights.
 enum Matrix : int { kQ = 0, kK = 1, kV = 2, kO = 3, kGate = 4, kUp = 5, kDown = 6, kMatrices = 7 };
 
-// A correction y += b (a x) of one matrix: a [rank, inner] of the model's dtype, b transposed [rank, outer] fp32.
+// A correction y += b (a x) of one matrix: a [rank, inner] of the model's dtype, b in fp32 and in panels of kPanel outputs,
+// [outer / kPanel][rank][kPanel], the last one filled up.
+constexpr int64_t kPanel = 16;
 struct LowRank {
   const void* a;
   const float* b;

@@ -43,6 +43,9 @@ FAMILIES = {
     "GemmaModel": Family("gemma", norm_offset=1.0, scaled_embedding=True),
 }
 
+# Outputs of a low-rank factor that stand next to each other; csrc/decoder_layers.hpp has the same number.
+_PANEL = 16
+
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -88,6 +91,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         torch.get_num_threads(),
     )
     return out
+
+
+def _panels(b: torch.Tensor) -> torch.Tensor:
+    """A factor [outer, r] as the extension reads it: [outer / 16, r, 16], filled up with zeros."""
+    outer, rank = b.shape
+    panels = -(-outer // _PANEL)
+    filled = b.new_zeros(panels * _PANEL, rank)
+    filled[:outer] = b
+    return filled.view(panels, _PANEL, rank).transpose(1, 2).contiguous()
 
 
 class NativeLayers:
@@ -243,7 +255,7 @@ class NativeLayers:
                     if pair is None:
                         table.append([0, 0, 0])
                         continue
-                    a, b = pair.a.to(self.dtype).contiguous(), pair.b.T.float().contiguous()
+                    a, b = pair.a.to(self.dtype).contiguous(), _panels(pair.b.float())
                     self._factors += [a, b]
                     table.append([a.data_ptr(), b.data_ptr(), len(a)])
         self._native.adapt(table)
