@@ -145,3 +145,13 @@ def test_names_that_cannot_be(run: Callable, lm: str, rm: str) -> None:
         ("mixture:nothing", "is no term of a mixture"),
     ):
         assert message in run("generate", "hello", "--lm", lm, "--reward", name).error
+
+
+def test_a_gate(run: Callable, lm: str, rm: str) -> None:
+    args = ("--lm", lm, "--max-new-tokens", 6, "--json", "--gate-entropy")
+    (closed,) = run("generate", "is tea safe?", "--reward", rm, *args, 50).rows
+    assert closed["gate_entropy"] == 50
+    assert (closed["stats"]["guided_tokens"], closed["stats"]["reward_calls"]) == (0, 0)
+    assert closed["reward"] is None
+    refused = run("generate", "why?", "--better", "Be kind.", "--worse", "Be rude.", *args, 1)
+    assert "can catch up with skipped tokens" in refused.error
