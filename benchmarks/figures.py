@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.cells import GPU, HEADLINES
+from benchmarks.cells import GPU, HEADLINES, SHARED
 from benchmarks.harness import PHASES, RESULTS, read
 from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy
 
 ROOT = Path(__file__).parent.parent
 # Names of the generated sections.
-DECODING, ACCURACY, COST = "benchmarks", "accuracy", "training-cost"
+DECODING, TRUNK, ACCURACY, COST = "benchmarks", "shared-trunk", "accuracy", "training-cost"
 NAMES = {
     "ours": "rgtg-fast",
     "args_replicated": "ARGS, k copies of the cache",
@@ -33,6 +33,12 @@ NOTES = (
     "models' weights and caches once a step takes at the measured bandwidth. ≈ measured on fewer tokens or "
     "rows, prefill counted in full."
 )
+TRUNK_NOTES = (
+    "The guide is a LoRA adapter of the base model. *Shared trunk*: base model and guide in one forward, one copy of "
+    "the weights. *Two models*: the same guide as a model of its own, the adapter merged into its copy. *ARGS*: the "
+    "published algorithm with that model. ¹ this package's own engine without a guide."
+)
+NO_TRUNK = "Not measured yet: run `python -m benchmarks.decode --shared --reward bundled:pargs`."
 PHASE_COLOURS = ("#bbbbbb", "#0072b2", "#56b4e9", "#d55e00", "#f0e442", "#009e73", "#cc79a7")
 
 Row = dict[str, str]
@@ -69,6 +75,34 @@ def block(rows: list[Row]) -> str:
     return "\n\n".join([*parts, NOTES]) if parts else "Not measured yet: run `python -m benchmarks.decode`."
 
 
+def trunk_block(rows: list[Row]) -> str:
+    """The README's first table: guide and base model in one forward, beside two models, ARGS and no guide."""
+    parts = []
+    for at in groups(rows).values():
+        cells = [at[cell.place] for cell in SHARED if "shared_trunk" in at.get(cell.place, {})]
+        if cells:
+            parts.append(_trunk_table(cells))
+    return "\n\n".join([*parts, TRUNK_NOTES]) if parts else NO_TRUNK
+
+
+def _trunk_table(cells: list[dict[str, Row]]) -> str:
+    lines = [
+        f"Tokens per second, {_where(cells, 'shared_trunk')}",
+        "",
+        "| dtype | rows B | prompt P | k | unguided¹ | **shared trunk** | two models | ARGS | shared ÷ unguided "
+        "| shared ÷ two models | shared ÷ ARGS | same tokens |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for cell in cells:
+        shared = cell["shared_trunk"]
+        others = [cell.get(name) for name in ("ours_unguided", "two_models", "args_replicated")]
+        shown = [shared[name] for name in ("dtype", "batch", "prompt_length", "k")]
+        shown += [_speed(others[0]), f"**{_speed(shared)}**", _speed(others[1]), _speed(others[2])]
+        shown += [_ratio(shared, other) for other in others]
+        lines.append("| " + " | ".join([*shown, _equality(shared)]) + " |")
+    return "\n".join(lines)
+
+
 def phases_block(rows: list[Row]) -> str:
     """The section of docs/performance.md: where a token's time goes, and how near reading the weights comes."""
     order = list(dict.fromkeys(cell.place for cell in (*HEADLINES, *GPU)))
@@ -102,17 +136,26 @@ def _phases_line(machine: str, engine: str, row: Row) -> str:
     return "| " + " | ".join(shown) + " |"
 
 
-def _table(cells: list[dict[str, Row]]) -> str:
-    any_row = cells[0]["ours"]
+def _where(cells: list[dict[str, Row]], method: str) -> str:
+    """What was measured, and on what."""
+    any_row = cells[0][method]
     on = any_row["gpu"] or f"{any_row['cpu']}, {any_row['threads']} threads"
-    bandwidths = sorted(float(cell["ours"]["memory_bandwidth_gb_s"]) for cell in cells)
+    bandwidths = sorted(float(cell[method]["memory_bandwidth_gb_s"]) for cell in cells)
     commits = sorted({row["commit"] for cell in cells for row in cell.values()} - {""})
-    lines = [
-        f"Tokens per second, {any_row['model']} as base and reward model, greedy, "
-        f"{any_row['new_tokens']} new tokens, prefill included. {on}, "
+    roles = (
+        any_row["model"] if " with " in any_row["model"] else f"{any_row['model']} as base and reward model"
+    )
+    return (
+        f"{roles}, greedy, {any_row['new_tokens']} new tokens, prefill included. {on}, "
         f"{bandwidths[len(bandwidths) // 2]:.0f} GB/s of memory bandwidth (measured); "
         f"torch {any_row['torch']}, transformers {any_row['transformers']}, rgtg-fast {any_row['rgtg_fast']}"
-        + (f" ({', '.join(commits)})." if commits else "."),
+        + (f" ({', '.join(commits)})." if commits else ".")
+    )
+
+
+def _table(cells: list[dict[str, Row]]) -> str:
+    lines = [
+        f"Tokens per second, {_where(cells, 'ours')}",
         "",
         "| dtype | rows B | prompt P | k | rgtg-fast | ARGS¹ | PARGS² | unguided³ | vs. ARGS | vs. PARGS "
         "| reward cache, ours : ARGS | same tokens | time ÷ floor⁴ |",
@@ -299,6 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in (*draw(rows, given.figures), *draw_accuracy(judged, given.figures)):
         print(path)
     for page, text, name in (
+        (given.readme, trunk_block(rows), TRUNK),
         (given.readme, block(rows), DECODING),
         (given.performance, phases_block(rows), DECODING),
         (given.training, accuracy_block(judged), ACCURACY),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import decode, figures, harness
-from benchmarks.cells import GPU, HEADLINES, sweep_cells
+from benchmarks.cells import GPU, HEADLINES, SHARED, sweep_cells
 from benchmarks.harness import COLUMNS, Cell
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation import benchmark
@@ -32,6 +32,9 @@ SPEED = {
     "args_replicated": 3.05,
     "pargs_serial": 0.031,
     "unguided": 25.0,
+    "ours_unguided": 24.0,
+    "shared_trunk": 18.0,
+    "two_models": 12.0,
 }
 
 
@@ -162,6 +165,14 @@ def test_the_readme_block_shows_every_headline_and_hides_no_difference(results):
     assert "Some CPU, 2 threads, 40 GB/s" in text
 
 
+def test_the_shared_trunk_stands_beside_two_models_and_no_guide(tmp_path):
+    path = tmp_path / "decode.csv"
+    assert sweep(SHARED[:1], path) == 0
+    text = figures.trunk_block(harness.read(path))
+    assert "| bfloat16 | 1 | 128 | 10 | 24.0 | **18.0** | 12.0 | 3.05 | 0.8× | 1.5× | 5.9× |" in text
+    assert "Not measured" in figures.trunk_block([])
+
+
 def test_later_rows_replace_earlier_ones(results):
     rows = harness.read(results)
     newer = dict(rows[0], tokens_per_second="99.9")
@@ -207,7 +218,8 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     with output.open(newline="") as file:
         assert len(list(csv.reader(file))) == 3
     readme = tmp_path / "README.md"
-    readme.write_text(f"{BEGIN}{END}", encoding="utf-8")
+    trunk = f"<!-- {figures.TRUNK}:begin --><!-- {figures.TRUNK}:end -->"
+    readme.write_text(f"{BEGIN}{END}\n{trunk}", encoding="utf-8")
     page = tmp_path / "performance.md"
     page.write_text(f"{BEGIN}{END}", encoding="utf-8")
     arguments = ["--results", str(output), "--readme", str(readme), "--performance", str(page)]
@@ -225,6 +237,8 @@ def test_the_readme_shows_what_the_results_hold():
     if not readme.exists() or not rows:
         pytest.skip("no README.md or no benchmarks/results/decode*.csv in this checkout")
     assert figures.current_block(readme) == figures.block(rows), "run python -m benchmarks.figures"
+    shown = figures.current_block(readme, figures.TRUNK)
+    assert shown == figures.trunk_block(rows), "run python -m benchmarks.figures"
     assert figures.current_block(page) == figures.phases_block(rows), "run python -m benchmarks.figures"
 
 
