@@ -39,7 +39,8 @@ def test_partial_bt_compares_every_prefix(mode: str) -> None:
         chosen, rejected = answers[i], answers[i + 1]
         size = (max if mode == "hold" else min)(len(chosen), len(rejected))
         terms += [
-            softplus(rejected[min(t, len(rejected) - 1)] - chosen[min(t, len(chosen) - 1)]) for t in range(size)
+            softplus(rejected[min(t, len(rejected) - 1)] - chosen[min(t, len(chosen) - 1)])
+            for t in range(size)
         ]
     objective = Objective("partial_bt", mode)
     assert objective.terms(offsets) == len(terms)
@@ -47,7 +48,9 @@ def test_partial_bt_compares_every_prefix(mode: str) -> None:
 
 
 @pytest.mark.parametrize("targets", [None, [0.3, -2.0, 1.5, 0.0, 0.9, 0.1]])
-@pytest.mark.parametrize(("name", "weight"), [("cd_fudge", "prefix"), ("cd_fudge", "pair"), ("rad", "prefix")])
+@pytest.mark.parametrize(
+    ("name", "weight"), [("cd_fudge", "prefix"), ("cd_fudge", "pair"), ("rad", "prefix")]
+)
 def test_regression_follows_its_formula(name: str, weight: str, targets: list[float] | None) -> None:
     rewards, offsets, answers = example()
     total, count = 0.0, 0.0

@@ -147,8 +147,6 @@ def test_what_cannot_be_a_reward_model_is_refused(tmp_path: Path) -> None:
         Lora(rank=0)
 
 
-
-
 def test_short_attention_has_the_gradient_of_attention() -> None:
     generator = torch.Generator().manual_seed(0)
 

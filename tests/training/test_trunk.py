@@ -155,9 +155,7 @@ try:
 except RGTGError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     (line,) = done.stdout.splitlines()
     assert "cannot keep the trunk's activations" in line
     assert "GiB" in line
