@@ -8,11 +8,12 @@ from pathlib import Path
 
 from benchmarks.cells import GPU, HEADLINES, SHARED
 from benchmarks.harness import PHASES, RESULTS, read
-from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy
+from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
 
 ROOT = Path(__file__).parent.parent
 # Names of the generated sections.
 DECODING, TRUNK, ACCURACY, COST = "benchmarks", "shared-trunk", "accuracy", "training-cost"
+FORK = "fork"
 NAMES = {
     "ours": "rgtg-fast",
     "args_replicated": "ARGS, k copies of the cache",
@@ -332,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--training", type=Path, default=ROOT / "docs" / "training.md")
+    parser.add_argument("--trunk", type=Path, default=ROOT / "docs" / "shared-trunk.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(arguments)
     rows = all_rows(given.results)
@@ -347,6 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
         (given.performance, phases_block(rows), DECODING),
         (given.training, accuracy_block(judged), ACCURACY),
         (given.training, cost_block(trained), COST),
+        (given.trunk, fork_block(read(RESULTS / "fork.csv")), FORK),
     ):
         print(page, name, "changed" if write_block(page, text, name) else "unchanged")
     return 0

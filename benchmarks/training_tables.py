@@ -10,6 +10,7 @@ from rgtg_fast.evaluation.accuracy import FractionAccuracy, figure
 Row = dict[str, str]
 
 NO_ACCURACY = "Not measured yet: run `python -m benchmarks.accuracy --data FILE`."
+NO_FORK = "Not measured yet: run `python -m benchmarks.fork`."
 NO_COST = "Not measured yet: run `python -m benchmarks.train`."
 
 
@@ -92,6 +93,39 @@ def cost_block(rows: list[Row]) -> str:
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or NO_COST
+
+
+def fork_block(rows: list[Row]) -> str:
+    """Held-out accuracy and speed of guides that differ in the layer where their adapter begins."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        key = ("cpu", "threads", "gpu", "model", "dtype", "data", "pairs", "objective")
+        groups.setdefault(tuple(row[name] for name in key), []).append(row)
+    parts = []
+    for same in groups.values():
+        first = same[0]
+        lines = [
+            f"{first['model']}, adapters trained with `{first['objective']}` on the same pairs, judged on "
+            f"{first['pairs']} pairs of {first['data']}; {first['dtype']}, one row, P={first['prompt_length']}, k={first['k']}, "
+            f"{first['new_tokens']} tokens, {first['gpu'] or first['cpu'] + ', ' + first['threads'] + ' threads'} "
+            f"(rgtg-fast {first['rgtg_fast']}, {first['commit']}). In brackets 95 % intervals.",
+            "",
+            "| adapter from layer | accuracy, half of the answer | whole answer | adapter MiB | tokens/s | ÷ unguided "
+            "| ÷ two models |",
+            "|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in sorted(same, key=lambda row: (row["fork_layer"] == "none", row["fork_layer"].zfill(4))):
+            speed = float(row["shared_trunk_tokens_per_second"])
+            unguided, two = (float(row[f"{m}_tokens_per_second"]) for m in ("ours_unguided", "two_models"))
+            name = "score head alone" if row["fork_layer"] == "none" else row["fork_layer"]
+            lines.append(
+                f"| {name} | {float(row['accuracy_0.5']):.3f} | {float(row['accuracy_1']):.3f} "
+                f"[{float(row['ci95_low_1']):.3f}, {float(row['ci95_high_1']):.3f}] "
+                f"| {float(row['adapter_bytes']) / 2**20:.1f} | {speed:.1f} | {speed / unguided:.2f} "
+                f"| {speed / two:.2f} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_FORK
 
 
 _NAMES = {

@@ -211,7 +211,14 @@ def demo(
     device: Device = None,
     engine: Engine = "auto",
     k: K = 10,
-    beta: Beta = 2.0,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the reward; 0 is the base model.",
+            show_default="5, contrastive 2",
+            rich_help_panel=GUIDANCE,
+        ),
+    ] = None,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = 48,
@@ -225,6 +232,8 @@ def demo(
     reward = default_reward(lm, better, worse) if reward is None else reward
     if reward == NONE:
         raise RGTGError("the demo compares with and without a guide: --reward none leaves nothing to compare")
+    if beta is None:
+        beta = demonstration.default_beta(reward)
     guidance = Guidance(k, beta, temperature)
     texts = prompt or list(demonstration.PROMPTS)
     setup = Setup(lm, reward, better, worse, dtype, device, engine, max_batch=len(texts))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rgtg_fast.app.explain import changed, marked_answer, visible
-from rgtg_fast.app.session import decode_with
+from rgtg_fast.app.session import CONTRASTIVE, decode_with
 from rgtg_fast.config import Guidance
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ PROMPTS = (
 )
 # Narrower than this, the two answers stand below each other.
 SIDE_BY_SIDE = 90
+
+
+def default_beta(reward: str) -> float:
+    """The weight that shows what a guide does: log-ratios are in nats, a small reward model's rewards are smaller."""
+    return 2.0 if reward == CONTRASTIVE else 5.0
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def show(report: Report, console: Console) -> None:
     console.print()
     console.print(_summary(report))
     if not report.guided_stats.reward_calls:
-        note = "The guide's prompts are rows of the base model's calls: more tokens, no calls of their own."
+        note = "The guide's tokens are rows of the base model's calls: it makes none of its own."
         console.print(Text(note, style="dim"))
     g = report.guidance
     console.print(

@@ -226,7 +226,9 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     training = tmp_path / "training.md"
     names = (figures.ACCURACY, figures.COST)
     training.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
-    arguments += ["--figures", str(tmp_path / "figures"), "--training", str(training)]
+    shared = tmp_path / "shared-trunk.md"
+    shared.write_text(f"<!-- {figures.FORK}:begin --><!-- {figures.FORK}:end -->", encoding="utf-8")
+    arguments += ["--figures", str(tmp_path / "figures"), "--training", str(training), "--trunk", str(shared)]
     assert figures.main(arguments) == 0
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn >= {"decode_phases.svg", "decode_speed.svg"}
@@ -251,6 +253,25 @@ def test_the_page_on_training_shows_what_the_results_hold():
     assert shown == (figures.accuracy_block(judged), figures.cost_block(trained)), (
         "run python -m benchmarks.figures"
     )
+
+
+def test_the_page_on_the_shared_trunk_shows_what_the_results_hold():
+    page = ROOT / "docs" / "shared-trunk.md"
+    rows = harness.read(harness.RESULTS / "fork.csv")
+    shown = figures.current_block(page, figures.FORK)
+    assert shown == figures.fork_block(rows), "run python -m benchmarks.figures"
+
+
+def test_forks_are_shown_from_the_lowest_layer_to_the_head_alone():
+    names = ("cpu", "threads", "gpu", "model", "dtype", "data", "pairs", "objective", "prompt_length", "k")
+    row = dict.fromkeys((*names, "new_tokens", "rgtg_fast", "commit"), "x")
+    row |= {"accuracy_0.5": ".5", "accuracy_1": ".6", "ci95_low_1": ".55", "ci95_high_1": ".65"}
+    row |= {"adapter_bytes": str(2**20), "shared_trunk_tokens_per_second": "60"}
+    row |= {"two_models_tokens_per_second": "40", "ours_unguided_tokens_per_second": "80"}
+    lines = figures.fork_block([row | {"fork_layer": f} for f in ("20", "none", "5")]).splitlines()
+    assert lines[-3] == "| 5 | 0.500 | 0.600 [0.550, 0.650] | 1.0 | 60.0 | 0.75 | 1.50 |"
+    assert lines[-2].startswith("| 20 |")
+    assert lines[-1].startswith("| score head alone |")
 
 
 def test_tables_about_training_say_what_the_rows_hold():
