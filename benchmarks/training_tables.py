@@ -106,8 +106,8 @@ def fork_block(rows: list[Row]) -> str:
         first = same[0]
         lines = [
             f"{first['model']}, adapters trained with `{first['objective']}` on the same pairs, judged on "
-            f"{first['pairs']} pairs of {first['data']}; {first['dtype']}, one row, P={first['prompt_length']}, k={first['k']}, "
-            f"{first['new_tokens']} tokens, {first['gpu'] or first['cpu'] + ', ' + first['threads'] + ' threads'} "
+            f"{first['pairs']} pairs of {first['data']}; {first['dtype']}, one row, P={first['prompt_length']}, "
+            f"k={first['k']}, {first['new_tokens']} tokens, {first['gpu'] or first['cpu'] + ', ' + first['threads'] + ' threads'} "
             f"(rgtg-fast {first['rgtg_fast']}, {first['commit']}). In brackets 95 % intervals.",
             "",
             "| adapter from layer | accuracy, half of the answer | whole answer | adapter MiB | tokens/s | ÷ unguided "
