@@ -104,10 +104,11 @@ def fork_block(rows: list[Row]) -> str:
     parts = []
     for same in groups.values():
         first = same[0]
+        on = first["gpu"] or f"{first['cpu']}, {first['threads']} threads"
         lines = [
             f"{first['model']}, adapters trained with `{first['objective']}` on the same pairs, judged on "
             f"{first['pairs']} pairs of {first['data']}; {first['dtype']}, one row, P={first['prompt_length']}, "
-            f"k={first['k']}, {first['new_tokens']} tokens, {first['gpu'] or first['cpu'] + ', ' + first['threads'] + ' threads'} "
+            f"k={first['k']}, {first['new_tokens']} tokens, {on} "
             f"(rgtg-fast {first['rgtg_fast']}, {first['commit']}). In brackets 95 % intervals.",
             "",
             "| adapter from layer | accuracy, half of the answer | whole answer | adapter MiB | tokens/s | ÷ unguided "
