@@ -556,13 +556,6 @@ def train(
     weight: Annotated[
         str, typer.Option(help="Every prefix counts the same, or every pair.", rich_help_panel=OBJECTIVE)
     ] = "prefix",
-    whole: Annotated[
-        float,
-        typer.Option(
-            help="Share of a pair's weight that its whole answers have beside all prefixes (with --weight pair).",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = 0.0,
     fork_layer: Annotated[
         int,
         typer.Option(
@@ -664,7 +657,6 @@ def train(
         "objective": objective,
         "mode": mode,
         "weight": weight,
-        "whole": whole,
         "fork_layer": fork_layer,
         "full": full,
         "lora_rank": lora_rank,

@@ -26,23 +26,13 @@ class Objective:
         name: one of `OBJECTIVES`.
         mode: what partial_bt does past the end of the shorter answer: `eos`, `hold` or `truncate`.
         weight: `prefix` (every term counts the same; partial_bt and cd_fudge) or `pair` (every pair does).
-        whole: share of a pair's weight that partial_bt gives to its whole answers beside the mean over all prefixes,
-            (1 − whole) · partial_bt + whole · full_bt; for `pair` weights.
     """
 
     name: str = "partial_bt"
     mode: str = "hold"
     weight: str = "prefix"
-    whole: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.whole < 1:
-            raise RGTGError(f"whole={self.whole} is not in [0, 1): it is a share; use full_bt for 1")
-        if self.whole and (self.name != "partial_bt" or self.weight != "pair"):
-            raise RGTGError(
-                f"whole={self.whole} weighs whole answers within partial_bt with weight='pair', and this is "
-                f"{self.name} with weight={self.weight!r}: leave it out"
-            )
         for what, value, known in (
             ("objective", self.name, OBJECTIVES),
             ("mode", self.mode, MODES),
@@ -98,14 +88,12 @@ class Objective:
         if normalizer is None:
             normalizer = torch.tensor(self.terms(offsets), device=rewards.device)
         if self.name == "partial_bt":
-            partial = partial_bt_loss(rewards, offsets, self.mode, self.weight, normalizer)
-            if not self.whole:
-                return partial
-            return (1 - self.whole) * partial + self.whole * _full_bt(rewards, offsets) / normalizer
-        if self.name == "full_bt":
-            return _full_bt(rewards, offsets) / normalizer
+            return partial_bt_loss(rewards, offsets, self.mode, self.weight, normalizer)
         if rewards.dtype != torch.float64:
             rewards = rewards.float()
+        if self.name == "full_bt":
+            last = rewards[offsets[1:] - 1]
+            return F.softplus(last[1::2] - last[::2]).sum() / normalizer
         lengths = offsets.diff()
         if targets is None:
             targets = torch.tensor([1.0, 0.0], device=rewards.device).repeat(lengths.shape[0] // 2)
@@ -119,9 +107,3 @@ class Objective:
         else:
             weights = (0.5 / lengths[answers]).to(rewards)
         return (weights * error).sum() / normalizer
-
-
-def _full_bt(rewards: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Σ over pairs of −log σ of the whole answers' difference, in at least float32."""
-    last = rewards[offsets[1:] - 1].to(torch.promote_types(rewards.dtype, torch.float32))
-    return F.softplus(last[1::2] - last[::2]).sum()

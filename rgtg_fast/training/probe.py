@@ -72,11 +72,7 @@ def differences(
         mine, theirs = compared_prefixes(middle - start, end - middle, objective)
         better = hidden[torch.tensor(mine) + start].float()
         found.append(better - hidden[torch.tensor(theirs) + middle].float())
-        share = torch.full((len(mine),), (1 - objective.whole) / len(mine))
-        if objective.whole:
-            found.append((hidden[middle - 1] - hidden[end - 1]).float()[None])
-            share = torch.cat([share, torch.tensor([objective.whole])])
-        weights.append(share)
+        weights.append(torch.full((len(mine),), 1 / len(mine)))
     return torch.cat(found), torch.cat(weights)
 
 

@@ -61,7 +61,7 @@ class Recipe:
     """Everything that decides what a training run learns.
 
     Attributes:
-        objective, mode, weight, whole: see `Objective`.
+        objective, mode, weight: see `Objective`.
         fork_layer: layers below it are frozen and run once; 0 trains all of them.
         full: train the weights themselves instead of LoRA adapters.
         lora_rank, lora_alpha, lora_dropout: see `Lora`.
@@ -83,7 +83,6 @@ class Recipe:
     objective: str = "partial_bt"
     mode: str = "hold"
     weight: str = "prefix"
-    whole: float = 0.0
     fork_layer: int = 0
     full: bool = False
     lora_rank: int = 16
@@ -106,7 +105,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_strength(self.head_fit, Objective(self.objective, self.mode, self.weight, self.whole))
+        check_strength(self.head_fit, Objective(self.objective, self.mode, self.weight))
         Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
         for name, least in (("token_budget", 2), ("accumulation", 1), ("max_length", 2), ("seed", 0)):
             value = getattr(self, name)
@@ -235,7 +234,7 @@ def train_reward_model(
     checkpoint = get_last_checkpoint(str(folder)) if resume else None
     if not evaluation:
         args.eval_strategy = IntervalStrategy.NO
-    objective = Objective(recipe.objective, recipe.mode, recipe.weight, recipe.whole)
+    objective = Objective(recipe.objective, recipe.mode, recipe.weight)
     wrapped: Any = network
     if recipe.full:
         freeze_below(network, recipe.fork_layer)

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -443,8 +442,10 @@ class PartialRewardTrainer(Trainer):
         lengths = torch.tensor([len(answer) for pair in scores for answer in pair])
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
         # The rewards of padding are not among the scores, so `eos` is told as `hold`.
-        objective = replace(
-            self.objective, mode="hold" if self.objective.eos_padding else self.objective.mode
+        objective = Objective(
+            self.objective.name,
+            "hold" if self.objective.eos_padding else self.objective.mode,
+            self.objective.weight,
         )
         targets = _targets(self.eval_targets, self.eval_pairs, offsets.device)
         right = sum((w[-1] > l[-1]) + 0.5 * (w[-1] == l[-1]) for w, l in scores)  # noqa: E741

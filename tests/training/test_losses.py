@@ -47,29 +47,6 @@ def test_partial_bt_compares_every_prefix(mode: str) -> None:
     assert objective.loss(rewards, offsets).item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
 
 
-def test_whole_answers_may_weigh_more() -> None:
-    rewards, offsets, _ = example()
-    parts = [Objective("partial_bt", weight="pair"), Objective("full_bt")]
-    partial, full = (objective.loss(rewards, offsets).item() for objective in parts)
-    mixed = Objective("partial_bt", weight="pair", whole=0.25)
-    assert mixed.terms(offsets) == 3
-    assert mixed.loss(rewards, offsets).item() == pytest.approx(0.75 * partial + 0.25 * full, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"whole": 1.0, "weight": "pair"}, "whole=1.0 is not in"),
-        ({"whole": float("nan"), "weight": "pair"}, "whole=nan is not in"),
-        ({"whole": 0.5}, "weight='prefix'"),
-        ({"whole": 0.5, "name": "full_bt", "weight": "pair"}, "this is full_bt"),
-    ],
-)
-def test_a_share_that_cannot_be_is_refused(settings: dict, said: str) -> None:
-    with pytest.raises(RGTGError, match=said):
-        Objective(**settings)
-
-
 @pytest.mark.parametrize("targets", [None, [0.3, -2.0, 1.5, 0.0, 0.9, 0.1]])
 @pytest.mark.parametrize(
     ("name", "weight"), [("cd_fudge", "prefix"), ("cd_fudge", "pair"), ("rad", "prefix")]

@@ -57,15 +57,6 @@ def test_long_answers_are_looked_at_in_a_few_places():
     assert (mine[0], mine[-1], theirs[-1]) == (0, 299, 199)
 
 
-def test_whole_answers_get_their_share():
-    hidden = torch.randn(5, 4)
-    offsets = torch.tensor([0, 2, 5])
-    features, weights = differences(hidden, offsets, Objective("partial_bt", "hold", "pair", 0.25))
-    assert weights.tolist() == [0.25, 0.25, 0.25, 0.25]
-    torch.testing.assert_close(features[-1], hidden[1] - hidden[4])
-    torch.testing.assert_close(features[0], hidden[0] - hidden[2])
-
-
 @pytest.mark.parametrize("name", ["partial_bt", "full_bt"])
 @pytest.mark.parametrize("fork", [0, 2])
 def test_the_head_is_fitted_on_the_models_own_states(tmp_path: Path, name: str, fork: int):
