@@ -29,10 +29,11 @@ print(torch.__version__, torch.cuda.get_device_name())
 PY
 
 # Most of this is compiling: each configuration takes a second or more the first time.
-step gpu 200 python -m pytest -q tests/gpu
-step ops 110 python -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv"
+step gpu 190 python -m pytest -q tests/gpu
+step ops 100 python -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv"
 # The C++ kernels need pybind11 and a compiler; without them the reference serves on the CPU.
-step build 60 python setup.py build_ext --inplace
-step tests 60 python -m pytest -q -m "not slow" tests/ops tests/evaluation
-step decode 110 python -m benchmarks.decode --gpu --shape llama-1b --device cuda --output "$out/decode.csv"
+step build 50 python setup.py build_ext --inplace
+step tests 50 python -m pytest -q -m "not slow" tests/ops tests/evaluation
+step decode 100 python -m benchmarks.decode --gpu --shape llama-1b --device cuda --output "$out/decode.csv"
+step shared 50 python -m benchmarks.decode --shared --shape llama-1b --device cuda --output "$out/shared.csv"
 exit $status
