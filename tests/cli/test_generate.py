@@ -208,7 +208,14 @@ def test_interrupted_run_ends_with_130(prompts_file: Callable, tmp_path: Path, l
     source = prompts_file(*({"prompt": f"prompt {n}"} for n in range(2000)))
     output = tmp_path / "out.jsonl"
     args = ("generate", "--input", source, "--output", output, "--lm", lm, "--reward", rm, *SHORT)
-    process = subprocess.Popen(command(*args), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*args),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background of a shell would hand on that an interrupt is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (not output.exists() or output.read_bytes().count(b"\n") < 2):
         time.sleep(0.01)
