@@ -1,8 +1,8 @@
 // Runs decoder layers: norm, q/k/v, rotary embedding, attention over cache and new tokens, output projection, norm,
 // gated MLP. Rows of several adapters run side by side: a product reads its weights once for all of them, then each row
-// gets its own adapter's low-rank correction. Activations are fp32 between the products; where the weights are bf16 the products' inputs are rounded to
-// bf16. Every value of a row depends on that row's own inputs in a fixed order of operations: batch, chunk and thread
-// count change nothing.
+// gets its own adapter's low-rank correction. Activations are fp32 between the products; where the weights are bf16 the
+// products' inputs are rounded to bf16. Every value of a row depends on that row's own inputs in a fixed order of
+// operations: batch, chunk and thread count change nothing.
 #include "decoder_layers.hpp"
 #include "linear.hpp"
 #include "vec.hpp"

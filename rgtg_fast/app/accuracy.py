@@ -132,12 +132,24 @@ def judge(
 
     # Before any model is loaded: what is wrong with the data should be told at once.
     loaded = load_pairs(data.source, data.layout)  # pyright: ignore[reportArgumentType]
-    judged = [_judge(Setup(reward=name, **models), data, loaded, say) for name in rewards]
+    bases: dict[str | None, Any] = {}
+
+    def base(setup: Setup) -> Any:
+        """The base model and its tokenizer, loaded once for all guides."""
+        if setup.lm not in bases:
+            bases[setup.lm] = setup.pair(say)
+        return bases[setup.lm]
+
+    judged = [_judge(Setup(reward=name, **models), data, loaded, base, say) for name in rewards]
     return _report(judged, shares, data), judged[0].report
 
 
 def _judge(
-    setup: Setup, data: Data, loaded: "tuple[list[PreferencePair], DataReport]", say: Callable[[str], None]
+    setup: Setup,
+    data: Data,
+    loaded: "tuple[list[PreferencePair], DataReport]",
+    base: Callable[[Setup], Any],
+    say: Callable[[str], None],
 ) -> Judged:
     """Loads one guide and scores the pairs with it."""
     from rgtg_fast.evaluation.accuracy import score_pairs
@@ -150,9 +162,9 @@ def _judge(
     named = named_guide(setup.reward)
     scorer: Any
     if type(named) is SequenceReward:
-        scorer, tokenizer = _classifier(str(named.source), setup, say)
+        scorer, tokenizer = _classifier(str(named.source), setup, base)
     else:
-        decoder = setup.decoder(say)
+        decoder = setup.decoder(say, base(setup))
         scorer, tokenizer = decoder.reward, decoder.tokenizer
     assert tokenizer is not None
     chat = data.chat and tokenizer.chat_template is not None
@@ -177,11 +189,11 @@ def _judge(
     return Judged(setup.reward, tokenized, scores, report + fitted)
 
 
-def _classifier(source: str, setup: Setup, say: Callable[[str], None]) -> tuple[Any, Any]:
+def _classifier(source: str, setup: Setup, base: Callable[[Setup], Any]) -> tuple[Any, Any]:
     """A reward model for packed rows, with its adapter merged where it is one, and its tokenizer."""
     from rgtg_fast import bundled
     from rgtg_fast.models.adapter import Adapter, is_adapter
-    from rgtg_fast.models.loading import adapter_tokenizer, load_causal_lm, load_sequence_classifier
+    from rgtg_fast.models.loading import adapter_model, adapter_tokenizer, load_sequence_classifier
     from rgtg_fast.training.packing import use_packed_attention
 
     folder = bundled.resolve(source)
@@ -190,15 +202,10 @@ def _classifier(source: str, setup: Setup, say: Callable[[str], None]) -> tuple[
         adapter.reward_head()
         if setup.lm is None and adapter.base_name and Path(adapter.base_name).is_dir():
             setup = replace(setup, lm=adapter.base_name)
-        lm, lm_tokenizer = setup.pair(say)
-        if adapter.mismatch(lm) is not None and adapter.base_name:
-            lm, lm_tokenizer = load_causal_lm(adapter.base_name, setup.device, setup.dtype)
-        why = adapter.misfit(lm)
-        if why is not None:
-            raise RGTGError(f"{why}: name the model that the adapter was trained on with --lm")
-        model, tokenizer = adapter.merged(lm), adapter_tokenizer(folder) or lm_tokenizer
+        model, tokenizer = adapter_model(adapter, base(setup), None)
+        tokenizer = adapter_tokenizer(folder) or tokenizer
     else:
-        model, tokenizer = load_sequence_classifier(folder, setup.pair(say)[0], None)
+        model, tokenizer = load_sequence_classifier(folder, base(setup)[0], None)
     if "score" not in dict(model.named_children()):
         raise RGTGError(
             f"{source} ({type(model).__name__}) has no `score` head over a causal trunk: use --reward text:{source}"

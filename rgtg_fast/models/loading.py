@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.backbone import Backbone
 
 DTYPES = {
@@ -175,6 +176,27 @@ def adapter_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase
         return None
     with _one_line(folder, "adapter's tokenizer"):
         return AutoTokenizer.from_pretrained(folder)
+
+
+def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype | None) -> ModelAndTokenizer:
+    """A model of its own from an adapter, merged into a copy of its base, and the base's tokenizer.
+
+    Args:
+        base: copied where it is the adapter's base; else that is loaded by the name that the adapter keeps.
+        dtype: of a base that is loaded; None for the given one's.
+
+    Raises:
+        RGTGError: the adapter does not fit its base.
+    """
+    model, tokenizer = base
+    if adapter.base_name and adapter.mismatch(model) is not None:
+        model, tokenizer = load_causal_lm(adapter.base_name, model.device, dtype or model.dtype)
+    misfit = adapter.misfit(model)
+    if misfit is not None:
+        raise RGTGError(f"{misfit}: name the model that the adapter was trained on")
+    own = adapter.merged(model)
+    own.config._name_or_path = adapter.name
+    return own, tokenizer
 
 
 def load_vocabulary_model(

@@ -15,16 +15,13 @@ from rgtg_fast.models.backbone import Attached, Backbone, Counter, scores_of
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
     ModelAndTokenizer,
-    adapter_tokenizer,
-    load_causal_lm,
+    adapter_model,
     load_sequence_classifier,
     reward_backbone,
 )
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.rewards.base import Prefix, Reward
-
-# Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
-_PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
+from rgtg_fast.rewards.compatibility import check_same_tokenizer, guide_ids, place_adapter
 
 
 class SequenceReward(Reward):
@@ -76,25 +73,11 @@ class SequenceReward(Reward):
         adapter = self._adapter()
         if adapter is not None:
             head = adapter.reward_head()
-            self._tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
-            check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, adapter.name)
-            reason = adapter.mismatch(lm.backbone.model)
-            reason = reason or other_prompts(lm.tokenizer, self._tokenizer, self.chat_template, adapter.name)
-            if self.share_trunk and reason is not None:
-                raise RGTGError(f"share_trunk=True: {reason}; use share_trunk=None for a model of its own")
-            if self.share_trunk is not False and reason is None:
+            self._tokenizer, why = place_adapter(adapter, lm, self.chat_template, self.share_trunk)
+            if why is None:
                 self._share(adapter, head)
                 return
-            own = None if adapter.mismatch(lm.backbone.model) is None else adapter.base_name
-            base = lm.backbone.model
-            if own is not None:
-                base, _ = load_causal_lm(own, base.device, dtype or base.dtype)
-            misfit = adapter.misfit(base)
-            if misfit is not None:
-                raise RGTGError(f"{misfit}: name the model that the adapter was trained on")
-            model = adapter.merged(base)
-            model.config._name_or_path = adapter.name
-            why = "share_trunk=False" if self.share_trunk is False else reason
+            model, _ = adapter_model(adapter, (lm.backbone.model, lm.tokenizer), dtype)
             self._trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
@@ -172,10 +155,7 @@ class SequenceReward(Reward):
         assert self._lm is not None
         if self._attached is not None:
             return []
-        own = self._tokenizer
-        if prompt.messages is not None and (own is None or not (self.chat_template or own.chat_template)):
-            own = self._lm.tokenizer
-        return [prompt.ids(own or self._lm.tokenizer, self.chat_template)]
+        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template)]
 
     def reserve(self, slots: int, length: int) -> None:
         self.counter = Counter()
@@ -228,48 +208,3 @@ class SequenceReward(Reward):
         assert self._head is not None
         hidden = self._attached.hidden_uncached([*prefix.prompt_ids, *answer])
         return scores_of(hidden[len(prefix.prompt_ids) :], self._head).tolist()
-
-
-def other_prompts(
-    base: PreTrainedTokenizerBase | None,
-    own: PreTrainedTokenizerBase | None,
-    chat_template: str | None,
-    name: str,
-) -> str | None:
-    """Why a prompt reads differently under a guide than under the base model, None where it does not.
-
-    Args:
-        base, own: their tokenizers. chat_template: given for the guide. name: of the guide.
-    """
-    if base is None or own is None:
-        return None if chat_template is None else f"{name} has a chat template and the base model none"
-    template = chat_template or own.chat_template
-    if template is not None and template != base.chat_template:
-        return f"{name} has another chat template than the base model"
-    if own(_PROBE)["input_ids"] != base(_PROBE)["input_ids"]:
-        return f"{name} begins its prompts with other special tokens than the base model"
-    return None
-
-
-def check_same_tokenizer(
-    lm: PreTrainedTokenizerBase | None, rm: PreTrainedTokenizerBase | None, lm_name: str, rm_name: str
-) -> None:
-    """Refuses a reward model whose tokenizer gives the base model's tokens other ids.
-
-    Raises:
-        RGTGError: naming the first difference.
-    """
-    if lm is None or rm is None or lm is rm:
-        return
-    way_out = "use a reward model over the same tokenizer, or reward=TextReward(...)"
-    theirs = rm.get_vocab()
-    for token, index in sorted(lm.get_vocab().items(), key=lambda item: item[1]):
-        if theirs.get(token) != index:
-            raise RGTGError(
-                f"the tokenizers of {lm_name} and {rm_name} differ: token {index} is {token!r} in the first and "
-                f"{token!r} has id {theirs.get(token)} in the second; {way_out}"
-            )
-    if lm(_PROBE, add_special_tokens=False)["input_ids"] != rm(_PROBE, add_special_tokens=False)["input_ids"]:
-        raise RGTGError(
-            f"the tokenizers of {lm_name} and {rm_name} split the same text differently; {way_out}"
-        )

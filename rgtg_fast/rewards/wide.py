@@ -17,15 +17,14 @@ from rgtg_fast.models.backbone import Attached, Backbone, Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
     ModelAndTokenizer,
-    adapter_tokenizer,
+    adapter_model,
     language_backbone,
-    load_causal_lm,
     load_vocabulary_model,
 )
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.rewards.base import Prefix, Reward
-from rgtg_fast.rewards.sequence import check_same_tokenizer, other_prompts
+from rgtg_fast.rewards.compatibility import check_same_tokenizer, guide_ids, place_adapter
 
 Source = str | os.PathLike[str] | ModelAndTokenizer
 
@@ -115,30 +114,18 @@ class Follower:
         self, lm: LanguageModel, adapter: Adapter, dtype: torch.dtype | None
     ) -> PreTrainedModel | None:
         """Attaches an adapter to the base model; a model of its own where it cannot share the forward."""
-        base = lm.backbone.model
-        self._tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
-        check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, adapter.name)
-        mismatch = adapter.mismatch(base)
-        reason = mismatch or other_prompts(lm.tokenizer, self._tokenizer, self.chat_template, adapter.name)
-        if self.share_trunk and reason is not None:
-            raise RGTGError(f"share_trunk=True: {reason}; use share_trunk=None for a model of its own")
+        self._tokenizer, why = place_adapter(adapter, lm, self.chat_template, self.share_trunk)
         self._title = adapter.name
-        if self.share_trunk is not False and reason is None:
+        if why is None:
             head = adapter.head or lm.backbone.head
             self._check_width(lm, head.out_features)
             self._attached = lm.backbone.attach(adapter, scores_candidates=False)
             self._head = head.to(lm.backbone.device, lm.backbone.dtype)
             self.trunk = "the base model's"
             return None
-        if mismatch is not None:
-            base, _ = load_causal_lm(adapter.base_name, base.device, dtype or base.dtype)
-        misfit = adapter.misfit(base)
-        if misfit is not None:
-            raise RGTGError(f"{misfit}: name the model that the adapter was trained on")
         # Its head, whatever name it was saved under, takes the vocabulary head's place.
-        model = replace(adapter, head_name="lm_head").merged(base)
-        model.config._name_or_path = adapter.name
-        why = "share_trunk=False" if self.share_trunk is False else reason
+        causal = replace(adapter, head_name="lm_head")
+        model, _ = adapter_model(causal, (lm.backbone.model, lm.tokenizer), dtype)
         self.trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         return model
 
@@ -173,10 +160,7 @@ class Follower:
         assert self._lm is not None
         if self._attached is not None:
             return []
-        own = self._tokenizer
-        if prompt.messages is not None and (own is None or not (self.chat_template or own.chat_template)):
-            own = self._lm.tokenizer
-        return [prompt.ids(own or self._lm.tokenizer, self.chat_template)]
+        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template)]
 
     def reserve(self, slots: int, length: int, counter: Counter) -> None:
         """Makes room for `slots` rows of `length` tokens; `counter` counts from here on."""

@@ -46,7 +46,6 @@ Metrics = Callable[[Scores], dict[str, Any]]
 Targets = dict[int, tuple[float, float]]
 Say = Callable[[str], None]
 
-RECIPE_FILE, LOG_FILE = "rgtg_fast.json", "training_log.jsonl"
 # Never taken for a checkpoint: those are called checkpoint-N.
 _PARTIAL = ".partial"
 _NAMED_PAIRS = 8

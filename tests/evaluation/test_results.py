@@ -247,8 +247,6 @@ def test_the_readme_shows_what_the_results_hold():
 def test_the_page_on_training_shows_what_the_results_hold():
     page = ROOT / "docs" / "training.md"
     judged, trained = (harness.read(harness.RESULTS / f"{name}.csv") for name in ("accuracy", "train"))
-    if not page.exists():
-        pytest.skip("no docs/training.md in this checkout")
     shown = figures.current_block(page, figures.ACCURACY), figures.current_block(page, figures.COST)
     assert shown == (figures.accuracy_block(judged), figures.cost_block(trained)), (
         "run python -m benchmarks.figures"

@@ -1,0 +1,98 @@
+"""How a guide's model and prompts fit the base model: one tokenizer, one prompt format, one trunk or two."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.loading import adapter_tokenizer
+from rgtg_fast.models.prompts import Prompt
+
+# Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
+_PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
+
+
+def guide_ids(
+    prompt: Prompt,
+    base: PreTrainedTokenizerBase | None,
+    own: PreTrainedTokenizerBase | None,
+    chat_template: str | None,
+) -> list[int]:
+    """A prompt's token ids in a guide's own format.
+
+    Args:
+        base, own: the base model's tokenizer and the guide's. chat_template: given for the guide; where neither it nor
+            the guide's tokenizer has one, a chat reads as it does under the base model.
+    """
+    if prompt.messages is not None and (own is None or not (chat_template or own.chat_template)):
+        own = base
+    return prompt.ids(own or base, chat_template)
+
+
+def place_adapter(
+    adapter: Adapter, lm: LanguageModel, chat_template: str | None, share_trunk: bool | None
+) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """An adapter's tokenizer, and in words why it does not run in the base model's own forward; None where it does.
+
+    Args:
+        chat_template, share_trunk: as in `SequenceReward`.
+
+    Raises:
+        RGTGError: another tokenizer, or `share_trunk=True` where it cannot be.
+    """
+    tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
+    check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, adapter.name)
+    if share_trunk is False:
+        return tokenizer, "share_trunk=False"
+    why = adapter.mismatch(lm.backbone.model)
+    why = why or other_prompts(lm.tokenizer, tokenizer, chat_template, adapter.name)
+    if share_trunk and why is not None:
+        raise RGTGError(f"share_trunk=True: {why}; use share_trunk=None for a model of its own")
+    return tokenizer, why
+
+
+def other_prompts(
+    base: PreTrainedTokenizerBase | None,
+    own: PreTrainedTokenizerBase | None,
+    chat_template: str | None,
+    name: str,
+) -> str | None:
+    """Why a prompt reads differently under a guide than under the base model, None where it does not.
+
+    Args:
+        base, own: their tokenizers. chat_template: given for the guide. name: of the guide.
+    """
+    if base is None or own is None:
+        return None if chat_template is None else f"{name} has a chat template and the base model none"
+    template = chat_template or own.chat_template
+    if template is not None and template != base.chat_template:
+        return f"{name} has another chat template than the base model"
+    if own(_PROBE)["input_ids"] != base(_PROBE)["input_ids"]:
+        return f"{name} begins its prompts with other special tokens than the base model"
+    return None
+
+
+def check_same_tokenizer(
+    lm: PreTrainedTokenizerBase | None, rm: PreTrainedTokenizerBase | None, lm_name: str, rm_name: str
+) -> None:
+    """Refuses a reward model whose tokenizer gives the base model's tokens other ids.
+
+    Raises:
+        RGTGError: naming the first difference.
+    """
+    if lm is None or rm is None or lm is rm:
+        return
+    way_out = "use a reward model over the same tokenizer, or reward=TextReward(...)"
+    theirs = rm.get_vocab()
+    for token, index in sorted(lm.get_vocab().items(), key=lambda item: item[1]):
+        if theirs.get(token) != index:
+            raise RGTGError(
+                f"the tokenizers of {lm_name} and {rm_name} differ: token {index} is {token!r} in the first and "
+                f"{token!r} has id {theirs.get(token)} in the second; {way_out}"
+            )
+    if lm(_PROBE, add_special_tokens=False)["input_ids"] != rm(_PROBE, add_special_tokens=False)["input_ids"]:
+        raise RGTGError(
+            f"the tokenizers of {lm_name} and {rm_name} split the same text differently; {way_out}"
+        )
