@@ -22,6 +22,9 @@ class Row(Prefix):
     encoded: list[list[int]] = field(default_factory=list)  # the prompt's ids in the guide's contexts
     logprobs: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    guided_logprob: float | None = (
+        None  # summed over the decisions so far, where they are drawn token by token
+    )
     trace: list[Step] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
@@ -43,6 +46,8 @@ class Row(Prefix):
             rewards=self.rewards[:count],
             trace=self.trace if traced else None,
             end_token=self.last_token if self.finish_reason == "eos" else None,
+            base_logprob=sum(self.logprobs),
+            guided_logprob=self.guided_logprob,
         )
 
     def _reward(self, answer_reward: Callable[[list[float]], float] | None) -> float | None:

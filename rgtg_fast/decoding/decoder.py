@@ -265,7 +265,7 @@ class RewardGuidedDecoder:
                 rewards = self._rewards(batch, candidates, logprobs)  # [B, k]
                 self._check_rewards(batch, candidates, rewards)
             with phase("resample"):
-                choice, _ = resample(
+                choice, drawn = resample(
                     logprobs, rewards, batch.beta, batch.temperature, batch.seed, batch.position
                 )
                 self._check_choice(batch, choice)
@@ -279,7 +279,7 @@ class RewardGuidedDecoder:
             with phase("host"):
                 if run.trace:
                     self._trace(batch, logprobs, candidates, rewards, choice, entropy)
-                self._advance(run, batch, logprobs, rewards, choice)
+                self._advance(run, batch, logprobs, rewards, choice, drawn)
             yield list(batch.rows)
             with phase("host"):
                 self._retire(run, batch)
@@ -369,15 +369,18 @@ class RewardGuidedDecoder:
         logprobs: torch.Tensor,
         rewards: torch.Tensor,
         choice: torch.Tensor,
+        drawn: torch.Tensor,
     ) -> None:
         """Appends each row's token on the host and decides whether the row ends there."""
         at = choice.unsqueeze(-1)
         tokens = batch.tokens.tolist()
         chosen_logprobs = logprobs.gather(-1, at).squeeze(-1).tolist()
         chosen_rewards = [] if self.reward is None else rewards.gather(-1, at).squeeze(-1).tolist()
+        drawn_logprobs = drawn.tolist()
         eos = self.lm.eos_ids
         for slot, row in enumerate(batch.rows):
             row.last_token = tokens[slot]
+            row.guided_logprob = (row.guided_logprob or 0.0) + drawn_logprobs[slot]
             row.logprobs.append(chosen_logprobs[slot])
             row.rewards += chosen_rewards[slot : slot + 1] if batch.guided[slot] else [math.nan]
             row.unseen += [] if any(batch.guided) else [tokens[slot]]

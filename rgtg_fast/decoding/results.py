@@ -61,6 +61,10 @@ class GeneratedRow:
         trace: one `Step` per decision, the end-of-sequence token's included; None unless asked for.
         end_token: the end-of-sequence token that ended the answer, where one did.
         alternatives: the other samples of best-of-n, the best first; None otherwise.
+        base_logprob: log π(y | x) of the whole answer under the base model, the end-of-sequence token included.
+        guided_logprob: the same under the distribution that its tokens were drawn from (0 for greedy); None for
+            strategies, whose distribution is not known. The mean over answers of guided_logprob − base_logprob estimates
+            KL(guided ‖ π).
     """
 
     index: int
@@ -74,6 +78,8 @@ class GeneratedRow:
     trace: list[Step] | None = None
     end_token: int | None = None
     alternatives: list[GeneratedRow] | None = None
+    base_logprob: float = 0.0
+    guided_logprob: float | None = None
 
 
 @dataclass(frozen=True)

@@ -161,3 +161,27 @@ def test_equal_rewards_and_beta_zero_are_the_base_model() -> None:
             == plain.generate([PROMPT], 12, Guidance(k=6, temperature=temperature), seed=3)[0].tokens
         )
         assert zero.rewards
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.3])
+def test_the_log_probability_of_an_answer_is_that_of_the_enumerated_policy(beta: float) -> None:
+    k, temperature = 9, 1.5
+    decoder = _decoder(torch.float64)
+    expected = _pair_policy(decoder, k, beta, temperature)
+    base = _pair_policy(decoder, V, 0.0, 1.0)
+    guidance = Guidance(k=k, beta=beta, temperature=temperature)
+    rows = decoder.generate([PROMPT] * 300, 2, guidance, seed=list(range(300)))
+    assert any(row.finish_reason == "eos" for row in rows)
+    for row in rows:
+        assert row.guided_logprob == pytest.approx(np.log(expected[tuple(row.tokens)]), abs=1e-6)
+        assert row.base_logprob == pytest.approx(np.log(base[tuple(row.tokens)]), abs=1e-6)
+
+
+def test_a_strategy_knows_no_log_probability_of_its_own() -> None:
+    decoder = _decoder()
+    for row in decoder.generate([PROMPT] * 3, 4, strategy="best_of_n:n=3"):
+        assert row.guided_logprob is None
+        assert row.base_logprob < 0
+    for row in decoder.generate([PROMPT] * 3, 4, strategy="segment:target=1"):
+        assert row.guided_logprob is None
+    assert all(row.guided_logprob == 0 for row in decoder.generate([PROMPT], 4, Guidance(temperature=0)))

@@ -62,4 +62,6 @@ def _judged(sample: GeneratedRow, row: Row, guide: Reward, ends: Ends, stats: St
     stats.prompt_tokens_reward += sum(map(len, contexts))
     reward = guide.answer_reward(rewards)
     sample.index, sample.rewards, sample.reward = row.prompt.index, rewards[: len(sample.tokens)], reward
+    # The best of several is drawn from another distribution than each of them.
+    sample.guided_logprob = None
     return reward
