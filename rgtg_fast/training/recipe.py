@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,8 +15,6 @@ import transformers
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -48,12 +44,21 @@ from rgtg_fast.training.model import (
     trained_parameters,
 )
 from rgtg_fast.training.probe import check_strength
-from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer, Say, Targets
+from rgtg_fast.training.run import (
+    LOG_FILE,
+    RECIPE_FILE,
+    Say,
+    TrainingLog,
+    begin,
+    check_output,
+    silent,
+    write_json,
+)
+from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer, Targets
 from rgtg_fast.training.trunk import hash_pairs
 
 # Columns of the data with the answers' rewards, for objectives that regress onto them.
 REWARD_COLUMNS = ("chosen_reward", "rejected_reward")
-RECIPE_FILE, LOG_FILE = "rgtg_fast.json", "training_log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -201,9 +206,9 @@ def train_reward_model(
     # With several processes, one of them speaks and prepares the folder.
     main = args.process_index == 0
     if main:
-        _check_output(folder, resume)
+        check_output(folder, resume)
     else:
-        say = _silent
+        say = silent
     if merged is not None and (recipe.full or Path(merged).exists()):
         raise RGTGError(
             "a full model has no adapters to merge: leave out the merged folder"
@@ -230,7 +235,7 @@ def train_reward_model(
     }
     with args.main_process_first(desc="the output folder"):
         if main:
-            _begin(folder, facts, resume)
+            begin(folder, facts, resume)
     checkpoint = get_last_checkpoint(str(folder)) if resume else None
     if not evaluation:
         args.eval_strategy = IntervalStrategy.NO
@@ -285,7 +290,7 @@ def train_reward_model(
         {name.removeprefix("eval_"): value for name, value in result.items()},
     )
     if main:
-        _write_json(folder / RECIPE_FILE, facts | {"steps": outcome.steps, "metrics": outcome.metrics})
+        write_json(folder / RECIPE_FILE, facts | {"steps": outcome.steps, "metrics": outcome.metrics})
         if merged is not None:
             merge(folder, merged)
     return outcome
@@ -297,50 +302,6 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
     if unknown is not None:
         raise RGTGError(f"there is no setting {unknown!r}: use one of {', '.join(names)}")
     return settings
-
-
-def _check_output(folder: Path, resume: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise RGTGError(f"{folder} is a file: name a folder for the output")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise RGTGError(f"{folder} is not empty: go on with the run in it (resume), or name another folder")
-
-
-def _silent(message: str) -> None:
-    pass
-
-
-def _begin(folder: Path, facts: dict[str, Any], resume: bool) -> None:
-    """Prepares the output folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume and (folder / RECIPE_FILE).is_file():
-            before = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-            _check_same_run(folder, before, facts)
-        shutil.rmtree(folder / ".partial", ignore_errors=True)
-        _write_json(folder / RECIPE_FILE, facts)
-    except (OSError, json.JSONDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "broken " + RECIPE_FILE
-        raise RGTGError(f"cannot use {folder} for the output ({reason}): name another folder") from error
-
-
-def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in ("base_fingerprint", "data_sha256"):
-        if before.get(name) != now[name]:
-            what = "model" if name == "base_fingerprint" else "pairs"
-            raise RGTGError(f"the run in {folder} began with other {what}: name another folder for this one")
-    for name, value in now["recipe"].items():
-        if before["recipe"].get(name) != value:
-            raise RGTGError(
-                f"the run in {folder} began with {name}={before['recipe'].get(name)} and this one has {value}: "
-                "resume with the same settings, or name another folder"
-            )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 @dataclass(frozen=True)
@@ -456,48 +417,3 @@ def _arguments(
         ddp_find_unused_parameters=False,
         **{checkpointing: recipe.gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
     )
-
-
-class TrainingLog(TrainerCallback):
-    """Writes every log as a line of JSON and tells the progress in words.
-
-    Args:
-        path: of the log. A resumed run drops the lines after its checkpoint.
-    """
-
-    def __init__(self, path: Path, say: Say):
-        self.path, self.say, self.seconds = path, say, 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not state.is_world_process_zero or not self.path.exists():
-            return
-        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        step = f"step {state.global_step}/{state.max_steps}"
-        if "loss" in logs:
-            rates = "".join(
-                f", {logs[f'{what}_per_second']:,.1f} {what}/s"
-                for what in ("pairs", "prefixes")
-                if f"{what}_per_second" in logs
-            )
-            self.say(f"{step}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.1e}{rates}")
-        elif "eval_loss" in logs:
-            self.say(f"{step}: held out: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_accuracy']:.3f}")
-        elif "train_runtime" in logs:
-            self.seconds = float(logs["train_runtime"])

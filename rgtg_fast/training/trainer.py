@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.checkpoints import CompleteCheckpoints
 from rgtg_fast.training.data import (
     TokenizedPair,
 )
@@ -37,6 +35,7 @@ from rgtg_fast.training.model import (
 )
 from rgtg_fast.training.packing import answer_positions, collate, cost, pack, pretrained
 from rgtg_fast.training.probe import PAIRS, HeadInputs, check_strength, differences, fit
+from rgtg_fast.training.run import Say
 from rgtg_fast.training.trunk import LowerLayers, TrunkCache
 
 # Rewards of the prefixes of a pair's chosen and rejected answer.
@@ -44,11 +43,6 @@ Scores = list[tuple[list[float], list[float]]]
 Metrics = Callable[[Scores], dict[str, Any]]
 # By a pair's index, the rewards of its chosen and its rejected answer.
 Targets = dict[int, tuple[float, float]]
-Say = Callable[[str], None]
-
-# Never taken for a checkpoint: those are called checkpoint-N.
-_PARTIAL = ".partial"
-_NAMED_PAIRS = 8
 
 
 class _Rows(Dataset[tuple[list[int], bool]]):
@@ -92,7 +86,7 @@ class _RowBatches(Sampler[list[tuple[int, bool]]]):
             yield order[start : start + self.size]
 
 
-class PartialRewardTrainer(Trainer):
+class PartialRewardTrainer(CompleteCheckpoints):
     """transformers' Trainer for reward models on packed preference pairs.
 
     The items of a batch are rows, each packed with pairs to the token budget; `per_device_train_batch_size` counts
@@ -152,7 +146,7 @@ class PartialRewardTrainer(Trainer):
         self.objective, self.head_learning_rate = objective, head_learning_rate
         self.targets, self.eval_targets = targets, eval_targets
         self.train_pairs, self.eval_pairs = list(train_pairs), list(eval_pairs or [])
-        self.pad_id, self.fork_layer, self._metrics, self._partial = pad_id, fork_layer, metrics, None
+        self.pad_id, self.fork_layer, self._metrics = pad_id, fork_layer, metrics
         self.rows = pack(self.train_pairs, token_budget, objective.eos_padding)
         self.eval_rows = pack(self.eval_pairs, token_budget, objective.eos_padding)
         self._counts = torch.zeros(3)
@@ -278,28 +272,17 @@ class PartialRewardTrainer(Trainer):
         normalizer = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         targets = _targets(self.targets, [self.train_pairs[i] for i in batch.pairs], offsets.device)
         loss = self.objective.loss(outputs.logits, offsets, normalizer, targets)
+        self.batch_rows = [self.train_pairs[i].index for i in batch.pairs]
         if not torch.isfinite(loss):
-            raise RGTGError(self._not_finite("the loss", loss.item(), batch.pairs))
+            raise self.not_finite("the loss", loss.item())
         # Gradients are averaged over processes, and this loss is a part of their sum.
         loss = loss * (self.accelerator.num_processes if inputs["counts"] else 0)
-        self._last_pairs = batch.pairs
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         device, states = self.args.device, inputs["states"]
         return model(
             batch=inputs["batch"].to(device), trunk_states=None if states is None else states.to(device)
-        )
-
-    def _not_finite(self, what: str, value: float, pairs: list[int]) -> str:
-        rows = [self.train_pairs[i].index for i in pairs]
-        more = f" and {len(rows) - _NAMED_PAIRS} more" if len(rows) > _NAMED_PAIRS else ""
-        last = get_last_checkpoint(str(self.args.output_dir))
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        return (
-            f"{what} became {value} at step {self.state.global_step + 1} with the pairs in rows "
-            f"{', '.join(map(str, rows[:_NAMED_PAIRS]))}{more} of the data; {kept}: use a smaller learning rate, or "
-            "look at these pairs"
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -462,77 +445,15 @@ class PartialRewardTrainer(Trainer):
         self._logged_at += time.monotonic() - began
         return metrics
 
-    # ---- Checkpoints
+    # ---- Saving
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        partial = run / _PARTIAL
-        self._check_weights()
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._partial = partial
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
-                    self.state.save_to_json(str(partial / name / "trainer_state.json"))
-                _publish(partial / name, run / name)
-                shutil.rmtree(partial, ignore_errors=True)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise RGTGError(_cannot_save(run, name, error)) from error
-        finally:
-            self._partial = None
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _check_weights(self) -> None:
-        """A loss may be finite and its gradient not; what it spoils must not replace a good checkpoint."""
+    def write_model(self, folder: Path) -> None:
+        """Writes the whole model, the layers below the fork included, and the tokenizer."""
+        with nullcontext() if self.lower is None else self.lower.whole():
+            super().write_model(folder)
         assert self.model is not None
-        for name, parameter in trained_parameters(self.model):
-            if not torch.isfinite(parameter).all():
-                raise RGTGError(self._not_finite(f"the weight {name}", float("nan"), self._last_pairs))
-
-    def save_to(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the trained model (adapters, or all weights) and the tokenizer, complete or not at all.
-
-        Raises:
-            RGTGError: the folder cannot be written.
-        """
-        target = Path(folder)
-        partial = target / _PARTIAL
-        self._check_weights()
-        try:
-            if self.lower is not None:
-                with self.lower.whole():
-                    self.save_model(str(partial), _internal_call=True)
-            else:
-                self.save_model(str(partial), _internal_call=True)
-            if self.args.should_save:
-                assert self.model is not None
-                if self.fork_layer == len(decoder_layers(self.model)[1]):
-                    drop_zero_adapters(partial)
-                for file in sorted(partial.iterdir(), key=lambda file: file.name.endswith("config.json")):
-                    _sync(file)
-                    file.replace(target / file.name)
-                partial.rmdir()
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise RGTGError(_cannot_save(target, "the model", error)) from error
-        self.accelerator.wait_for_everyone()
+        if self.args.should_save and self.fork_layer == len(decoder_layers(self.model)[1]):
+            drop_zero_adapters(folder)
 
 
 def _targets(
@@ -553,25 +474,3 @@ def _check_frozen(model: nn.Module, fork_layer: int) -> None:
                 f"fork_layer={fork_layer} freezes layer {number} and its {trained} is to be trained: freeze it, or "
                 f"use fork_layer={number}"
             )
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Gives a complete folder its name."""
-    for file in partial.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-
-
-def _cannot_save(run: Path, what: str, error: BaseException) -> str:
-    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:120]
-    last = get_last_checkpoint(str(run)) if run.is_dir() else None
-    kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-    return f"cannot save {what} in {run} ({reason}); {kept}: free some space and go on with resume"

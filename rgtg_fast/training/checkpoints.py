@@ -1,0 +1,135 @@
+"""Checkpoints that are complete or absent, whatever ends the run, for every trainer of the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.model import trained_parameters
+
+# Never taken for a checkpoint: those are called checkpoint-N.
+_PARTIAL = ".partial"
+_NAMED_ROWS = 8
+
+
+class CompleteCheckpoints(Trainer):
+    """What transformers' Trainer lacks: checkpoints are written beside their place and renamed when complete.
+
+    Weights that are not finite are never saved, and a full disk ends the run with one line.
+
+    Attributes:
+        batch_rows: rows of the data that the last batch was made of, for messages.
+    """
+
+    batch_rows: list[int] = []  # noqa: RUF012
+    _partial: Path | None = None
+
+    def not_finite(self, what: str, value: float) -> RGTGError:
+        """The error for a loss or weight that is not finite; names the batch's rows and the last good checkpoint."""
+        rows = self.batch_rows
+        more = f" and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
+        last = get_last_checkpoint(str(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        return RGTGError(
+            f"{what} became {value} at step {self.state.global_step + 1} with the pairs in rows "
+            f"{', '.join(map(str, rows[:_NAMED_ROWS]))}{more} of the data; {kept}: use a smaller learning rate, or "
+            "look at these pairs"
+        )
+
+    def save_to(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the trained model (adapters, or all weights) and the tokenizer, complete or not at all.
+
+        Raises:
+            RGTGError: the folder cannot be written.
+        """
+        target = Path(folder)
+        partial = target / _PARTIAL
+        self._check_weights()
+        try:
+            self.write_model(partial)
+            if self.args.should_save:
+                for file in sorted(partial.iterdir(), key=lambda file: file.name.endswith("config.json")):
+                    _sync(file)
+                    file.replace(target / file.name)
+                partial.rmdir()
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RGTGError(_cannot_save(target, "the model", error)) from error
+        self.accelerator.wait_for_everyone()
+
+    def write_model(self, folder: Path) -> None:
+        """Writes the model's and the tokenizer's files, as they will be, to a folder."""
+        self.save_model(str(folder), _internal_call=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        partial = run / _PARTIAL
+        self._check_weights()
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._partial = partial
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_global_step:
+                    self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+                    self.state.save_to_json(str(partial / name / "trainer_state.json"))
+                _publish(partial / name, run / name)
+                shutil.rmtree(partial, ignore_errors=True)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RGTGError(_cannot_save(run, name, error)) from error
+        finally:
+            self._partial = None
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """A loss may be finite and its gradient not; what it spoils must not replace a good checkpoint."""
+        assert self.model is not None
+        for name, parameter in trained_parameters(self.model):
+            if not torch.isfinite(parameter).all():
+                raise self.not_finite(f"the weight {name}", float("nan"))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Gives a complete folder its name."""
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+
+
+def _cannot_save(run: Path, what: str, error: BaseException) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:120]
+    last = get_last_checkpoint(str(run)) if run.is_dir() else None
+    kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+    return f"cannot save {what} in {run} ({reason}); {kept}: free some space and go on with resume"
