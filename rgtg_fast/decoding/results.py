@@ -63,7 +63,7 @@ class GeneratedRow:
         alternatives: the other samples of best-of-n, the best first; None otherwise.
         base_logprob: log π(y | x) of the whole answer under the base model, the end-of-sequence token included.
         guided_logprob: the same under the distribution that its tokens were drawn from (0 for greedy); None for
-            strategies, whose distribution is not known. The mean over answers of guided_logprob − base_logprob estimates
+            strategies, whose distribution is not known. Its mean over answers, less that of base_logprob, estimates
             KL(guided ‖ π).
     """
 
