@@ -1,4 +1,4 @@
-"""The command line `rgtg-fast`: demo, generate, explain, train, accuracy, bench, env.
+"""The command line `rgtg-fast`: demo, generate, explain, train, accuracy, evaluate, bench, env.
 
 User errors are one line on stderr and exit code 2. Heavy imports happen inside the commands: help is instant.
 """
@@ -742,6 +742,28 @@ def accuracy(
     pairs = judging.Data(data, layout, limit, max_length, batch_tokens, chat)
     models = {"lm": lm, "dtype": dtype, "device": device}
     judging.run(reward, pairs, fractions, models, figure, json)
+
+
+@app.command()
+def evaluate(
+    config: Annotated[Path, typer.Option(help="The study: a YAML file (see docs/evaluation.md).")],
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder of the results.", show_default="the file's", rich_help_panel=OUTPUT),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts to take at most.", show_default="the file's", min=1, rich_help_panel=LENGTH
+        ),
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Compare decoding methods: answers, judges, intervals, one table and one report; continues where it stopped."""
+    from rgtg_fast.app import evaluate as study
+
+    study.run(config, {"output": output, "limit": limit, "device": device}, json)
 
 
 @app.command()

@@ -153,6 +153,7 @@ def _judge(
 ) -> Judged:
     """Loads one guide and scores the pairs with it."""
     from rgtg_fast.evaluation.accuracy import score_pairs
+    from rgtg_fast.evaluation.judge import load_classifier
     from rgtg_fast.rewards import SequenceReward, named_guide
     from rgtg_fast.training.data import load_pairs, tokenize_pairs
 
@@ -162,7 +163,9 @@ def _judge(
     named = named_guide(setup.reward)
     scorer: Any
     if type(named) is SequenceReward:
-        scorer, tokenizer = _classifier(str(named.source), setup, base)
+        scorer, tokenizer = load_classifier(
+            str(named.source), lambda lm: base(replace(setup, lm=lm)), setup.lm
+        )
     else:
         decoder = setup.decoder(say, base(setup))
         scorer, tokenizer = decoder.reward, decoder.tokenizer
@@ -187,31 +190,6 @@ def _judge(
         given = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in given]
     scores = score_pairs(scorer, tokenized, data.budget, given, progress)
     return Judged(setup.reward, tokenized, scores, report + fitted)
-
-
-def _classifier(source: str, setup: Setup, base: Callable[[Setup], Any]) -> tuple[Any, Any]:
-    """A reward model for packed rows, with its adapter merged where it is one, and its tokenizer."""
-    from rgtg_fast import bundled
-    from rgtg_fast.models.adapter import Adapter, is_adapter
-    from rgtg_fast.models.loading import adapter_model, adapter_tokenizer, load_sequence_classifier
-    from rgtg_fast.training.packing import use_packed_attention
-
-    folder = bundled.resolve(source)
-    if is_adapter(folder):
-        adapter = Adapter.load(folder)
-        adapter.reward_head()
-        if setup.lm is None and adapter.base_name and Path(adapter.base_name).is_dir():
-            setup = replace(setup, lm=adapter.base_name)
-        model, tokenizer = adapter_model(adapter, base(setup), None)
-        tokenizer = adapter_tokenizer(folder) or tokenizer
-    else:
-        model, tokenizer = load_sequence_classifier(folder, base(setup)[0], None)
-    if "score" not in dict(model.named_children()):
-        raise RGTGError(
-            f"{source} ({type(model).__name__}) has no `score` head over a causal trunk: use --reward text:{source}"
-        )
-    use_packed_attention(model)
-    return model, tokenizer
 
 
 def _report(judged: list[Judged], fractions: list[float], data: Data) -> dict[str, Any]:

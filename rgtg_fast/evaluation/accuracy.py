@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.metrics import bootstrap_mean
 from rgtg_fast.models.prompts import Prompt, PromptLike
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.training.data import TokenizedPair
@@ -231,15 +232,8 @@ def paired_bootstrap(
         one, other: verdicts on the same pairs.
     """
     gaps = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    # In portions, so that many pairs take no more memory than few.
-    portion = max(1, 4_000_000 // len(gaps))
-    for start in range(0, resamples, portion):
-        size = (min(portion, resamples - start), len(gaps))
-        means[start : start + size[0]] = gaps[generator.integers(0, len(gaps), size)].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(fraction, float(gaps.mean()), (float(low), float(high)), len(gaps))
+    found = bootstrap_mean(gaps, seed, resamples)
+    return Difference(fraction, found.mean, (found.low, found.high), found.n)
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:

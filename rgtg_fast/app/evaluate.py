@@ -1,0 +1,75 @@
+"""Runs `rgtg-fast evaluate`: a study from its file to its report."""
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rgtg_fast.app import embedded
+from rgtg_fast.app.session import quiet
+from rgtg_fast.app.terminal import note, print_json, status
+
+
+def run(config: Path, changes: dict[str, Any], json: bool) -> None:
+    """Decodes, judges and reports what a study's file asks for.
+
+    Args:
+        config: the YAML file.
+        changes: fields of `Study` to set instead of the file's; None leaves them.
+
+    Raises:
+        RGTGError: everything that a user can get wrong.
+    """
+    quiet()
+    from rgtg_fast.evaluation.report import SUMMARY, summarise, write_summary
+    from rgtg_fast.evaluation.settings import Study
+    from rgtg_fast.evaluation.study import run_study
+
+    study = Study.load(config, **changes)
+    with status("Loading") as say:
+        source = study.model or str(embedded.default_model(say))
+        results = run_study(study, source, study.model or embedded.NAME, say)
+        say("summing up")
+        rows = summarise(results)
+    write_summary(rows, Path(study.output) / SUMMARY)
+    for warning in results.warnings:
+        note(f"note: {warning}")
+    if json:
+        print_json({"summary": rows, "warnings": results.warnings})
+        return
+    show(rows, study.baseline, Console())
+
+
+def show(rows: list[dict[str, Any]], baseline: str, console: Console) -> None:
+    """The rewards, differences and speeds as a table."""
+    table = Table(box=box.SIMPLE, title=f"Against {baseline}, 95 % intervals over prompts")
+    for name in ("method", "judge", "reward", "difference", "wins", "length", "KL", "tokens/s"):
+        table.add_column(name, justify="left" if name in ("method", "judge") else "right")
+    for row in rows:
+        table.add_row(
+            _name(row),
+            row["judge"] or "–",
+            _number(row["reward"], 3),
+            _interval(row, "reward_diff", "diff", "+.3f"),
+            _interval(row, "win_rate", "win", ".2f"),
+            _number(row["length"], 1),
+            _number(row["kl"], 2),
+            _number(row["tokens_per_second"], 0),
+        )
+    console.print(table)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return row["method"] if row["beta"] is None else f"{row['method']} β={row['beta']:g}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(row: dict[str, Any], name: str, stem: str, form: str) -> str:
+    if row[name] is None:
+        return "–"
+    return f"{row[name]:{form}} [{row[f'{stem}_lo']:{form}}, {row[f'{stem}_hi']:{form}}]"

@@ -1,0 +1,258 @@
+"""Judges: reward models that rate finished answers, and whether one of them is also a guide."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rgtg_fast.bundled import resolve
+from rgtg_fast.decoding.decoder import RewardGuidedDecoder
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import Adapter, is_adapter
+from rgtg_fast.models.loading import (
+    ModelAndTokenizer,
+    adapter_model,
+    adapter_tokenizer,
+    context_length,
+    load_sequence_classifier,
+)
+from rgtg_fast.models.prompts import Prompt, PromptLike
+from rgtg_fast.rewards import SequenceReward, named_guide
+from rgtg_fast.rewards.base import Prefix, Reward
+from rgtg_fast.training.data import TokenizedPair
+from rgtg_fast.training.packing import collate, cost, pack, packed_rewards, use_packed_attention
+
+WEIGHTS = "*.safetensors"
+_RECIPE = "rgtg_fast.json"
+# What in a guide's name is no path: weights of a mixture, methods' names, separators.
+_SEPARATORS = re.compile(r"[,+]|(?:[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?\s*\*)")
+
+
+def load_classifier(
+    source: str, base: Callable[[str | None], ModelAndTokenizer], given: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal reward model for packed rows, an adapter merged into its base, and its tokenizer.
+
+    Args:
+        source: folder, hub id or `bundled:NAME`.
+        base: loads a base model by name, None for the one at hand.
+        given: the base model that the user named; where there is none, an adapter's own is loaded.
+
+    Raises:
+        RGTGError: no causal reward model there.
+    """
+    folder = resolve(source)
+    if is_adapter(folder):
+        adapter = Adapter.load(folder)
+        adapter.reward_head()
+        own = given is None and adapter.base_name and Path(adapter.base_name).is_dir()
+        model, tokenizer = adapter_model(adapter, base(adapter.base_name if own else given), None)
+        tokenizer = adapter_tokenizer(folder) or tokenizer
+    else:
+        model, tokenizer = load_sequence_classifier(folder, base(given)[0], None)
+    if "score" not in dict(model.named_children()):
+        raise RGTGError(
+            f"{source} ({type(model).__name__}) has no `score` head over a causal trunk: use --reward text:{source}"
+        )
+    assert tokenizer is not None
+    use_packed_attention(model)
+    return model, tokenizer
+
+
+class Judge:
+    """Rates whole answers: the reward of an answer with the end-of-sequence token behind it, as it was trained on.
+
+    A judge reads texts, under its own tokenizer and chat template, so that answers of any program are rated alike. An
+    answer that was cut off at its length limit is rated as if it ended there, since that is what its reader gets.
+
+    Args:
+        name: folder or hub id of a reward model, `bundled:NAME`, or a guide's name such as `text:PATH`.
+        base: the base model and its tokenizer: an adapter's base, or what a guide is bound to.
+        dtype: of a judge that is loaded; None for the base model's.
+        budget: tokens of a packed row.
+
+    Raises:
+        RGTGError: nothing there, or no reward model.
+    """
+
+    def __init__(self, name: str, base: ModelAndTokenizer, dtype: str | None = None, budget: int = 2048):
+        self.name, self.budget = name, budget
+        self._guide: Reward | None = None
+        guide = named_guide(name)
+        if type(guide) is SequenceReward:
+            self._model, self._tokenizer = load_classifier(str(guide.source), lambda _: base)
+            return
+        self._guide = RewardGuidedDecoder.from_pretrained(base, reward=guide, dtype=dtype).reward
+        assert base[1] is not None
+        self._tokenizer = base[1]
+
+    def rate(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, float]]:
+        """Index and reward of each answer, as they become known.
+
+        Args:
+            prompts: as the decoder takes them, one per answer. answers: texts; an empty one is its end token alone.
+
+        Raises:
+            RGTGError: a reward that is NaN.
+        """
+        ratings = (
+            self._one_by_one(prompts, answers) if self._guide is not None else self._packed(prompts, answers)
+        )
+        for index, reward in ratings:
+            if reward != reward:
+                raise RGTGError(
+                    f"the judge {self.name} rates answer {index} with NaN: check its weights and dtype (float16 "
+                    "overflows: try bfloat16 or float32)"
+                )
+            yield index, reward
+
+    @torch.inference_mode()
+    def _packed(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, float]]:
+        pairs, indices = self._pairs(prompts, answers)
+        device = next(self._model.parameters()).device
+        for row in pack(pairs, max(self.budget, *(cost(pair) for pair in pairs))):
+            batch = collate(pairs, [row], pad_id=0).to(device)
+            rewards, offsets = packed_rewards(self._model, batch)
+            last = rewards[offsets[1:] - 1].tolist()
+            for n, i in enumerate(batch.pairs):
+                yield from zip(indices[i], last[2 * n : 2 * n + 2], strict=False)
+
+    def _pairs(
+        self, prompts: Sequence[PromptLike], answers: Sequence[str]
+    ) -> tuple[list[TokenizedPair], list[list[int]]]:
+        """Answers two by two behind their prompt, which is then encoded once for both; and whose they are."""
+        groups: dict[str, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(json.dumps(prompt), []).append(index)
+        pairs, indices = [], []
+        for group in groups.values():
+            prompt_ids = Prompt(prompts[group[0]]).ids(self._tokenizer)
+            for start in range(0, len(group), 2):
+                two = group[start : start + 2]
+                ids = [self._answer_ids(answers[i]) for i in two]
+                room = context_length(self._model) - max(map(len, ids))
+                if room < 1:
+                    raise RGTGError(
+                        f"answer {two[0]} has {max(map(len, ids))} tokens for the judge {self.name}, whose context "
+                        f"holds {context_length(self._model)}: judge shorter answers or use another judge"
+                    )
+                # An odd answer out stands beside an end token that nobody reads.
+                other = ids[1] if len(ids) == 2 else ids[0][-1:]
+                pairs.append(TokenizedPair(prompt_ids[-room:], ids[0], other, two[0]))
+                indices.append(two)
+        return pairs, indices
+
+    @torch.inference_mode()
+    def _one_by_one(
+        self, prompts: Sequence[PromptLike], answers: Sequence[str]
+    ) -> Iterator[tuple[int, float]]:
+        assert self._guide is not None
+        for index, (given, answer) in enumerate(zip(prompts, answers, strict=True)):
+            prompt = Prompt(given, index)
+            prefix = Prefix(prompt, prompt.ids(self._tokenizer))
+            rewards = self._guide.score_answer(prefix, self._answer_ids(answer))
+            yield index, self._guide.answer_reward(rewards)
+
+    def _answer_ids(self, text: str) -> list[int]:
+        eos = cast("int | None", self._tokenizer.eos_token_id)
+        if eos is None:
+            raise RGTGError(
+                f"the tokenizer of the judge {self.name} has no EOS token: set tokenizer.eos_token"
+            )
+        return [*cast("list[int]", self._tokenizer(text.strip(), add_special_tokens=False)["input_ids"]), eos]
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: str, size: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(folder: str | Path) -> str | None:
+    """sha256 over the weights in a folder, 16 hexadecimal digits; None where there are none (a hub id).
+
+    Two folders with the same weights have the same fingerprint wherever they lie.
+    """
+    files = sorted(Path(folder).glob(WEIGHTS)) if Path(folder).is_dir() else []
+    if not files:
+        return None
+    stats = [(file, file.stat()) for file in files]
+    parts = [_digest(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def folders_of(name: str) -> list[str]:
+    """The folders or hub ids that a guide's name mentions, `bundled:NAME` resolved.
+
+    Example:
+        >>> folders_of("mixture:0.7*farma:one+0.3*eft:two,three")
+        ['one', 'two', 'three']
+    """
+    if name.startswith("bundled:"):
+        return [resolve(name)]
+    kind, colon, rest = name.partition(":")
+    if kind == "contrastive":
+        return []
+    if not colon:
+        return [name]
+    parts = [part.strip() for part in _SEPARATORS.split(rest) if part.strip()]
+    if kind == "mixture":
+        return [folder for part in parts for folder in folders_of(part)]
+    return [
+        folder for part in parts for folder in (folders_of(part) if part.startswith("bundled:") else [part])
+    ]
+
+
+def weights_of(name: str) -> dict[str, str]:
+    """The fingerprints of the folders that a guide's name mentions; what has none is left out."""
+    found = {folder: fingerprint(folder) for folder in folders_of(name)}
+    return {folder: digest for folder, digest in found.items() if digest is not None}
+
+
+def training_data(name: str) -> set[str]:
+    """Hashes of the data that the models in a guide's name were trained on, where they say so."""
+    hashes = set()
+    for folder in folders_of(name):
+        recipe = Path(folder) / _RECIPE
+        if recipe.is_file():
+            told: Any = json.loads(recipe.read_text(encoding="utf-8")).get("data_sha256")
+            hashes |= {told} if told else set()
+    return hashes
+
+
+def conflicts(judges: dict[str, str], guides: Sequence[str]) -> list[str]:
+    """One line for every judge that is one of the guides, or has seen a guide's training data.
+
+    Args:
+        judges: name to model. guides: names of the guides that decode.
+    """
+    lines = []
+    for name, source in judges.items():
+        for guide in dict.fromkeys(guides):
+            same = set(weights_of(source).values()) & set(weights_of(guide).values())
+            paths = [{_place(folder) for folder in folders_of(one)} for one in (source, guide)]
+            if same or paths[0] & paths[1]:
+                lines.append(
+                    f"the judge {name} is the guide {guide}: its rewards say how well the guide was followed, not "
+                    "how good the answers are"
+                )
+            elif training_data(source) & training_data(guide):
+                lines.append(
+                    f"the judge {name} and the guide {guide} were trained on the same data: their errors go together"
+                )
+    return lines
+
+
+def _place(folder: str) -> str:
+    return str(Path(folder).resolve()) if Path(folder).is_dir() else folder
