@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,8 +30,11 @@ from rgtg_fast.training.packing import (
     pretrained,
     use_packed_attention,
 )
+from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal, vocabulary_head
 
 HEAD = "score"
+# What reads the rewards [M] of a packed batch's answer tokens off the states after the final norm [R, S, E].
+Reader: TypeAlias = "Callable[[PreTrainedModel, torch.Tensor, PackedBatch], torch.Tensor]"
 EXTRA = 'pip install "rgtg-fast[train]"'
 
 
@@ -167,35 +170,69 @@ def _after(trunk: nn.Module, layers: str) -> list[nn.Module]:
     return [child for _, child in children[place + 1 :]]
 
 
-def add_adapters(model: PreTrainedModel, fork_layer: int, lora: Lora) -> Any:
-    """The model with LoRA on every linear map of the layers from `fork_layer` on, and a trained score head.
+def add_adapters(model: PreTrainedModel, fork_layer: int, lora: Lora, head: str | None = HEAD) -> Any:
+    """The model with LoRA on every linear map of the layers from `fork_layer` on, and a trained head.
 
     Args:
         fork_layer: 0 adapts every layer, the number of layers none (the head alone is trained then).
+        head: `"score"` of a classifier, `"lm_head"` of a language model, or None to train a language model's adapters
+            alone.
 
     Returns:
         PEFT's model around it.
+
+    Raises:
+        RGTGError: nothing would be trained, or a vocabulary head of another name.
     """
     try:
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import get_peft_model
     except ImportError as error:
         raise RGTGError(f"LoRA needs peft: {EXTRA}, or train the full model") from error
     name, layers = decoder_layers(model)
-    # The head learns in float32 also over a bfloat16 trunk: its steps are smaller than bfloat16 resolves.
-    _head(model).to(torch.promote_types(model.dtype, torch.float32))
+    if head is None and fork_layer == len(layers):
+        raise RGTGError(
+            f"fork_layer={fork_layer} leaves no layer to adapt and this objective trains no head: use fork_layer <= "
+            f"{fork_layer - 1}"
+        )
+    if head is not None:
+        # The head learns in float32 also over a bfloat16 trunk: its steps are smaller than bfloat16 resolves.
+        _trained_head(model, head).to(torch.promote_types(model.dtype, torch.float32))
     if fork_layer == len(layers):
-        return _head_alone(model, name, layers)
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        return _head_alone(model, name, layers, head)
+    return get_peft_model(model, lora_config(model, fork_layer, lora, head))
+
+
+def lora_config(model: nn.Module, fork_layer: int, lora: Lora, head: str | None) -> Any:
+    """PEFT's configuration of LoRA on every linear map of the layers from `fork_layer` on.
+
+    Args:
+        head: as in `add_adapters`.
+    """
+    from peft import LoraConfig, TaskType
+
+    name, layers = decoder_layers(model)
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if head == HEAD else TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.dropout,
         target_modules=sorted({path.rpartition(".")[2] for path in _linear(layers[fork_layer:])}),
         layers_to_transform=list(range(fork_layer, len(layers))),
         layers_pattern=name,
-        modules_to_save=[HEAD],
+        modules_to_save=None if head is None else [head],
     )
-    return get_peft_model(model, config)
+
+
+def _trained_head(model: PreTrainedModel, head: str) -> nn.Module:
+    if head == HEAD:
+        return _head(model)
+    name, module = vocabulary_head(model)
+    if name != head:
+        raise RGTGError(
+            f"{type(model).__name__} calls its vocabulary head {name} and adapters are served with one called {head}: "
+            "train the full model"
+        )
+    return module
 
 
 def _linear(layers: nn.Module) -> list[str]:
@@ -203,18 +240,18 @@ def _linear(layers: nn.Module) -> list[str]:
     return [path for path, module in layers.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
-def _head_alone(model: PreTrainedModel, name: str, layers: nn.ModuleList) -> Any:
+def _head_alone(model: PreTrainedModel, name: str, layers: nn.ModuleList, head: str | None) -> Any:
     """PEFT has no adapter of a head alone: one map of the last layer gets a correction that is 0 and stays so."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     last = len(layers) - 1
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType.SEQ_CLS if head == HEAD else TaskType.CAUSAL_LM,
         r=1,
         target_modules=[_linear(layers[last])[0].rpartition(".")[2]],
         layers_to_transform=[last],
         layers_pattern=name,
-        modules_to_save=[HEAD],
+        modules_to_save=[str(head)],
     )
     wrapped = get_peft_model(model, config)
     for parameter_name, parameter in wrapped.named_parameters():
@@ -247,7 +284,7 @@ def drop_zero_adapters(folder: Path) -> None:
 
 
 def use_packed_forward(model: nn.Module) -> None:
-    """Makes the model's forward take a packed batch: `model(batch=…, trunk_states=…).logits` are its rewards [M].
+    """Makes the model's forward take a packed batch: `model(batch=…, trunk_states=…, read=…).logits` are rewards [M].
 
     The rewards are computed inside the model's own forward, so that wrappers around it (DistributedDataParallel,
     FSDP, autocast, PEFT) see an ordinary one. A call without `batch` is what it was.
@@ -262,6 +299,7 @@ def _packed_forward(
     *args: Any,
     batch: PackedBatch | None = None,
     trunk_states: torch.Tensor | None = None,
+    read: Reader | None = None,
     **kwargs: Any,
 ) -> Any:
     if batch is None:
@@ -271,11 +309,15 @@ def _packed_forward(
     hidden = trunk(
         input_ids=batch.input_ids, **forward_arguments(batch, trunk.dtype), **stored
     ).last_hidden_state
+    return SequenceClassifierOutputWithPast(logits=(read or read_scores)(self, hidden, batch))
+
+
+def read_scores(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The score head's rewards [M] after each answer token, in the order of `answer_positions`."""
     rows, columns, _ = answer_positions(batch)
-    head: Any = dict(self.named_children())[HEAD]
+    head: Any = dict(model.named_children())[HEAD]
     with torch.autocast(hidden.device.type, enabled=False):
-        rewards = head(hidden[rows, columns].to(head.weight.dtype))[:, 0]
-    return SequenceClassifierOutputWithPast(logits=rewards)
+        return head(hidden[rows, columns].to(head.weight.dtype))[:, 0]
 
 
 def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
@@ -297,10 +339,16 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise RGTGError(f"merging adapters needs peft: {EXTRA}") from error
-    base = PeftConfig.from_pretrained(str(source)).base_model_name_or_path
+    config = PeftConfig.from_pretrained(str(source))
+    base = config.base_model_name_or_path
     if base is None:
         raise RGTGError(f"{source}/adapter_config.json names no base model: add base_model_name_or_path")
-    model, _ = load_base(base)
+    if config.task_type == "CAUSAL_LM":
+        # A saved head takes the place of the base's, which may be tied to the embeddings.
+        own_head = VOCABULARY_HEAD in (getattr(config, "modules_to_save", None) or [])
+        model, _ = load_causal(base, new_head=own_head)
+    else:
+        model, _ = load_base(base)
     merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()  # pyright: ignore[reportCallIssue]
     tokenizer = AutoTokenizer.from_pretrained(source)
     partial = target.with_name(f".{target.name}.partial")

@@ -168,6 +168,19 @@ def answer_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, to
     return rows, starts.repeat_interleave(lengths) + within, offsets
 
 
+def preceding_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the answers' tokens stand in the rows, and the tokens from which they are predicted.
+
+    Returns:
+        rows [M] and columns [M] as in `answer_positions`, and the columns [M] of the tokens before: the first token of
+        either answer follows the prompt's last.
+    """
+    rows, columns, offsets = answer_positions(batch)
+    before = columns - 1
+    before[offsets[:-1]] = (batch.spans[:, 2] - 1).repeat_interleave(2)
+    return rows, columns, before
+
+
 class Packing:
     """What the attention of a packed batch needs, made once a batch and handed to the forward as `packing`.
 

@@ -34,9 +34,9 @@ def check_strength(strength: float | None, objective: Objective) -> None:
         return
     if not 0 < strength < float("inf"):
         raise RGTGError(f"head_fit={strength} is not above 0: use for example 0.3, or leave it out")
-    if objective.regression:
+    if objective.regression or objective.by_token:
         raise RGTGError(
-            f"head_fit fits a Bradley-Terry loss and the objective is {objective.name}: leave it out"
+            f"head_fit fits a score head by a Bradley-Terry loss and the objective is {objective.name}: leave it out"
         )
 
 

@@ -35,6 +35,7 @@ from rgtg_fast.training.data import (
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
     EXTRA,
+    HEAD,
     Lora,
     add_adapters,
     check_fork_layer,
@@ -56,6 +57,7 @@ from rgtg_fast.training.run import (
 )
 from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer, Targets
 from rgtg_fast.training.trunk import hash_pairs
+from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 
 # Columns of the data with the answers' rewards, for objectives that regress onto them.
 REWARD_COLUMNS = ("chosen_reward", "rejected_reward")
@@ -66,13 +68,13 @@ class Recipe:
     """Everything that decides what a training run learns.
 
     Attributes:
-        objective, mode, weight: see `Objective`.
+        objective, mode, weight, beta_r, stop_gradient: see `Objective`.
         fork_layer: layers below it are frozen and run once; 0 trains all of them.
         full: train the weights themselves instead of LoRA adapters.
         lora_rank, lora_alpha, lora_dropout: see `Lora`.
-        epochs: passes over the pairs.
+        epochs: passes over the pairs; with farma, rounds of two passes.
         learning_rate: at its height; it warms up over `warmup` of the steps and falls along a cosine to 0.
-        head_learning_rate: of the score head; None for the same.
+        head_learning_rate: of the score head (farma: of the vocabulary head); None for the same.
         head_fit: fit the score head on the frozen model first, with a penalty of this strength (see `probe`); None
             begins with a head of zeros.
         weight_decay: of all but biases and norms.
@@ -88,6 +90,8 @@ class Recipe:
     objective: str = "partial_bt"
     mode: str = "hold"
     weight: str = "prefix"
+    beta_r: float = 0.05
+    stop_gradient: bool = False
     fork_layer: int = 0
     full: bool = False
     lora_rank: int = 16
@@ -110,7 +114,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_strength(self.head_fit, Objective(self.objective, self.mode, self.weight))
+        check_strength(self.head_fit, self.aim)
+        if self.head_learning_rate is not None and self.objective == "genarm":
+            raise RGTGError("genarm trains no head of its own: leave out head_learning_rate")
         Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
         for name, least in (("token_budget", 2), ("accumulation", 1), ("max_length", 2), ("seed", 0)):
             value = getattr(self, name)
@@ -124,6 +130,11 @@ class Recipe:
             raise RGTGError(f"limit={self.limit} leaves no pairs: use at least 1")
         if not 0 <= self.warmup < 1:
             raise RGTGError(f"warmup={self.warmup} is not in [0, 1): it is a share of the steps")
+
+    @property
+    def aim(self) -> Objective:
+        """The objective with its settings."""
+        return Objective(self.objective, self.mode, self.weight, self.beta_r, self.stop_gradient)
 
 
 @dataclass(frozen=True)
@@ -173,8 +184,9 @@ def train_reward_model(
     """Trains a reward model on preference pairs and saves it.
 
     The output folder is a PEFT adapter (or, with `full`, a model), which
-    `AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads; beside it lie the tokenizer, the
-    recipe and what it was used on (`rgtg_fast.json`), and the log (`training_log.jsonl`).
+    `AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads, or `AutoModelForCausalLM` what
+    farma and genarm made; beside it lie the tokenizer, the recipe and what it was used on (`rgtg_fast.json`), and the
+    log (`training_log.jsonl`).
 
     Args:
         model: folder or hub id of a causal language model or of a reward model.
@@ -217,7 +229,11 @@ def train_reward_model(
         )
     set_seed(recipe.seed)
     half = recipe.bf16 and not recipe.full
-    network, tokenizer = load_base(model, torch.bfloat16 if half else torch.float32)
+    objective, dtype = recipe.aim, torch.bfloat16 if half else torch.float32
+    if objective.by_token:
+        network, tokenizer = load_causal(model, dtype, new_head=objective.name == "farma")
+    else:
+        network, tokenizer = load_base(model, dtype)
     check_fork_layer(network, recipe.fork_layer)
     base = fingerprint(network)
     found = _data(data, eval_data, recipe, tokenizer)
@@ -239,14 +255,13 @@ def train_reward_model(
     checkpoint = get_last_checkpoint(str(folder)) if resume else None
     if not evaluation:
         args.eval_strategy = IntervalStrategy.NO
-    objective = Objective(recipe.objective, recipe.mode, recipe.weight)
     wrapped: Any = network
     if recipe.full:
         freeze_below(network, recipe.fork_layer)
     else:
-        wrapped = add_adapters(
-            network, recipe.fork_layer, Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
-        )
+        head = {"farma": VOCABULARY_HEAD, "genarm": None}.get(objective.name, HEAD)
+        lora = Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
+        wrapped = add_adapters(network, recipe.fork_layer, lora, head)
     log = TrainingLog(folder / LOG_FILE, say)
     trainer = PartialRewardTrainer(
         wrapped,
@@ -322,7 +337,7 @@ class _Data:
 
 def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Data:
     chat = tokenizer.chat_template is not None
-    regression = Objective(recipe.objective).regression
+    regression = recipe.aim.regression
     pairs, loaded, targets = _load(data, chat, regression)
     pairs = pairs[: recipe.limit]
     held: list[PreferencePair] = []
@@ -395,7 +410,7 @@ def _arguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=recipe.accumulation,
-        num_train_epochs=recipe.epochs,
+        num_train_epochs=recipe.epochs * recipe.aim.passes,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,

@@ -60,9 +60,10 @@ def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
             what = "model" if name == "base_fingerprint" else "pairs"
             raise RGTGError(f"the run in {folder} began with other {what}: name another folder for this one")
     for name, value in now["recipe"].items():
-        if before["recipe"].get(name) != value:
+        # Settings that the version which began the run did not have cannot differ.
+        if name in before["recipe"] and before["recipe"][name] != value:
             raise RGTGError(
-                f"the run in {folder} began with {name}={before['recipe'].get(name)} and this one has {value}: "
+                f"the run in {folder} began with {name}={before['recipe'][name]} and this one has {value}: "
                 "resume with the same settings, or name another folder"
             )
 
@@ -112,7 +113,10 @@ class TrainingLog(TrainerCallback):
                 for what in ("pairs", "prefixes")
                 if f"{what}_per_second" in logs
             )
-            self.say(f"{step}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.1e}{rates}")
+            place = f" (pass {logs['pass']})" if "pass" in logs else ""
+            self.say(
+                f"{step}{place}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.1e}{rates}"
+            )
         elif "eval_loss" in logs:
             self.say(f"{step}: held out: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_accuracy']:.3f}")
         elif "train_runtime" in logs:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,12 @@ from rgtg_fast.training.data import (
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
     HEAD,
+    Reader,
     check_fork_layer,
     decoder_layers,
     drop_zero_adapters,
     let_autocast_cast,
+    read_scores,
     trained_parameters,
     use_packed_forward,
 )
@@ -37,12 +41,21 @@ from rgtg_fast.training.packing import answer_positions, collate, cost, pack, pr
 from rgtg_fast.training.probe import PAIRS, HeadInputs, check_strength, differences, fit
 from rgtg_fast.training.run import Say
 from rgtg_fast.training.trunk import LowerLayers, TrunkCache
+from rgtg_fast.training.vocabulary import (
+    VOCABULARY_HEAD,
+    token_logprobs,
+    token_scores,
+    token_scores_and_best,
+)
 
 # Rewards of the prefixes of a pair's chosen and rejected answer.
 Scores = list[tuple[list[float], list[float]]]
 Metrics = Callable[[Scores], dict[str, Any]]
 # By a pair's index, the rewards of its chosen and its rejected answer.
 Targets = dict[int, tuple[float, float]]
+
+# How rewards are read off the states, where not by a score head.
+_READERS: dict[str, Reader] = {"farma": token_scores, "genarm": token_logprobs}
 
 
 class _Rows(Dataset[tuple[list[int], bool]]):
@@ -95,16 +108,18 @@ class PartialRewardTrainer(CompleteCheckpoints):
     beside their place and renamed when complete.
 
     Args:
-        model: a classifier with one label, or PEFT's model around one (`add_adapters`).
+        model: a classifier with one label, or for farma and genarm a causal language model (`load_causal`); or PEFT's
+            model around it (`add_adapters`).
         args: transformers' TrainingArguments.
         train_pairs: tokenised pairs (`tokenize_pairs`).
         eval_pairs: tokenised pairs to evaluate on.
         processing_class: the tokenizer, saved with the model.
-        objective: what is learned, by default the partial-sequence Bradley-Terry loss.
+        objective: what is learned, by default the partial-sequence Bradley-Terry loss. An epoch is one pass: with
+            farma, the first, third … compare whole answers and the second, fourth … are the constraint.
         token_budget: tokens of a row at most.
         fork_layer: layers below it are frozen; with `trunk_cache` they run once over the data and are set aside.
         trunk_cache: folder for their activations; None runs them in every step.
-        head_learning_rate: of the score head, where it differs from the rest's.
+        head_learning_rate: of the trained head, where it differs from the rest's.
         targets, eval_targets: by a pair's index, the rewards of its chosen and rejected answer (cd_fudge, rad); by
             default 1 and 0.
         metrics: gives more metrics from the evaluation pairs' rewards.
@@ -206,20 +221,31 @@ class PartialRewardTrainer(CompleteCheckpoints):
         )
 
     def _batches(self) -> _RowBatches:
-        size, processes = self._train_batch_size, self.accelerator.num_processes
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        updates = math.ceil(
-            math.ceil(len(self.rows) / (size * processes)) / self.args.gradient_accumulation_steps
-        )
-        # A resumed run begins in the middle of an epoch; its step tells which.
         return _RowBatches(
             len(self.rows),
-            size,
+            self._train_batch_size,
             seed,
-            lambda: self.state.global_step // updates,
+            self._pass,
             self.accelerator.process_index,
-            processes,
+            self.accelerator.num_processes,
         )
+
+    def _pass(self, steps: int | None = None) -> int:
+        """The pass over the data, from 0, that the next optimizer step belongs to.
+
+        A resumed run begins in the middle of one; its step tells which.
+
+        Args:
+            steps: taken so far; None for this moment's.
+        """
+        batches = math.ceil(len(self.rows) / (self._train_batch_size * self.accelerator.num_processes))
+        taken = self.state.global_step if steps is None else steps
+        return taken // math.ceil(batches / self.args.gradient_accumulation_steps)
+
+    def _constrains(self) -> bool:
+        """Whether the next optimizer step is one of farma's constraint."""
+        return self._pass() % self.objective.passes == 1
 
     def _collate(self, items: Sequence[tuple[list[int], bool]]) -> dict[str, Any]:
         return self._batch(self.train_pairs, items)
@@ -240,12 +266,16 @@ class PartialRewardTrainer(CompleteCheckpoints):
     ) -> tuple[list[Any], torch.Tensor]:
         """The batches of one optimizer step on this process, and the terms of that step on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        totals = torch.zeros(3)
+        totals, constraint = torch.zeros(3), self._constrains()
         for inputs in batches:
             if inputs["counts"]:
                 offsets = answer_positions(inputs["batch"])[2]
                 totals += torch.tensor(
-                    [self.objective.terms(offsets), len(inputs["batch"].pairs), float(offsets[-1])]
+                    [
+                        self.objective.terms(offsets, constraint),
+                        len(inputs["batch"].pairs),
+                        float(offsets[-1]),
+                    ]
                 )
         totals = self.accelerator.reduce(totals.to(device), "sum")
         assert isinstance(totals, torch.Tensor)
@@ -266,12 +296,14 @@ class PartialRewardTrainer(CompleteCheckpoints):
         Raises:
             RGTGError: the loss is not finite; names the batch's pairs.
         """
-        outputs = self._forward(model, inputs)
+        constraint = self._constrains()
+        outputs = self._forward(model, inputs, token_scores_and_best if constraint else None)
+        rewards, best = outputs.logits if constraint else (outputs.logits, None)
         batch = inputs["batch"]
         offsets = answer_positions(batch)[2].to(outputs.logits.device)
         normalizer = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         targets = _targets(self.targets, [self.train_pairs[i] for i in batch.pairs], offsets.device)
-        loss = self.objective.loss(outputs.logits, offsets, normalizer, targets)
+        loss = self.objective.loss(rewards, offsets, normalizer, targets, best)
         self.batch_rows = [self.train_pairs[i].index for i in batch.pairs]
         if not torch.isfinite(loss):
             raise self.not_finite("the loss", loss.item())
@@ -279,10 +311,12 @@ class PartialRewardTrainer(CompleteCheckpoints):
         loss = loss * (self.accelerator.num_processes if inputs["counts"] else 0)
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def _forward(self, model: nn.Module, inputs: dict[str, Any], read: Reader | None = None) -> Any:
         device, states = self.args.device, inputs["states"]
         return model(
-            batch=inputs["batch"].to(device), trunk_states=None if states is None else states.to(device)
+            batch=inputs["batch"].to(device),
+            trunk_states=None if states is None else states.to(device),
+            read=read or _READERS.get(self.objective.name, read_scores),
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -293,14 +327,15 @@ class PartialRewardTrainer(CompleteCheckpoints):
         return sum(p.numel() for p in self.model.parameters()) if self.model is not None else 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The optimizer, in which the score head may have a learning rate of its own."""
+        """The optimizer, in which the trained head may have a learning rate of its own."""
         if self.optimizer is not None or self.head_learning_rate is None:
             return super().create_optimizer(*args, **kwargs)
         model: Any = next(iter(args), kwargs.get("model")) or self.model
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in trained_parameters(model):
-            groups.setdefault((HEAD in name.split("."), name in decayed), []).append(parameter)
+            is_head = not {HEAD, VOCABULARY_HEAD}.isdisjoint(name.split("."))
+            groups.setdefault((is_head, name in decayed), []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(
             [
@@ -326,6 +361,8 @@ class PartialRewardTrainer(CompleteCheckpoints):
             seconds = now - self._logged_at
             logs["pairs_per_second"] = round(pairs / seconds, 3)
             logs["prefixes_per_second"] = round(prefixes / seconds, 1)
+            if self.objective.passes > 1:
+                logs["pass"] = self._pass(self.state.global_step - 1) + 1
         if "loss" in logs or not self._logged_at:
             self._counts.zero_()
             self._logged_at = now
@@ -398,6 +435,12 @@ class PartialRewardTrainer(CompleteCheckpoints):
                 batch = inputs["batch"]
                 rewards = self._forward(model, inputs).logits.float().tolist()
                 ends = answer_positions(batch)[2].tolist()
+                if self.objective.additive:
+                    rewards = [
+                        total
+                        for first, end in itertools.pairwise(ends)
+                        for total in itertools.accumulate(rewards[first:end])
+                    ]
                 for n, i in enumerate(batch.pairs):
                     first, second = ends[2 * n], ends[2 * n + 1]
                     scores[i] = (
@@ -424,11 +467,10 @@ class PartialRewardTrainer(CompleteCheckpoints):
         lengths = torch.tensor([len(answer) for pair in scores for answer in pair])
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
         # The rewards of padding are not among the scores, so `eos` is told as `hold`.
-        objective = Objective(
-            self.objective.name,
-            "hold" if self.objective.eos_padding else self.objective.mode,
-            self.objective.weight,
-        )
+        objective = replace(self.objective, mode="hold") if self.objective.eos_padding else self.objective
+        if objective.additive:
+            # The scores are sums already.
+            objective, flat = Objective("full_bt"), objective.beta_r * flat
         targets = _targets(self.eval_targets, self.eval_pairs, offsets.device)
         right = sum((w[-1] > l[-1]) + 0.5 * (w[-1] == l[-1]) for w, l in scores)  # noqa: E741
         result: dict[str, Any] = {

@@ -1,0 +1,293 @@
+"""Reward models with a vocabulary-sized head: FaRMA's scores and GenARM's log-probabilities of answer tokens.
+
+Nothing of the size [tokens, V] is kept: the products with the head run over a few tokens at a time, and what the
+backward pass needs of them is [tokens, E].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.packing import PackedBatch, preceding_positions, pretrained
+
+# The name of the head that adapters are saved with, and served under.
+VOCABULARY_HEAD = "lm_head"
+# Logits that are held at a time: 128 MiB in float32.
+_LOGITS = 1 << 25
+# How far logits of two correct computations may differ, relative to their norm.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+def load_causal(
+    source: str | os.PathLike[str], dtype: torch.dtype = torch.float32, new_head: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model to make a reward model of, and its tokenizer.
+
+    Args:
+        source: folder or hub id.
+        new_head: the vocabulary head is a matrix of zeros of its own, whatever the files hold, and not tied to the
+            embeddings.
+
+    Raises:
+        RGTGError: nothing there, no linear vocabulary head, or logits that are not just that head's.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if new_head:
+            config.tie_word_embeddings = False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True
+        )
+        model, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:160]
+        raise RGTGError(
+            f"{str(source)!r} cannot be loaded as a reward model's base: name a folder or hub id of a causal "
+            f"language model ({detail})"
+        ) from error
+    name, head = vocabulary_head(model)
+    _check_logits(model, head)
+    if new_head:
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
+    elif any(key.startswith(name) for key in info["missing_keys"]):
+        raise RGTGError(
+            f"{source} has no trained vocabulary head: name a causal language model with its head"
+        )
+    return model, tokenizer
+
+
+def vocabulary_head(model: nn.Module) -> tuple[str, Any]:
+    """The name and the module of a causal language model's head; PEFT's copy of it where that is trained.
+
+    Raises:
+        RGTGError: no linear head.
+    """
+    inner = pretrained(model)
+    head: Any = inner.get_output_embeddings()
+    name = next((name for name, child in inner.named_children() if child is head), None)
+    if name is None or not isinstance(head.weight, torch.Tensor) or head.weight.ndim != 2:
+        raise RGTGError(
+            f"{type(inner).__name__} has no linear vocabulary head: use a causal language model (Llama, Qwen2, Qwen3, "
+            "Mistral, Gemma, Phi, GPT-NeoX, GPT-2)"
+        )
+    return name, head
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, head: Any) -> None:
+    """Refuses families that scale or cap their logits, which the products with the head here would not do."""
+    ids = torch.tensor([[0, 1, 2, 3]], device=model.device)
+    own = model(ids, use_cache=False).logits.double()
+    ours = head(model.base_model(ids, use_cache=False).last_hidden_state).double()
+    error = float((own - ours).norm() / own.norm())
+    if not error <= _ROUNDING[model.dtype]:
+        raise RGTGError(
+            f"{type(model).__name__} scales or caps its logits (they differ from its head's by {error:.1%}), which "
+            "farma and genarm do not: use another model"
+        )
+
+
+def token_scores(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """FaRMA's rewards head(h(x, y_<i))[y_i] of all answer tokens.
+
+    Args:
+        hidden: [R, S, E] states of a packed batch after the final norm.
+
+    Returns:
+        [M] in the head's dtype, in the order of `answer_positions`.
+    """
+    states, tokens = _before_tokens(hidden, batch)
+    _, head = vocabulary_head(model)
+    return _at(states, head.weight, head.bias, tokens)
+
+
+def token_scores_and_best(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """FaRMA's rewards [2, M]: of all answer tokens, and the largest max_v head(h(x, y_<i))[v] in the place of each.
+
+    The gradient of the second is that of the first of the tokens with the largest reward.
+    """
+    states, tokens = _before_tokens(hidden, batch)
+    _, head = vocabulary_head(model)
+    best = _best(states.detach(), head.weight.detach(), head.bias, _product_dtype(states))
+    return torch.stack(
+        [_at(states, head.weight, head.bias, tokens), _at(states, head.weight, head.bias, best)]
+    )
+
+
+def token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """GenARM's rewards log π_r(y_i | x, y_<i) of all answer tokens, [M] in at least float32."""
+    states, tokens = _before_tokens(hidden, batch)
+    _, head = vocabulary_head(model)
+    return chunked_logprobs(states, head.weight, head.bias, tokens, _product_dtype(states))
+
+
+def _before_tokens(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state [M, E] from which each answer token was to be predicted, and the tokens [M]."""
+    rows, columns, before = preceding_positions(batch)
+    return hidden[rows, before], batch.input_ids[rows, columns]
+
+
+def _product_dtype(states: torch.Tensor) -> torch.dtype:
+    """What the products with the head are computed in: autocast's dtype where it is on."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+def _at(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor
+) -> torch.Tensor:
+    """The head's output [M] at one token each, from as many rows of the head."""
+    with torch.autocast(states.device.type, enabled=False):
+        scores = (states.to(weight.dtype) * functional.embedding(tokens, weight)).sum(-1)
+        return scores if bias is None else scores + bias[tokens]
+
+
+@torch.no_grad()
+def _best(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The token [M] with the largest score at each state, the first of equals."""
+    with torch.autocast(states.device.type, enabled=False):
+        best = [logits.argmax(-1) for _, logits in _logits(states, weight.to(dtype), bias)]
+    return torch.cat(best)
+
+
+def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """The head's outputs [C, V] for a few states at a time, and which these are; in the weight's dtype."""
+    size = max(1, _LOGITS // len(weight))
+    for start in range(0, len(states), size):
+        part = slice(start, min(start + size, len(states)))
+        yield (
+            part,
+            functional.linear(
+                states[part].to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
+            ),
+        )
+
+
+def chunked_logprobs(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """log softmax(states · weightᵀ + bias)[tokens], without the [M, V] logits.
+
+    Args:
+        states: [M, E]. weight: [V, E], the head. bias: [V] or None. tokens: [M] i64.
+        dtype: of the products; None for the states' own. Sums over the vocabulary are in at least float32.
+
+    Returns:
+        [M] in at least float32.
+    """
+    dtype = dtype or states.dtype
+    with torch.autocast(states.device.type, enabled=False):
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if frozen and states.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
+            return _LigerLogprobs.apply(states, weight.to(dtype), bias, tokens)
+        return _Logprobs.apply(states, weight, bias, tokens, dtype)
+
+
+class _Logprobs(torch.autograd.Function):
+    """Log-probabilities of tokens under a linear head, a few tokens at a time.
+
+    With p the softmax, d log p[y] / d state = weight[y] − Σ_v p_v weight[v]. This row is what the forward pass keeps of
+    each token, since the gradient that comes back only scales it. Where the head is trained too, the backward pass
+    computes the logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        tokens: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        narrow = weight.to(dtype)
+        out = torch.zeros(len(tokens), dtype=wide, device=states.device)
+        slopes = None
+        if ctx.needs_input_grad[0]:
+            slopes = narrow[tokens]
+        for part, logits in _logits(states, narrow, bias):
+            logits = logits.to(wide)
+            total = logits.logsumexp(-1, keepdim=True)
+            out[part] = (logits.gather(-1, tokens[part, None]) - total).squeeze(-1)
+            if slopes is not None:
+                slopes[part] -= logits.sub_(total).exp_().to(dtype) @ narrow
+        ctx.dtype = dtype
+        ctx.save_for_backward(states, weight, bias, tokens, slopes)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        states, weight, bias, tokens, slopes = ctx.saved_tensors
+        of_states = None if slopes is None else (grad[:, None] * slopes).to(states.dtype)
+        of_weight = of_bias = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            of_weight = torch.zeros_like(weight)
+            of_bias = None if bias is None else torch.zeros_like(bias)
+            narrow = weight.to(ctx.dtype)
+            for part, logits in _logits(states, narrow, bias):
+                errors = logits.to(grad.dtype).softmax(-1).neg_()
+                errors.scatter_add_(-1, tokens[part, None], torch.ones_like(errors[:, :1]))
+                errors *= grad[part, None]
+                of_weight += (errors.to(ctx.dtype).T @ states[part].to(ctx.dtype)).to(weight.dtype)
+                if of_bias is not None:
+                    of_bias += errors.sum(0).to(of_bias.dtype)
+        return of_states, of_weight, of_bias, None, None
+
+
+class _LigerLogprobs(torch.autograd.Function):
+    """The same by liger-kernel's fused linear cross-entropy, for a head that is not trained.
+
+    The fused loss of all tokens is asked for its gradient with ones, which gives each token's own row; scaled by what
+    comes back, it is right whether or not the installed version honours a gradient for each token.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyLoss,
+        )
+
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="none")
+        inputs = states.detach().to(weight.dtype).requires_grad_(ctx.needs_input_grad[0])
+        with torch.enable_grad():
+            losses = loss(weight.detach(), inputs, tokens, None if bias is None else bias.detach())
+        slopes = None
+        if ctx.needs_input_grad[0]:
+            (slopes,) = torch.autograd.grad(losses, inputs, torch.ones_like(losses))
+        ctx.save_for_backward(states, slopes)
+        return -losses.detach().float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        states, slopes = ctx.saved_tensors
+        of_states = None if slopes is None else (-grad[:, None] * slopes).to(states.dtype)
+        return of_states, None, None, None
