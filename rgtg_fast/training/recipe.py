@@ -52,6 +52,7 @@ from rgtg_fast.training.run import (
     TrainingLog,
     begin,
     check_output,
+    checkpointing,
     silent,
     write_json,
 )
@@ -401,11 +402,6 @@ def _arguments(
     report_to: str | Sequence[str],
     device: str | None,
 ) -> TrainingArguments:
-    known = {f.name for f in fields(TrainingArguments)}
-    # transformers renamed it in 5.2x; the old name warns there.
-    checkpointing = (
-        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    )
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -430,5 +426,5 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        **{checkpointing: recipe.gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
+        **checkpointing(recipe.gradient_checkpointing),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def checkpointing(on: bool) -> dict[str, Any]:
+    """The arguments of `TrainingArguments` that recompute activations in the backward pass, or not."""
+    known = {f.name for f in fields(TrainingArguments)}
+    # transformers renamed it in 5.2x; the old name warns there.
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: on, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 class TrainingLog(TrainerCallback):
     """Writes every log as a line of JSON and tells the progress in words.
 
@@ -90,8 +99,10 @@ class TrainingLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
-        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
+        # A run that was killed may have left half a line.
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
         self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_log(
@@ -113,6 +124,7 @@ class TrainingLog(TrainerCallback):
                 for what in ("pairs", "prefixes")
                 if f"{what}_per_second" in logs
             )
+            rates += f", reward {logs['reward']:.3f}" if "reward" in logs else ""
             place = f" (pass {logs['pass']})" if "pass" in logs else ""
             self.say(
                 f"{step}{place}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.1e}{rates}"
