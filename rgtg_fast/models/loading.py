@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
 from rgtg_fast.models.backbone import Backbone
 
 DTYPES = {
@@ -122,9 +122,14 @@ def load_causal_lm(
 ) -> ModelAndTokenizer:
     """The base language model and its tokenizer, from a path, a hub id or a pair already loaded.
 
+    A folder with an adapter (a policy) is merged into a copy of its base.
+
     Args:
         device, dtype: None keeps a loaded pair as it is, and takes the defaults of `resolve_device` and
             `resolve_dtype` for a name.
+
+    Raises:
+        RGTGError: nothing there, or an adapter of a reward model or of another base.
     """
     if isinstance(source, tuple):
         model, tokenizer = source
@@ -132,10 +137,37 @@ def load_causal_lm(
         return _placed(model, on, model.dtype if dtype is None else resolve_dtype(dtype, on)), tokenizer
     on = resolve_device(device)
     kind = resolve_dtype(dtype, on)
+    if is_adapter(source):
+        return _policy(Adapter.load(source), on, kind)
     with _one_line(source, "language model"):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
         tokenizer = AutoTokenizer.from_pretrained(source)
     return _placed(model, on, kind), tokenizer
+
+
+def _policy(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> ModelAndTokenizer:
+    """A trained policy: its base with the adapter merged, and the tokenizer saved with it."""
+    if adapter.head is not None and adapter.head_name == "score":
+        raise RGTGError(
+            f"{adapter.name} is a reward model's adapter: pass it as reward, and a language model as lm"
+        )
+    base, tokenizer = _base_of(adapter, device, dtype)
+    model = adapter.merged(base)
+    model.generation_config = base.generation_config
+    model.config._name_or_path = adapter.name
+    return _placed(model, device, dtype), adapter_tokenizer(adapter.name) or tokenizer
+
+
+def _base_of(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> ModelAndTokenizer:
+    if not adapter.base_name:
+        raise RGTGError(f"{adapter.name} names no base model: add base_model_name_or_path to its {CONFIG}")
+    base, tokenizer = load_causal_lm(adapter.base_name, device, dtype)
+    wrong = adapter.misfit(base) if adapter.base_fingerprint is None else adapter.mismatch(base)
+    if wrong is not None:
+        raise RGTGError(
+            f"{wrong}: put back the model that it was trained on, or use one that was saved merged"
+        )
+    return base, tokenizer
 
 
 def load_sequence_classifier(
@@ -182,21 +214,32 @@ def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype 
     """A model of its own from an adapter, merged into a copy of its base, and the base's tokenizer.
 
     Args:
-        base: copied where it is the adapter's base; else that is loaded by the name that the adapter keeps.
+        base: copied where it is the adapter's base; where it is a policy made from that base, the base is loaded by the
+            policy's name for it, else by the name that the adapter keeps.
         dtype: of a base that is loaded; None for the given one's.
 
     Raises:
         RGTGError: the adapter does not fit its base.
     """
     model, tokenizer = base
-    if adapter.base_name and adapter.mismatch(model) is not None:
-        model, tokenizer = load_causal_lm(adapter.base_name, model.device, dtype or model.dtype)
+    if adapter.mismatch(model) is not None:
+        beneath = _beneath(model, dtype or model.dtype)
+        if beneath is not None and adapter.mismatch(beneath[0]) is None:
+            model, tokenizer = beneath
+        elif adapter.base_name:
+            model, tokenizer = load_causal_lm(adapter.base_name, model.device, dtype or model.dtype)
     misfit = adapter.misfit(model)
     if misfit is not None:
         raise RGTGError(f"{misfit}: name the model that the adapter was trained on")
     own = adapter.merged(model)
     own.config._name_or_path = adapter.name
     return own, tokenizer
+
+
+def _beneath(model: PreTrainedModel, dtype: torch.dtype) -> ModelAndTokenizer | None:
+    """The base of a policy that was loaded from its adapter, on which a guide's adapter may have been trained too."""
+    name = model.config._name_or_path
+    return _base_of(Adapter.load(name), model.device, dtype) if is_adapter(name) else None
 
 
 def load_vocabulary_model(
