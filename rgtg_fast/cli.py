@@ -691,6 +691,234 @@ def train(
     training.run(model, data, output, recipe, options, trunk_cache, figure, json)
 
 
+@app.command("train-policy")
+def train_policy(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a data set of Hugging Face; for rloo "
+            "rows with a prompt.",
+            rich_help_panel=TRAINING_DATA,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="New folder for the policy.", rich_help_panel=OUTPUT)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Language model to begin with, which is the reference: path or hub id.",
+            show_default="the embedded SmolLM2-135M-Instruct",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="What rloo maximises: path or hub id of a reward model or adapter, or `bundled:NAME`.",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Pairs to evaluate on.", show_default="--held-out of --data", rich_help_panel=TRAINING_DATA
+        ),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of --data to evaluate on, by prompt.", rich_help_panel=TRAINING_DATA)
+    ] = 0.1,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Pairs or prompts to take at most.", show_default="all", rich_help_panel=TRAINING_DATA
+        ),
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of a prompt and its longer answer.", rich_help_panel=TRAINING_DATA)
+    ] = 512,
+    min_answer_tokens: Annotated[
+        int, typer.Option(help="Drop pairs with a shorter answer.", rich_help_panel=TRAINING_DATA)
+    ] = 0,
+    objective: Annotated[
+        str, typer.Option(help="dpo, simpo, treg, treg_simpo or rloo.", rich_help_panel=OBJECTIVE)
+    ] = "dpo",
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the preference loss; for rloo of the KL divergence.",
+            show_default="0.1; simpo 2; rloo 0.05",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    margin: Annotated[float, typer.Option(help="SimPO's margin.", rich_help_panel=OBJECTIVE)] = 1.0,
+    alpha: Annotated[
+        float, typer.Option(help="Weight of T-REG's regulariser.", rich_help_panel=OBJECTIVE)
+    ] = 0.25,
+    templates: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with T-REG's contrastive prompts.",
+            show_default="the project's own",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    token_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the reference's log-probabilities and token rewards, computed once.",
+            show_default="in the user's cache folder",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Answers to a prompt (rloo).", rich_help_panel=OBJECTIVE)] = 4,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens of an answer (rloo).", rich_help_panel=OBJECTIVE)
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Of the answers (rloo).", rich_help_panel=OBJECTIVE)
+    ] = 1.0,
+    iterations: Annotated[
+        int,
+        typer.Option(
+            help="Steps on the same answers, with PPO's clipped ratio (rloo).", rich_help_panel=OBJECTIVE
+        ),
+    ] = 1,
+    fork_layer: Annotated[int, typer.Option(help="Train from this layer on.", rich_help_panel=TRAINED)] = 0,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=TRAINED)] = 16,
+    lora_alpha: Annotated[
+        float, typer.Option(help="Adapters are scaled by alpha / rank.", rich_help_panel=TRAINED)
+    ] = 32.0,
+    lora_dropout: Annotated[
+        float, typer.Option(help="Dropout before the adapters.", rich_help_panel=TRAINED)
+    ] = 0.0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train the weights, not adapters.", rich_help_panel=TRAINED)
+    ] = False,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=STEPS)] = 1.0,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", show_default="5e-5", rich_help_panel=STEPS)
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=STEPS)] = 0.0,
+    batch: Annotated[
+        int, typer.Option(help="Pairs (rloo: answers) of a forward.", rich_help_panel=STEPS)
+    ] = 4,
+    accumulate: Annotated[
+        int, typer.Option(help="Forwards of an optimizer step.", rich_help_panel=STEPS)
+    ] = 4,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.", rich_help_panel=STEPS)] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory for more time.", rich_help_panel=STEPS),
+    ] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=OUTPUT),
+    ] = False,
+    save_steps: Annotated[
+        int, typer.Option(help="Steps between checkpoints.", min=1, rich_help_panel=OUTPUT)
+    ] = 50,
+    log_steps: Annotated[
+        int, typer.Option(help="Steps between lines of the log.", min=1, rich_help_panel=OUTPUT)
+    ] = 10,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where transformers' Trainer reports: tensorboard, wandb, … (repeatable).",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a whole model with the adapters merged to this folder.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train the language model itself on preferences: DPO, SimPO, T-REG or RLOO, by TRL."""
+    from rgtg_fast.app import train_policy as training
+
+    recipe = {
+        "objective": objective,
+        "beta": beta,
+        "margin": margin,
+        "alpha": alpha,
+        "fork_layer": fork_layer,
+        "full": full,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "epochs": epochs,
+        "learning_rate": lr,
+        "weight_decay": weight_decay,
+        "batch_size": batch,
+        "accumulation": accumulate,
+        "max_length": max_length,
+        "min_answer_tokens": min_answer_tokens,
+        "held_out": held_out,
+        "limit": limit,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "iterations": iterations,
+        "bf16": bf16,
+        "gradient_checkpointing": gradient_checkpointing,
+        "seed": seed,
+    }
+    options = {
+        "eval_data": eval_data,
+        "reward": reward,
+        "resume": resume,
+        "merged": merge,
+        "save_steps": save_steps,
+        "logging_steps": log_steps,
+        "report_to": report_to or "none",
+        "device": device,
+    }
+    training.run(model, data, output, recipe, options, templates, token_cache, json)
+
+
+@app.command("token-rewards")
+def token_rewards(
+    prompt: Annotated[str, typer.Argument(help="The question, or a dialogue in HH-RLHF's turns.")],
+    answer: Annotated[str, typer.Argument(help="The answer to judge; `-` reads it from stdin.")],
+    templates: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with the contrastive prompts.", show_default="the project's own"),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a self-contained HTML page here.", rich_help_panel=OUTPUT)
+    ] = None,
+    json: Json = False,
+    lm: LM = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Show what T-REG's contrastive prompts make of every token of an answer."""
+    from rgtg_fast.app import token_rewards as rewards
+    from rgtg_fast.app.session import Setup
+
+    if html is not None and not html.parent.is_dir():
+        raise RGTGError(f"cannot write {html}: the folder {html.parent} does not exist")
+    setup = Setup(lm, dtype=dtype, device=device)
+    text = sys.stdin.read() if answer == "-" else answer
+    tokens = rewards.compute(setup, prompt, text, templates)
+    model = setup.names()["lm"]
+    if html is not None:
+        facts = {"model": model, "templates": "the project's own" if templates is None else templates.name}
+        try:
+            html.write_text(rewards.page(prompt, tokens, facts), encoding="utf-8")
+        except OSError as error:
+            raise RGTGError(f"cannot write {html}: {error.strerror or error}") from error
+    if json:
+        print_json(rewards.report(prompt, text, model, tokens))
+        return
+    Console().print(rewards.coloured(tokens))
+    if html is not None:
+        note(f"written: {html}")
+
+
 @app.command()
 def accuracy(
     reward: Annotated[

@@ -52,7 +52,7 @@ def test_examples_import_what_exists(example: Path) -> None:
 def test_commands_and_options_exist(page: Path) -> None:
     commands = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     for line in "".join(blocks(page, "sh")).splitlines():
-        for name, rest in re.findall(r"rgtg-fast (\w+)([^|&]*)", line):
+        for name, rest in re.findall(r"rgtg-fast ([\w-]+)([^|&]*)", line):
             assert name in commands, line
             known = {option for parameter in commands[name].params for option in parameter.opts}
             assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known, line

@@ -59,11 +59,16 @@ def bar(share: float, width: int = BAR_WIDTH) -> str:
 
 
 def pieces(steps: "list[Step]", decode: Callable[[list[int]], str]) -> list[str]:
-    """What each token adds to the answer's text; a token that only begins a character adds nothing yet."""
+    """What each token adds to the answer's text."""
+    return added_texts([step.token for step in steps], decode)
+
+
+def added_texts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """What each token adds to the text; a token that only begins a character adds nothing yet."""
     texts, shown = [], 0
-    for count in range(1, len(steps) + 1):
-        text = decode([step.token for step in steps[:count]])
-        end = len(text) if count == len(steps) else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    for count in range(1, len(tokens) + 1):
+        text = decode(tokens[:count])
+        end = len(text) if count == len(tokens) else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
         texts.append(text[shown:end])
         shown = max(shown, end)
     return texts
