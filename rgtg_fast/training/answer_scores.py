@@ -61,7 +61,7 @@ def answer_logprobs(
         rows: indices into `items`, by default packed to the budget.
 
     Returns:
-        For each row its items: index, and [n] float32 on the CPU for the chosen and for the rejected answer.
+        For each row its items: index, and [n] in at least float32 on the CPU for the chosen and the rejected answer.
     """
     inner = pretrained(model)
     training = inner.training
@@ -71,7 +71,7 @@ def answer_logprobs(
         with torch.autocast(inner.device.type, torch.bfloat16, enabled=autocast):
             logprobs = token_logprobs(inner, packed_hidden(inner, batch), batch)
         ends = answer_positions(batch)[2].diff().tolist()
-        parts = logprobs.float().cpu().split(ends)
+        parts = logprobs.cpu().split(ends)
         yield [(i, parts[2 * n], parts[2 * n + 1]) for n, i in enumerate(batch.pairs)]
     inner.train(training)
 

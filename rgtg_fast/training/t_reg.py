@@ -165,7 +165,7 @@ def token_rewards(
         budget: tokens of a packed row.
 
     Returns:
-        Tensors [n] float32 on the CPU, in [−½, ½], one an answer.
+        Tensors [n] in at least float32 on the CPU, in [−½, ½], one an answer.
 
     Raises:
         RGTGError: a context longer than the model's, or a reward that is NaN.
