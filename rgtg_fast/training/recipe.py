@@ -32,6 +32,7 @@ from rgtg_fast.training.data import (
     split_by_prompt,
     tokenize_pairs,
 )
+from rgtg_fast.training.labels import LABELS_FILE, LabelJudge, Targets, as_probabilities, spread
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
     EXTRA,
@@ -56,7 +57,7 @@ from rgtg_fast.training.run import (
     silent,
     write_json,
 )
-from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer, Targets
+from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer
 from rgtg_fast.training.trunk import hash_pairs
 from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 
@@ -70,6 +71,8 @@ class Recipe:
 
     Attributes:
         objective, mode, weight, beta_r, stop_gradient: see `Objective`.
+        judge: folder or hub id of a reward model, or `bundled:NAME`, that gives the answers the rewards which cd_fudge
+            regresses onto; rad gets σ(reward − mean) of them. None for the data's own.
         fork_layer: layers below it are frozen and run once; 0 trains all of them.
         full: train the weights themselves instead of LoRA adapters.
         lora_rank, lora_alpha, lora_dropout: see `Lora`.
@@ -93,6 +96,7 @@ class Recipe:
     weight: str = "prefix"
     beta_r: float = 0.05
     stop_gradient: bool = False
+    judge: str | None = None
     fork_layer: int = 0
     full: bool = False
     lora_rank: int = 16
@@ -118,6 +122,8 @@ class Recipe:
         check_strength(self.head_fit, self.aim)
         if self.head_learning_rate is not None and self.objective == "genarm":
             raise RGTGError("genarm trains no head of its own: leave out head_learning_rate")
+        if self.judge is not None and not self.aim.regression:
+            raise RGTGError(f"{self.objective} compares answers and needs no rewards: leave out the judge")
         Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
         for name, least in (("token_budget", 2), ("accumulation", 1), ("max_length", 2), ("seed", 0)):
             value = getattr(self, name)
@@ -253,6 +259,12 @@ def train_reward_model(
     with args.main_process_first(desc="the output folder"):
         if main:
             begin(folder, facts, resume)
+    targets, eval_targets = found.targets, found.eval_targets
+    if recipe.judge is not None:
+        # One process rates the answers, the others read its file.
+        with args.main_process_first(desc="the judge's rewards"):
+            judge = LabelJudge(recipe.judge, (network, tokenizer), args.device)
+            targets, eval_targets = _labels(judge, found, recipe, folder, say)
     checkpoint = get_last_checkpoint(str(folder)) if resume else None
     if not evaluation:
         args.eval_strategy = IntervalStrategy.NO
@@ -275,8 +287,8 @@ def train_reward_model(
         fork_layer=recipe.fork_layer,
         trunk_cache=(trunk_cache or folder / "trunk") if cache_trunk else None,
         head_learning_rate=recipe.head_learning_rate,
-        targets=found.targets,
-        eval_targets=found.eval_targets,
+        targets=targets,
+        eval_targets=eval_targets,
         metrics=metrics,
         pad_id=network.config.pad_token_id or 0,
         say=say,
@@ -325,11 +337,14 @@ class _Data:
     """Tokenised pairs, the rewards that came with them, and the counts.
 
     Attributes:
+        rows, eval_rows: as they were read, for a judge; the same where the evaluation pairs were split off.
         report: counts by stage. lines: the same in words.
     """
 
     train: list[TokenizedPair]
     evaluation: list[TokenizedPair]
+    rows: list[Any]
+    eval_rows: list[Any]
     targets: Targets | None
     eval_targets: Targets | None
     report: dict[str, Any]
@@ -339,12 +354,15 @@ class _Data:
 def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Data:
     chat = tokenizer.chat_template is not None
     regression = recipe.aim.regression
-    pairs, loaded, targets = _load(data, chat, regression)
+    # Rows are read twice: for their pairs and for their rewards.
+    rows = eval_rows = list(read_rows(data)) if regression else data
+    pairs, loaded, targets = _load(rows, chat, regression, recipe.judge)
     pairs = pairs[: recipe.limit]
     held: list[PreferencePair] = []
     eval_loaded, eval_targets = DataReport(), targets
     if eval_data is not None:
-        held, eval_loaded, eval_targets = _load(eval_data, chat, regression)
+        eval_rows = list(read_rows(eval_data)) if regression else eval_data
+        held, eval_loaded, eval_targets = _load(eval_rows, chat, regression, recipe.judge)
     elif recipe.held_out > 0:
         pairs, held = split_by_prompt(pairs, recipe.held_out, recipe.seed)
 
@@ -364,18 +382,35 @@ def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokeni
     if held:
         report["eval"] = (eval_loaded + eval_fitted if eval_data is not None else eval_fitted).as_dict()
         lines.append(f"evaluation: {eval_fitted.lines()[0]}")
-    return _Data(train, evaluation, targets, eval_targets, report, lines)
+    return _Data(train, evaluation, rows, eval_rows, targets, eval_targets, report, lines)
+
+
+def _labels(
+    judge: LabelJudge, found: _Data, recipe: Recipe, folder: Path, say: Say
+) -> tuple[Targets, Targets]:
+    """The judge's rewards of the pairs to train on and of those to evaluate on."""
+
+    def labels(pairs: list[TokenizedPair], rows: list[Any], file: str) -> Targets:
+        return judge.label(rows, {pair.index for pair in pairs}, folder / file, recipe.token_budget, say)
+
+    targets = labels(found.train, found.rows, LABELS_FILE)
+    mean, deviation = spread(targets)
+    say(f"rewards by {recipe.judge}: mean {mean:.3f}, standard deviation {deviation:.3f}")
+    eval_targets: Targets = {}
+    if found.evaluation:
+        file = LABELS_FILE if found.eval_rows is found.rows else f"eval_{LABELS_FILE}"
+        eval_targets = labels(found.evaluation, found.eval_rows, file)
+    if recipe.objective == "rad":
+        targets, eval_targets = (as_probabilities(part, mean) for part in (targets, eval_targets))
+    return targets, eval_targets
 
 
 def _load(
-    source: Any, chat: bool, regression: bool
+    rows: Any, chat: bool, regression: bool, judge: str | None
 ) -> tuple[list[PreferencePair], DataReport, Targets | None]:
-    """Pairs, and for a regression the rewards that their rows give the answers, where they do."""
-    if not regression:
-        return *load_pairs(source, chat=chat), None
-    rows = list(read_rows(source))
+    """Pairs, and for a regression without a judge the rewards that their rows give the answers, where they do."""
     pairs, report = load_pairs(rows, chat=chat)
-    if not any(name in rows[pairs[0].index] for name in REWARD_COLUMNS):
+    if not regression or judge or not any(name in rows[pairs[0].index] for name in REWARD_COLUMNS):
         return pairs, report, None
     targets: Targets = {}
     for pair in pairs:

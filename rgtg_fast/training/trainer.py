@@ -25,6 +25,7 @@ from rgtg_fast.training.checkpoints import CompleteCheckpoints
 from rgtg_fast.training.data import (
     TokenizedPair,
 )
+from rgtg_fast.training.labels import Targets
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
     HEAD,
@@ -51,8 +52,6 @@ from rgtg_fast.training.vocabulary import (
 # Rewards of the prefixes of a pair's chosen and rejected answer.
 Scores = list[tuple[list[float], list[float]]]
 Metrics = Callable[[Scores], dict[str, Any]]
-# By a pair's index, the rewards of its chosen and its rejected answer.
-Targets = dict[int, tuple[float, float]]
 
 # How rewards are read off the states, where not by a score head.
 _READERS: dict[str, Reader] = {"farma": token_scores, "genarm": token_logprobs}

@@ -1,0 +1,148 @@
+"""Rewards of answers by a judge, for objectives that regress onto rewards where the data have none."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rgtg_fast.bundled import resolve
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import Adapter, is_adapter
+from rgtg_fast.models.loading import (
+    adapter_model,
+    adapter_tokenizer,
+    context_length,
+    load_sequence_classifier,
+)
+from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
+from rgtg_fast.training.packing import collate, cost, pack, packed_rewards, use_packed_attention
+from rgtg_fast.training.run import Say
+
+# By a pair's index, the rewards of its chosen and its rejected answer.
+Targets = dict[int, tuple[float, float]]
+
+LABELS_FILE = "judge_rewards.jsonl"
+
+
+class LabelJudge:
+    """A causal reward model that gives the answers of pairs their rewards, in its own prompt format.
+
+    Args:
+        source: folder or hub id of a classifier with one label, a folder with a LoRA adapter and its score head, or
+            `bundled:NAME`.
+        base: the model that is trained, before it has adapters: a judge that is an adapter of it takes its weights.
+        device: where the judge runs.
+
+    Raises:
+        RGTGError: no such reward model.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        base: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+        device: torch.device | str = "cpu",
+    ):
+        self.source = source
+        folder = resolve(source)
+        if is_adapter(folder):
+            adapter = Adapter.load(folder)
+            adapter.reward_head()
+            model, tokenizer = adapter_model(adapter, base, None)
+            tokenizer = adapter_tokenizer(folder) or tokenizer
+        else:
+            model, tokenizer = load_sequence_classifier(folder, base[0], None)
+        if tokenizer is None or "score" not in dict(model.named_children()):
+            raise RGTGError(
+                f"{source} ({type(model).__name__}) has no `score` head over a causal trunk: name a causal reward "
+                "model as the judge"
+            )
+        self.model, self.tokenizer = model.to(device), tokenizer  # pyright: ignore[reportArgumentType]
+        use_packed_attention(model)
+
+    def label(
+        self, rows: Sequence[Any], wanted: set[int], file: Path, budget: int, say: Say = lambda message: None
+    ) -> Targets:
+        """The rewards of the answers of some rows' pairs, each answer whole and with its EOS.
+
+        Args:
+            rows: preference data as `load_pairs` takes them. wanted: indices of the rows to label.
+            file: every packed row's rewards are appended to it; what it holds already is not computed again.
+            budget: tokens of a packed row (more where a pair is longer).
+            say: receives a line now and then.
+
+        Raises:
+            RGTGError: a pair over the judge's context, or a reward that is not finite.
+        """
+        known = _read(file)
+        chat = self.tokenizer.chat_template is not None
+        pairs = [pair for pair in load_pairs(rows, chat=chat)[0] if pair.index in wanted - set(known)]
+        if pairs:
+            limit = context_length(self.model)
+            tokenized, _ = tokenize_pairs(pairs, self.tokenizer, limit, truncate_prompt=True, chat=chat)
+            for done, labels in self._rewards(tokenized, budget):
+                with file.open("a", encoding="utf-8") as out:
+                    for index, (chosen, rejected) in labels.items():
+                        row = {"index": index, "chosen": chosen, "rejected": rejected}
+                        out.write(json.dumps(row) + "\n")
+                known |= labels
+                say(f"{self.source} has rated the answers of {done} of {len(tokenized)} pairs")
+        missing = sorted(wanted - set(known))
+        if missing:
+            raise RGTGError(
+                f"{self.source} cannot read the answers of row {missing[0]} (context {context_length(self.model)}): "
+                "use a smaller max_length, or another judge"
+            )
+        return {index: known[index] for index in wanted}
+
+    @torch.no_grad()
+    def _rewards(self, pairs: Sequence[TokenizedPair], budget: int) -> Any:
+        """After each packed row: how many pairs are done, and the row's rewards."""
+        self.model.eval()
+        rows, done = pack(pairs, max(budget, *map(cost, pairs))), 0
+        for row in rows:
+            batch = collate(pairs, [row], 0).to(self.model.device)
+            rewards, offsets = packed_rewards(self.model, batch)
+            last = rewards[offsets[1:] - 1].tolist()
+            labels = {pairs[i].index: (last[2 * n], last[2 * n + 1]) for n, i in enumerate(batch.pairs)}
+            bad = next((i for i, values in labels.items() if not all(map(math.isfinite, values))), None)
+            if bad is not None:
+                raise RGTGError(
+                    f"{self.source} gives an answer of row {bad} a reward that is not finite: check the judge"
+                )
+            done += len(row)
+            yield done, labels
+
+
+def _read(file: Path) -> Targets:
+    """The rewards in a file; a last line that a kill has cut is dropped."""
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {row["index"]: (row["chosen"], row["rejected"]) for row in rows}
+
+
+def spread(targets: Targets) -> tuple[float, float]:
+    """Mean and standard deviation of the rewards."""
+    values = [value for pair in targets.values() for value in pair]
+    return statistics.fmean(values), statistics.pstdev(values)
+
+
+def as_probabilities(targets: Targets, mean: float) -> Targets:
+    """σ(r − mean): how likely the judge's Bradley-Terry model finds an answer better than the mean one, in (0, 1)."""
+
+    def sigmoid(value: float) -> float:
+        return 1 / (1 + math.exp(-max(-500.0, min(500.0, value - mean))))
+
+    return {index: (sigmoid(chosen), sigmoid(rejected)) for index, (chosen, rejected) in targets.items()}
