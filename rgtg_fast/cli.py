@@ -543,7 +543,8 @@ def train(
     objective: Annotated[
         str,
         typer.Option(
-            help="partial_bt (PARGS), full_bt (ARGS, judges), cd_fudge or rad.", rich_help_panel=OBJECTIVE
+            help="partial_bt (PARGS), full_bt (ARGS, judges), cd_fudge, rad, farma or genarm.",
+            rich_help_panel=OBJECTIVE,
         ),
     ] = "partial_bt",
     mode: Annotated[
@@ -556,6 +557,25 @@ def train(
     weight: Annotated[
         str, typer.Option(help="Every prefix counts the same, or every pair.", rich_help_panel=OBJECTIVE)
     ] = "prefix",
+    beta_r: Annotated[
+        float, typer.Option(help="genarm: scale of the log-probabilities.", rich_help_panel=OBJECTIVE)
+    ] = 0.05,
+    stop_gradient: Annotated[
+        bool,
+        typer.Option(
+            "--stop-gradient",
+            help="farma: the best next reward is a target without a gradient.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="cd_fudge, rad: reward model (path, hub id, bundled:NAME) whose rewards are learned.",
+            show_default="the data's chosen_reward and rejected_reward, or 1 and 0",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
     fork_layer: Annotated[
         int,
         typer.Option(
@@ -593,7 +613,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=STEPS)] = 2e-4,
     head_lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate of the score head.", show_default="--lr", rich_help_panel=STEPS),
+        typer.Option(help="Learning rate of the trained head.", show_default="--lr", rich_help_panel=STEPS),
     ] = None,
     head_fit: Annotated[
         float | None,
@@ -657,6 +677,9 @@ def train(
         "objective": objective,
         "mode": mode,
         "weight": weight,
+        "beta_r": beta_r,
+        "stop_gradient": stop_gradient,
+        "judge": judge,
         "fork_layer": fork_layer,
         "full": full,
         "lora_rank": lora_rank,

@@ -151,7 +151,7 @@ METHODS = (
         "head(h(x, y_<i))[v]",
         _WIDE,
         Cost(reward_rows=1),
-        None,
+        "farma",
         "support=combined, k=10, beta=1; server: support=all, beta=1.8",
     ),
     Method(
@@ -163,7 +163,7 @@ METHODS = (
         "log π_r(v | x, y_<i)",
         _WIDE,
         Cost(reward_rows=1),
-        None,
+        "genarm",
         "support=all",
     ),
     Method(

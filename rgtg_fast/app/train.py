@@ -12,6 +12,9 @@ from rgtg_fast.app import embedded
 from rgtg_fast.app.session import quiet
 from rgtg_fast.app.terminal import note, print_json, print_line, status
 
+# What `--reward` puts before the folder of a guide; a folder alone is a `SequenceReward`.
+_PREFIXES = {"rad": "rad:", "farma": "farma:", "genarm": "genarm:"}
+
 Scores = list[tuple[list[float], list[float]]]
 
 
@@ -79,7 +82,8 @@ def run(
     if accuracy.points:
         Console().print(_table(accuracy.points))
     print_line(f"saved: {output}")
-    print_line(f"try it: rgtg-fast generate --reward {output} 'How do I get better at chess?'")
+    guide = f"{_PREFIXES.get(chosen.objective, '')}{output}"
+    print_line(f"try it: rgtg-fast generate --reward {guide} 'How do I get better at chess?'")
 
 
 def _table(points: list[Any]) -> Table:
