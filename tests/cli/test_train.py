@@ -54,3 +54,29 @@ def test_errors_are_one_line(run: Run, lm: str, tmp_path: Path) -> None:
     (tmp_path / "guide").mkdir(exist_ok=True)
     (tmp_path / "guide" / "file").touch()
     assert "is not empty" in run(*arguments).error
+
+
+@pytest.mark.parametrize("objective", ["farma", "genarm"])
+def test_vocabulary_sized_guides(run: Run, lm: str, tmp_path: Path, objective: str) -> None:
+    arguments = [*settings(lm, tmp_path), "--held-out", 0.3, "--fork-layer", 1, "--objective", objective]
+    outcome = run(*arguments, "--stop-gradient", "--beta-r", 0.1)
+    assert outcome.code == 0, outcome.err
+    assert f"--reward {objective}:{tmp_path / 'guide'}" in outcome.out.replace("\n", "")
+    guide = f"{objective}:{tmp_path / 'guide'}"
+    options = ("--lm", lm, "--support", "combined", "--max-new-tokens", 2, "--json")
+    answer = run("generate", "Hello", "--reward", guide, *options)
+    assert answer.code == 0, answer.err
+    # The adapter runs in the base model's own forward.
+    assert answer.rows[0]["stats"]["reward_calls"] == 0
+    judged = run("accuracy", "--reward", guide, "--lm", lm, "--data", EXAMPLE, "--limit", 4, "--json")
+    assert judged.code == 0, judged.err
+
+
+def test_a_judge_rates_the_answers(run: Run, lm: str, rm: str, tmp_path: Path) -> None:
+    arguments = [*settings(lm, tmp_path), "--held-out", 0.3, "--objective", "rad", "--judge", rm]
+    outcome = run(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert "standard deviation" in outcome.err
+    assert (tmp_path / "guide" / "judge_rewards.jsonl").is_file()
+    wrong = [*settings(lm, tmp_path / "other"), "--judge", rm]
+    assert "needs no rewards" in run(*wrong).error
