@@ -23,7 +23,7 @@ def run(config: Path, changes: dict[str, Any], json: bool) -> None:
         RGTGError: everything that a user can get wrong.
     """
     quiet()
-    from rgtg_fast.evaluation.report import SUMMARY, summarise, write_summary
+    from rgtg_fast.evaluation.report import HTML, write_report
     from rgtg_fast.evaluation.settings import Study
     from rgtg_fast.evaluation.study import run_study
 
@@ -31,34 +31,49 @@ def run(config: Path, changes: dict[str, Any], json: bool) -> None:
     with status("Loading") as say:
         source = study.model or str(embedded.default_model(say))
         results = run_study(study, source, study.model or embedded.NAME, say)
-        say("summing up")
-        rows = summarise(results)
-    write_summary(rows, Path(study.output) / SUMMARY)
+        say("Writing the report")
+        rows = write_report(results, _facts(study.device))
     for warning in results.warnings:
         note(f"note: {warning}")
     if json:
         print_json({"summary": rows, "warnings": results.warnings})
         return
     show(rows, study.baseline, Console())
+    note(f"written: {Path(study.output) / HTML}")
+
+
+def _facts(device: str | None) -> dict[str, Any]:
+    """What the answers were made on; speeds mean nothing without it."""
+    from rgtg_fast.evaluation.benchmark import machine
+    from rgtg_fast.models.loading import resolve_device
+
+    found = machine(resolve_device(device))
+    on = {"on": found["gpu"] or found["cpu"], "threads:": None if found["gpu"] else found["threads"]}
+    return on | {
+        "torch": found["torch"],
+        "transformers": found["transformers"],
+        "rgtg-fast": found["rgtg_fast"],
+    }
 
 
 def show(rows: list[dict[str, Any]], baseline: str, console: Console) -> None:
-    """The rewards, differences and speeds as a table."""
-    table = Table(box=box.SIMPLE, title=f"Against {baseline}, 95 % intervals over prompts")
-    for name in ("method", "judge", "reward", "difference", "wins", "length", "KL", "tokens/s"):
-        table.add_column(name, justify="left" if name in ("method", "judge") else "right")
-    for row in rows:
-        table.add_row(
-            _name(row),
-            row["judge"] or "–",
-            _number(row["reward"], 3),
-            _interval(row, "reward_diff", "diff", "+.3f"),
-            _interval(row, "win_rate", "win", ".2f"),
-            _number(row["length"], 1),
-            _number(row["kl"], 2),
-            _number(row["tokens_per_second"], 0),
-        )
-    console.print(table)
+    """Rewards, differences and speeds as a table for each judge."""
+    for judge in dict.fromkeys(row["judge"] for row in rows):
+        title = f"against {baseline}, 95 % intervals over prompts"
+        table = Table(box=box.SIMPLE, title=title if judge is None else f"judge {judge}, {title}")
+        table.add_column("method", overflow="fold")
+        for name in ("reward", "difference", "wins", "tokens/s"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            if row["judge"] == judge:
+                table.add_row(
+                    _name(row),
+                    _number(row["reward"], 3),
+                    _interval(row, "reward_diff", "diff", "+.3f"),
+                    _interval(row, "win_rate", "win", ".2f"),
+                    _number(row["tokens_per_second"], 0),
+                )
+        console.print(table)
 
 
 def _name(row: dict[str, Any]) -> str:

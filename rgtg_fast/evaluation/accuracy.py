@@ -6,11 +6,12 @@ those well and prefixes by chance (arXiv 2406.07780).
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from rgtg_fast.models.prompts import Prompt, PromptLike
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.training.data import TokenizedPair
 from rgtg_fast.training.packing import collate, cost, pack, packed_rewards
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
 # Of each pair, the rewards of every prefix of the chosen and of the rejected answer; the last is with EOS.
@@ -268,10 +272,29 @@ def figure(
     Raises:
         RGTGError: matplotlib is missing, or the file cannot be written.
     """
+    drawing = drawn(curves, baseline, title)
+    # The same points give the same file: a date would not.
+    undated = {"Date": None} if str(path).endswith(".svg") else None
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RGTGError('figures need matplotlib: pip install "rgtg-fast[train]"') from error
+        drawing.savefig(path, dpi=150, metadata=undated)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RGTGError(f"cannot write the figure {path}: {reason}") from error
+
+
+def drawn(
+    curves: Mapping[str, Sequence[FractionAccuracy]],
+    baseline: FractionAccuracy | None = None,
+    title: str = "",
+) -> Figure:
+    """The figure that `figure` writes, with the same arguments.
+
+    Raises:
+        RGTGError: matplotlib is missing.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     drawing = Figure(figsize=(6, 3.8), layout="constrained")
     axes = drawing.subplots()
     for (name, points), colour in zip(curves.items(), _colours(len(curves)), strict=True):
@@ -287,13 +310,17 @@ def figure(
     axes.set_ylabel("chosen answer preferred, %")
     axes.set_title(title)
     axes.legend(fontsize="small")
-    # The same points give the same file: a date would not.
-    undated = {"Date": None} if str(path).endswith(".svg") else None
-    try:
-        drawing.savefig(path, dpi=150, metadata=undated)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RGTGError(f"cannot write the figure {path}: {reason}") from error
+    return drawing
+
+
+def check_matplotlib() -> None:
+    """Refuses work that ends in a figure where none could be drawn.
+
+    Raises:
+        RGTGError: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RGTGError('figures need matplotlib: pip install "rgtg-fast[train]"')
 
 
 def _colours(count: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -70,44 +71,51 @@ def load_classifier(
 class Judge:
     """Rates whole answers: the reward of an answer with the end-of-sequence token behind it, as it was trained on.
 
-    A judge reads texts, under its own tokenizer and chat template, so that answers of any program are rated alike. An
-    answer that was cut off at its length limit is rated as if it ended there, since that is what its reader gets.
+    A judge reads texts, under its own tokenizer and chat template, so that answers of any program are rated alike.
 
     Args:
         name: folder or hub id of a reward model, `bundled:NAME`, or a guide's name such as `text:PATH`.
-        base: the base model and its tokenizer: an adapter's base, or what a guide is bound to.
-        dtype: of a judge that is loaded; None for the base model's.
+        base: model and tokenizer: an adapter's base, or what a guide is bound to; its dtype is the judge's.
         budget: tokens of a packed row.
+
+    Attributes:
+        scorer: a causal model for packed rows, or a guide that is bound to the base model. tokenizer: its own.
 
     Raises:
         RGTGError: nothing there, or no reward model.
     """
 
-    def __init__(self, name: str, base: ModelAndTokenizer, dtype: str | None = None, budget: int = 2048):
+    def __init__(self, name: str, base: ModelAndTokenizer, budget: int = 2048):
         self.name, self.budget = name, budget
-        self._guide: Reward | None = None
+        self.scorer: PreTrainedModel | Reward
         guide = named_guide(name)
         if type(guide) is SequenceReward:
-            self._model, self._tokenizer = load_classifier(str(guide.source), lambda _: base)
+            self.scorer, self.tokenizer = load_classifier(str(guide.source), lambda _: base)
             return
-        self._guide = RewardGuidedDecoder.from_pretrained(base, reward=guide, dtype=dtype).reward
-        assert base[1] is not None
-        self._tokenizer = base[1]
+        bound = RewardGuidedDecoder.from_pretrained(base, reward=guide)
+        assert bound.reward is not None
+        assert bound.tokenizer is not None
+        self.scorer, self.tokenizer = bound.reward, bound.tokenizer
 
-    def rate(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, float]]:
+    def rate(
+        self, prompts: Sequence[PromptLike], answers: Sequence[str], ends: Sequence[bool] | None = None
+    ) -> Iterator[tuple[int, float]]:
         """Index and reward of each answer, as they become known.
 
         Args:
             prompts: as the decoder takes them, one per answer. answers: texts; an empty one is its end token alone.
+            ends: for each answer, whether an end-of-sequence token is read behind it; by default always.
 
         Raises:
-            RGTGError: a reward that is NaN.
+            RGTGError: an answer over the context, or a reward that is NaN.
         """
-        ratings = (
-            self._one_by_one(prompts, answers) if self._guide is not None else self._packed(prompts, answers)
-        )
-        for index, reward in ratings:
-            if reward != reward:
+        ids = [
+            self._answer_ids(answer, end)
+            for answer, end in zip(answers, ends or [True] * len(answers), strict=True)
+        ]
+        guide = isinstance(self.scorer, Reward)
+        for index, reward in self._one_by_one(prompts, ids) if guide else self._packed(prompts, ids):
+            if math.isnan(reward):
                 raise RGTGError(
                     f"the judge {self.name} rates answer {index} with NaN: check its weights and dtype (float16 "
                     "overflows: try bfloat16 or float32)"
@@ -115,18 +123,20 @@ class Judge:
             yield index, reward
 
     @torch.inference_mode()
-    def _packed(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, float]]:
-        pairs, indices = self._pairs(prompts, answers)
-        device = next(self._model.parameters()).device
+    def _packed(
+        self, prompts: Sequence[PromptLike], answers: Sequence[list[int]]
+    ) -> Iterator[tuple[int, float]]:
+        assert isinstance(self.scorer, PreTrainedModel)
+        pairs, indices = self._pairs(prompts, answers, context_length(self.scorer))
         for row in pack(pairs, max(self.budget, *(cost(pair) for pair in pairs))):
-            batch = collate(pairs, [row], pad_id=0).to(device)
-            rewards, offsets = packed_rewards(self._model, batch)
+            batch = collate(pairs, [row], pad_id=0).to(self.scorer.device)
+            rewards, offsets = packed_rewards(self.scorer, batch)
             last = rewards[offsets[1:] - 1].tolist()
             for n, i in enumerate(batch.pairs):
                 yield from zip(indices[i], last[2 * n : 2 * n + 2], strict=False)
 
     def _pairs(
-        self, prompts: Sequence[PromptLike], answers: Sequence[str]
+        self, prompts: Sequence[PromptLike], answers: Sequence[list[int]], context: int
     ) -> tuple[list[TokenizedPair], list[list[int]]]:
         """Answers two by two behind their prompt, which is then encoded once for both; and whose they are."""
         groups: dict[str, list[int]] = {}
@@ -134,17 +144,17 @@ class Judge:
             groups.setdefault(json.dumps(prompt), []).append(index)
         pairs, indices = [], []
         for group in groups.values():
-            prompt_ids = Prompt(prompts[group[0]]).ids(self._tokenizer)
+            prompt_ids = Prompt(prompts[group[0]]).ids(self.tokenizer)
             for start in range(0, len(group), 2):
                 two = group[start : start + 2]
-                ids = [self._answer_ids(answers[i]) for i in two]
-                room = context_length(self._model) - max(map(len, ids))
+                ids = [answers[i] for i in two]
+                room = context - max(map(len, ids))
                 if room < 1:
                     raise RGTGError(
                         f"answer {two[0]} has {max(map(len, ids))} tokens for the judge {self.name}, whose context "
-                        f"holds {context_length(self._model)}: judge shorter answers or use another judge"
+                        f"holds {context}: judge shorter answers or use another judge"
                     )
-                # An odd answer out stands beside an end token that nobody reads.
+                # An odd answer out stands beside one token that nobody asks about.
                 other = ids[1] if len(ids) == 2 else ids[0][-1:]
                 pairs.append(TokenizedPair(prompt_ids[-room:], ids[0], other, two[0]))
                 indices.append(two)
@@ -152,22 +162,23 @@ class Judge:
 
     @torch.inference_mode()
     def _one_by_one(
-        self, prompts: Sequence[PromptLike], answers: Sequence[str]
+        self, prompts: Sequence[PromptLike], answers: Sequence[list[int]]
     ) -> Iterator[tuple[int, float]]:
-        assert self._guide is not None
-        for index, (given, answer) in enumerate(zip(prompts, answers, strict=True)):
+        assert isinstance(self.scorer, Reward)
+        for index, (given, ids) in enumerate(zip(prompts, answers, strict=True)):
             prompt = Prompt(given, index)
-            prefix = Prefix(prompt, prompt.ids(self._tokenizer))
-            rewards = self._guide.score_answer(prefix, self._answer_ids(answer))
-            yield index, self._guide.answer_reward(rewards)
+            prefix = Prefix(prompt, prompt.ids(self.tokenizer))
+            yield index, self.scorer.answer_reward(self.scorer.score_answer(prefix, ids))
 
-    def _answer_ids(self, text: str) -> list[int]:
-        eos = cast("int | None", self._tokenizer.eos_token_id)
+    def _answer_ids(self, text: str, end: bool) -> list[int]:
+        eos = cast("int | None", self.tokenizer.eos_token_id)
         if eos is None:
             raise RGTGError(
                 f"the tokenizer of the judge {self.name} has no EOS token: set tokenizer.eos_token"
             )
-        return [*cast("list[int]", self._tokenizer(text.strip(), add_special_tokens=False)["input_ids"]), eos]
+        ids = cast("list[int]", self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"])
+        # An answer without a token has nothing but its end to be rated by.
+        return [*ids, eos] if end or not ids else ids
 
 
 @functools.lru_cache(maxsize=64)

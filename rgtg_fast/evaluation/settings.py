@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.journal import plain
 
 NONE = "none"
+ENDS = ("always", "finished")
 TOKENWISE = "tokenwise"
 
 
@@ -156,6 +157,27 @@ class Method:
 
 
 @dataclass(frozen=True)
+class JudgeSettings:
+    """A reward model that rates the answers.
+
+    Args:
+        model: path, hub id, `bundled:NAME`, or a guide's name such as `text:PATH`.
+        ends: "always": an end-of-sequence token is read behind every answer, one that was cut off at the length limit
+            included; "finished": only behind answers that ended by themselves.
+
+    Raises:
+        RGTGError: another value of `ends`.
+    """
+
+    model: str
+    ends: str = "always"
+
+    def __post_init__(self) -> None:
+        if self.ends not in ENDS:
+            raise RGTGError(f"ends={self.ends!r} is unknown: use one of {', '.join(ENDS)}")
+
+
+@dataclass(frozen=True)
 class Study:
     """A comparison of decoding methods.
 
@@ -164,11 +186,12 @@ class Study:
         prompts: a file (.jsonl, .json, .csv, .parquet, or .gz of these) with a field `prompt`, or a list of texts.
         methods: what is compared.
         model: base model, path or hub id; None for the embedded one, which the command line fills in.
-        judges: reward models by the name that the tables give them: paths, hub ids or names of guides.
+        judges: reward models by the name that the tables give them; a text is `JudgeSettings(text)`.
         baseline: the method that differences and win rates are against.
         limit: prompts to take at most. seeds: samples of each prompt.
         max_new_tokens, stop: where an answer ends. batch_size: rows decoded at once.
         dtype, device, engine: as in `RewardGuidedDecoder.from_pretrained`.
+        judge_dtype: of judges, and of guides on `pairs`: rewards in bfloat16 have many ties. None: `dtype`.
         chat: texts become chat messages where the model has a chat template.
         pairs: preference pairs that no model was trained on: accuracy of judges and guides by prefix length.
         pairs_limit: of them at most.
@@ -183,7 +206,7 @@ class Study:
     prompts: str | tuple[str, ...]
     methods: tuple[Method, ...]
     model: str | None = None
-    judges: Mapping[str, str] = field(default_factory=dict)
+    judges: Mapping[str, JudgeSettings] = field(default_factory=dict)
     baseline: str = "unguided"
     limit: int | None = None
     seeds: tuple[int, ...] = (0,)
@@ -191,6 +214,7 @@ class Study:
     stop: tuple[str, ...] = ()
     batch_size: int = 8
     dtype: str | None = None
+    judge_dtype: str | None = "float32"
     device: str | None = None
     engine: str = "auto"
     chat: bool = True
@@ -294,28 +318,40 @@ class Study:
             _built(Method, method, f"{where}: method {method.get('name', number)!r}")
             for number, method in enumerate(methods)
         )
-        judges = given.get("judges", {})
-        if not isinstance(judges, Mapping) or not all(isinstance(path, str) for path in judges.values()):
+        judges = given.get("judges") or {}
+        if not isinstance(judges, Mapping):
             raise RGTGError(f"{where}: judges is no table of names and models: use `judges: {{name: PATH}}`")
+        given["judges"] = {
+            str(name): _built(
+                JudgeSettings,
+                {"model": judge} if isinstance(judge, str) else judge,
+                f"{where}: judge {name!r}",
+            )
+            for name, judge in judges.items()
+        }
         return _built(cls, given, where)
 
 
-def _built(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+def _built(kind: Any, values: Any, where: str) -> Any:
     """A dataclass from the values of a file; lists become tuples."""
-    known = {f.name: f for f in fields(kind)}
+    if not isinstance(values, Mapping):
+        raise RGTGError(f"{where}: {values!r} is no table of settings: use `key: value` lines")
+    known = {f.name: f for f in fields(kind) if f.name != "text"}
     for name in values:
         if name not in known:
             raise RGTGError(f"{where}: {name!r} is unknown: use {', '.join(known)}")
-    needed = {"name"} if kind is Method else {"output", "prompts", "methods"}
-    missing = sorted(needed - set(values))
-    if missing:
-        raise RGTGError(f"{where}: {missing[0]} is missing")
+    for f in known.values():
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
+            raise RGTGError(f"{where}: {f.name} is missing")
     frozen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
     for name, value in frozen.items():
         _check_type(str(known[name].type), name, value, where)
-    return kind(**frozen)
+    try:
+        return kind(**frozen)
+    except RGTGError as error:
+        raise RGTGError(f"{where}: {error}") from error
 
 
 # What the annotations of the settings mean for values from a file.

@@ -1,0 +1,147 @@
+"""The figures of a study, as SVG: reward over the guide's weight, over the divergence, over speed; accuracy."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rgtg_fast.evaluation.accuracy import FractionAccuracy, check_matplotlib, drawn
+from rgtg_fast.evaluation.ratings import Agreement
+from rgtg_fast.evaluation.summary import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart by those who do not see all colours (Okabe and Ito), and by their markers in print.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Standard errors on either side of a 95 % interval.
+_Z = 1.96
+
+
+def reward_over_beta(rows: Sequence[Row], baseline: str) -> str | None:
+    """Reward against β, one curve a method with at least two weights; None where there is none.
+
+    Args:
+        rows: of one judge, as `summarise` gives them. baseline: its reward is a horizontal line.
+    """
+    swept = {
+        method: points
+        for method, points in _by_method(rows, "beta").items()
+        if len({point["beta"] for point in points}) > 1
+    }
+    if not swept:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for n, (method, points) in enumerate(swept.items()):
+            x, y = [p["beta"] for p in points], [p["reward"] for p in points]
+            low, high = ([p["reward"] + side * _Z * p["reward_se"] for p in points] for side in (-1, 1))
+            axes.fill_between(x, low, high, color=COLOURS[n % 8], alpha=0.15, linewidth=0)
+            axes.plot(x, y, color=COLOURS[n % 8], marker=MARKERS[n % 8], ms=4, label=method)
+        _baseline(axes, rows, baseline)
+        axes.set(xlabel="weight of the guide β", ylabel="mean reward under the judge")
+        axes.legend(fontsize="small")
+
+    return _svg(draw)
+
+
+def reward_over_kl(rows: Sequence[Row], baseline: str) -> str | None:
+    """Reward against the divergence from the base model; None where no divergence is known."""
+    known = _by_method([row for row in rows if row["kl"] is not None], "kl")
+    if not known:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for n, (method, points) in enumerate(known.items()):
+            _points(axes, n, method, points, "kl")
+            for point in points if len(points) > 1 else []:
+                text = f"β={point['beta']:g}"
+                at = (point["kl"], point["reward"])
+                axes.annotate(text, at, xytext=(3, 3), textcoords="offset points", fontsize=6)
+        _baseline(axes, rows, baseline)
+        axes.set(xlabel="KL(method ‖ base model), nats an answer", ylabel="mean reward under the judge")
+        axes.legend(fontsize="small")
+
+    return _svg(draw)
+
+
+def reward_over_speed(rows: Sequence[Row], baseline: str) -> str | None:
+    """Reward against tokens per second: what a better answer costs; None where no speed is known."""
+    known = _by_method([row for row in rows if row["tokens_per_second"] is not None], "beta")
+    if not known:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for n, (method, points) in enumerate(known.items()):
+            _points(axes, n, method, points, "tokens_per_second", line=False)
+        _baseline(axes, rows, baseline)
+        axes.set(xscale="log", xlabel="tokens per second", ylabel="mean reward under the judge")
+        axes.legend(fontsize="small")
+
+    return _svg(draw)
+
+
+def accuracy_over_length(agreements: Sequence[Agreement], title: str) -> str | None:
+    """Accuracy of judges and guides on preference pairs against the share of the answers read; None without any."""
+    if not agreements:
+        return None
+    curves = {one.name: [FractionAccuracy(**point) for point in one.accuracy] for one in agreements}
+    return _as_svg(drawn(curves, FractionAccuracy(**agreements[0].longer_wins), title))
+
+
+def _by_method(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:
+    """The rows with a reward, by method, in the order of a column."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["reward"] is not None and row["reward_se"] is not None:
+            found.setdefault(row["method"], []).append(row)
+    return {
+        method: sorted(points, key=lambda p: -1.0 if p[order] is None else p[order])
+        for method, points in found.items()
+        if order != "beta" or len(points) == 1 or all(p["beta"] is not None for p in points)
+    }
+
+
+def _points(axes: Axes, n: int, method: str, points: Sequence[Row], x: str, line: bool = True) -> None:
+    axes.errorbar(
+        [point[x] for point in points],
+        [point["reward"] for point in points],
+        yerr=[_Z * point["reward_se"] for point in points],
+        color=COLOURS[n % 8],
+        marker=MARKERS[n % 8],
+        ms=5,
+        linestyle="-" if line else "",
+        linewidth=1,
+        elinewidth=0.6,
+        label=method,
+    )
+
+
+def _baseline(axes: Axes, rows: Sequence[Row], baseline: str) -> None:
+    reward = next((row["reward"] for row in rows if row["method"] == baseline), None)
+    if reward is not None:
+        axes.axhline(reward, color="#7f7f7f", linestyle="--", linewidth=1, label=f"{baseline} (baseline)")
+
+
+def _svg(draw: Callable[[Any], None]) -> str:
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = drawing.subplots()
+    axes.grid(alpha=0.3)
+    draw(axes)
+    return _as_svg(drawing)
+
+
+def _as_svg(drawing: Figure) -> str:
+    """A drawing as text, the same for the same points."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none"}):
+        drawing.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

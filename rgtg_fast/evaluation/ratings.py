@@ -1,0 +1,218 @@
+"""The ratings of a study: every answer by every judge, and how often judges and guides agree with people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rgtg_fast.evaluation.accuracy import (
+    FRACTIONS,
+    length_verdicts,
+    longer_wins,
+    paired_bootstrap,
+    prefix_accuracy,
+    score_pairs,
+    verdicts,
+)
+from rgtg_fast.evaluation.answers import Answer
+from rgtg_fast.evaluation.journal import Journal, plain
+from rgtg_fast.evaluation.judge import Judge, folders_of, weights_of
+from rgtg_fast.evaluation.settings import Cell, JudgeSettings, Study, canonical
+from rgtg_fast.models.loading import ModelAndTokenizer
+from rgtg_fast.training.data import PreferencePair, load_pairs, tokenize_pairs
+
+SCORES, ACCURACY = "scores.jsonl", "accuracy.jsonl"
+SCORE_FIELDS = ("method", "setting", "index", "seed", "judge", "told", "answer", "reward")
+# Lines about the progress of one judge.
+PROGRESS_LINES = 5
+# Tokens of a prompt and its longer answer, of the pairs that judges and guides are judged by.
+MAX_LENGTH = 1024
+# judge → cell → (prompt index, seed) → reward
+Scores = dict[str, dict[Cell, dict[tuple[int, int], float]]]
+
+
+class Ratings:
+    """Rates every answer with every judge, and finds the ratings that are there already.
+
+    Args:
+        study: the settings. base: gives its model in the judges' dtype, loaded when it is first needed.
+        journal: scores.jsonl. say: receives lines about the progress.
+
+    Attributes:
+        warnings: what a reader has to know.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        base: Callable[[], ModelAndTokenizer],
+        journal: Journal,
+        say: Callable[[str], None],
+    ):
+        self.study, self.base, self.journal, self.say = study, base, journal, say
+        self.warnings: list[str] = []
+        if journal.truncated:
+            self.warnings.append(
+                f"the last line of {SCORES} had been cut off: it was removed and rated again"
+            )
+
+    def of(self, answers: Mapping[Cell, Sequence[Answer]]) -> Scores:
+        """The reward of every answer under every judge; what is missing is rated.
+
+        Raises:
+            RGTGError: a judge that cannot be loaded, or a reward that is NaN.
+        """
+        return {name: self._by(name, judge, answers) for name, judge in self.study.judges.items()}
+
+    def _by(
+        self, name: str, judge: JudgeSettings, answers: Mapping[Cell, Sequence[Answer]]
+    ) -> dict[Cell, dict[tuple[int, int], float]]:
+        told = {
+            "model": judge.model,
+            "ends": judge.ends,
+            "weights": sorted(weights_of(judge.model).values()),
+            "dtype": self.study.judge_dtype or self.study.dtype,
+        }
+        known, present = self._present(name, told)
+        rows = [(row, identity(row, judge)) for found in answers.values() for row in found]
+        missing = [(row, text) for row, text in rows if _place(row, text) not in present]
+        unread = {text: row for row, text in missing if text not in known}
+        self.say(f"judge {name}: {len(rows) - len(missing)} ratings present, {len(unread)} texts to rate")
+        waiting: dict[str, list[Answer]] = {}
+        for row, text in missing:
+            waiting.setdefault(text, []).append(row)
+        for text, reward in self._rated(name, judge, unread):
+            known[text] = reward
+            self._write(name, told, text, reward, waiting.pop(text))
+        for text, rated in waiting.items():
+            self._write(name, told, text, known[text], rated)
+        return {
+            cell: {(row["index"], row["seed"]): known[identity(row, judge)] for row in found}
+            for cell, found in answers.items()
+        }
+
+    def _present(
+        self, name: str, told: dict[str, Any]
+    ) -> tuple[dict[str, float], set[tuple[str, str, int, str]]]:
+        """The rewards of a judge by the text, and the answers whose rating is written down."""
+        rows = [row for row in self.journal.rows if row["judge"] == name and row["told"] == told]
+        return {row["answer"]: row["reward"] for row in rows}, {_place(row, row["answer"]) for row in rows}
+
+    def _rated(
+        self, name: str, judge: JudgeSettings, unread: Mapping[str, Answer]
+    ) -> Iterator[tuple[str, float]]:
+        if not unread:
+            return
+        rater = Judge(judge.model, self.base())
+        texts, rows = list(unread), list(unread.values())
+        ends = [_ended(row, judge) for row in rows]
+        ratings = rater.rate([row["prompt"] for row in rows], [row["response"] for row in rows], ends)
+        step = max(1, len(texts) // PROGRESS_LINES)
+        for done, (index, reward) in enumerate(ratings, 1):
+            if done % step == 0:
+                self.say(f"judge {name}: {done} of {len(texts)} texts rated")
+            yield texts[index], reward
+
+    def _write(
+        self, name: str, told: dict[str, Any], text: str, reward: float, rows: Sequence[Answer]
+    ) -> None:
+        for row in rows:
+            place = {key: row[key] for key in ("method", "setting", "index", "seed")}
+            self.journal.add({**place, "judge": name, "told": told, "answer": text, "reward": reward})
+
+
+def _ended(answer: Answer, judge: JudgeSettings) -> bool:
+    """Whether the judge reads an end token behind the answer."""
+    return judge.ends == "always" or answer.get("finish") != "length"
+
+
+def identity(answer: Answer, judge: JudgeSettings) -> str:
+    """What a judge reads of an answer, as a hash: a text that comes twice is rated once."""
+    read = json.dumps([answer["prompt"], answer["response"], _ended(answer, judge)], sort_keys=True)
+    return hashlib.sha256(read.encode()).hexdigest()[:24]
+
+
+def _place(row: Mapping[str, Any], text: str) -> tuple[str, str, int, str]:
+    return row["method"], canonical(row["setting"]), row["seed"], text
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often a model prefers the answer that people chose.
+
+    Attributes:
+        name: in the tables. model: guide or judge. judge: which of the two.
+        accuracy: at each fraction of the answers, as `FractionAccuracy.as_dict` gives it.
+        longer_wins: the same of the baseline that prefers the longer answer. above: accuracy minus that on the same
+            pairs, as `Difference.as_dict` gives it.
+    """
+
+    name: str
+    model: str
+    judge: bool
+    accuracy: list[dict[str, Any]]
+    longer_wins: dict[str, Any]
+    above: list[dict[str, Any]]
+
+
+def agreements(
+    study: Study,
+    base: Callable[[], ModelAndTokenizer],
+    journal: Journal,
+    guides: Sequence[str],
+    say: Callable[[str], None],
+) -> list[Agreement]:
+    """Accuracy of the judges and of the guides that are models, by how much of the answers they read.
+
+    Args:
+        study: names the pairs. base: as in `Ratings`. journal: accuracy.jsonl. guides: by name.
+
+    Raises:
+        RGTGError: pairs that cannot be read, or a model that cannot be loaded.
+    """
+    if study.pairs is None:
+        return []
+    pairs, _ = load_pairs(study.pairs)
+    pairs = pairs[: study.pairs_limit]
+    content = json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs])
+    data = hashlib.sha256(content.encode()).hexdigest()[:16]
+    models = {settings.model: name for name, settings in study.judges.items()}
+    # A guide without files of its own, such as contrastive prompts, was not trained to agree with anybody.
+    models |= {name: name for name in guides if folders_of(name) and name not in models}
+    found = []
+    for model, name in models.items():
+        told = {
+            "model": model,
+            "weights": sorted(weights_of(model).values()),
+            "data": data,
+            "dtype": study.dtype,
+        }
+        row = next((row for row in journal.rows if row["told"] == told), None)
+        if row is None:
+            say(f"{name}: {len(pairs)} preference pairs")
+            row = {"told": told, **_agreement(Judge(model, base()), pairs, study)}
+            journal.add(row)
+        judge = name in study.judges
+        found.append(Agreement(name, model, judge, row["accuracy"], row["longer_wins"], row["above"]))
+    return found
+
+
+def _agreement(judge: Judge, pairs: Sequence[PreferencePair], study: Study) -> dict[str, Any]:
+    chat = study.chat and judge.tokenizer.chat_template is not None
+    tokenized, _ = tokenize_pairs(pairs, judge.tokenizer, MAX_LENGTH, chat=chat)
+    prompts = {pair.index: pair.prompt for pair in pairs}
+    given: list[Any] = [prompts[pair.index] for pair in tokenized]
+    if chat:
+        given = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in given]
+    scores = score_pairs(judge.scorer, tokenized, judge.budget, given)
+    longer = length_verdicts(tokenized)
+    return plain(
+        {
+            "accuracy": [point.as_dict() for point in prefix_accuracy(scores)],
+            "longer_wins": longer_wins(tokenized).as_dict(),
+            "above": [paired_bootstrap(f, verdicts(scores, f), longer).as_dict() for f in FRACTIONS],
+        }
+    )
