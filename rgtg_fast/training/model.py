@@ -320,6 +320,12 @@ def read_scores(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch
         return head(hidden[rows, columns].to(head.weight.dtype))[:, 0]
 
 
+def read_states(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The states [M, E] of the answer tokens, which the score head reads."""
+    rows, columns, _ = answer_positions(batch)
+    return hidden[rows, columns]
+
+
 def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
     """Writes a reward model with its adapters merged into the weights, a plain model folder for any loader.
 

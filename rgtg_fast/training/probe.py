@@ -7,12 +7,8 @@ that decides what is learned. The fit is convex, so it needs no learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.training.losses import Objective
@@ -34,9 +30,9 @@ def check_strength(strength: float | None, objective: Objective) -> None:
         return
     if not 0 < strength < float("inf"):
         raise RGTGError(f"head_fit={strength} is not above 0: use for example 0.3, or leave it out")
-    if objective.regression or objective.by_token:
+    if objective.regression or objective.additive:
         raise RGTGError(
-            f"head_fit fits a score head by a Bradley-Terry loss and the objective is {objective.name}: leave it out"
+            f"head_fit fits a head by a Bradley-Terry loss and the objective is {objective.name}: leave it out"
         )
 
 
@@ -47,7 +43,7 @@ def compared_prefixes(chosen: int, rejected: int, objective: Objective) -> tuple
         chosen, rejected: tokens of the answers.
         objective: its `mode` says what happens past the shorter answer's end.
     """
-    if objective.name == "full_bt":
+    if objective.name in ("full_bt", "farma"):
         return [chosen - 1], [rejected - 1]
     last = (min if objective.mode == "truncate" else max)(chosen, rejected) - 1
     places = sorted({round(last * point / (POINTS - 1)) for point in range(POINTS)})
@@ -101,21 +97,3 @@ def fit(features: torch.Tensor, weights: torch.Tensor, strength: float) -> torch
 
     optimizer.step(loss)
     return (w.detach() / spread).float()
-
-
-class HeadInputs:
-    """Keeps what enters a model's score head, in the place of its rewards, while it is open."""
-
-    def __init__(self, head: nn.Module):
-        self._head = head
-        self.states: list[torch.Tensor] = []
-
-    def __enter__(self) -> HeadInputs:
-        self._hook = self._head.register_forward_pre_hook(self._keep)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._hook.remove()
-
-    def _keep(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
-        self.states.append(inputs[0].detach().to("cpu", torch.float32))

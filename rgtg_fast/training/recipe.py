@@ -79,8 +79,8 @@ class Recipe:
         epochs: passes over the pairs; with farma, rounds of two passes.
         learning_rate: at its height; it warms up over `warmup` of the steps and falls along a cosine to 0.
         head_learning_rate: of the score head (farma: of the vocabulary head); None for the same.
-        head_fit: fit the score head on the frozen model first, with a penalty of this strength (see `probe`); None
-            begins with a head of zeros.
+        head_fit: fit the head (farma: its row of the end-of-sequence token) on the frozen model first, with a penalty
+            of this strength (see `probe`); None begins with a head of zeros.
         weight_decay: of all but biases and norms.
         token_budget: tokens of a packed row. accumulation: rows of an optimizer step on one process.
         max_length: tokens of a prompt and its longer answer. min_answer_tokens: shorter answers are dropped.
@@ -302,7 +302,7 @@ def train_reward_model(
         f"({trainer.filled:.1%} filled), {'from ' + checkpoint if checkpoint else 'from the start'}"
     )
     if recipe.head_fit is not None and checkpoint is None:
-        say("fitting the score head on the frozen model")
+        say("fitting the head on the frozen model")
         trainer.fit_head(recipe.head_fit)
     trainer.train(resume_from_checkpoint=checkpoint)
     result = trainer.evaluate() if evaluation else {}

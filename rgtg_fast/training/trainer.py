@@ -35,15 +35,17 @@ from rgtg_fast.training.model import (
     drop_zero_adapters,
     let_autocast_cast,
     read_scores,
+    read_states,
     trained_parameters,
     use_packed_forward,
 )
 from rgtg_fast.training.packing import answer_positions, collate, cost, pack, pretrained
-from rgtg_fast.training.probe import PAIRS, HeadInputs, check_strength, differences, fit
+from rgtg_fast.training.probe import PAIRS, check_strength, differences, fit
 from rgtg_fast.training.run import Say
 from rgtg_fast.training.trunk import LowerLayers, TrunkCache
 from rgtg_fast.training.vocabulary import (
     VOCABULARY_HEAD,
+    states_before,
     token_logprobs,
     token_scores,
     token_scores_and_best,
@@ -333,8 +335,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in trained_parameters(model):
-            is_head = not {HEAD, VOCABULARY_HEAD}.isdisjoint(name.split("."))
-            groups.setdefault((is_head, name in decayed), []).append(parameter)
+            groups.setdefault((_in_head(name), name in decayed), []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(
             [
@@ -374,7 +375,9 @@ class PartialRewardTrainer(CompleteCheckpoints):
         return super().train(*args, **kwargs)
 
     def fit_head(self, strength: float) -> None:
-        """Fits the score head to the objective on the model as it is, before training: see `probe`.
+        """Fits the head to the objective on the model as it is, before training: see `probe`.
+
+        Of a vocabulary head, that is the row of the end-of-sequence token, by which farma's whole answers are compared.
 
         Args:
             strength: of the penalty on the standardised weights.
@@ -386,7 +389,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         model = self.model
         assert model is not None
         model.to(self.args.device)  # pyright: ignore[reportArgumentType]
-        head: Any = dict(pretrained(model).named_children())[HEAD]
+        read = states_before if self.objective.by_token else read_states
         generator = torch.Generator().manual_seed(self.args.seed)
         found, weights, count = [], [], 0
         training = model.training
@@ -399,18 +402,18 @@ class PartialRewardTrainer(CompleteCheckpoints):
                 if count >= PAIRS:
                     break
                 inputs = self._batch(self.train_pairs, [(self.rows[number], True)])
-                with HeadInputs(head) as seen:
-                    self._forward(model, inputs)
+                states = self._forward(model, inputs, read).logits.to("cpu", torch.float32)
                 offsets = answer_positions(inputs["batch"])[2]
-                features, shares = differences(torch.cat(seen.states), offsets, self.objective)
+                features, shares = differences(states, offsets, self.objective)
                 found.append(features)
                 weights.append(shares)
                 count += len(self.rows[number])
         model.train(training)
         weight = fit(torch.cat(found), torch.cat(weights), strength)
+        end = self.train_pairs[0].chosen_ids[-1] if self.objective.by_token else 0
         for name, parameter in trained_parameters(model):
-            if HEAD in name.split("."):
-                parameter.data.copy_(weight.to(parameter).view_as(parameter))
+            if _in_head(name) and parameter.ndim == 2:
+                parameter.data[end] = weight.to(parameter)
 
     def score(self, pairs: Sequence[TokenizedPair] | None = None) -> Scores:
         """Rewards of every prefix of both answers, by this process and all others together.
@@ -495,6 +498,11 @@ class PartialRewardTrainer(CompleteCheckpoints):
         assert self.model is not None
         if self.args.should_save and self.fork_layer == len(decoder_layers(self.model)[1]):
             drop_zero_adapters(folder)
+
+
+def _in_head(name: str) -> bool:
+    """Whether a parameter is the trained head's."""
+    return not {HEAD, VOCABULARY_HEAD}.isdisjoint(name.split("."))
 
 
 def _targets(

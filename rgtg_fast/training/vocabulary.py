@@ -137,6 +137,11 @@ def token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBa
     return chunked_logprobs(states, head.weight, head.bias, tokens, _product_dtype(states))
 
 
+def states_before(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The states [M, E] from which the answer tokens are predicted, which the vocabulary head reads."""
+    return _before_tokens(hidden, batch)[0]
+
+
 def _before_tokens(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """The state [M, E] from which each answer token was to be predicted, and the tokens [M]."""
     rows, columns, before = preceding_positions(batch)

@@ -16,11 +16,12 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import Lora, add_adapters
 from rgtg_fast.training.packing import answer_positions, collate, preceding_positions
+from rgtg_fast.training.probe import fit
 from rgtg_fast.training.recipe import Recipe, train_reward_model
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 from tests.conftest import make_lm
-from tests.training.support import rows, save_lm, tokenized
+from tests.training.support import EOS, rows, save_lm, tokenized
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
 
@@ -248,11 +249,33 @@ def test_a_rewarded_token_is_what_guided_decoding_takes(base: Path, tmp_path: Pa
         assert shares[1] > shares[0] + 0.1, name
 
 
+def test_the_end_tokens_row_is_fitted_first(tmp_path: Path) -> None:
+    pairs = tokenized(40)
+    trainer = trainer_on(pairs, tmp_path, 1, 1, Objective("farma"))
+    head = dict(trainer.model.named_parameters())["base_model.model.lm_head.modules_to_save.default.weight"]
+    head.data.zero_()
+    trainer.fit_head(0.1)
+    assert head[EOS].any()
+    assert not head[torch.arange(len(head)) != EOS].any()
+    # What was fitted is the difference of the states before the last tokens.
+    model: Any = make_lm()
+    found = []
+    with torch.no_grad():
+        for pair in pairs:
+            for answer in (pair.chosen_ids, pair.rejected_ids):
+                hidden = model.base_model(torch.tensor([[*pair.prompt_ids, *answer[:-1]]])).last_hidden_state
+                found.append(hidden[0, -1])
+    features = torch.stack(found[::2]) - torch.stack(found[1::2])
+    torch.testing.assert_close(head[EOS], fit(features, torch.ones(40), 0.1), rtol=1e-3, atol=1e-4)
+    scores = trainer.score(trainer.train_pairs)
+    assert sum(chosen[-1] > rejected[-1] for chosen, rejected in scores) > 0.8 * len(pairs)
+
+
 def test_what_cannot_be_trained_is_refused(base: Path, tmp_path: Path) -> None:
     for settings, said in (
         ({"objective": "genarm", "fork_layer": 3}, "leaves no layer to adapt"),
         ({"objective": "genarm", "head_learning_rate": 0.1}, "genarm trains no head"),
-        ({"objective": "farma", "head_fit": 0.3}, "the objective is farma"),
+        ({"objective": "genarm", "head_fit": 0.3}, "the objective is genarm"),
         ({"objective": "genarm", "beta_r": 0.0}, "beta_r=0.0 is not above 0"),
         ({"objective": "genarm", "beta_r": float("nan")}, "beta_r=nan is not above 0"),
     ):
