@@ -124,7 +124,8 @@ def test_the_policy_decodes_unguided_and_guided(base: Path, tmp_path: Path) -> N
     prompt = [[{"role": "user", "content": "w3 w4"}]]
     answer = guided.generate(prompt, 6, Guidance(k=5, beta=4.0, temperature=0))[0]
     assert answer.rewards
-    assert guided.score(prompt, ["w3 w4 w5"]) == pytest.approx(alone.score(prompt, ["w3 w4 w5"]), abs=1e-5)
+    expected = alone.score(prompt, ["w3 w4 w5"])[0]
+    assert guided.score(prompt, ["w3 w4 w5"])[0] == pytest.approx(expected, abs=1e-5)
 
 
 def _reward_base(base: Path) -> Any:
