@@ -1,15 +1,16 @@
-"""The rows being decoded, in slots 0..n-1, and their settings as tensors."""
+"""The rows being decoded, in slots 0..n-1, and what a step needs of them on the device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from rgtg_fast.config import Guidance
 from rgtg_fast.decoding.results import GeneratedRow, Step
+from rgtg_fast.models.transfer import to_device
 from rgtg_fast.rewards.base import Prefix
 
 
@@ -57,31 +58,82 @@ class Row(Prefix):
         return None if math.isnan(reward) else reward
 
 
+@dataclass(frozen=True)
+class SlotState:
+    """What a step reads and changes of each slot, on the device at addresses that stay the same.
+
+    Attributes:
+        tokens: [slots] int64, the newest token, not yet in the base model's cache; -1 where no row is or it has ended.
+        position: int64, index of the answer token that the next step decides. limit: int64, answer tokens that end a
+            row. seed, k: int64, the row's own. beta, temperature, selection_beta: float32.
+    """
+
+    tokens: torch.Tensor
+    position: torch.Tensor
+    limit: torch.Tensor
+    seed: torch.Tensor
+    k: torch.Tensor
+    beta: torch.Tensor
+    temperature: torch.Tensor
+    selection_beta: torch.Tensor
+
+    @classmethod
+    def empty(cls, slots: int, device: torch.device) -> SlotState:
+        """No row in any slot."""
+        whole = [torch.full((slots,), -1, dtype=torch.int64, device=device) for _ in range(5)]
+        return cls(*whole, *(torch.zeros(slots, device=device) for _ in range(3)))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def first(self, rows: int) -> SlotState:
+        """The same memory, slots 0..rows-1."""
+        return SlotState(*(x[:rows] for x in self.tensors()))
+
+    def put(self, slot: int, row: Row, limit: int) -> None:
+        """A row enters a slot, before its first step."""
+        g = row.guidance
+        # Only rows whose support is "combined" are selected by their guidance.
+        selected = g.beta if g.support == "combined" else 0.0
+        values = (row.prompt_ids[-1], 0, limit, row.seed, g.k, g.beta, g.temperature, selected)
+        for x, value in zip(self.tensors(), values, strict=True):
+            x[slot].fill_(value)
+
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` takes slot `target`, or goes where both are the same."""
+        if source != target:
+            for x in self.tensors():
+                x[target] = x[source]
+        self.tokens[source].fill_(-1)
+
+
 class Batch:
-    """The active rows. Their settings become tensors once per change of the rows, not once per step.
+    """The active rows. What the host needs to know of their settings is worked out once per change of the rows.
 
     Attributes:
         rows: the row of each slot.
-        tokens: [n] int64, each row's newest token, not yet in the base model's cache.
-        position: [n] int64, index of the answer token that the next step decides.
-        beta, temperature: [n]; beta is 0 where a row's gate is closed in this step. seed: [n] int64.
-        k: of the widest row. beyond: [n, k] bool, the candidates that a row with a smaller k does not have, None where
-            all rows have the same k.
+        now: the first `width` slots on the device. width: rows of a step, those without a row included.
+        k: of the widest row. support: "all" or "top-k". combined: whether any row is selected by its guidance. ragged:
+            whether rows differ in k.
         gated: whether any row has a gate. guided: for each row, whether this step guides it. closed: [n, 1] bool, the
-            same as a tensor, turned round.
+            same as a tensor, turned round, None without a gate.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, state: SlotState, bucket: Callable[[int], int]):
         self.rows: list[Row] = []
+        self._state, self._bucket = state, bucket
+        state.tokens.fill_(-1)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, row: Row) -> int:
-        """Puts a row into the next slot, which is returned."""
+    def add(self, row: Row, limit: int) -> int:
+        """Puts a row into the next slot, which is returned; it ends after `limit` tokens."""
+        slot = len(self.rows)
         self.rows.append(row)
-        return len(self.rows) - 1
+        self._state.put(slot, row, limit)
+        return slot
 
     def remove(self, slot: int) -> int:
         """Frees a slot; the last row takes it. Returns the slot that row came from (the same: nothing moved)."""
@@ -89,42 +141,44 @@ class Batch:
         source = len(self.rows)
         if slot != source:
             self.rows[slot] = last
+        self._state.move(source, slot)
         return source
 
     def refresh(self) -> None:
-        """Writes the settings of the rows into tensors."""
-
-        def tensor(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.device)
-
+        """Brings the host's view of the settings up to date."""
         settings = [row.guidance for row in self.rows]
-        self.tokens = tensor([(row.answer or row.prompt_ids)[-1] for row in self.rows], torch.int64)
-        self.position = tensor([len(row.answer) for row in self.rows], torch.int64)
-        self.seed = tensor([row.seed for row in self.rows], torch.int64)
-        self.beta = self._beta = tensor([g.beta for g in settings], torch.float32)
+        self.width = self._bucket(len(settings))
+        self.now = self._state.first(self.width)
         self._gates = [g.gate_entropy or 0.0 for g in settings]
         self.gated = any(self._gates)
         self.guided = [True] * len(settings)
-        self.closed = torch.zeros(len(settings), 1, dtype=torch.bool, device=self.device)
-        self.temperature = tensor([g.temperature for g in settings], torch.float32)
-        # Only rows whose support is "combined" are selected by their guidance.
-        self.selection_beta = tensor(
-            [g.beta if g.support == "combined" else 0.0 for g in settings], torch.float32
-        )
+        self.closed: torch.Tensor | None = None
         self.support = "all" if settings[0].support == "all" else "top-k"
         self.combined = any(g.support == "combined" for g in settings)
         widths = [g.k for g in settings]
-        self.k = max(widths)
-        self.beyond: torch.Tensor | None = None
-        if min(widths) != self.k:
-            rank = torch.arange(self.k, device=self.device)
-            self.beyond = rank >= tensor(widths, torch.int64).unsqueeze(-1)
+        self.k, self.ragged = max(widths), min(widths) != max(widths)
+
+    @property
+    def shape(self) -> Hashable:
+        """What a captured step depends on besides the contents of its tensors."""
+        return self.width, self.k, self.support, self.combined, self.ragged
+
+    @property
+    def beyond(self) -> torch.Tensor | None:
+        """[width, k] bool, the candidates that a row with a smaller k does not have; None where all have the same k."""
+        if not self.ragged or self.support == "all":
+            return None
+        return torch.arange(self.k, device=self.now.k.device) >= self.now.k.unsqueeze(-1)
+
+    @property
+    def beta(self) -> torch.Tensor:
+        """[width], 0 where a row's gate is closed in this step."""
+        return self.now.beta if self.closed is None else self.now.beta.masked_fill(self.closed.squeeze(-1), 0)
 
     def open_gates(self, entropy: torch.Tensor) -> None:
-        """Decides from the base distribution's entropy [n] which rows this step guides."""
+        """Decides from the base distribution's entropy [n] which rows this step guides; the host looks at it."""
         if not self.gated:
             return
         pairs = zip(entropy.tolist(), self._gates, strict=True)
         self.guided = [value >= gate for value, gate in pairs]
-        self.closed = ~torch.tensor(self.guided, device=self.device).unsqueeze(-1)
-        self.beta = self._beta.masked_fill(self.closed.squeeze(-1), 0)
+        self.closed = ~to_device(self.guided, torch.bool, entropy.device).unsqueeze(-1)

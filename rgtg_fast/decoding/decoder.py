@@ -14,11 +14,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.config import Guidance, Strategy
-from rgtg_fast.decoding.batch import Batch, Row
+from rgtg_fast.decoding.batch import Batch, Row, SlotState
+from rgtg_fast.decoding.decision import FINE, NO_CANDIDATE, Decision, decide, unpacked
+from rgtg_fast.decoding.graphs import StepGraphs, bucket
 from rgtg_fast.decoding.memory import check_fits, free_bytes
-from rgtg_fast.decoding.results import Candidate, GeneratedRow, GenerationResult, Piece, Stats, Step
+from rgtg_fast.decoding.results import GeneratedRow, GenerationResult, Piece, Stats
 from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_strategy, run_strategy
 from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
+from rgtg_fast.decoding.trace import Seen, seen, write_trace
 from rgtg_fast.errors import RewardNaNError, RGTGError
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
@@ -28,6 +31,7 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_prompts
+from rgtg_fast.models.transfer import Arrival, to_device
 from rgtg_fast.ops import resample, topk_logprobs
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
@@ -46,8 +50,19 @@ class _Run:
     live_text: bool  # texts are needed after every token, for stop strings or a stream
     number: int
     timer: PhaseTimer
+    ahead: int  # steps that may be on the device before the host looks at their decisions
+    graphs: StepGraphs | None
     stats: Stats = field(default_factory=Stats)
     started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class _Flight:
+    """A step whose decision is on its way to the host: the rows of its slots then, and which of them it guided."""
+
+    rows: list[Row]
+    guided: list[bool]
+    arrival: Arrival
 
 
 class RewardGuidedDecoder:
@@ -59,18 +74,34 @@ class RewardGuidedDecoder:
     Args:
         lm: the base language model. reward: the guide, already bound to it, or None.
         max_batch: rows decoded at once; more prompts wait for a free place.
+        graphs: whether steps are replayed as CUDA graphs. None: on CUDA, where the guide stays on the device.
 
     Attributes:
+        ahead: steps that the device may be ahead of the host, 0 or 1: by default 1 on CUDA. Rows then end, leave and
+            are replaced one step late, and the tokens are the same. A guide that reads on the host, or a gate, leaves
+            0.
         phase_timer: makes the timer of a call; `lambda: PhaseTimer(spans=True)` puts the phases into torch's profiler
             and NVTX.
     """
 
-    def __init__(self, lm: LanguageModel, reward: Reward | None, max_batch: int):
+    def __init__(self, lm: LanguageModel, reward: Reward | None, max_batch: int, graphs: bool | None = None):
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise RGTGError(f"max_batch={max_batch!r} is not a whole number >= 1: use for example 8")
         self.lm, self.reward, self.max_batch = lm, reward, max_batch
         lm.backbone.contexts = self._contexts
         self.phase_timer: Callable[[], PhaseTimer] = PhaseTimer
+        reason = None if lm.backbone.device.type == "cuda" else f"the models are on {lm.backbone.device}"
+        self.ahead = 1 if reason is None else 0
+        if reward is not None and not reward.on_device:
+            reason = reason or f"{reward.name} reads on the host"
+        if graphs and reason is not None:
+            raise RGTGError(f"graphs=True and {reason}: leave graphs out")
+        self._graphs: StepGraphs | None = None
+        if reason is None and graphs is not False:
+            self._graphs = StepGraphs(self._graphed_step, lm.backbone, reward)
+        self._slots = SlotState.empty(0, lm.backbone.device)
+        self._eos_ids: frozenset[int] = frozenset()
+        self._eos = torch.zeros(0, dtype=torch.int64, device=lm.backbone.device)
         self._runs = 0
 
     @classmethod
@@ -83,6 +114,7 @@ class RewardGuidedDecoder:
         max_batch: int = 8,
         max_length: int | None = None,
         engine: str = "auto",
+        graphs: bool | None = None,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its guide.
 
@@ -96,6 +128,7 @@ class RewardGuidedDecoder:
             max_batch: rows decoded at once.
             max_length: tokens a row may reach, prompt included; by default what both contexts hold.
             engine: "native" (fused C++ layers, CPU), "transformers" (the model's own blocks) or "auto".
+            graphs: whether a step is replayed as a CUDA graph. None: on CUDA, unless the guide reads on the host.
 
         Raises:
             RGTGError: anything that cannot work, in one line.
@@ -109,7 +142,7 @@ class RewardGuidedDecoder:
         if guide is not None:
             kind = None if dtype is None else resolve_dtype(dtype, model.device)
             guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
-        return cls(language_model, guide, max_batch)
+        return cls(language_model, guide, max_batch, graphs)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -135,6 +168,7 @@ class RewardGuidedDecoder:
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "max_batch": self.max_batch,
             "max_length": self.max_length,
+            "graphs": self._graphs is not None,
             "cache_bytes": self._cache_bytes(),
         }
 
@@ -245,44 +279,64 @@ class RewardGuidedDecoder:
 
     @torch.inference_mode()
     def _steps(self, run: _Run) -> Iterator[list[Row]]:
-        """One iteration per token: top-k → score → resample → commit. Gives the rows that the step advanced."""
-        phase, lm, reward = run.timer, self.lm.backbone, self.reward
+        """One iteration per token; the host may look at it `ahead` steps late. Gives the rows that it advanced."""
+        phase, flights = run.timer, deque[_Flight]()
         waiting = deque(sorted(run.rows, key=lambda row: row.guidance.support == "all"))
-        batch = Batch(lm.device)
         self._reserve(run)
+        batch = Batch(self._slots, self._bucket(run))
         while waiting or batch:
             with phase("prefill"):
-                self._admit(batch, waiting)
-            with phase("lm"):
-                logits, contexts = self._forward(batch)  # [B, V], [B, contexts, V]
-            with phase("reward"):
-                if reward is not None:
-                    reward.observe(contexts)
-            with phase("topk"):
-                logprobs, candidates, entropy = self._select(batch, logits)  # [B, k]
-                batch.open_gates(entropy)
-            with phase("reward"):
-                rewards = self._rewards(batch, candidates, logprobs)  # [B, k]
-                self._check_rewards(batch, candidates, rewards)
-            with phase("resample"):
-                choice, drawn = resample(
-                    logprobs, rewards, batch.beta, batch.temperature, batch.seed, batch.position
-                )
-                self._check_choice(batch, choice)
-            with phase("commit"):
-                if lm.lookahead:
-                    lm.commit(self._per_context(choice))
-                if reward is not None and any(batch.guided):
-                    reward.commit(choice)
-                batch.tokens = candidates.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
-                batch.position += 1
-            with phase("host"):
-                if run.trace:
-                    self._trace(batch, logprobs, candidates, rewards, choice, entropy)
-                self._advance(run, batch, logprobs, rewards, choice, drawn)
-            yield list(batch.rows)
-            with phase("host"):
-                self._retire(run, batch)
+                self._admit(run, batch, waiting)
+            flights.append(self._launch(run, batch))
+            while len(flights) > self._in_flight(run, batch, len(flights)):
+                with phase("host"):
+                    rows = self._advance(run, flights.popleft())
+                if rows:
+                    yield rows
+                with phase("host"):
+                    self._retire(run, batch)
+
+    def _step(self, batch: Batch, trace: bool, phase: PhaseTimer) -> list[torch.Tensor]:
+        """Decides one token of every row: top-k → score → resample → commit.
+
+        The host reads nothing of it but a gate's entropy. Returns the decision, and what a trace shows.
+        """
+        lm, reward, now = self.lm.backbone, self.reward, batch.now
+        with phase("lm"):
+            logits, contexts = self._forward(batch)  # [B, V], [B, contexts, V]
+        with phase("reward"):
+            if reward is not None:
+                reward.observe(contexts)
+        with phase("topk"):
+            logprobs, candidates, entropy = self._select(batch, logits)  # [B, k]
+            batch.open_gates(entropy)
+        with phase("reward"):
+            rewards = self._rewards(batch, candidates, logprobs)  # [B, k]
+        with phase("resample"):
+            choice, drawn = resample(logprobs, rewards, batch.beta, now.temperature, now.seed, now.position)
+        with phase("commit"):
+            kept = choice.masked_fill(now.tokens < 0, -1)  # a row that has ended stands still
+            if lm.lookahead:
+                lm.commit(self._per_context(kept))
+            if reward is not None and any(batch.guided):
+                reward.commit(kept)
+            shown = seen(now, batch.beta, logprobs, candidates, rewards, choice, entropy) if trace else ()
+            packed = decide(now, logprobs, candidates, rewards, choice, drawn, batch.beyond, self._eos)
+        return [packed, *shown]
+
+    def _launch(self, run: _Run, batch: Batch) -> _Flight:
+        """Sets a step going."""
+        if run.graphs is None:
+            tensors = self._step(batch, run.trace, run.timer)
+        else:
+            with run.timer("step"):
+                tensors = run.graphs(batch, run.trace, tuple(self._eos_ids))
+        return _Flight(list(batch.rows), list(batch.guided), Arrival(tensors))
+
+    def _in_flight(self, run: _Run, batch: Batch, flights: int) -> int:
+        """Steps whose decisions may stay on their way: none where no row wants more tokens than they bring."""
+        on = any(len(row.answer) + flights < run.max_new_tokens for row in batch.rows)
+        return run.ahead if on else 0
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The base model's logits [B, V] for the next token, and those [B, contexts, V] in the guide's contexts.
@@ -290,26 +344,28 @@ class RewardGuidedDecoder:
         A guide that shares the forward has already run the newest token: as a candidate of the step before.
         """
         lm = self.lm.backbone
-        tokens = self._per_context(batch.tokens)
+        tokens = self._per_context(batch.now.tokens)
         if not lm.lookahead:
-            lm.step(tokens.unsqueeze(-1))
-            lm.commit(torch.zeros_like(tokens))
+            lm.step(tokens.clamp_min(0).unsqueeze(-1))
+            # The one token of the step, or -1: a row that has ended stands still.
+            lm.commit(tokens.clamp_max(0))
         logits = lm.next_logits(len(tokens))[:, : self.lm.vocabulary]
-        per_prompt = logits.unflatten(0, (len(batch), self._contexts))
+        per_prompt = logits.unflatten(0, (batch.width, self._contexts))
         return per_prompt[:, 0], per_prompt[:, 1:]
 
     def _select(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The support: log-probabilities and tokens [B, k], and the base distribution's entropy [B]."""
         if batch.support == "all":
             logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-            everything = torch.arange(logits.shape[-1], device=logits.device).expand(len(batch), -1)
+            everything = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
             return logprobs, everything, torch.special.entr(logprobs.exp()).sum(-1)
         by_guidance = {}
         if batch.combined and self.reward is not None:
-            by_guidance = {"guidance": self.reward.guidance().float(), "beta": batch.selection_beta}
+            by_guidance = {"guidance": self.reward.guidance().float(), "beta": batch.now.selection_beta}
         logprobs, candidates, entropy = topk_logprobs(logits, batch.k, **by_guidance)
-        if batch.beyond is not None:
-            logprobs = logprobs.masked_fill(batch.beyond, -torch.inf)
+        beyond = batch.beyond
+        if beyond is not None:
+            logprobs = logprobs.masked_fill(beyond, -torch.inf)
         return logprobs, candidates, entropy
 
     def _rewards(self, batch: Batch, candidates: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
@@ -323,7 +379,7 @@ class RewardGuidedDecoder:
             self.lm.backbone.step(self._per_context(candidates))
         whole = batch.support == "all"
         rewards = self.reward.guidance() if whole else self.reward.score(candidates)
-        if not all(batch.guided):
+        if batch.closed is not None:
             rewards = rewards.masked_fill(batch.closed, 0)
         return rewards.to(logprobs.dtype)
 
@@ -339,7 +395,7 @@ class RewardGuidedDecoder:
 
     # ---- rows come and go ---------------------------------------------------------------------------------------
 
-    def _admit(self, batch: Batch, waiting: deque[Row]) -> None:
+    def _admit(self, run: _Run, batch: Batch, waiting: deque[Row]) -> None:
         """Free slots take waiting prompts: all but the last prompt token enter the base model's cache.
 
         With a guide that shares the forward all of them do, as in every guide's own cache.
@@ -350,7 +406,7 @@ class RewardGuidedDecoder:
             if batch and (batch.rows[0].guidance.support == "all") != whole:
                 break  # the two supports have candidates of different shape
             row = waiting.popleft()
-            slot = batch.add(row)
+            slot = batch.add(row, run.max_new_tokens)
             own = row.encoded[: self._contexts - 1]
             for context, ids in enumerate([row.prompt_ids, *own]):
                 self.lm.backbone.clear(slot * self._contexts + context)
@@ -362,32 +418,29 @@ class RewardGuidedDecoder:
         if changed:
             batch.refresh()
 
-    def _advance(
-        self,
-        run: _Run,
-        batch: Batch,
-        logprobs: torch.Tensor,
-        rewards: torch.Tensor,
-        choice: torch.Tensor,
-        drawn: torch.Tensor,
-    ) -> None:
-        """Appends each row's token on the host and decides whether the row ends there."""
-        at = choice.unsqueeze(-1)
-        tokens = batch.tokens.tolist()
-        chosen_logprobs = logprobs.gather(-1, at).squeeze(-1).tolist()
-        chosen_rewards = [] if self.reward is None else rewards.gather(-1, at).squeeze(-1).tolist()
-        drawn_logprobs = drawn.tolist()
-        eos = self.lm.eos_ids
-        for slot, row in enumerate(batch.rows):
-            row.last_token = tokens[slot]
-            row.guided_logprob = (row.guided_logprob or 0.0) + drawn_logprobs[slot]
-            row.logprobs.append(chosen_logprobs[slot])
-            row.rewards += chosen_rewards[slot : slot + 1] if batch.guided[slot] else [math.nan]
-            row.unseen += [] if any(batch.guided) else [tokens[slot]]
-            if tokens[slot] in eos:
+    def _advance(self, run: _Run, flight: _Flight) -> list[Row]:
+        """Appends each row's token on the host and decides whether the row ends there; rows that had ended stay out."""
+        packed, *shown = flight.arrival.get()
+        slots = [slot for slot, row in enumerate(flight.rows) if row.finish_reason is None]
+        decisions = unpacked(packed)
+        self._check(flight, slots, decisions)
+        if shown:
+            traced = [
+                (slot, flight.rows[slot], flight.guided[slot] and self.reward is not None) for slot in slots
+            ]
+            write_trace(traced, Seen(*shown), self.lm)
+        for slot in slots:
+            row, decision, guided = flight.rows[slot], decisions[slot], flight.guided[slot]
+            row.last_token = decision.token
+            row.guided_logprob = (row.guided_logprob or 0.0) + decision.drawn
+            row.logprobs.append(decision.logprob)
+            if self.reward is not None:
+                row.rewards.append(decision.reward if guided else math.nan)
+            row.unseen += [] if any(flight.guided) else [decision.token]
+            if decision.token in self._eos_ids:
                 row.finish_reason = "eos"
             else:
-                row.answer.append(tokens[slot])
+                row.answer.append(decision.token)
             if run.live_text or row.finish_reason is not None:
                 row.text = self.lm.text(row.answer)
             stop_at = find_stop(row.text, run.stops)
@@ -395,9 +448,24 @@ class RewardGuidedDecoder:
                 row.text, row.finish_reason = row.text[:stop_at], "stop"
             elif row.finish_reason is None and len(row.answer) == run.max_new_tokens:
                 row.text, row.finish_reason = self.lm.text(row.answer), "length"
-        run.stats.tokens += len(batch)
-        run.stats.guided_tokens += 0 if self.reward is None else sum(batch.guided)
+        run.stats.tokens += len(slots)
+        run.stats.guided_tokens += 0 if self.reward is None else sum(flight.guided[slot] for slot in slots)
         run.stats.steps += 1
+        if run.stats.first_token_seconds is None:
+            run.stats.first_token_seconds = time.perf_counter() - run.started
+        return [flight.rows[slot] for slot in slots]
+
+    def _check(self, flight: _Flight, slots: list[int], decisions: list[Decision]) -> None:
+        """Refuses rewards that are no numbers, and rows that have nothing to choose from."""
+        for slot in slots:
+            row, fault = flight.rows[slot], decisions[slot].fault
+            if fault == NO_CANDIDATE:
+                raise RGTGError(
+                    f"no candidate of prompt {row.prompt.index}, step {len(row.answer)} has a finite score: "
+                    "check that the reward leaves at least one candidate above -inf"
+                )
+            if fault != FINE:
+                raise RewardNaNError(row.prompt.index, len(row.answer), fault, self.lm.token_text(fault))
 
     def _retire(self, run: _Run, batch: Batch) -> None:
         """Finished rows leave their slots, which the last rows take."""
@@ -432,7 +500,7 @@ class RewardGuidedDecoder:
             # No guide looks on: a step runs one token a row, whatever a guide that shares the forward would want.
             backbone.lookahead = False
             try:
-                unguided = RewardGuidedDecoder(self.lm, None, self.max_batch)
+                unguided = RewardGuidedDecoder(self.lm, None, self.max_batch, graphs=False)
                 return unguided.generate(prompts, run.max_new_tokens, guidance, seeds, run.stops or None)
             finally:
                 backbone.lookahead, backbone.contexts = guided
@@ -526,7 +594,14 @@ class RewardGuidedDecoder:
                 "stop strings need text and the model came without a tokenizer: pass (model, tokenizer)"
             )
         self._runs += 1
-        return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs, self.phase_timer())
+        timer = self.phase_timer()
+        # A gate is opened by the host, step by step; so is a guide that reads the rows' answers there.
+        gated = any(row.guidance.gate_entropy for row in rows)
+        free = not gated and (self.reward is None or self.reward.on_device)
+        # Phases inside a graph could not be told apart.
+        graphs = self._graphs if free and not (timer.spans or timer.synchronize) else None
+        ahead = self.ahead if free else 0
+        return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs, timer, ahead, graphs)
 
     def _check_guidance(self, guidance: Guidance) -> None:
         if not isinstance(guidance, Guidance):
@@ -593,6 +668,21 @@ class RewardGuidedDecoder:
         backbone.reserve(slots * self._contexts, lm_length)
         if reward is not None:
             reward.reserve(slots, reward_length)
+        if len(self._slots.tokens) < slots:
+            self._slots = SlotState.empty(slots, backbone.device)
+        if self.lm.eos_ids != self._eos_ids:
+            self._eos_ids = self.lm.eos_ids
+            self._eos = to_device(sorted(self._eos_ids), torch.int64, backbone.device)
+        if run.graphs is not None:
+            run.graphs.begin(self._slots)
+
+    def _bucket(self, run: _Run) -> Callable[[int], int]:
+        """Rows of a step for a number of rows: as many, or those of the next graph."""
+        slots = min(self.max_batch, len(run.rows))
+        return (lambda rows: rows) if run.graphs is None else (lambda rows: bucket(rows, slots))
+
+    def _graphed_step(self, batch: Batch, trace: bool) -> list[torch.Tensor]:
+        return self._step(batch, trace, PhaseTimer())
 
     # ---- small things -------------------------------------------------------------------------------------------
 
@@ -614,79 +704,6 @@ class RewardGuidedDecoder:
             raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
-    def _check_rewards(self, batch: Batch, candidates: torch.Tensor, rewards: torch.Tensor) -> None:
-        bad = ~(rewards < torch.inf)  # NaN, or an infinity that would drown every other candidate
-        if not bad.any():
-            return
-        if batch.beyond is not None:
-            bad &= ~batch.beyond
-        for slot, at in bad.nonzero().tolist():
-            row, token = batch.rows[slot], int(candidates[slot, at])
-            raise RewardNaNError(row.prompt.index, len(row.answer), token, self.lm.token_text(token))
-
-    def _check_choice(self, batch: Batch, choice: torch.Tensor) -> None:
-        for slot in (choice < 0).nonzero().flatten().tolist():
-            row = batch.rows[slot]
-            raise RGTGError(
-                f"no candidate of prompt {row.prompt.index}, step {len(row.answer)} has a finite score: "
-                "check that the reward leaves at least one candidate above -inf"
-            )
-
-    def _trace(
-        self,
-        batch: Batch,
-        logprobs: torch.Tensor,
-        candidates: torch.Tensor,
-        rewards: torch.Tensor,
-        choice: torch.Tensor,
-        entropy: torch.Tensor,
-    ) -> None:
-        """Writes down every row's candidates and their probabilities after guidance."""
-        beta, temperature = batch.beta.unsqueeze(-1), batch.temperature.unsqueeze(-1)
-        score = logprobs + torch.where(beta == 0, 0, beta * rewards)
-        greedy = torch.nn.functional.one_hot(choice, logprobs.shape[-1]).to(score.dtype)
-        sampled = (score / temperature.clamp_min(torch.finfo(score.dtype).tiny)).softmax(-1)
-        probability = torch.where(temperature == 0, greedy, sampled)
-        base, _ = resample(
-            logprobs,
-            torch.zeros_like(rewards),
-            batch.beta * 0,
-            batch.temperature,
-            batch.seed,
-            batch.position - 1,
-        )
-        for slot, row in enumerate(batch.rows):
-            width = min(row.guidance.k, logprobs.shape[-1])
-            shown = probability[slot].topk(width).indices if batch.support == "all" else torch.arange(width)
-            chosen = int(choice[slot])
-            listed = []
-            for at in shown.tolist():
-                token = int(candidates[slot, at])
-                known = self.reward is not None and batch.guided[slot]
-                reward = float(rewards[slot, at]) if known else None
-                listed.append(
-                    Candidate(
-                        token,
-                        self.lm.token_text(token),
-                        float(logprobs[slot, at]),
-                        reward,
-                        float(probability[slot, at]),
-                        at == chosen,
-                    )
-                )
-            token = int(candidates[slot, chosen])
-            base_token = int(candidates[slot, int(base[slot])])
-            row.trace.append(
-                Step(
-                    len(row.answer),
-                    token,
-                    self.lm.token_text(token),
-                    float(entropy[slot]),
-                    base_token,
-                    listed,
-                )
-            )
-
     def _count(self, run: _Run) -> None:
         """Brings the run's statistics up to date."""
         stats, lm = run.stats, self.lm.backbone.counter
@@ -697,6 +714,7 @@ class RewardGuidedDecoder:
             stats.reward_calls, stats.reward_tokens = guide.calls, guide.tokens
             stats.prompt_tokens_reward = guide.prompt_tokens
         stats.phases = dict(run.timer.seconds)
+        stats.graph_seconds = 0.0 if run.graphs is None else run.graphs.seconds
         stats.cache_bytes = self._cache_bytes()
 
 

@@ -105,6 +105,8 @@ class Stats:
         steps: iterations of the decode loop. lm_calls, reward_calls: forwards of each model in them.
         lm_tokens, reward_tokens: tokens through each model in them. prompt_tokens_lm, prompt_tokens_reward: tokens
             through each model in the prefills.
+        first_token_seconds: from the call to the first decision on the host, prefill, compiling and capturing included;
+            None where a strategy drew the tokens. graph_seconds: spent on warming up and capturing CUDA graphs.
         phases: seconds by phase. cache_bytes: of each model's prefix cache.
     """
 
@@ -118,6 +120,8 @@ class Stats:
     reward_tokens: int = 0
     prompt_tokens_lm: int = 0
     prompt_tokens_reward: int = 0
+    first_token_seconds: float | None = None
+    graph_seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     cache_bytes: dict[str, int] = field(default_factory=dict)
 

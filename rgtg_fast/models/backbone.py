@@ -18,6 +18,7 @@ from rgtg_fast.models.attention import use_prefix_attention
 from rgtg_fast.models.cache import ForkedCache, PrefixCache
 from rgtg_fast.models.low_rank import LowRankRows
 from rgtg_fast.models.native import NativeLayers
+from rgtg_fast.models.transfer import to_device
 
 ENGINES = ("auto", "native", "transformers")
 
@@ -254,14 +255,15 @@ class Backbone:
         if self.lookahead:
             width = self.head.in_features
             dtype = torch.float32 if self.engine == "native" else self.dtype
-            self._states = torch.empty(slots, self.variants, width, dtype=dtype, device=self.device)
+            if len(self._states) < slots or self._states.shape[1] != self.variants:
+                self._states = torch.zeros(slots, self.variants, width, dtype=dtype, device=self.device)
 
     def prefill(self, slot: int, ids: Sequence[int]) -> torch.Tensor:
         """Appends tokens to a slot's prefix in one causal forward; returns their hidden states [S, E]."""
         if not ids:
             return torch.empty(0)
         start, count = self._lengths[slot], len(ids)
-        tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        tokens = to_device([ids], torch.int64, self.device)
         positions = torch.arange(start, start + count, device=self.device).unsqueeze(0)
         self.cache.begin_prefill(slot, start, count)
         hidden = self.layers.forward(tokens, positions, self.cache)
@@ -304,6 +306,23 @@ class Backbone:
             self._states[: len(choice)] = self._stepped[rows, :, choice]
         for slot in range(len(choice)):
             self._lengths[slot] += 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each slot's prefix by the host's own count; set after steps that ran without the host."""
+        return list(self._lengths)
+
+    @lengths.setter
+    def lengths(self, lengths: Sequence[int]) -> None:
+        self._lengths = list(lengths)
+
+    def step_state(self) -> list[torch.Tensor]:
+        """What a step changes besides keys and values: lengths, and with lookahead the newest states."""
+        return [*(part.cache.lengths for part in self.cache.parts), self._states]
+
+    def buffers(self) -> list[torch.Tensor]:
+        """The memory of the prefixes, at the addresses that a captured step will use."""
+        return [x for part in self.cache.parts for x in part.cache.buffers()]
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""

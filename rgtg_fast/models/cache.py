@@ -117,7 +117,7 @@ class PrefixCache(Cache):
 
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens."""
-        self.lengths[slot] = length
+        self.lengths[slot].fill_(length)
 
     def commit(self, choice: torch.Tensor) -> None:
         """Moves new token `choice[b]` of each row to its prefix's end, in every layer; -1 leaves a row as it is."""
@@ -129,6 +129,10 @@ class PrefixCache(Cache):
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
         self.lengths[target] = self.lengths[source]
+
+    def buffers(self) -> list[torch.Tensor]:
+        """The memory of the prefixes' keys and values."""
+        return [self.keys, self.values]
 
     @property
     def parts(self) -> list[CachePart]:
@@ -248,7 +252,7 @@ class ForkedCache(Cache):
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens."""
         for part in self.parts:
-            part.cache.lengths[slot * part.variants : (slot + 1) * part.variants] = length
+            part.cache.lengths[slot * part.variants : (slot + 1) * part.variants].fill_(length)
 
     def commit(self, choice: torch.Tensor) -> None:
         """Moves new token `choice[b]` [B] of each slot to its prefix's end, in every layer and variant."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.backbone import Counter
+from rgtg_fast.models.backbone import Backbone, Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
 
@@ -49,8 +49,11 @@ class Reward(ABC):
         additive: True where the reward of an answer is the sum over its tokens (a log-ratio of the whole answer), False
             where it is that of its last prefix.
         parts: guides that a mixture adds up and `Guidance(weights=...)` may weigh, 0 for anything else.
+        on_device: True where a step (`observe`, `guidance`, `score`, `commit`) reads nothing on the host, neither a
+            tensor nor a row's answer: then steps may run ahead of the host and be captured into a CUDA graph.
     """
 
+    on_device = False
     wide = False
     contexts = 0
     additive = False
@@ -99,6 +102,18 @@ class Reward(ABC):
         """Bytes of the guide's own cache."""
         return 0
 
+    def models(self) -> list[Backbone]:
+        """The guide's own models; not the base model where it shares that one's forward."""
+        return []
+
+    def step_state(self) -> list[torch.Tensor]:
+        """Tensors of the guide's own that a step reads or changes, at the addresses that a captured step will use."""
+        return []
+
+    def counters(self) -> list[Counter]:
+        """What a step counts."""
+        return [self.counter]
+
     def encode(self, prompt: Prompt) -> list[list[int]]:
         """The prompt's token ids in each context the guide keeps: first its `contexts` of the base's, then its own."""
         return []
@@ -125,7 +140,7 @@ class Reward(ABC):
         """Rewards [B, k] of candidate tokens [B, k] in slots 0..B-1."""
 
     def commit(self, choice: torch.Tensor) -> None:
-        """Candidate `choice[b]` [B] has become row b's next token."""
+        """Candidate `choice[b]` [B] has become row b's next token; -1: the row has ended and stands still."""
 
     def answer_reward(self, rewards: Sequence[float]) -> float:
         """The reward of a whole answer from its tokens' rewards: their sum or the last prefix's."""

@@ -34,6 +34,7 @@ class ContrastiveReward(Reward):
             stand as a paragraph of their own.
     """
 
+    on_device = True
     wide = True
     contexts = 2
     additive = True

@@ -8,9 +8,10 @@ import torch
 
 from rgtg_fast.config import as_weights
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.backbone import Counter
+from rgtg_fast.models.backbone import Backbone, Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.models.transfer import to_device
 from rgtg_fast.rewards.base import Prefix, Reward
 
 
@@ -54,6 +55,7 @@ class MixtureReward(Reward):
             raise RGTGError("a mixture has the same guide twice: add the two weights instead")
         self.weights = [1.0] * len(self.rewards) if weights is None else weights
         self.parts = len(self.rewards)
+        self.on_device = all(reward.on_device for reward in self.rewards)
         self.wide = all(reward.wide for reward in self.rewards)
         self.additive = all(reward.additive for reward in self.rewards)
         self.contexts = sum(reward.contexts for reward in self.rewards)
@@ -106,6 +108,15 @@ class MixtureReward(Reward):
     def cache_bytes(self) -> int:
         return sum(reward.cache_bytes() for reward in self.rewards)
 
+    def models(self) -> list[Backbone]:
+        return [model for reward in self.rewards for model in reward.models()]
+
+    def step_state(self) -> list[torch.Tensor]:
+        return [self._by_slot, *(state for reward in self.rewards for state in reward.step_state())]
+
+    def counters(self) -> list[Counter]:
+        return [self.counter, *(counter for reward in self.rewards for counter in reward.counters())]
+
     def encode(self, prompt: Prompt) -> list[list[int]]:
         encoded = [reward.encode(prompt) for reward in self.rewards]
         # How many contexts a guide keeps is the same for every prompt.
@@ -118,11 +129,12 @@ class MixtureReward(Reward):
         super().reserve(slots, length)
         for reward in self.rewards:
             reward.reserve(slots, length)
-        self._by_slot = self._by_slot.new_zeros(slots, len(self.rewards))
+        if len(self._by_slot) < slots:
+            self._by_slot = self._by_slot.new_zeros(slots, len(self.rewards))
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         weights = self.weights if prefix.weights is None else prefix.weights
-        self._by_slot[slot] = self._by_slot.new_tensor(weights)
+        self._by_slot[slot] = to_device(weights, self._by_slot.dtype, self._by_slot.device)
         shared, own = encoded[: self.contexts], encoded[self.contexts :]
         for reward, count in zip(self.rewards, self._owned, strict=True):
             reward.admit(slot, prefix, shared[: reward.contexts] + own[:count])
@@ -172,8 +184,7 @@ class MixtureReward(Reward):
     def _count(self) -> None:
         """The guides' counters, added up."""
         counters = [reward.counter for reward in self.rewards]
-        self.counter = Counter(
-            sum(c.calls for c in counters),
-            sum(c.tokens for c in counters),
-            sum(c.prompt_tokens for c in counters),
-        )
+        total = self.counter
+        total.calls = sum(c.calls for c in counters)
+        total.tokens = sum(c.tokens for c in counters)
+        total.prompt_tokens = sum(c.prompt_tokens for c in counters)

@@ -48,6 +48,8 @@ class SequenceReward(Reward):
         False
     """
 
+    on_device = True
+
     def __init__(
         self,
         model: str | os.PathLike[str] | ModelAndTokenizer | Adapter,
@@ -150,6 +152,9 @@ class SequenceReward(Reward):
 
     def cache_bytes(self) -> int:
         return 0 if self.backbone is None else self.backbone.cache.nbytes()
+
+    def models(self) -> list[Backbone]:
+        return [] if self.backbone is None else [self.backbone]
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
         assert self._lm is not None

@@ -82,7 +82,7 @@ class Follower:
         self._head: nn.Linear | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._lm: LanguageModel | None = None
-        # Each slot's newest token, not yet in the cache.
+        # Each slot's newest token, not yet in the cache; -1 where there is none.
         self._tokens = torch.zeros(0, dtype=torch.int64)
 
     def bind(self, lm: LanguageModel, dtype: torch.dtype | None, engine: str, max_length: int | None) -> None:
@@ -168,14 +168,16 @@ class Follower:
         if self.backbone is not None:
             self.backbone.reserve(slots, length)
             self.backbone.counter = counter
-            self._tokens = torch.zeros(slots, dtype=torch.int64, device=self.backbone.device)
+            if len(self._tokens) < slots or self._tokens.device != self.backbone.device:
+                self._tokens = torch.zeros(slots, dtype=torch.int64, device=self.backbone.device)
+            self._tokens.fill_(-1)
 
     def admit(self, slot: int, prefix: Prefix, ids: list[int]) -> None:
         """A row enters: all but its last token are prefilled, so that every step costs one token a row."""
         if self.backbone is not None:
             self.backbone.clear(slot)
             self.backbone.prefill(slot, ids[:-1])
-            self._tokens[slot] = ids[-1]
+            self._tokens[slot].fill_(ids[-1])
         elif self._own_rows:
             self.counter.prompt_tokens += len(prefix.prompt_ids) - (not self.model.lookahead)
 
@@ -190,8 +192,9 @@ class Follower:
         assert self._head is not None
         if self.backbone is not None:
             newest = self._tokens[:rows]
-            states = self.backbone.step(newest.unsqueeze(-1)).squeeze(1)
-            self.backbone.commit(torch.zeros_like(newest))
+            states = self.backbone.step(newest.clamp_min(0).unsqueeze(-1)).squeeze(1)
+            # The one token of the step, or -1: a row that has ended stands still.
+            self.backbone.commit(newest.clamp_max(0))
         else:
             assert self._attached is not None
             states = self._attached.newest()
@@ -205,9 +208,14 @@ class Follower:
             self.counter.tokens += candidates.numel()
 
     def follow(self, tokens: torch.Tensor) -> None:
-        """Tokens [B] have been decided."""
+        """Tokens [B] have been decided; -1: the row has ended."""
         if self.backbone is not None:
             self._tokens[: len(tokens)] = tokens
+
+    @property
+    def newest(self) -> torch.Tensor:
+        """Each slot's newest token [slots], not yet in the cache; -1 where there is none."""
+        return self._tokens
 
     def answer_scores(self, prefix: Prefix, answer: Sequence[int]) -> Scores:
         """Scores [n, V] before each token of a given answer, from one uncached forward."""
@@ -239,6 +247,7 @@ class WideReward(Reward):
     base model's. The support may be "lm", "combined" or "all".
     """
 
+    on_device = True
     wide = True
 
     def __init__(self, followers: Sequence[Follower]):
@@ -274,14 +283,16 @@ class WideReward(Reward):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return sum(backbone.cache_bytes_per_token for backbone in self._own_models)
+        return sum(backbone.cache_bytes_per_token for backbone in self.models())
 
     def cache_bytes(self) -> int:
-        return sum(backbone.cache.nbytes() for backbone in self._own_models)
+        return sum(backbone.cache.nbytes() for backbone in self.models())
 
-    @property
-    def _own_models(self) -> list[Backbone]:
+    def models(self) -> list[Backbone]:
         return [follower.backbone for follower in self._followers if follower.backbone is not None]
+
+    def step_state(self) -> list[torch.Tensor]:
+        return [follower.newest for follower in self._followers if follower.backbone is not None]
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
         return [ids for follower in self._followers for ids in follower.encode(prompt)]
@@ -315,7 +326,8 @@ class WideReward(Reward):
     def commit(self, choice: torch.Tensor) -> None:
         tokens = choice
         if self._candidates is not None:
-            tokens = self._candidates.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+            tokens = self._candidates.gather(-1, choice.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+            tokens = tokens.masked_fill(choice < 0, -1)
         for follower in self._followers:
             follower.follow(tokens)
 
