@@ -138,7 +138,7 @@ def test_own_templates(tmp_path: Path) -> None:
     with pytest.raises(RGTGError, match="cannot read the templates"):
         Templates.load(tmp_path / "none.yaml")
     path = tmp_path / "own.yaml"
-    path.write_text(TEMPLATES.read_text(encoding="utf-8").replace("worse answer", "terrible answer"))
+    path.write_text(TEMPLATES.read_text(encoding="utf-8").replace("must be worse", "must be terrible"))
     assert "terrible" in Templates.load(path).worse
 
 
