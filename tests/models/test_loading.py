@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
-from rgtg_fast.models.loading import refusal, resolve_device, resolve_dtype
+from rgtg_fast.models.loading import refusal, resolve_device, resolve_dtype, reward_backbone
 from tests.conftest import make_lm, make_rm, make_tokenizer, tiny_config
 
 BASE = {
@@ -176,6 +176,34 @@ def test_context_is_the_models() -> None:
     decoder = RewardGuidedDecoder.from_pretrained((make_lm(max_position_embeddings=48), None))
     assert decoder.max_length == 48
     assert tiny_config().max_position_embeddings == 128
+
+
+@pytest.mark.parametrize("size", [1, 10])
+def test_a_reward_near_zero_is_no_reason_to_refuse(size: int) -> None:
+    """The rounding of bfloat16 is no difference, whatever a head says about the tokens that are tried."""
+    model = make_rm(dtype=torch.bfloat16)
+    ids = reward_backbone(model, "transformers", None)._probe()
+    with torch.inference_mode():
+        state = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1].float()
+        weight = size * model.score.weight.float()
+        weight -= torch.outer(weight @ state, state) / state.square().sum()
+        model.score.weight.copy_(weight)
+    reward_backbone(model, "transformers", None)
+    reward_backbone(model, "auto", None)
+
+
+def test_a_reward_model_that_scales_its_scores_is_found_out() -> None:
+    model = make_rm()
+    forward = model.forward
+
+    def scaled(*args: object, **kwargs: object) -> object:
+        found = forward(*args, **kwargs)
+        found.logits = found.logits * 1.5
+        return found
+
+    model.forward = scaled
+    with pytest.raises(RGTGError, match="cannot be served"):
+        reward_backbone(model, "auto", None)
 
 
 def test_a_family_that_scales_its_logits_is_found_out() -> None:
