@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.training.packing import PackedBatch, preceding_positions, pretrained
 
 # The name of the head that adapters are saved with, and served under.
@@ -169,8 +170,8 @@ def _best(
 ) -> torch.Tensor:
     """The token [M] with the largest score at each state, the first of equals."""
     with torch.autocast(states.device.type, enabled=False):
-        best = [logits.argmax(-1) for _, logits in _logits(states, weight.to(dtype), bias)]
-    return torch.cat(best)
+        best = [topk_logprobs(logits, 1)[1] for _, logits in _logits(states, weight.to(dtype), bias)]
+    return torch.cat(best).squeeze(-1)
 
 
 def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
@@ -234,11 +235,12 @@ class _Logprobs(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             slopes = narrow[tokens]
         for part, logits in _logits(states, narrow, bias):
-            logits = logits.to(wide)
-            total = logits.logsumexp(-1, keepdim=True)
-            out[part] = (logits.gather(-1, tokens[part, None]) - total).squeeze(-1)
+            # The one-pass top-k knows the sum over the vocabulary: no wide copy of the logits is written.
+            logprob, top, _ = topk_logprobs(logits, 1)
+            both = logits.gather(-1, torch.cat([tokens[part, None], top], -1)).to(wide)
+            out[part] = both[:, 0] - both[:, 1] + logprob[:, 0]
             if slopes is not None:
-                slopes[part] -= logits.sub_(total).exp_().to(dtype) @ narrow
+                slopes[part] -= logits.softmax(-1) @ narrow
         ctx.dtype = dtype
         ctx.save_for_backward(states, weight, bias, tokens, slopes)
         return out
@@ -253,7 +255,7 @@ class _Logprobs(torch.autograd.Function):
             of_bias = None if bias is None else torch.zeros_like(bias)
             narrow = weight.to(ctx.dtype)
             for part, logits in _logits(states, narrow, bias):
-                errors = logits.to(grad.dtype).softmax(-1).neg_()
+                errors = logits.softmax(-1, dtype=grad.dtype).neg_()
                 errors.scatter_add_(-1, tokens[part, None], torch.ones_like(errors[:, :1]))
                 errors *= grad[part, None]
                 of_weight += (errors.to(ctx.dtype).T @ states[part].to(ctx.dtype)).to(weight.dtype)
