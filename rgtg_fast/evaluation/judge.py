@@ -28,13 +28,14 @@ from rgtg_fast.models.loading import (
 from rgtg_fast.models.prompts import Prompt, PromptLike
 from rgtg_fast.rewards import SequenceReward, named_guide
 from rgtg_fast.rewards.base import Prefix, Reward
+from rgtg_fast.rewards.named import CONTRASTIVE, PREFIXES
 from rgtg_fast.training.data import TokenizedPair
 from rgtg_fast.training.packing import collate, cost, pack, packed_rewards, use_packed_attention
 
 WEIGHTS = "*.safetensors"
 _RECIPE = "rgtg_fast.json"
-# What in a guide's name is no path: weights of a mixture, methods' names, separators.
-_SEPARATORS = re.compile(r"[,+]|(?:[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?\s*\*)")
+# Where a term of a mixture's name begins: before its weight.
+_TERMS = re.compile(r"\+(?=\s*[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?\s*\*)")
 
 
 def load_classifier(
@@ -210,19 +211,16 @@ def folders_of(name: str) -> list[str]:
         >>> folders_of("mixture:0.7*farma:one+0.3*eft:two,three")
         ['one', 'two', 'three']
     """
-    if name.startswith("bundled:"):
-        return [resolve(name)]
-    kind, colon, rest = name.partition(":")
-    if kind == "contrastive":
+    if name == CONTRASTIVE:
         return []
-    if not colon:
-        return [name]
-    parts = [part.strip() for part in _SEPARATORS.split(rest) if part.strip()]
+    kind, colon, rest = name.partition(":")
+    if not colon or kind not in PREFIXES:
+        return [resolve(name)]
     if kind == "mixture":
-        return [folder for part in parts for folder in folders_of(part)]
-    return [
-        folder for part in parts for folder in (folders_of(part) if part.startswith("bundled:") else [part])
-    ]
+        terms = _TERMS.split(rest)
+        return [folder for term in terms for folder in folders_of(term.partition("*")[2].strip())]
+    paths = rest.split(",") if kind == "eft" else [rest]
+    return [resolve(path.strip()) for path in paths]
 
 
 def weights_of(name: str) -> dict[str, str]:
