@@ -1,0 +1,1 @@
+"""The comparison of decoding methods that the documentation reports."""

@@ -1,0 +1,78 @@
+"""Runs the whole study: `python -m benchmarks.study` trains the models that are missing, then evaluates.
+
+Guides, policy and judge are adapters of the embedded model with the same first adapted layer; the judge is larger, and
+of data that no guide has seen. What is there is kept, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.figures import write_block
+from benchmarks.harness import read
+from benchmarks.study.tables import BLOCK, study_block
+
+HERE = Path(__file__).parent
+MODELS, CONFIG, SUMMARY = HERE / "models", HERE / "study.yaml", HERE / "results" / "summary.csv"
+PAGE = HERE.parent.parent / "docs" / "evaluation.md"
+GUIDES, JUDGES = "hh_guide_train.jsonl.gz", "hh_judge_train.jsonl.gz"
+ADAPTER = "--fork-layer 20 --lora-rank 8 --lora-alpha 16 --max-length 384"
+# Model: its data, and the command that makes it.
+TRAINING = {
+    "judge": (
+        JUDGES,
+        "train --objective full_bt --weight pair --fork-layer 10 --lora-rank 32 --lora-alpha 64 --max-length 384 "
+        "--epochs 2 --lr 2e-4 --head-lr 1e-4 --head-fit 0.3 --accumulate 8 --bf16",
+    ),
+    "farma": (
+        GUIDES,
+        f"train --objective farma {ADAPTER} --epochs 1 --lr 5e-4 --head-fit 0.3 --accumulate 8 --bf16",
+    ),
+    "genarm": (GUIDES, f"train --objective genarm {ADAPTER} --epochs 1 --lr 5e-4 --accumulate 8 --bf16"),
+    "dpo": (GUIDES, f"train-policy --objective dpo {ADAPTER} --epochs 1"),
+}
+SHARED = HERE.parent.parent.parent / "shared" / "data"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--only", choices=("train", "evaluate"), help="one half of it")
+    parser.add_argument("--limit", type=int, help="prompts at most")
+    given = parser.parse_args(arguments)
+    data = Path(os.environ.get("RGTG_DATA", SHARED))
+    if not data.is_dir():
+        print("the data folder is missing: set RGTG_DATA to it", file=sys.stderr)
+        return 2
+    environment = {**os.environ, "RGTG_DATA": str(data), "OMP_WAIT_POLICY": "PASSIVE"}
+    commands = []
+    if given.only != "evaluate":
+        for name, (source, options) in TRAINING.items():
+            if not any((MODELS / name).glob("*.safetensors")):
+                commands.append(training(name, data / source, options))
+    if given.only != "train":
+        limit = [] if given.limit is None else ["--limit", str(given.limit)]
+        commands.append(["evaluate", "--config", str(given.config), *limit])
+    for command in commands:
+        print("rgtg-fast", *command, flush=True)
+        done = subprocess.run([sys.executable, "-m", "rgtg_fast", *command], env=environment, check=False)
+        if done.returncode:
+            return done.returncode
+    if given.only != "train" and given.config == CONFIG:
+        print(PAGE, "changed" if write_block(PAGE, study_block(read(SUMMARY)), BLOCK) else "unchanged")
+    return 0
+
+
+def training(name: str, data: Path, options: str) -> list[str]:
+    """The command that makes a model, or goes on making it."""
+    command, *rest = options.split()
+    resume = ["--resume"] if any((MODELS / name).glob("checkpoint-*")) else []
+    return [command, "--data", str(data), "--output", str(MODELS / name), *rest, *resume]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
