@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rgtg_fast.app import policies
+
 
 @dataclass(frozen=True)
 class Cost:
     """What one step of B rows with k candidates costs.
 
     Attributes:
-        lm_calls, lm_rows: forwards of the base model, and tokens through it per row.
+        lm_calls: forwards of the base model. lm_rows, lm_candidates: tokens through it per row, and per candidate of a
+            row.
         reward_calls: forwards of reward models. reward_rows, reward_candidates: tokens through them per row, and per
             candidate of a row.
         whole_texts: the tokens above are whole texts, encoded again at every step.
@@ -24,6 +27,7 @@ class Cost:
 
     lm_calls: int = 1
     lm_rows: int = 1
+    lm_candidates: int = 0
     reward_calls: int = 1
     reward_rows: int = 0
     reward_candidates: int = 0
@@ -31,7 +35,7 @@ class Cost:
 
     def lm_tokens(self, rows: int, k: int) -> int:
         """Tokens through the base model in one step."""
-        return rows * self.lm_rows
+        return rows * (self.lm_rows + k * self.lm_candidates)
 
     def reward_tokens(self, rows: int, k: int) -> int:
         """Tokens (texts, where they are whole) through the reward models in one step."""
@@ -39,7 +43,7 @@ class Cost:
 
     def lm_words(self) -> str:
         """Calls and tokens of the base model, to be read."""
-        return f"{self.lm_calls} × {_times(self.lm_rows)}B"
+        return f"{self.lm_calls} × {f'{_times(self.lm_rows)}B' if self.lm_rows else 'B·k'}"
 
     def reward_words(self) -> str:
         """Calls and tokens of the reward models, to be read."""
@@ -47,6 +51,16 @@ class Cost:
             return "–"
         each = f"{_times(self.reward_rows // self.reward_calls)}B" if self.reward_rows else "B·k"
         return f"{self.reward_calls} × {each}{' texts' if self.whole_texts else ''}"
+
+    def shared(self) -> Cost:
+        """The cost where the guides are adapters that run in the base model's own forward.
+
+        Their tokens ride along from the layer on where an adapter begins. A guide that scores candidates has them run
+        instead of the newest token.
+        """
+        if self.reward_candidates:
+            return replace(self, lm_rows=0, lm_candidates=1, reward_calls=0)
+        return replace(self, reward_calls=0)
 
     def as_dict(self) -> dict[str, Any]:
         """Calls per step, and tokens per step in words and as numbers."""
@@ -274,7 +288,7 @@ STRATEGIES = (
         "arXiv 2310.17022",
         "k blocks of samples, the best one is kept and all go on from there",
         "K·n",
-        "K·n, one forward a block",
+        "K·n to (K + 1)·n, one forward a block",
         "SequenceReward, RADReward",
     ),
 )
@@ -285,6 +299,7 @@ def report() -> dict[str, Any]:
     return {
         "methods": [method.as_dict() for method in METHODS],
         "strategies": [{**asdict(strategy), "page": strategy.page} for strategy in STRATEGIES],
+        "policies": policies.report(),
     }
 
 
@@ -362,3 +377,4 @@ def show(console: Console) -> None:
         rule = Text(strategy.rule).append(f"\n{about}guides: {strategy.guides}", "dim")
         table.add_row(Text(strategy.name, "bold"), rule, strategy.lm, strategy.reward, Text(strategy.usage))
     console.print(table)
+    console.print(policies.table())
