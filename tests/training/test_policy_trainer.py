@@ -21,6 +21,7 @@ from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.model import Lora, lora_config
 from rgtg_fast.training.packing import use_packed_attention
 from rgtg_fast.training.policy_trainer import TRegTrainer, preference_dataset
+from rgtg_fast.training.run import checkpointing
 from rgtg_fast.training.t_reg import Templates, fill_token_rewards
 from tests.conftest import make_lm, make_tokenizer
 from tests.training.support import rows
@@ -47,7 +48,7 @@ def arguments(folder: Path, **settings: Any) -> DPOConfig:
             "report_to": "none",
             "disable_tqdm": True,
             "save_strategy": "no",
-            "activation_checkpointing": False,
+            **checkpointing(False),
             "max_length": None,
             **settings,
         }
