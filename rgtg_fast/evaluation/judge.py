@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,8 +70,21 @@ def load_classifier(
     return model, tokenizer
 
 
+@dataclass(frozen=True)
+class Rating:
+    """A judge's reward of one answer.
+
+    Attributes:
+        ended: with the end-of-sequence token behind it, as whole answers are in training.
+        unended: at its last token, which is what a guide sees of an answer that was cut off; `ended` for an empty one.
+    """
+
+    ended: float
+    unended: float
+
+
 class Judge:
-    """Rates whole answers: the reward of an answer with the end-of-sequence token behind it, as it was trained on.
+    """Rates whole answers.
 
     A judge reads texts, under its own tokenizer and chat template, so that answers of any program are rated alike.
 
@@ -98,43 +112,38 @@ class Judge:
         assert bound.tokenizer is not None
         self.scorer, self.tokenizer = bound.reward, bound.tokenizer
 
-    def rate(
-        self, prompts: Sequence[PromptLike], answers: Sequence[str], ends: Sequence[bool] | None = None
-    ) -> Iterator[tuple[int, float]]:
-        """Index and reward of each answer, as they become known.
+    def rate(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, Rating]]:
+        """Index and rating of each answer, as they become known.
 
         Args:
             prompts: as the decoder takes them, one per answer. answers: texts; an empty one is its end token alone.
-            ends: for each answer, whether an end-of-sequence token is read behind it; by default always.
 
         Raises:
             RGTGError: an answer over the context, or a reward that is NaN.
         """
-        ids = [
-            self._answer_ids(answer, end)
-            for answer, end in zip(answers, ends or [True] * len(answers), strict=True)
-        ]
-        guide = isinstance(self.scorer, Reward)
-        for index, reward in self._one_by_one(prompts, ids) if guide else self._packed(prompts, ids):
-            if math.isnan(reward):
+        ids = [self._answer_ids(answer) for answer in answers]
+        packed = isinstance(self.scorer, PreTrainedModel)
+        for index, rating in self._packed(prompts, ids) if packed else self._one_by_one(prompts, ids):
+            if math.isnan(rating.ended) or math.isnan(rating.unended):
                 raise RGTGError(
                     f"the judge {self.name} rates answer {index} with NaN: check its weights and dtype (float16 "
                     "overflows: try bfloat16 or float32)"
                 )
-            yield index, reward
+            yield index, rating
 
     @torch.inference_mode()
     def _packed(
         self, prompts: Sequence[PromptLike], answers: Sequence[list[int]]
-    ) -> Iterator[tuple[int, float]]:
+    ) -> Iterator[tuple[int, Rating]]:
         assert isinstance(self.scorer, PreTrainedModel)
         pairs, indices = self._pairs(prompts, answers, context_length(self.scorer))
         for row in pack(pairs, max(self.budget, *(cost(pair) for pair in pairs))):
             batch = collate(pairs, [row], pad_id=0).to(self.scorer.device)
             rewards, offsets = packed_rewards(self.scorer, batch)
-            last = rewards[offsets[1:] - 1].tolist()
+            parts = [part.tolist() for part in rewards.split(offsets.diff().tolist())]
             for n, i in enumerate(batch.pairs):
-                yield from zip(indices[i], last[2 * n : 2 * n + 2], strict=False)
+                for index, of_prefixes in zip(indices[i], parts[2 * n : 2 * n + 2], strict=False):
+                    yield index, Rating(of_prefixes[-1], of_prefixes[-2:][0])
 
     def _pairs(
         self, prompts: Sequence[PromptLike], answers: Sequence[list[int]], context: int
@@ -169,17 +178,17 @@ class Judge:
         for index, (given, ids) in enumerate(zip(prompts, answers, strict=True)):
             prompt = Prompt(given, index)
             prefix = Prefix(prompt, prompt.ids(self.tokenizer))
-            yield index, self.scorer.answer_reward(self.scorer.score_answer(prefix, ids))
+            rewards = self.scorer.score_answer(prefix, ids)
+            ended = self.scorer.answer_reward(rewards)
+            yield index, Rating(ended, self.scorer.answer_reward(rewards[:-1]) if rewards[1:] else ended)
 
-    def _answer_ids(self, text: str, end: bool) -> list[int]:
+    def _answer_ids(self, text: str) -> list[int]:
         eos = cast("int | None", self.tokenizer.eos_token_id)
         if eos is None:
             raise RGTGError(
                 f"the tokenizer of the judge {self.name} has no EOS token: set tokenizer.eos_token"
             )
-        ids = cast("list[int]", self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"])
-        # An answer without a token has nothing but its end to be rated by.
-        return [*ids, eos] if end or not ids else ids
+        return [*cast("list[int]", self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]), eos]
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Told apart by those who do not see all colours (Okabe and Ito), and by their markers in print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Where a logarithmic axis of speeds is marked.
+_TICKS = tuple(float(f"{digit}e{power}") for power in range(-2, 6) for digit in (1, 2, 5))
 # Standard errors on either side of a 95 % interval.
 _Z = 1.96
 
@@ -36,14 +38,14 @@ def reward_over_beta(rows: Sequence[Row], baseline: str) -> str | None:
         return None
 
     def draw(axes: Axes) -> None:
-        for n, (method, points) in enumerate(swept.items()):
+        looks = _looks(rows)
+        for method, points in swept.items():
             x, y = [p["beta"] for p in points], [p["reward"] for p in points]
             low, high = ([p["reward"] + side * _Z * p["reward_se"] for p in points] for side in (-1, 1))
-            axes.fill_between(x, low, high, color=COLOURS[n % 8], alpha=0.15, linewidth=0)
-            axes.plot(x, y, color=COLOURS[n % 8], marker=MARKERS[n % 8], ms=4, label=method)
+            axes.fill_between(x, low, high, color=looks[method]["color"], alpha=0.1, linewidth=0)
+            axes.plot(x, y, ms=5, label=method, **looks[method])
         _baseline(axes, rows, baseline)
         axes.set(xlabel="weight of the guide β", ylabel="mean reward under the judge")
-        axes.legend(fontsize="small")
 
     return _svg(draw)
 
@@ -55,15 +57,15 @@ def reward_over_kl(rows: Sequence[Row], baseline: str) -> str | None:
         return None
 
     def draw(axes: Axes) -> None:
-        for n, (method, points) in enumerate(known.items()):
-            _points(axes, n, method, points, "kl")
+        looks = _looks(rows)
+        for method, points in known.items():
+            _points(axes, method, points, "kl", looks[method])
             for point in points if len(points) > 1 else []:
                 text = f"β={point['beta']:g}"
                 at = (point["kl"], point["reward"])
                 axes.annotate(text, at, xytext=(3, 3), textcoords="offset points", fontsize=6)
         _baseline(axes, rows, baseline)
         axes.set(xlabel="KL(method ‖ base model), nats an answer", ylabel="mean reward under the judge")
-        axes.legend(fontsize="small")
 
     return _svg(draw)
 
@@ -75,11 +77,15 @@ def reward_over_speed(rows: Sequence[Row], baseline: str) -> str | None:
         return None
 
     def draw(axes: Axes) -> None:
-        for n, (method, points) in enumerate(known.items()):
-            _points(axes, n, method, points, "tokens_per_second", line=False)
+        looks = _looks(rows)
+        for method, points in known.items():
+            _points(axes, method, points, "tokens_per_second", looks[method], line=False)
         _baseline(axes, rows, baseline)
         axes.set(xscale="log", xlabel="tokens per second", ylabel="mean reward under the judge")
-        axes.legend(fontsize="small")
+        speeds = [point["tokens_per_second"] for points in known.values() for point in points]
+        ticks = [t for t in _TICKS if min(speeds) / 1.3 <= t <= max(speeds) * 1.3]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
 
     return _svg(draw)
 
@@ -105,18 +111,28 @@ def _by_method(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:
     }
 
 
-def _points(axes: Axes, n: int, method: str, points: Sequence[Row], x: str, line: bool = True) -> None:
+def _looks(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each method, the same in every figure."""
+    count = len(COLOURS)
+    return {
+        method: {"color": COLOURS[n % count], "marker": MARKERS[(n + n // count) % count]}
+        for n, method in enumerate(dict.fromkeys(row["method"] for row in rows))
+    }
+
+
+def _points(
+    axes: Axes, method: str, points: Sequence[Row], x: str, look: dict[str, Any], line: bool = True
+) -> None:
     axes.errorbar(
         [point[x] for point in points],
         [point["reward"] for point in points],
         yerr=[_Z * point["reward_se"] for point in points],
-        color=COLOURS[n % 8],
-        marker=MARKERS[n % 8],
         ms=5,
         linestyle="-" if line else "",
         linewidth=1,
         elinewidth=0.6,
         label=method,
+        **look,
     )
 
 
@@ -130,10 +146,11 @@ def _svg(draw: Callable[[Any], None]) -> str:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
+    drawing = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = drawing.subplots()
     axes.grid(alpha=0.3)
     draw(axes)
+    drawing.legend(loc="outside right upper", fontsize="small", frameon=False)
     return _as_svg(drawing)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rgtg_fast.evaluation.accuracy import (
@@ -19,13 +19,13 @@ from rgtg_fast.evaluation.accuracy import (
 )
 from rgtg_fast.evaluation.answers import Answer
 from rgtg_fast.evaluation.journal import Journal, plain
-from rgtg_fast.evaluation.judge import Judge, folders_of, weights_of
+from rgtg_fast.evaluation.judge import Judge, Rating, folders_of, weights_of
 from rgtg_fast.evaluation.settings import Cell, JudgeSettings, Study, canonical
 from rgtg_fast.models.loading import ModelAndTokenizer
 from rgtg_fast.training.data import PreferencePair, load_pairs, tokenize_pairs
 
 SCORES, ACCURACY = "scores.jsonl", "accuracy.jsonl"
-SCORE_FIELDS = ("method", "setting", "index", "seed", "judge", "told", "answer", "reward")
+SCORE_FIELDS = ("method", "setting", "index", "seed", "judge", "told", "answer", "ended", "unended")
 # Lines about the progress of one judge.
 PROGRESS_LINES = 5
 # Tokens of a prompt and its longer answer, of the pairs that judges and guides are judged by.
@@ -72,66 +72,68 @@ class Ratings:
     ) -> dict[Cell, dict[tuple[int, int], float]]:
         told = {
             "model": judge.model,
-            "ends": judge.ends,
             "weights": sorted(weights_of(judge.model).values()),
             "dtype": self.study.judge_dtype or self.study.dtype,
         }
         known, present = self._present(name, told)
-        rows = [(row, identity(row, judge)) for found in answers.values() for row in found]
+        rows = [(row, identity(row)) for found in answers.values() for row in found]
         missing = [(row, text) for row, text in rows if _place(row, text) not in present]
         unread = {text: row for row, text in missing if text not in known}
         self.say(f"judge {name}: {len(rows) - len(missing)} ratings present, {len(unread)} texts to rate")
         waiting: dict[str, list[Answer]] = {}
         for row, text in missing:
             waiting.setdefault(text, []).append(row)
-        for text, reward in self._rated(name, judge, unread):
-            known[text] = reward
-            self._write(name, told, text, reward, waiting.pop(text))
+        for text, rating in self._rated(name, judge, unread):
+            known[text] = rating
+            self._write(name, told, text, rating, waiting.pop(text))
         for text, rated in waiting.items():
             self._write(name, told, text, known[text], rated)
         return {
-            cell: {(row["index"], row["seed"]): known[identity(row, judge)] for row in found}
+            cell: {(row["index"], row["seed"]): reward(known[identity(row)], row, judge) for row in found}
             for cell, found in answers.items()
         }
 
     def _present(
         self, name: str, told: dict[str, Any]
-    ) -> tuple[dict[str, float], set[tuple[str, str, int, str]]]:
-        """The rewards of a judge by the text, and the answers whose rating is written down."""
-        rows = [row for row in self.journal.rows if row["judge"] == name and row["told"] == told]
-        return {row["answer"]: row["reward"] for row in rows}, {_place(row, row["answer"]) for row in rows}
+    ) -> tuple[dict[str, Rating], set[tuple[str, str, int, str]]]:
+        """The ratings of a judge by the text, and the answers whose rating stands under the judge's name."""
+        rows = [row for row in self.journal.rows if row["told"] == told]
+        known = {row["answer"]: Rating(row["ended"], row["unended"]) for row in rows}
+        return known, {_place(row, row["answer"]) for row in rows if row["judge"] == name}
 
     def _rated(
         self, name: str, judge: JudgeSettings, unread: Mapping[str, Answer]
-    ) -> Iterator[tuple[str, float]]:
+    ) -> Iterator[tuple[str, Rating]]:
         if not unread:
             return
         rater = Judge(judge.model, self.base())
         texts, rows = list(unread), list(unread.values())
-        ends = [_ended(row, judge) for row in rows]
-        ratings = rater.rate([row["prompt"] for row in rows], [row["response"] for row in rows], ends)
+        ratings = rater.rate([row["prompt"] for row in rows], [row["response"] for row in rows])
         step = max(1, len(texts) // PROGRESS_LINES)
-        for done, (index, reward) in enumerate(ratings, 1):
+        for done, (index, rating) in enumerate(ratings, 1):
             if done % step == 0:
                 self.say(f"judge {name}: {done} of {len(texts)} texts rated")
-            yield texts[index], reward
+            yield texts[index], rating
 
     def _write(
-        self, name: str, told: dict[str, Any], text: str, reward: float, rows: Sequence[Answer]
+        self, name: str, told: dict[str, Any], text: str, rating: Rating, rows: Sequence[Answer]
     ) -> None:
+        judge = self.study.judges[name]
         for row in rows:
             place = {key: row[key] for key in ("method", "setting", "index", "seed")}
-            self.journal.add({**place, "judge": name, "told": told, "answer": text, "reward": reward})
+            values = {"reward": reward(rating, row, judge), **asdict(rating)}
+            self.journal.add({**place, "judge": name, "told": told, "answer": text, **values})
 
 
-def _ended(answer: Answer, judge: JudgeSettings) -> bool:
-    """Whether the judge reads an end token behind the answer."""
-    return judge.ends == "always" or answer.get("finish") != "length"
+def reward(rating: Rating, answer: Answer, judge: JudgeSettings) -> float:
+    """Which of a judge's two rewards counts for an answer."""
+    cut = judge.ends == "finished" and answer.get("finish") == "length"
+    return rating.unended if cut else rating.ended
 
 
-def identity(answer: Answer, judge: JudgeSettings) -> str:
+def identity(answer: Answer) -> str:
     """What a judge reads of an answer, as a hash: a text that comes twice is rated once."""
-    read = json.dumps([answer["prompt"], answer["response"], _ended(answer, judge)], sort_keys=True)
+    read = json.dumps([answer["prompt"], answer["response"]], sort_keys=True)
     return hashlib.sha256(read.encode()).hexdigest()[:24]
 
 

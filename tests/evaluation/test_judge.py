@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rgtg_fast import RewardGuidedDecoder, RGTGError
 from rgtg_fast.evaluation import judge as judging
-from rgtg_fast.evaluation.judge import Judge, conflicts, folders_of
+from rgtg_fast.evaluation.judge import Judge, Rating, conflicts, folders_of
 from rgtg_fast.models.loading import load_causal_lm
 from tests.conftest import make_rm, make_tokenizer
 from tests.evaluation.studies import models, saved
@@ -26,18 +26,18 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return models(tmp_path_factory.mktemp("models"))
 
 
-def rated(judge: Judge, ends: list[bool] | None = None) -> list[float]:
-    found = dict(judge.rate(CHATS, ANSWERS, ends))
+def rated(judge: Judge) -> list[Rating]:
+    found = dict(judge.rate(CHATS, ANSWERS))
     assert sorted(found) == list(range(len(ANSWERS)))
     return [found[i] for i in range(len(ANSWERS))]
 
 
 @torch.inference_mode()
-def naive(folder: str, ends: list[bool]) -> list[float]:
+def naive(folder: str, end: bool) -> list[float]:
     """One forward a text, the score of its last token."""
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), make_tokenizer()
     found = []
-    for chat, answer, end in zip(CHATS, ANSWERS, ends, strict=True):
+    for chat, answer in zip(CHATS, ANSWERS, strict=True):
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text)["input_ids"] + tokenizer(answer.strip())["input_ids"]
         if end or not answer.strip():
@@ -46,22 +46,25 @@ def naive(folder: str, ends: list[bool]) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("ends", [[True] * 5, [True, False, False, False, True]])
 @pytest.mark.parametrize("budget", [1, 2048])
-def test_ratings_are_those_of_the_model(named: dict[str, str], ends: list[bool], budget: int) -> None:
-    judge = Judge(named["judge"], load_causal_lm(named["lm"], None, None), budget)
-    assert rated(judge, ends) == pytest.approx(naive(named["judge"], ends), abs=1e-5)
+def test_ratings_are_those_of_the_model(named: dict[str, str], budget: int) -> None:
+    found = rated(Judge(named["judge"], load_causal_lm(named["lm"], None, None), budget))
+    assert [one.ended for one in found] == pytest.approx(naive(named["judge"], True), abs=1e-5)
+    assert [one.unended for one in found] == pytest.approx(naive(named["judge"], False), abs=1e-5)
+    assert found[3].ended == found[3].unended
 
 
 def test_a_guide_of_any_kind_may_judge(named: dict[str, str]) -> None:
     base = load_causal_lm(named["lm"], None, None)
     found = rated(Judge(f"rad:{named['judge']}", base))
-    clamped = [min(max(reward, 0), 1) for reward in naive(named["judge"], [True] * 5)]
-    assert found == pytest.approx(clamped, abs=1e-5)
+    for end, rewards in ((True, [one.ended for one in found]), (False, [one.unended for one in found])):
+        clamped = [min(max(reward, 0), 1) for reward in naive(named["judge"], end)]
+        assert rewards == pytest.approx(clamped, abs=1e-5)
     likely = rated(Judge(f"genarm:{named['policy']}", base))
     decoder = RewardGuidedDecoder.from_pretrained(base, f"genarm:{named['policy']}")
     (tokens,) = decoder.score([CHATS[0]], [[*decoder.tokenizer("w7 w8")["input_ids"], 1]])
-    assert likely[0] == pytest.approx(sum(tokens), abs=1e-5)
+    assert likely[0].ended == pytest.approx(sum(tokens), abs=1e-5)
+    assert likely[0].unended == pytest.approx(sum(tokens[:-1]), abs=1e-5)
 
 
 def test_no_model_and_no_number(named: dict[str, str], tmp_path: Path) -> None:

@@ -318,6 +318,22 @@ def test_strategies_and_gates_get_a_guide_with_a_cache_of_its_own(
     assert all(answering.needs_own_cache(cell) for cell in results.answers if cell.method != "unguided")
 
 
+def test_guides_over_the_whole_vocabulary(named: dict[str, str], tmp_path: Path) -> None:
+    both = f"mixture:0.5*genarm:{named['policy']}+0.5*contrastive"
+    methods = [
+        {"name": "unguided"},
+        {"name": "farma", "reward": f"farma:{named['policy']}", "support": "combined", "top_k": 5},
+        {"name": "genarm", "reward": f"genarm:{named['policy']}", "support": "all", "beta": [0.5, 1]},
+        {"name": "mixture", "reward": both, "support": "all"},
+    ]
+    results = run_study(study(tmp_path, named, methods=methods, limit=2))
+    rows = {row["method"]: row for row in summarise(results)}
+    assert rows["farma"]["rm_tokens_per_token"] == pytest.approx(1)
+    assert rows["genarm"]["top_k"] is None
+    assert rows["mixture"]["lm_tokens_per_token"] == pytest.approx(3)
+    assert all(row["kl"] > 0 for name, row in rows.items() if name != "unguided")
+
+
 def test_a_judge_that_is_the_guide_is_said_first(named: dict[str, str], tmp_path: Path) -> None:
     judges = {"fair": named["judge"], "unfair": named["guide"]}
     results = run_study(
@@ -335,6 +351,21 @@ def test_a_judge_that_is_the_guide_is_said_first(named: dict[str, str], tmp_path
     assert lines[2].startswith("- **Note:** the judge unfair is the guide")
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.index("the judge unfair is the guide") < page.index("<table")
+
+
+def test_a_cut_answer_is_rated_with_or_without_an_end(named: dict[str, str], tmp_path: Path) -> None:
+    judges = {"always": named["judge"], "finished": {"model": named["judge"], "ends": "finished"}}
+    results = run_study(
+        study(tmp_path, named, judges=judges, methods=[{"name": "unguided"}], seeds=list(range(8)))
+    )
+    (cell,) = results.answers
+    always, finished = results.scores["always"][cell], results.scores["finished"][cell]
+    cut = {(row["index"], row["seed"]): row["finish"] == "length" for row in results.answers[cell]}
+    assert set(cut.values()) == {True, False}
+    assert all((always[key] != finished[key]) == was_cut for key, was_cut in cut.items())
+    rows = rows_of(tmp_path / "out", "scores.jsonl")
+    assert len(rows) == 2 * len(cut)
+    assert all(row["reward"] == results.scores[row["judge"]][cell][row["index"], row["seed"]] for row in rows)
 
 
 def test_the_report(done: Results, tmp_path: Path) -> None:
