@@ -8,12 +8,15 @@ from pathlib import Path
 
 from benchmarks.cells import GPU, HEADLINES, SHARED
 from benchmarks.harness import PHASES, RESULTS, read
+from benchmarks.method_tables import cost_blocks, evidence_block
 from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
 
 ROOT = Path(__file__).parent.parent
+STUDY = ROOT / "benchmarks" / "study" / "results" / "summary.csv"
 # Names of the generated sections.
 DECODING, TRUNK, ACCURACY, COST = "benchmarks", "shared-trunk", "accuracy", "training-cost"
 FORK = "fork"
+METHOD_COSTS, EVIDENCE = "costs", "evidence"
 NAMES = {
     "ours": "rgtg-fast",
     "args_replicated": "ARGS, k copies of the cache",
@@ -334,6 +337,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--training", type=Path, default=ROOT / "docs" / "training.md")
     parser.add_argument("--trunk", type=Path, default=ROOT / "docs" / "shared-trunk.md")
+    parser.add_argument("--methods", type=Path, default=ROOT / "docs" / "methods" / "README.md")
+    parser.add_argument("--study", type=Path, default=STUDY, help="summary.csv of `rgtg-fast evaluate`")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(arguments)
     rows = all_rows(given.results)
@@ -350,6 +355,8 @@ def main(arguments: list[str] | None = None) -> int:
         (given.training, accuracy_block(judged), ACCURACY),
         (given.training, cost_block(trained), COST),
         (given.trunk, fork_block(read(RESULTS / "fork.csv")), FORK),
+        (given.methods, cost_blocks(read(RESULTS / "method_costs.csv")), METHOD_COSTS),
+        (given.methods, evidence_block(read(given.study)), EVIDENCE),
     ):
         print(page, name, "changed" if write_block(page, text, name) else "unchanged")
     return 0

@@ -229,7 +229,12 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     shared = tmp_path / "shared-trunk.md"
     shared.write_text(f"<!-- {figures.FORK}:begin --><!-- {figures.FORK}:end -->", encoding="utf-8")
     arguments += ["--figures", str(tmp_path / "figures"), "--training", str(training), "--trunk", str(shared)]
+    methods = tmp_path / "methods.md"
+    names = (figures.METHOD_COSTS, figures.EVIDENCE)
+    methods.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
+    arguments += ["--methods", str(methods), "--study", str(tmp_path / "none.csv")]
     assert figures.main(arguments) == 0
+    assert "Not measured yet: run `python -m benchmarks.study`" in methods.read_text(encoding="utf-8")
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn >= {"decode_phases.svg", "decode_speed.svg"}
 

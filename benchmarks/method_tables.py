@@ -1,0 +1,173 @@
+"""Tables of docs/methods/README.md: what every method costs, and what a study found about its answers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from benchmarks.method_costs import MEASURED, STRATEGY
+from rgtg_fast.app.methods import METHODS, STRATEGIES
+from rgtg_fast.app.policies import POLICIES
+
+Row = dict[str, str]
+
+NO_COSTS = "Not measured yet: run `python -m benchmarks.method_costs`."
+NO_EVIDENCE = "Not measured yet: run `python -m benchmarks.study`."
+BASELINE = "unguided"
+# Names that a study may give to what the tables of methods call otherwise.
+_ALSO = {"best-of": "best_of_n", "cards": "segment", "proxy-tuning": "eft", "t-reg": "treg"}
+
+
+def costs_block(rows: Sequence[Row]) -> str:
+    """Forwards and tokens of every method, beside what the table of methods says."""
+    parts = []
+    for measured in _grouped(rows, ("model", "dtype", "rows", "k")):
+        first = measured[0]
+        lines = [
+            f"{first['model']}, {first['rows']} prompts at once, k = {first['k']}, {first['dtype']}; counted where "
+            f"tokens enter the models (rgtg-fast {first['rgtg_fast']}, {first['commit']}). A step decides one token of "
+            "every row.",
+            "",
+            "| method | guide | LM forwards a step | LM tokens a token | RM forwards a step | RM tokens a token "
+            "| as the table says |",
+            "|---|---|--:|--:|--:|--:|---|",
+        ]
+        for same in _grouped(measured, ("guide", *MEASURED, *(f"table_{name}" for name in MEASURED))):
+            row = same[0]
+            wrong = [name for name in MEASURED if row[name] != row[f"table_{name}"]]
+            told = (
+                "no: " + ", ".join(f"{row[f'table_{name}']} {_words(name)}" for name in wrong)
+                if wrong
+                else "yes"
+            )
+            names = ", ".join(each["method"] for each in same)
+            lines.append(
+                f"| {names} | {row['guide']} | {' | '.join(row[name] for name in MEASURED)} | {told} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_COSTS
+
+
+def strategies_block(rows: Sequence[Row]) -> str:
+    """Tokens of every strategy beside what the table of strategies says."""
+    table = {strategy.name: strategy for strategy in STRATEGIES}
+    lines = [
+        "| strategy | measured with | LM tokens a token of the answer | the table | RM tokens a token of the answer "
+        "| the table |",
+        "|---|---|--:|---|--:|---|",
+    ]
+    for row in rows:
+        told = table[row["method"]]
+        lines.append(
+            f"| {row['method']} | {_settings(row['settings'])} | {row['lm_tokens_per_token']} | {told.lm} "
+            f"| {row['reward_tokens_per_token']} | {told.reward} |"
+        )
+    return "\n".join(lines) if rows else NO_COSTS
+
+
+def cost_blocks(rows: Sequence[Row]) -> str:
+    """Both of the above."""
+    strategies = [row for row in rows if row["guide"] == STRATEGY]
+    both = [costs_block([row for row in rows if row["guide"] != STRATEGY])]
+    return "\n\n".join([*both, strategies_block(strategies)] if strategies else both)
+
+
+def source_of(method: str) -> str:
+    """Where a study's method comes from, found by the beginning of its name; a dash where nothing is known.
+
+    Example:
+        >>> source_of("PARGS-G"), source_of("best-of-10"), source_of("unguided")
+        ('arXiv 2406.07780', '–', '–')
+    """
+    known = {each.name: each.source for each in (*METHODS, *STRATEGIES, *POLICIES)}
+    known |= {also: known[name] for also, name in _ALSO.items()}
+    name = re.sub(r"[\s_]+", "-", method.strip().lower())
+    for begin in sorted(known, key=len, reverse=True):
+        if re.match(rf"{re.escape(begin.replace('_', '-'))}(?![a-z])", name):
+            return known[begin] or "–"
+    return "–"
+
+
+def evidence_block(rows: Sequence[Row]) -> str:
+    """What a study's judges say of every method, each at the setting that was judged best, beside its cost.
+
+    Args:
+        rows: of the summary.csv that `rgtg-fast evaluate` writes.
+    """
+    judged = [row for row in rows if row["judge"] and row["reward"]]
+    parts = []
+    for of_judge in _grouped(judged, ("judge",)):
+        lines = [
+            f"Judge `{of_judge[0]['judge']}`. *Difference*: to `{_baseline(of_judge)}` on the same prompts, in "
+            "brackets its 95 % interval over prompts.",
+            "",
+            "| method | source | setting | judge's reward ± SE | difference | above? | tokens/s | LM forwards, tokens "
+            "| RM forwards, tokens |",
+            "|---|---|---|--:|--:|---|--:|--:|--:|",
+        ]
+        for same in _grouped(of_judge, ("method",)):
+            best = max(same, key=lambda row: float(row["reward"]))
+            lines.append(_evidence(best, len(same)))
+        parts.append("\n".join(lines))
+    if not parts:
+        return NO_EVIDENCE
+    notes = (
+        "A method that was run with several settings stands at the one that this judge rates highest, chosen on the "
+        "same prompts; the study's report has all of them. *Above?*: yes where the whole interval is above 0, no where "
+        "all of it is below, otherwise unclear. Forwards and tokens are per token of the answers, in batches."
+    )
+    return "\n\n".join([*parts, notes])
+
+
+def _evidence(row: Row, settings: int) -> str:
+    named = (("β", "beta"), ("k", "top_k"), ("τ", "temperature"))
+    told = ", ".join(f"{letter} = {float(row[name]):g}" for letter, name in named if row[name])
+    told += f" (of {settings})" if settings > 1 else ""
+    cells = [
+        row["method"],
+        source_of(row["method"]),
+        told or "–",
+        f"{float(row['reward']):.3f} ± {float(row['reward_se']):.3f}" if row["reward_se"] else row["reward"],
+        "–",
+        "–",
+    ]
+    if row["reward_diff"]:
+        difference, low, high = (float(row[name]) for name in ("reward_diff", "diff_lo", "diff_hi"))
+        cells[4] = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cells[5] = "yes" if low > 0 else "no" if high < 0 else "unclear"
+    cells.append(_number(row["tokens_per_second"]))
+    for owner in ("lm", "rm"):
+        calls, tokens = row[f"{owner}_calls_per_token"], row[f"{owner}_tokens_per_token"]
+        cells.append(f"{_number(calls)}, {_number(tokens)}" if calls or tokens else "–")
+    return f"| {' | '.join(cells)} |"
+
+
+def _baseline(rows: Sequence[Row]) -> str:
+    """The method that the others are compared with: the only one without a difference."""
+    return next((row["method"] for row in rows if not row["reward_diff"]), BASELINE)
+
+
+def _number(text: str) -> str:
+    if not text or not math.isfinite(float(text)):
+        return "–"
+    return f"{float(text):.3g}"
+
+
+def _settings(text: str) -> str:
+    """`BestOfN(n=4, top_k=None)` as `BestOfN(n=4)`: what is not set is left out, and numbers are short."""
+    kept = [
+        part for part in re.split(r",\s*", text.partition("(")[2].rstrip(")")) if not part.endswith("=None")
+    ]
+    return ", ".join(re.sub(r"(\d+\.\d{3})\d+", r"\1", part) for part in kept)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _grouped(rows: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(groups.values())
