@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -59,7 +60,7 @@ from rgtg_fast.models.loading import ModelAndTokenizer, load_causal_lm
 
 OWN, SHARED = "a model of its own", "an adapter in the base model's forward"
 OTHERS = {"contrastive": "the base model", "function": "a function", "text": f"{OWN}, over whole texts"}
-STRATEGY = "strategy"
+STRATEGY, GATE = "strategy", "gate"
 PROMPTS = ("How do I make tea?", "Why is the sky blue in the daytime?", "Tell me something about owls.")
 MEASURED = ("lm_calls_per_step", "lm_tokens_per_token", "reward_calls_per_step", "reward_tokens_per_token")
 COLUMNS = (
@@ -371,6 +372,45 @@ def measure_strategy(name: str, strategy: Strategy, parts: Parts, new_tokens: in
     }
 
 
+def measure_gate(parts: Parts, k: int, new_tokens: int) -> dict[str, Any]:
+    """Decodes with sparse guidance, one row, at the gate that is open for about half of the tokens.
+
+    Returns:
+        As `measure_strategy`.
+
+    Raises:
+        RGTGError: the package's own counters say something else.
+    """
+    decoder = RewardGuidedDecoder.from_pretrained(parts.causal(), reward=SequenceReward(parts.scalar()))
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    plain = decoder.generate(chat, new_tokens, Guidance(k, 0.0), trace=True)[0]
+    gate = median(step.entropy for step in plain.trace or [])
+    with watched() as seen:
+        stats = decoder.generate(chat, new_tokens, Guidance(k, 1.0, gate_entropy=gate)).stats
+    of_lm = [f for f in seen if f.model is decoder.lm.backbone.layers and f.kind == "step"]
+    of_guide = (
+        sum(f.tokens for f in seen if f.model is not decoder.lm.backbone.layers) - stats.prompt_tokens_reward
+    )
+    counters = (stats.lm_calls, stats.lm_tokens, stats.reward_tokens)
+    if (len(of_lm), sum(f.tokens for f in of_lm), of_guide) != counters:
+        raise RGTGError(
+            f"gate: {len(of_lm), of_guide} forwards and tokens were seen, the counters say {counters}"
+        )
+    share = stats.guided_tokens / stats.tokens
+    return {
+        "rows": 1,
+        "k": k,
+        "tokens": stats.tokens,
+        "method": GATE,
+        "guide": STRATEGY,
+        "settings": f"gate(k={k}, gate_entropy={gate:.3f}, guided={share:.3f})",
+        "lm_calls_per_step": stats.lm_calls / stats.steps,
+        "lm_tokens_per_token": stats.lm_tokens / stats.tokens,
+        "reward_calls_per_step": stats.reward_calls / stats.steps,
+        "reward_tokens_per_token": of_guide / stats.tokens,
+    }
+
+
 def differs(row: dict[str, Any]) -> list[str]:
     """The columns in which a measured row is not what the table of methods says."""
     return [name for name in MEASURED if f"table_{name}" in row and row[name] != row[f"table_{name}"]]
@@ -404,6 +444,8 @@ def main(arguments: list[str] | None = None) -> int:
             for name, strategy in strategies(parts).items():
                 rows.append(origin | measure_strategy(name, strategy, parts, 4 * given.new_tokens))
                 print(strategy, *(f"{rows[-1][name]:g}" for name in MEASURED))
+            rows.append(origin | measure_gate(parts, given.k, 4 * given.new_tokens))
+            print(rows[-1]["settings"], *(f"{rows[-1][name]:g}" for name in MEASURED))
     except RGTGError as error:
         print(error, file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from benchmarks.method_costs import MEASURED, STRATEGY
+from benchmarks.method_costs import GATE, MEASURED, STRATEGY
 from rgtg_fast.app.methods import METHODS, STRATEGIES
 from rgtg_fast.app.policies import POLICIES
 
@@ -50,18 +50,19 @@ def costs_block(rows: Sequence[Row]) -> str:
 
 
 def strategies_block(rows: Sequence[Row]) -> str:
-    """Tokens of every strategy beside what the table of strategies says."""
-    table = {strategy.name: strategy for strategy in STRATEGIES}
+    """Tokens of every strategy, and of sparse guidance, beside what the table of strategies says."""
+    table = {strategy.name: (strategy.lm, strategy.reward) for strategy in STRATEGIES}
+    table[GATE] = ("n", "k·guided tokens, and the skipped ones once")
     lines = [
-        "| strategy | measured with | LM tokens a token of the answer | the table | RM tokens a token of the answer "
-        "| the table |",
+        "| strategy | measured with | LM tokens a token of the answer | the table, for n tokens "
+        "| RM tokens a token of the answer | the table, for n tokens |",
         "|---|---|--:|---|--:|---|",
     ]
     for row in rows:
-        told = table[row["method"]]
+        lm, reward = table[row["method"]]
         lines.append(
-            f"| {row['method']} | {_settings(row['settings'])} | {row['lm_tokens_per_token']} | {told.lm} "
-            f"| {row['reward_tokens_per_token']} | {told.reward} |"
+            f"| {row['method']} | {_settings(row['settings'])} | {float(row['lm_tokens_per_token']):.3g} | {lm} "
+            f"| {float(row['reward_tokens_per_token']):.3g} | {reward} |"
         )
     return "\n".join(lines) if rows else NO_COSTS
 

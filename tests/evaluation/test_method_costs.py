@@ -141,6 +141,15 @@ def test_segments_cost_the_tokens_that_were_drawn(parts: Parts, drawn: list[int]
     assert 0.8 * sum(drawn) < row["lm_tokens_per_token"] * row["tokens"] <= sum(drawn)
 
 
+def test_a_gate_costs_the_guided_tokens_k_times_and_the_others_at_most_once(parts: Parts) -> None:
+    row = method_costs.measure_gate(parts, K, 24)
+    share = float(row["settings"].partition("guided=")[2].rstrip(")"))
+    assert 0.1 < share < 0.9
+    assert row["lm_tokens_per_token"] == 1
+    assert K * share - 1e-2 < row["reward_tokens_per_token"] <= K * share + (1 - share) + 1e-2
+    assert row["reward_tokens_per_token"] > K * share + 0.1  # something was skipped and caught up with
+
+
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("guide", [OWN, SHARED])
@@ -197,7 +206,7 @@ def test_the_docs_show_what_was_measured() -> None:
     assert figures.current_block(page, figures.METHOD_COSTS) == method_tables.cost_blocks(rows), (
         "run python -m benchmarks.figures"
     )
-    assert {row["method"] for row in rows} >= {strategy.name for strategy in STRATEGIES}
+    assert {row["method"] for row in rows} >= {strategy.name for strategy in STRATEGIES} | {method_costs.GATE}
     for row in rows:
         wrong = [name for name in method_costs.MEASURED if row[f"table_{name}"] not in ("", row[name])]
         assert not wrong, f"{row['method']}: {wrong}"
