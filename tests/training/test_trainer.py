@@ -23,7 +23,7 @@ from rgtg_fast.training.model import Lora, add_adapters
 from rgtg_fast.training.packing import cost
 from rgtg_fast.training.recipe import Recipe, train_reward_model
 from rgtg_fast.training.trainer import PartialRewardTrainer, _RowBatches
-from tests.conftest import make_rm
+from tests.conftest import make_rm, make_tokenizer
 from tests.training.support import rows, save_lm, tokenized
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
@@ -426,10 +426,16 @@ def processes(base: Path, out: Path, count: int, **settings: Any) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["partial_bt", "farma", "rad"])
+def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, objective: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    processes(base, one, 1, accumulation=4, fork_layer=2)
-    processes(base, two, 2, accumulation=2, fork_layer=2)
+    settings: dict[str, Any] = {"objective": objective, "fork_layer": 2}
+    if objective == "rad":
+        make_rm(seed=5).save_pretrained(tmp_path / "judge")
+        make_tokenizer().save_pretrained(tmp_path / "judge")
+        settings["judge"] = str(tmp_path / "judge")
+    processes(base, one, 1, accumulation=4, **settings)
+    processes(base, two, 2, accumulation=2, **settings)
     assert len(losses(one)) >= 4
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     held = [[row["eval_accuracy"] for row in read_log(out) if "eval_loss" in row] for out in (one, two)]
