@@ -817,9 +817,7 @@ def train_policy(
         bool, typer.Option("--full", help="Train the weights, not adapters.", rich_help_panel=TRAINED)
     ] = False,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=STEPS)] = 1.0,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate.", show_default="5e-5", rich_help_panel=STEPS)
-    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=STEPS)] = 5e-5,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=STEPS)] = 0.0,
     batch: Annotated[
         int, typer.Option(help="Pairs (rloo: answers) of a forward.", rich_help_panel=STEPS)

@@ -55,21 +55,20 @@ class _Kind:
     """What distinguishes an objective.
 
     Attributes:
-        beta, learning_rate: by default. form: "dpo" or "simpo", None for policy gradients. token_rewards: has them.
+        beta: by default. form: "dpo" or "simpo", None for policy gradients. token_rewards: has them.
     """
 
     beta: float
-    learning_rate: float
     form: str | None
     token_rewards: bool = False
 
 
 POLICY_OBJECTIVES = {
-    "dpo": _Kind(0.1, 5e-5, "dpo"),
-    "simpo": _Kind(2.0, 5e-5, "simpo"),
-    "treg": _Kind(0.1, 5e-5, "dpo", token_rewards=True),
-    "treg_simpo": _Kind(2.0, 5e-5, "simpo", token_rewards=True),
-    "rloo": _Kind(0.05, 5e-5, None),
+    "dpo": _Kind(0.1, "dpo"),
+    "simpo": _Kind(2.0, "simpo"),
+    "treg": _Kind(0.1, "dpo", token_rewards=True),
+    "treg_simpo": _Kind(2.0, "simpo", token_rewards=True),
+    "rloo": _Kind(0.05, None),
 }
 
 
@@ -87,8 +86,7 @@ class PolicyRecipe:
         full: train the weights themselves instead of LoRA adapters.
         lora_rank, lora_alpha, lora_dropout: see `Lora`.
         epochs: passes over the pairs or prompts.
-        learning_rate: at its height; it warms up over `warmup` of the steps and falls along a cosine to 0. None for
-            5e-5.
+        learning_rate: at its height; it warms up over `warmup` of the steps and falls along a cosine to 0.
         weight_decay: of all but biases and norms.
         batch_size: pairs (rloo: answers) of a forward. accumulation: forwards of an optimizer step on one process.
         max_length: tokens of a prompt and its longer answer. min_answer_tokens: shorter answers are dropped.
@@ -111,7 +109,7 @@ class PolicyRecipe:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     epochs: float = 1.0
-    learning_rate: float | None = None
+    learning_rate: float = 5e-5
     weight_decay: float = 0.0
     warmup: float = 0.1
     batch_size: int = 4
@@ -152,7 +150,7 @@ class PolicyRecipe:
             raise RGTGError(f"beta=0 leaves {self.objective} no preference to learn: use for example 0.1")
         for name in ("epochs", "learning_rate", "lora_alpha", "temperature"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if not (value > 0 and math.isfinite(value)):
                 raise RGTGError(
                     f"{name}={value} is not above 0: use for example {getattr(PolicyRecipe, name)}"
                 )
@@ -259,6 +257,10 @@ def train_policy(
             if reward is None
             else f"{recipe.objective} learns from pairs and takes no reward: leave it out, or use objective='rloo'"
         )
+    if templates is not None and not recipe.kind.token_rewards:
+        raise RGTGError(
+            f"{recipe.objective} has no token rewards: leave out the templates, or use objective='treg'"
+        )
     folder = Path(output)
     args = _arguments(recipe, folder, save_steps, logging_steps, report_to, device)
     # With several processes, one of them speaks and prepares the folder.
@@ -285,15 +287,21 @@ def train_policy(
     )
     for line in found.lines:
         say(line)
+    if recipe.kind.token_rewards and templates is None:
+        templates = Templates.load()
     facts = {
-        "recipe": asdict(recipe),
+        # All of this must be the same where a run is resumed.
+        "recipe": asdict(recipe)
+        | {
+            "templates": None if templates is None else templates.digest,
+            "reward": "a function" if callable(reward) else reward and str(reward),
+        },
         "base_model": str(model),
         "base_fingerprint": base,
         "data_sha256": hash_pairs(found.train),
         "eval_data_sha256": hash_pairs(found.evaluation) if found.evaluation else None,
         "data": found.report,
-        "templates": asdict(templates or Templates.load()) if recipe.kind.token_rewards else None,
-        "reward": reward if isinstance(reward, str) else None,
+        "templates": None if templates is None else asdict(templates),
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -407,13 +415,14 @@ def _preference_trainer(
         if kind.form == "dpo":
             reference = fill_reference(cache, network, pairs, autocast=args.bf16, say=say)
         if kind.token_rewards:
+            assert templates is not None
             rewards = fill_token_rewards(
                 cache,
                 network,
                 tokenizer,
                 pairs,
                 sources,
-                templates or Templates.load(),
+                templates,
                 autocast=args.bf16,
                 say=say,
             )
@@ -453,7 +462,7 @@ def _arguments(
         "per_device_eval_batch_size": recipe.batch_size,
         "gradient_accumulation_steps": recipe.accumulation,
         "num_train_epochs": recipe.epochs,
-        "learning_rate": recipe.learning_rate or kind.learning_rate,
+        "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": recipe.warmup,
         "weight_decay": recipe.weight_decay,

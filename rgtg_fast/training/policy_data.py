@@ -67,13 +67,11 @@ def load_preferences(
     pairs, loaded = load_pairs(data, chat=chat)
     pairs = pairs[: recipe.limit]
     held: list[PreferencePair] = []
+    eval_loaded: DataReport | None = None
     if eval_data is not None:
         held, eval_loaded = load_pairs(eval_data, chat=chat)
     elif recipe.held_out > 0:
         pairs, held = split_by_prompt(pairs, recipe.held_out, recipe.seed)
-        eval_loaded = None
-    else:
-        eval_loaded = None
 
     def tokens(part: list[PreferencePair]) -> tuple[list[TokenizedPair], DataReport]:
         return tokenize_pairs(

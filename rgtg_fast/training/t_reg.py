@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -62,6 +63,11 @@ class Templates:
             raise RGTGError(
                 "the templates 'better' and 'worse' are the same text: all token rewards would be 0"
             )
+
+    @property
+    def digest(self) -> str:
+        """Identifies the texts: a sha256."""
+        return hashlib.sha256(f"{self.better}\0{self.worse}".encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] = TEMPLATES) -> Templates:

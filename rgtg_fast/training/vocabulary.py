@@ -58,8 +58,7 @@ def load_causal(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         detail = " ".join(str(error).split())[:160]
         raise RGTGError(
-            f"{str(source)!r} cannot be loaded as a reward model's base: name a folder or hub id of a causal "
-            f"language model ({detail})"
+            f"{str(source)!r} cannot be loaded as a causal language model: name a folder or hub id of one ({detail})"
         ) from error
     name, head = vocabulary_head(model)
     _check_logits(model, head)
@@ -100,7 +99,7 @@ def _check_logits(model: PreTrainedModel, head: Any) -> None:
     if not error <= _ROUNDING[model.dtype]:
         raise RGTGError(
             f"{type(model).__name__} scales or caps its logits (they differ from its head's by {error:.1%}), which "
-            "farma and genarm do not: use another model"
+            "training on token log-probabilities does not: use another model"
         )
 
 

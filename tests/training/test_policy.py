@@ -180,6 +180,10 @@ def test_a_broken_run_goes_on_to_the_same_weights(base: Path, tmp_path: Path, ob
         train(base, broken, **settings)
     with pytest.raises(RGTGError, match="began with learning_rate"):
         train(base, broken, resume=True, learning_rate=0.02, **settings)
+    if objective == "treg":
+        other = Templates(TEMPLATES.better, TEMPLATES.worse + " w9")
+        with pytest.raises(RGTGError, match="began with templates="):
+            train(base, broken, resume=True, templates=other, **settings)
     train(base, broken, resume=True, **settings)
     a, b = weights(tmp_path / "whole"), weights(broken)
     assert set(a) == set(b)
@@ -247,6 +251,7 @@ def test_rloo_maximises_a_reward_model(base: Path, tmp_path: Path) -> None:
         ({"max_length": 4096}, "max_length=4096 exceeds the model's context: use at most 128"),
         ({"fork_layer": 3}, "leaves no layer to adapt"),
         ({"fork_layer": 7}, "fork_layer=7 is not in 0..3"),
+        ({"templates": TEMPLATES}, "dpo has no token rewards"),
         ({"reward": "some/where"}, "dpo learns from pairs and takes no reward"),
         ({"objective": "rloo"}, "rloo needs a reward"),
         ({"objective": "rloo", "reward": len, "max_new_tokens": 64}, "leaves no room for a prompt"),
