@@ -34,13 +34,15 @@ PROGRESS_LINES = 5
 Answer = dict[str, Any]
 # What names an answer within a cell: its prompt and its seed.
 Key = tuple[str, int]
+# The study's model in a dtype, None for the study's own.
+Bases = Callable[[str | None], ModelAndTokenizer]
 
 
 class Answers:
     """Answers every prompt of a study under every cell, and finds the answers that are there already.
 
     Args:
-        study: the settings. base: its model. name: of that model in the results.
+        study: the settings. bases: gives its model in a dtype, None for the study's. name: of it in the results.
         journal: answers.jsonl. prompts: what is answered. say: receives lines about the progress.
 
     Attributes:
@@ -50,18 +52,19 @@ class Answers:
     def __init__(
         self,
         study: Study,
-        base: ModelAndTokenizer,
+        bases: Bases,
         name: str,
         journal: Journal,
         prompts: Sequence[StudyPrompt],
         say: Callable[[str], None],
     ):
-        self.study, self.base, self.journal, self.say = study, base, journal, say
-        self.tokenizer = cast(PreTrainedTokenizerBase, base[1])
+        self.study, self.bases, self.journal, self.say = study, bases, journal, say
+        model, tokenizer = bases(None)
+        self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
         self.by_key = {prompt.key: prompt for prompt in prompts}
         self.warnings: list[str] = []
         self.common = {"base": name, **study.common()}
-        if (weights := fingerprint(base[0].config._name_or_path)) is not None:
+        if (weights := fingerprint(model.config._name_or_path)) is not None:
             self.common["base_weights"] = weights
         if journal.truncated:
             self.warnings.append(
@@ -88,7 +91,7 @@ class Answers:
                 self.say(f"{at}: {len(rows)} answers present, {len(jobs)} to decode")
                 if jobs:
                     # Cells that differ in their settings alone share a decoder.
-                    models = (cell.model, cell.reward, needs_own_cache(cell))
+                    models = (cell.model, cell.reward, cell.dtype, needs_own_cache(cell))
                     if loaded is None or loaded[0] != models:
                         loaded = models, self._decoder(cell)
                     rows |= self._decoded(cell, setting, loaded[1], jobs)
@@ -139,11 +142,13 @@ class Answers:
         return json.loads(canonical(setting))
 
     def _decoder(self, cell: Cell) -> RewardGuidedDecoder:
-        study, pair = self.study, self.base
-        if cell.model is not None:
-            pair = policy(cell.model, self.base, study)
+        study, dtype, pair = self.study, cell.dtype or self.study.dtype, self.bases(cell.dtype)
+        if cell.model is not None and is_adapter(cell.model):
+            pair = adapter_model(Adapter.load(cell.model), pair, None)
+        elif cell.model is not None:
+            pair = load_causal_lm(cell.model, study.device, dtype)
         return RewardGuidedDecoder.from_pretrained(
-            pair, guide(cell), dtype=study.dtype, max_batch=study.batch_size, engine=study.engine
+            pair, guide(cell), dtype=dtype, max_batch=study.batch_size, engine=study.engine
         )
 
     def _decoded(
@@ -210,7 +215,7 @@ class Answers:
     def _base_lm(self) -> LanguageModel:
         """The study's own model, which another policy's divergence is from."""
         study = self.study
-        return RewardGuidedDecoder.from_pretrained(self.base, dtype=study.dtype, engine=study.engine).lm
+        return RewardGuidedDecoder.from_pretrained(self.bases(None), engine=study.engine).lm
 
     def _imported(
         self, cell: Cell, setting: dict[str, Any], present: Mapping[Key, Answer]
@@ -266,13 +271,6 @@ def guide(cell: Cell) -> Reward | None:
     if isinstance(named, SequenceReward) and needs_own_cache(cell):
         named.share_trunk = False
     return named
-
-
-def policy(folder: str, base: ModelAndTokenizer, study: Study) -> ModelAndTokenizer:
-    """Another policy than the study's model: a whole model, or an adapter merged into a copy of its base."""
-    if is_adapter(folder):
-        return adapter_model(Adapter.load(folder), base, None)
-    return load_causal_lm(folder, study.device, study.dtype)
 
 
 @torch.inference_mode()

@@ -173,7 +173,7 @@ class Judge:
     @torch.inference_mode()
     def _one_by_one(
         self, prompts: Sequence[PromptLike], answers: Sequence[list[int]]
-    ) -> Iterator[tuple[int, float]]:
+    ) -> Iterator[tuple[int, Rating]]:
         assert isinstance(self.scorer, Reward)
         for index, (given, ids) in enumerate(zip(prompts, answers, strict=True)):
             prompt = Prompt(given, index)

@@ -17,11 +17,10 @@ from rgtg_fast.evaluation.accuracy import (
     score_pairs,
     verdicts,
 )
-from rgtg_fast.evaluation.answers import Answer
+from rgtg_fast.evaluation.answers import Answer, Bases
 from rgtg_fast.evaluation.journal import Journal, plain
 from rgtg_fast.evaluation.judge import Judge, Rating, folders_of, weights_of
 from rgtg_fast.evaluation.settings import Cell, JudgeSettings, Study, canonical
-from rgtg_fast.models.loading import ModelAndTokenizer
 from rgtg_fast.training.data import PreferencePair, load_pairs, tokenize_pairs
 
 SCORES, ACCURACY = "scores.jsonl", "accuracy.jsonl"
@@ -38,7 +37,7 @@ class Ratings:
     """Rates every answer with every judge, and finds the ratings that are there already.
 
     Args:
-        study: the settings. base: gives its model in the judges' dtype, loaded when it is first needed.
+        study: the settings. bases: gives its model in a dtype.
         journal: scores.jsonl. say: receives lines about the progress.
 
     Attributes:
@@ -48,11 +47,11 @@ class Ratings:
     def __init__(
         self,
         study: Study,
-        base: Callable[[], ModelAndTokenizer],
+        bases: Bases,
         journal: Journal,
         say: Callable[[str], None],
     ):
-        self.study, self.base, self.journal, self.say = study, base, journal, say
+        self.study, self.bases, self.journal, self.say = study, bases, journal, say
         self.warnings: list[str] = []
         if journal.truncated:
             self.warnings.append(
@@ -106,7 +105,7 @@ class Ratings:
     ) -> Iterator[tuple[str, Rating]]:
         if not unread:
             return
-        rater = Judge(judge.model, self.base())
+        rater = Judge(judge.model, self.bases(self.study.judge_dtype))
         texts, rows = list(unread), list(unread.values())
         ratings = rater.rate([row["prompt"] for row in rows], [row["response"] for row in rows])
         step = max(1, len(texts) // PROGRESS_LINES)
@@ -162,7 +161,7 @@ class Agreement:
 
 def agreements(
     study: Study,
-    base: Callable[[], ModelAndTokenizer],
+    bases: Bases,
     journal: Journal,
     guides: Sequence[str],
     say: Callable[[str], None],
@@ -170,7 +169,7 @@ def agreements(
     """Accuracy of the judges and of the guides that are models, by how much of the answers they read.
 
     Args:
-        study: names the pairs. base: as in `Ratings`. journal: accuracy.jsonl. guides: by name.
+        study: names the pairs. bases: as in `Ratings`. journal: accuracy.jsonl. guides: by name.
 
     Raises:
         RGTGError: pairs that cannot be read, or a model that cannot be loaded.
@@ -195,7 +194,7 @@ def agreements(
         row = next((row for row in journal.rows if row["told"] == told), None)
         if row is None:
             say(f"{name}: {len(pairs)} preference pairs")
-            row = {"told": told, **_agreement(Judge(model, base()), pairs, study)}
+            row = {"told": told, **_agreement(Judge(model, bases(study.judge_dtype)), pairs, study)}
             journal.add(row)
         judge = name in study.judges
         found.append(Agreement(name, model, judge, row["accuracy"], row["longer_wins"], row["above"]))

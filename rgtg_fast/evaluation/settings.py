@@ -31,7 +31,7 @@ class Cell:
         guidance: of token-by-token decoding; the default one for strategies and outputs.
         beta, top_k, temperature: for the tables; None where they have no meaning.
         model: the policy's folder where it is not the study's model. outputs: a file of existing answers.
-        seeds: of the samples.
+        dtype: where it is not the study's. seeds: of the samples.
     """
 
     method: str
@@ -43,6 +43,7 @@ class Cell:
     temperature: float | None
     model: str | None
     outputs: str | None
+    dtype: str | None
     seeds: tuple[int, ...]
 
     @property
@@ -55,6 +56,7 @@ class Cell:
     def setting(self) -> dict[str, Any]:
         """What decides this cell's answers, the study's common settings aside."""
         values: dict[str, Any] = {"reward": self.reward, "model": self.model, "outputs": self.outputs}
+        values["dtype"] = self.dtype
         if self.strategy is not None:
             values["strategy"] = self.strategy
         elif self.outputs is None:
@@ -82,6 +84,7 @@ class Method:
         support, gate_entropy: as in `Guidance`.
         model: folder of another policy (DPO, …) instead of the study's model.
         outputs: JSON Lines with `prompt` and `response`, answers of another program that are judged as they are.
+        dtype: instead of the study's; float32 keeps what merging a policy's adapter in bfloat16 would round away.
         seeds: instead of the study's.
     """
 
@@ -97,6 +100,7 @@ class Method:
     gate_entropy: float | None = None
     model: str | None = None
     outputs: str | None = None
+    dtype: str | None = None
     seeds: tuple[int, ...] | None = None
 
     def cells(self, seeds: tuple[int, ...]) -> list[Cell]:
@@ -107,7 +111,7 @@ class Method:
         """
         if self.outputs is not None:
             self._alone("outputs", ("reward", "strategy", "best_of", "model"))
-            return [Cell(self.name, None, None, Guidance(), None, None, None, None, self.outputs, (0,))]
+            return [Cell(self.name, None, None, Guidance(), None, None, None, None, self.outputs, None, (0,))]
         seeds = self.seeds or seeds
         rewards = [None if reward == NONE else reward for reward in _many(self.reward)]
         strategy = self._strategy()
@@ -120,7 +124,8 @@ class Method:
                     raise RGTGError(f"method {self.name!r}: {strategy} chooses by reward: name a reward")
                 told = self._told(strategy, top_k, temperature)
                 named_strategy(told)
-                cell = Cell(name, reward, told, Guidance(), None, top_k, temperature, self.model, None, seeds)
+                sampled = (None, top_k, temperature, self.model, None, self.dtype, seeds)
+                cell = Cell(name, reward, told, Guidance(), *sampled)
                 found.append(cell)
                 continue
             whole = self.support == "all"
@@ -130,9 +135,8 @@ class Method:
                 own = seeds[:1] if temperature == 0 else seeds
                 weight = None if reward is None else float(beta)
                 k = None if whole else top_k
-                found.append(
-                    Cell(name, reward, None, guidance, weight, k, temperature, self.model, None, own)
-                )
+                rest = (weight, k, temperature, self.model, None, self.dtype, own)
+                found.append(Cell(name, reward, None, guidance, *rest))
         return found
 
     def _strategy(self) -> str | None:

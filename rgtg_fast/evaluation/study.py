@@ -11,7 +11,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.accuracy import check_matplotlib
 from rgtg_fast.evaluation.answers import ANSWERS, FIELDS, Answer, Answers
 from rgtg_fast.evaluation.journal import Journal
-from rgtg_fast.evaluation.judge import conflicts
+from rgtg_fast.evaluation.judge import conflicts, folders_of
 from rgtg_fast.evaluation.prompts import StudyPrompt, load_prompts
 from rgtg_fast.evaluation.ratings import (
     ACCURACY,
@@ -83,33 +83,59 @@ def run_study(
     check_matplotlib()
     folder = Path(study.output)
     _keep_config(study, folder)
+    cells = study.cells()
+    check_present(study)
+
     base = load_causal_lm(given, study.device, study.dtype)
     name = base_name or study.model or base[0].config._name_or_path
     if base[1] is None:
         raise RGTGError(f"{name} came without a tokenizer: a study needs texts, pass (model, tokenizer)")
+    bases = functools.cache(functools.partial(_in_dtype, study, given, base))
     prompts, notes = load_prompts(study, base[1])
-    cells = study.cells()
     guides = list(dict.fromkeys(cell.reward for cell in cells if cell.reward is not None))
     # First of all: who reads on without knowing it is misled.
     warnings = conflicts({judge: settings.model for judge, settings in study.judges.items()}, guides) + notes
     with Journal(folder / ANSWERS, FIELDS) as journal:
-        decoding = Answers(study, base, name, journal, prompts, say)
+        decoding = Answers(study, bases, name, journal, prompts, say)
         answers = decoding.of(cells)
-    exact = functools.cache(lambda: base if isinstance(given, tuple) else _exact(study, given, base))
     with Journal(folder / SCORES, SCORE_FIELDS) as journal:
-        rating = Ratings(study, exact, journal, say)
+        rating = Ratings(study, bases, journal, say)
         scores = rating.of(answers)
     with Journal(folder / ACCURACY, ("told", "accuracy", "longer_wins", "above")) as journal:
-        agreed = agreements(study, exact, journal, guides, say)
+        agreed = agreements(study, bases, journal, guides, say)
     warnings += decoding.warnings + rating.warnings
     return Results(study, name, prompts, answers, scores, agreed, warnings)
 
 
-def _exact(study: Study, source: str, base: ModelAndTokenizer) -> ModelAndTokenizer:
-    """The base model in the judges' dtype."""
-    if study.judge_dtype is None or resolve_dtype(study.judge_dtype, base[0].device) == base[0].dtype:
+def _in_dtype(
+    study: Study, given: str | ModelAndTokenizer, base: ModelAndTokenizer, dtype: str | None
+) -> ModelAndTokenizer:
+    """The base model in a dtype, None for the study's."""
+    # A model that was passed loaded stays as it is: its owner has only this one.
+    if dtype is None or isinstance(given, tuple) or resolve_dtype(dtype, base[0].device) == base[0].dtype:
         return base
-    return load_causal_lm(source, study.device, study.judge_dtype)
+    return load_causal_lm(given, study.device, dtype)
+
+
+def check_present(study: Study) -> None:
+    """Refuses a study that would find out after hours that a model or a file of its is missing.
+
+    Raises:
+        RGTGError: naming the first that is missing, and who wants it.
+    """
+    wanted = [(f"judge {name}", judge.model) for name, judge in study.judges.items()]
+    for cell in study.cells():
+        wanted += [(f"method {cell.method}", name) for name in (cell.reward, cell.model) if name is not None]
+        if cell.outputs is not None and not Path(cell.outputs).is_file():
+            raise RGTGError(f"method {cell.method}: the file {cell.outputs} does not exist: check the path")
+    for who, name in wanted:
+        for folder in folders_of(name):
+            path = Path(folder)
+            # Anything else may be a hub id.
+            local = path.is_absolute() or len(path.parts) > 2
+            files = [path / file for file in ("config.json", "adapter_config.json")]
+            if (path.exists() or local) and not any(file.is_file() for file in files):
+                raise RGTGError(f"{who}: {folder} holds no model: check the path, or make the model first")
 
 
 def _keep_config(study: Study, folder: Path) -> None:

@@ -75,8 +75,11 @@ def test_options_go_before_the_file(run: Run, config: Callable[..., Path], tmp_p
         ({"prompts": "/none/at/all.jsonl"}, "cannot read"),
         ({"method": []}, "'method' is unknown"),
         ({"model": "/none/at/all"}, "does not exist"),
-        ({"judges": {"judge": "/none/at/all"}}, "does not exist"),
-        ({"methods": [{"name": "unguided", "reward": "/none/at/all"}]}, "does not exist"),
+        ({"judges": {"judge": "/none/at/all"}}, "judge judge: /none/at/all holds no model"),
+        (
+            {"methods": [{"name": "unguided", "reward": "/none/at/all"}]},
+            "unguided: /none/at/all holds no model",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -24,6 +24,7 @@ from rgtg_fast.evaluation.study import Results, run_study
 from rgtg_fast.evaluation.summary import COLUMNS, summarise
 from tests.conftest import make_rm, make_tokenizer
 from tests.evaluation.studies import PROMPTS, models, saved, study
+from tests.models.adapters import write_adapter
 
 TIMES = ("seconds",)
 
@@ -316,6 +317,39 @@ def test_strategies_and_gates_get_a_guide_with_a_cache_of_its_own(
     results = run_study(study(tmp_path, named, methods=methods))
     assert {len(rows) for rows in results.answers.values()} == {10}
     assert all(answering.needs_own_cache(cell) for cell in results.answers if cell.method != "unguided")
+
+
+def test_a_policys_adapter_is_merged_in_the_dtype_of_its_method(
+    named: dict[str, str], tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(named["lm"])
+    folder = write_adapter(tmp_path / "adapter", base, head=None, size=0.01)
+    methods = [
+        {"name": "unguided", "top_k": 5},
+        {"name": "dpo", "model": str(folder), "support": "all", "dtype": "float64"},
+    ]
+    results = run_study(study(tmp_path, named, methods=methods, limit=3))
+    cell = next(cell for cell in results.answers if cell.method == "dpo")
+    decoder = RewardGuidedDecoder.from_pretrained(str(folder), dtype="float64")
+    for row in results.answers[cell]:
+        key = next(prompt.key for prompt in results.prompts if prompt.index == row["index"])
+        (own,) = decoder.generate([row["prompt"]], 6, cell.guidance, sample_seed(row["seed"], key))
+        assert row["response"] == own.text
+        # Not to the rounding of float32, which such a small change of the weights would not survive.
+        assert row["guided_logprob"] == pytest.approx(own.guided_logprob, abs=1e-7)
+    assert summarise(results)[1]["kl"] != 0
+
+
+@pytest.mark.parametrize("key", ["reward", "model", "outputs"])
+def test_a_model_that_is_missing_is_missed_at_once(named: dict[str, str], tmp_path: Path, key: str) -> None:
+    methods = [{"name": "unguided"}, {"name": "late", key: str(tmp_path / "none")}]
+    with pytest.raises(RGTGError, match=r"method late: .*none (holds no model|does not exist)"):
+        run_study(study(tmp_path, named, methods=methods))
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(RGTGError, match=r"judge x: .*empty holds no model"):
+        run_study(study(tmp_path, named, judges={"x": str(empty)}))
 
 
 def test_guides_over_the_whole_vocabulary(named: dict[str, str], tmp_path: Path) -> None:
