@@ -25,13 +25,31 @@ SHARED = (
     Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
 )
 
-# What a few minutes of a GPU are spent on.
+# What a few minutes of a GPU are spent on: one launch a step against several hundred, then length, k and batch.
+LAUNCHES = ("ours", "ours_eager", "args_replicated", "unguided")
 GPU = (
-    Cell(512, 10, 1, "float32", BATCHED, repeats=3, seconds_per_run=15),
-    Cell(512, 10, 1, "bfloat16", BATCHED, repeats=3, seconds_per_run=15),
-    Cell(2048, 10, 1, "bfloat16", BATCHED, repeats=3, seconds_per_run=15),
-    Cell(512, 10, 8, "bfloat16", BATCHED, repeats=3, seconds_per_run=15),
+    Cell(512, 10, 1, "bfloat16", (*LAUNCHES, "ours_unguided"), repeats=3, seconds_per_run=8),
+    Cell(512, 10, 32, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
+    Cell(4096, 10, 1, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
+    Cell(512, 40, 1, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
+    Cell(512, 10, 8, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
+    Cell(128, 10, 1, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
+    Cell(512, 10, 1, "float32", BATCHED, repeats=1, seconds_per_run=8),
 )
+
+
+# Further lines of the CPU's tables, out of the sweep.
+HALF = (
+    Cell(512, 10, 1, "bfloat16", BATCHED),
+    Cell(2048, 10, 1, "bfloat16", BATCHED),
+    Cell(512, 10, 8, "bfloat16", BATCHED),
+)
+
+
+def shown_places(device: str) -> list[tuple[str, int, int, int]]:
+    """The places that a table of this device shows, in its order."""
+    cells = GPU if device == "cuda" else (*HEADLINES, *HALF)
+    return list(dict.fromkeys(cell.place for cell in cells))
 
 
 def sweep_cells() -> list[Cell]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.cells import GPU, HEADLINES, SHARED
+from benchmarks.cells import SHARED, shown_places
 from benchmarks.harness import PHASES, RESULTS, read
 from benchmarks.method_tables import cost_blocks, evidence_block
 from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
@@ -70,10 +70,9 @@ def groups(rows: list[Row]) -> dict[tuple[str, ...], dict[Place, dict[str, Row]]
 
 def block(rows: list[Row]) -> str:
     """The README's section: a table for every machine and model, of the headline cells."""
-    order = list(dict.fromkeys(cell.place for cell in (*HEADLINES, *GPU)))
     parts = []
-    for at in groups(rows).values():
-        shown = [at[where] for where in order if where in at and "ours" in at[where]]
+    for key, at in groups(rows).items():
+        shown = [at[where] for where in shown_places(key[3]) if where in at and "ours" in at[where]]
         if shown:
             parts.append(_table(shown))
     return "\n\n".join([*parts, NOTES]) if parts else "Not measured yet: run `python -m benchmarks.decode`."
@@ -109,7 +108,6 @@ def _trunk_table(cells: list[dict[str, Row]]) -> str:
 
 def phases_block(rows: list[Row]) -> str:
     """The section of docs/performance.md: where a token's time goes, and how near reading the weights comes."""
-    order = list(dict.fromkeys(cell.place for cell in (*HEADLINES, *GPU)))
     lines = [
         "| on | engine | dtype | B | P | k | "
         + " | ".join(PHASES)
@@ -117,10 +115,15 @@ def phases_block(rows: list[Row]) -> str:
         "|---|---|---|--:|--:|--:|" + "--:|" * (len(PHASES) + 4),
     ]
     for key, at in groups(rows).items():
-        for where in order:
-            for method, engine in (("ours", "native"), ("ours_transformers", "transformers")):
+        for where in shown_places(key[3]):
+            for method, engine in (
+                ("ours", "native"),
+                ("ours_eager", "transformers"),
+                ("ours_transformers", "transformers"),
+            ):
                 row = at.get(where, {}).get(method)
-                if row is not None:
+                # A captured step has no phases to tell apart.
+                if row is not None and row["lm_ms_per_token"]:
                     lines.append(_phases_line(key[2] or key[0], engine, row))
     notes = (
         "Milliseconds per token of the batch, prefill spread over the answer. *Weights read*: MB per token, both "
@@ -311,7 +314,8 @@ def _draw_phases(at: dict[Place, dict[str, Row]], path: Path) -> Path:
     from matplotlib import pyplot
 
     order = sorted(at, key=lambda where: (where[0] != "float32", where[1], where[2], where[3]))
-    bars = [(where, at[where]["ours"]) for where in order if "ours" in at[where] and where[3] == 10]
+    bars = [(where, at[where].get("ours_eager", at[where].get("ours"))) for where in order if where[3] == 10]
+    bars = [(where, row) for where, row in bars if row is not None and row["lm_ms_per_token"]]
     figure, axis = pyplot.subplots(figsize=(7.5, 0.34 * len(bars) + 1.6), layout="constrained")
     names = [f"{dtype}, B={batch}, P={length}" for (dtype, batch, length, _), _ in bars]
     left = [0.0] * len(bars)

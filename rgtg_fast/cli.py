@@ -472,8 +472,9 @@ def bench(
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods to time, separated by commas: ours, ours_transformers, shared_trunk, two_models, "
-            "args_replicated, pargs_serial, unguided (transformers' own loop), ours_unguided."
+            help="Methods to time, separated by commas: ours, ours_transformers, ours_eager (no CUDA graphs), "
+            "ours_compiled (torch.compile), shared_trunk, two_models, args_replicated, pargs_serial, unguided "
+            "(transformers' own loop), ours_unguided."
         ),
     ] = "ours,args_replicated,pargs_serial,unguided",
     seed: Annotated[int, typer.Option(help="Seed of the weights and prompts.")] = 0,

@@ -58,6 +58,8 @@ def cases() -> Iterator[Case]:
             )
     for B, K in ((1, 10), (32, 10), (32, 40), (1, 128256)):
         yield Case("resample", {"B": B, "K": K}, torch.float32)
+    for B, K in ((1, 10), (32, 10), (1, 40)):
+        yield Case("reward_tail", {"B": B, "K": K, "E": 4096})
     for B in (1, 32):
         yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
     for N in (16, 256):
@@ -74,6 +76,8 @@ def moved_bytes(case: Case) -> int:
         return size * (2 * s["G"] * sum(s["lengths"]) * s["D"] + new)
     if case.op == "resample":
         return s["B"] * (2 * s["K"] * size + 36)
+    if case.op == "reward_tail":
+        return s["B"] * s["K"] * (s["E"] * size + 8) + 2 * s["E"] * size + 36 * s["B"]
     if case.op == "partial_bt_loss":
         offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return int(offsets[-1]) * (size + 4) + 8 * len(offsets)
@@ -136,6 +140,14 @@ def torch_resample(a: dict[str, Any]) -> Any:
     return scores.softmax(-1).multinomial(1)
 
 
+def torch_tail(a: dict[str, Any]) -> Any:
+    """As transformers' blocks and heads do it: the norm's small kernels, the head in float32, then the draw."""
+    x = a["hidden"].float()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + a["eps"])
+    rewards = F.linear((a["norm"] * x.to(a["norm"].dtype)).float(), a["head"].float()[None]).squeeze(-1)
+    return torch_resample({**a, "rewards": rewards})
+
+
 def padded(a: dict[str, Any]) -> dict[str, Any]:
     """The inputs of the usual way: answers in rows of one length, the last reward repeated."""
     lengths = a["offsets"].diff()  # [2N]
@@ -189,6 +201,8 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
         yield "torch log_softmax + topk", dict, torch_topk
     elif case.op == "resample":
         yield "torch softmax + multinomial", dict, torch_resample
+    elif case.op == "reward_tail":
+        yield "torch norm, linear, softmax + multinomial", dict, torch_tail
     elif case.op == "commit":
         yield "torch index_put", dict, lambda a: specs()["commit"].reference(**a)
     elif case.op == "partial_bt_loss":
@@ -215,7 +229,7 @@ def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
     contestants = [("ours", dict, ours(case.op)), *rivals(case)]
     need = moved_bytes(case)
     base = spec.make_inputs(case.shape, case.dtype, "cuda")
-    if case.op == "resample":
+    if case.op in ("resample", "reward_tail"):
         base["temperature"].fill_(1.0)
     if case.op == "commit":
         # From the start, so that there is a slot for every replay.

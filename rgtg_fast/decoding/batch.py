@@ -175,6 +175,11 @@ class Batch:
         """[width], 0 where a row's gate is closed in this step."""
         return self.now.beta if self.closed is None else self.now.beta.masked_fill(self.closed.squeeze(-1), 0)
 
+    @property
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """β, temperature, seed and position [width], as `resample` takes them."""
+        return self.beta, self.now.temperature, self.now.seed, self.now.position
+
     def open_gates(self, entropy: torch.Tensor) -> None:
         """Decides from the base distribution's entropy [n] which rows this step guides; the host looks at it."""
         if not self.gated:

@@ -55,7 +55,7 @@ def decide(
     none = torch.where(choice < 0, NO_CANDIDATE, FINE).unsqueeze(-1)
     fault = torch.where(found > 0, candidates.gather(-1, where), none)
     parts = (token, logprobs.gather(-1, at), rewards.gather(-1, at), drawn.unsqueeze(-1), fault)
-    packed = torch.cat([part.to(torch.float64) for part in parts], -1).T
+    packed = torch.stack([part.squeeze(-1).to(torch.float64) for part in parts])
     ends = (token == eos).any(-1) | (now.position + 1 >= now.limit)
     now.position.add_(1)
     now.tokens.copy_(token.squeeze(-1).masked_fill(ends | (now.tokens < 0), -1))

@@ -23,6 +23,7 @@ from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_stra
 from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
 from rgtg_fast.decoding.trace import Seen, seen, write_trace
 from rgtg_fast.errors import RewardNaNError, RGTGError
+from rgtg_fast.models.backbone import Backbone
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
     ModelAndTokenizer,
@@ -115,6 +116,7 @@ class RewardGuidedDecoder:
         max_length: int | None = None,
         engine: str = "auto",
         graphs: bool | None = None,
+        compile: bool = False,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its guide.
 
@@ -129,6 +131,8 @@ class RewardGuidedDecoder:
             max_length: tokens a row may reach, prompt included; by default what both contexts hold.
             engine: "native" (fused C++ layers, CPU), "transformers" (the model's own blocks) or "auto".
             graphs: whether a step is replayed as a CUDA graph. None: on CUDA, unless the guide reads on the host.
+            compile: whether the models' blocks run as compiled code in steps (torch.compile; engine "transformers").
+                Each number of rows and of candidates is compiled at its first use, for tens of seconds.
 
         Raises:
             RGTGError: anything that cannot work, in one line.
@@ -142,7 +146,19 @@ class RewardGuidedDecoder:
         if guide is not None:
             kind = None if dtype is None else resolve_dtype(dtype, model.device)
             guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
-        return cls(language_model, guide, max_batch, graphs)
+        decoder = cls(language_model, guide, max_batch, graphs)
+        if compile:
+            decoder.compile()
+        return decoder
+
+    def compile(self) -> None:
+        """Steps run the models' blocks as compiled code from the next call on.
+
+        Raises:
+            RGTGError: the engine is native, or an adapter shares the base model's forward.
+        """
+        for model in self._models():
+            model.compile()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -169,6 +185,7 @@ class RewardGuidedDecoder:
             "max_batch": self.max_batch,
             "max_length": self.max_length,
             "graphs": self._graphs is not None,
+            "compiled": any(model.compiled for model in self._models()),
             "cache_bytes": self._cache_bytes(),
         }
 
@@ -310,10 +327,14 @@ class RewardGuidedDecoder:
         with phase("topk"):
             logprobs, candidates, entropy = self._select(batch, logits)  # [B, k]
             batch.open_gates(entropy)
-        with phase("reward"):
-            rewards = self._rewards(batch, candidates, logprobs)  # [B, k]
-        with phase("resample"):
-            choice, drawn = resample(logprobs, rewards, batch.beta, now.temperature, now.seed, now.position)
+        if reward is not None and reward.fused and not batch.gated and batch.support != "all":
+            with phase("reward"):
+                rewards, choice, drawn = reward.choose(candidates, logprobs, *batch.draw)
+        else:
+            with phase("reward"):
+                rewards = self._rewards(batch, candidates, logprobs)  # [B, k]
+            with phase("resample"):
+                choice, drawn = resample(logprobs, rewards, *batch.draw)
         with phase("commit"):
             kept = choice.masked_fill(now.tokens < 0, -1)  # a row that has ended stands still
             if lm.lookahead:
@@ -690,6 +711,9 @@ class RewardGuidedDecoder:
     def _contexts(self) -> int:
         """Rows of the base model's batch per prompt."""
         return 1 if self.reward is None else 1 + self.reward.contexts
+
+    def _models(self) -> list[Backbone]:
+        return [self.lm.backbone, *([] if self.reward is None else self.reward.models())]
 
     def _per_context(self, of_prompt: torch.Tensor) -> torch.Tensor:
         """What belongs to a prompt [B, ...], for each of its rows in the base model's batch."""

@@ -40,6 +40,8 @@ from rgtg_fast.models.adapter import (
 METHODS = (
     "ours",
     "ours_transformers",
+    "ours_eager",
+    "ours_compiled",
     "shared_trunk",
     "two_models",
     "args_replicated",
@@ -48,9 +50,28 @@ METHODS = (
     "ours_unguided",
 )
 # Methods whose greedy tokens must agree; the first that runs is the reference for the others.
-GUIDED = ("args_replicated", "pargs_serial", "ours", "ours_transformers", "two_models", "shared_trunk")
+GUIDED = (
+    "args_replicated",
+    "pargs_serial",
+    "ours",
+    "ours_transformers",
+    "ours_eager",
+    "ours_compiled",
+    "two_models",
+    "shared_trunk",
+)
 # Methods of our decoder, those whose guide is an adapter, and those that hold the base model alone.
-OURS = ("ours", "ours_transformers", "shared_trunk", "two_models", "ours_unguided")
+OURS = (
+    "ours",
+    "ours_transformers",
+    "ours_eager",
+    "ours_compiled",
+    "shared_trunk",
+    "two_models",
+    "ours_unguided",
+)
+# Those that run the model's own blocks even where the native engine could: on a CPU, `ours_eager` is `ours`.
+OWN_BLOCKS = ("ours_transformers", "ours_compiled")
 ADAPTED = ("shared_trunk", "two_models")
 BASE_ALONE = ("unguided", "ours_unguided")
 # Decoded one row at a time whatever the batch: the published programs have no other way.
@@ -532,7 +553,9 @@ def _method(
             dtype=lm.dtype,
             max_batch=batch,
             max_length=length,
-            engine="transformers" if name == "ours_transformers" else "auto",
+            engine="transformers" if name in OWN_BLOCKS else "auto",
+            graphs=False if name == "ours_eager" else None,
+            compile=name == "ours_compiled",
         )
         engine = str(decoder.describe()["lm_engine"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
 from rgtg_fast.models.cache import ForkedCache, PrefixCache
+from rgtg_fast.models.final_norm import FinalNorm
 from rgtg_fast.models.low_rank import LowRankRows
 from rgtg_fast.models.native import NativeLayers
 from rgtg_fast.models.transfer import to_device
@@ -27,7 +28,17 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torc
 
 
 class Layers(Protocol):
-    """What runs a model's blocks over the forward that its cache has begun."""
+    """What runs a model's blocks over the forward that its cache has begun.
+
+    Attributes:
+        final_norm: the norm after the last block, None where it cannot be left out of a forward.
+    """
+
+    final_norm: FinalNorm | None
+
+    def compile(self) -> None:
+        """Steps run as compiled code from now on, each shape compiled at its first use."""
+        ...
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
@@ -50,22 +61,44 @@ class TransformersLayers:
     def __init__(self, model: PreTrainedModel):
         use_prefix_attention(model)
         self.trunk = model.base_model
+        self.final_norm = FinalNorm.of(self.trunk)
         self._rows: LowRankRows | None = None
+        self._compiled: Callable[..., torch.Tensor] | None = None
 
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         self._rows = rows
 
+    def compile(self) -> None:
+        if self._rows is not None:
+            raise RGTGError(
+                "compile=True and an adapter shares the base model's forward, which is not compiled: "
+                "use share_trunk=False, or leave compile out"
+            )
+        if self._compiled is None:
+            # Sizes of a step are few and worth kernels of their own; the cache's may be any (`PrefixCache.reserve`).
+            self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False)
+            # The compiler joins the norm with its neighbours itself.
+            self.final_norm = None
+
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
     ) -> torch.Tensor:
+        # Prompts have any length: compiling a prefill would cost more than it saves.
+        if self._compiled is not None and not cache.causal:
+            return self._compiled(ids, positions, cache)
         with nullcontext() if self._rows is None else self._rows.interleaved(len(ids)):
-            out = self.trunk(
-                input_ids=ids,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                prefix_cache=cache,
-            )
+            return self._run(ids, positions, cache)
+
+    def _run(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+    ) -> torch.Tensor:
+        out = self.trunk(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            prefix_cache=cache,
+        )
         return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
@@ -75,8 +108,13 @@ class TransformersLayers:
 class FusedLayers:
     """The same blocks fused into one C++ call a pass (CPU, Llama-like families)."""
 
+    final_norm: FinalNorm | None = None
+
     def __init__(self, model: PreTrainedModel):
         self.native = NativeLayers(model.base_model)
+
+    def compile(self) -> None:
+        raise RGTGError("compile=True and engine='native', which is compiled: use engine='transformers'")
 
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         self.native.adapt(adapters)
@@ -153,6 +191,7 @@ class Backbone:
     Attributes:
         lookahead: whether a step runs the candidates themselves, because an attached guide scores them. The state after
             the chosen one then gives the next token's logits, and no token is run again.
+        compiled: whether steps run compiled blocks.
         contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached guides
             look at the first alone.
     """
@@ -170,7 +209,7 @@ class Backbone:
         )
         self.cache: PrefixCache | ForkedCache = PrefixCache(*self.geometry, self.dtype, self.device)
         self.counter = Counter()
-        self.lookahead = False
+        self.lookahead = self.compiled = False
         self.contexts = 1
         self._adapters: list[Adapter] = []
         self._rows: LowRankRows | None = None
@@ -215,7 +254,7 @@ class Backbone:
         Raises:
             RGTGError: the adapter does not fit this model, or its cached forward differs from the uncached one.
         """
-        reason = adapter.misfit(self.model)
+        reason = adapter.misfit(self.model) or ("its base model is compiled" if self.compiled else None)
         if reason is not None:
             raise RGTGError(f"{reason}: name an adapter of this model")
         self.lookahead = self.lookahead or scores_candidates
@@ -287,14 +326,20 @@ class Backbone:
         """Tokens in a slot's prefix, from the host's own count."""
         return self._lengths[slot]
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """States [B, S, E] of S undecided tokens [B, S] per row, each of which sees its prefix and itself."""
+    def step(self, tokens: torch.Tensor, normed: bool = True) -> torch.Tensor:
+        """States [B, S, E] of S undecided tokens [B, S] per row, each of which sees its prefix and itself.
+
+        Args:
+            normed: whether the final norm is part of the forward; False only where `layers.final_norm` is known.
+        """
         rows, new_tokens = tokens.shape
         self.cache.begin_step(rows, new_tokens)
         positions = self.cache.lengths[:rows, None].expand(rows, new_tokens)
         self.counter.calls += 1
         self.counter.tokens += rows * new_tokens
-        hidden = self.layers.forward(tokens, positions, self.cache)
+        norm = None if normed else self.layers.final_norm
+        with nullcontext() if norm is None else norm.skipped():
+            hidden = self.layers.forward(tokens, positions, self.cache)
         self._stepped = hidden.unflatten(0, (rows, -1))
         return self._stepped[:, 0]
 
@@ -315,6 +360,15 @@ class Backbone:
     @lengths.setter
     def lengths(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
+
+    def compile(self) -> None:
+        """Steps run the blocks as compiled code from now on.
+
+        Raises:
+            RGTGError: the engine is native, or an adapter shares the forward.
+        """
+        self.layers.compile()
+        self.compiled = True
 
     def step_state(self) -> list[torch.Tensor]:
         """What a step changes besides keys and values: lengths, and with lookahead the newest states."""

@@ -65,6 +65,11 @@ class PrefixCache(Cache):
             self.keys = torch.empty(size, dtype=self.dtype, device=self.device)
             self.values = torch.empty(size, dtype=self.dtype, device=self.device)
             self.lengths = torch.zeros(self.slots, dtype=torch.int64, device=self.device)
+            for buffer in (self.keys, self.values):
+                # Compiled blocks need not be compiled anew for a larger cache: only our ops look at these sizes.
+                torch._dynamo.maybe_mark_dynamic(buffer, 1)
+                torch._dynamo.maybe_mark_dynamic(buffer, 3)
+            torch._dynamo.maybe_mark_dynamic(self.lengths, 0)
         self.lengths.zero_()
 
     def nbytes(self) -> int:
@@ -224,6 +229,11 @@ class ForkedCache(Cache):
         """Tokens of each slot's prefix [slots]."""
         part = self.parts[0]
         return part.cache.lengths[:: part.variants]
+
+    @property
+    def causal(self) -> bool:
+        """As `PrefixCache.causal`."""
+        return self.parts[-1].cache.causal
 
     def reserve(self, slots: int, length: int) -> None:
         """Empties the cache and makes room for `slots` rows of `length` tokens."""

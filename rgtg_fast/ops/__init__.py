@@ -1,4 +1,4 @@
-"""The fused operations: topk_logprobs, tree_attention, resample, commit to decode, partial_bt_loss to train.
+"""The fused operations: five to decode (topk_logprobs ... commit), partial_bt_loss to train.
 
 Each is one torch.library op with a reference in plain PyTorch, a C++ kernel for the CPU and Triton kernels
 for CUDA; see README.md for the legend of shapes.
@@ -8,6 +8,7 @@ from ._registry import KernelSpec, OpSpec, Tolerance, backend_of, specs, use_bac
 from .commit import commit
 from .partial_bt_loss import partial_bt_loss, partial_bt_terms
 from .resample import resample
+from .reward_tail import reward_tail
 from .topk_logprobs import topk_logprobs
 from .tree_attention import tree_attention
 
@@ -20,6 +21,7 @@ __all__ = [
     "partial_bt_loss",
     "partial_bt_terms",
     "resample",
+    "reward_tail",
     "specs",
     "topk_logprobs",
     "tree_attention",

@@ -69,6 +69,11 @@ class OpSpec:
     tolerances: Mapping[torch.dtype, Tolerance]
     kernels: tuple[KernelSpec, ...] = ()
 
+    @property
+    def has_cpp(self) -> bool:
+        """Whether a C++ kernel serves it on the CPU."""
+        return bool(_ops[self.name].cpp_dtypes)
+
 
 @dataclass(frozen=True)
 class _Op:
@@ -91,7 +96,7 @@ def register(
     schema: str,
     fake: Callable[..., Any],
     check: Callable[..., None],
-    cpp: Callable[..., Any],
+    cpp: Callable[..., Any] | None,
     cpp_dtypes: frozenset[torch.dtype],
     triton_dtypes: frozenset[torch.dtype],
     triton_against: Callable[..., str] = lambda **_: "",
@@ -105,7 +110,7 @@ def register(
         fake: shapes and strides of the result, for tracing.
         check: raises `RGTGError` where the values of the arguments (not their shapes) cannot work. It reads
             tensors, so it runs on the CPU only; the C++ kernels check for themselves.
-        cpp: calls the C++ kernel.
+        cpp: calls the C++ kernel; None where there is none.
         cpp_dtypes: what the C++ kernel takes; other dtypes are served by the reference.
         triton_dtypes: what the Triton kernels take; other dtypes are served by the reference.
         triton_against: why they cannot serve the sizes, empty where they can; the reference serves those.
@@ -115,7 +120,7 @@ def register(
 
     def cpu(first: torch.Tensor, *rest: Any) -> Any:
         backend = backend_of(spec.name, "cpu", first.dtype, **sizes(first, *rest))
-        if backend == "cpp":
+        if backend == "cpp" and cpp is not None:
             return cpp(first, *rest)
         check(first, *rest)
         return _launch(spec.name, first, *rest) if backend == "triton" else spec.reference(first, *rest)
@@ -140,6 +145,8 @@ def _reason_against(op: _Op, backend: str, device: str, dtype: torch.dtype, size
     if backend == "cpp":
         if device != "cpu":
             return f"the C++ kernels serve tensors on the CPU, not on {device}"
+        if not op.cpp_dtypes:
+            return "it has no C++ kernel: the reference serves it on the CPU"
         if dtype not in op.cpp_dtypes:
             return f"its C++ kernel does not take {dtype}: use float32, bfloat16 or float16"
         return _extension.missing_reason()
@@ -161,9 +168,10 @@ def backend_of(
     """Says which implementation serves an op.
 
     On the CPU that is `"cpp"` for float32, bfloat16 and float16 (commit and partial_bt_loss: float64 too), and
-    `"reference"` for other dtypes or where the extension is missing. On CUDA it is `"triton"` for these three (commit:
-    float64 too), and `"reference"` for others, where Triton is missing, and beyond the sizes that the kernels take:
-    topk_logprobs with k > 256 (less where V > 262144), tree_attention with D > 256. `use_backend` overrides the choice.
+    `"reference"` for reward_tail, for other dtypes and where the extension is missing. On CUDA it is `"triton"` for
+    these three (commit: float64 too), and `"reference"` for others, where Triton is missing, and beyond the sizes that
+    the kernels take: topk_logprobs with k > 256 (less where V > 262144), tree_attention with D > 256. `use_backend`
+    overrides the choice.
 
     Args:
         name: the op's name, e.g. `"tree_attention"`.

@@ -12,6 +12,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.backbone import Backbone, Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.ops import resample
 
 
 @dataclass
@@ -138,6 +139,24 @@ class Reward(ABC):
     @abstractmethod
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         """Rewards [B, k] of candidate tokens [B, k] in slots 0..B-1."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether `choose` does in one launch what `score` and `resample` do in several."""
+        return False
+
+    def choose(
+        self,
+        candidates: torch.Tensor,
+        logprobs: torch.Tensor,
+        beta: torch.Tensor,
+        temperature: torch.Tensor,
+        seed: torch.Tensor,
+        position: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rewards [B, k] of candidates [B, k], then choice and log-probability [B] as `resample` gives them."""
+        rewards = self.score(candidates).to(logprobs.dtype)
+        return rewards, *resample(logprobs, rewards, beta, temperature, seed, position)
 
     def commit(self, choice: torch.Tensor) -> None:
         """Candidate `choice[b]` [B] has become row b's next token; -1: the row has ended and stands still."""

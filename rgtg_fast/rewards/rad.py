@@ -36,6 +36,10 @@ class RADReward(SequenceReward):
     def name(self) -> str:
         return super().name.replace("SequenceReward", "RADReward", 1)
 
+    @property
+    def fused(self) -> bool:
+        return False  # the clamp stands between reward and draw
+
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         return self._clamped(super().score(candidates))
 

@@ -20,6 +20,7 @@ from rgtg_fast.models.loading import (
     reward_backbone,
 )
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.ops import reward_tail
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.rewards.compatibility import check_same_tokenizer, guide_ids, place_adapter
 
@@ -189,6 +190,43 @@ class SequenceReward(Reward):
         if self._attached.variant:
             self.counter.tokens += candidates.numel()
         return scores_of(self._attached.candidates(), self._head)
+
+    @property
+    def fused(self) -> bool:
+        # On a CPU the native engine norms within its one call.
+        backbone = self.backbone
+        return (
+            backbone is not None and backbone.device.type == "cuda" and backbone.layers.final_norm is not None
+        )
+
+    def choose(
+        self,
+        candidates: torch.Tensor,
+        logprobs: torch.Tensor,
+        beta: torch.Tensor,
+        temperature: torch.Tensor,
+        seed: torch.Tensor,
+        position: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        backbone = self.backbone
+        norm = None if backbone is None else backbone.layers.final_norm
+        if backbone is None or norm is None:
+            return super().choose(candidates, logprobs, beta, temperature, seed, position)
+        hidden = backbone.step(candidates, normed=False)
+        head, bias = backbone.head.weight[0].detach(), backbone.head.bias
+        return reward_tail(
+            hidden,
+            norm.weight,
+            head,
+            None if bias is None else bias.detach(),
+            logprobs,
+            beta,
+            temperature,
+            seed,
+            position,
+            norm.eps,
+            norm.offset,
+        )
 
     def commit(self, choice: torch.Tensor) -> None:
         if self.backbone is not None:

@@ -53,6 +53,7 @@ SHAPES = {
     ),
     "resample": tuple(shape for shape in SPECS["resample"].shapes if shape["B"] <= 8),
     "commit": SPECS["commit"].shapes,
+    "reward_tail": SPECS["reward_tail"].shapes,
     "partial_bt_loss": tuple(shape for shape in SPECS["partial_bt_loss"].shapes if shape["N"] <= 8),
 }
 CASES = [

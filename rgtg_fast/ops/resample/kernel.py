@@ -44,26 +44,8 @@ def _scores(p_logprobs, p_rewards, beta, first, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def resample_kernel(
-    p_logprobs,
-    p_rewards,
-    p_beta,
-    p_temperature,
-    p_seed,
-    p_position,
-    p_choice,
-    p_logprob,
-    K,
-    stride_logprobs,
-    stride_rewards,
-    BLOCK: tl.constexpr,
-):
-    i_b = tl.program_id(0).to(tl.int64)
-    beta, tau = tl.load(p_beta + i_b), tl.load(p_temperature + i_b)
-    seed, position = tl.load(p_seed + i_b), tl.load(p_position + i_b)
-    p_logprobs += i_b * stride_logprobs
-    p_rewards += i_b * stride_rewards
-
+def draw(p_logprobs, p_rewards, beta, tau, seed, position, K, BLOCK: tl.constexpr):
+    """A row's choice and its log-probability; -1 and NaN where it has no distribution."""
     best = tl.full((), -float("inf"), tl.float32)
     undefined = tl.full((), 0, tl.int32)
     for first in range(0, K, BLOCK):
@@ -96,8 +78,39 @@ def resample_kernel(
             choice = first + here
             chosen = tl.sum(tl.where(tl.arange(0, BLOCK) == here, b_scaled, 0.0), 0)
     logprob = tl.where(greedy, 0.0, chosen - tl.log(total))
-    tl.store(p_choice + i_b, tl.where(defined, choice, -1).to(tl.int64))
-    tl.store(p_logprob + i_b, tl.where(defined, logprob, float("nan")))
+    return tl.where(defined, choice, -1).to(tl.int64), tl.where(defined, logprob, float("nan"))
+
+
+@triton.jit
+def resample_kernel(
+    p_logprobs,
+    p_rewards,
+    p_beta,
+    p_temperature,
+    p_seed,
+    p_position,
+    p_choice,
+    p_logprob,
+    K,
+    stride_logprobs,
+    stride_rewards,
+    BLOCK: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    beta, tau = tl.load(p_beta + i_b), tl.load(p_temperature + i_b)
+    seed, position = tl.load(p_seed + i_b), tl.load(p_position + i_b)
+    choice, logprob = draw(
+        p_logprobs + i_b * stride_logprobs,
+        p_rewards + i_b * stride_rewards,
+        beta,
+        tau,
+        seed,
+        position,
+        K,
+        BLOCK,
+    )
+    tl.store(p_choice + i_b, choice)
+    tl.store(p_logprob + i_b, logprob)
 
 
 def launch(

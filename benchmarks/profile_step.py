@@ -1,0 +1,155 @@
+"""Where a decoding step's time goes: first token, compiling, capturing, milliseconds a step, memory, kernels.
+
+    python -m benchmarks.profile_step --shape llama-1b --device cuda --modes eager graphed compiled
+    python -m benchmarks.profile_step --shape tiny --device cpu --modes eager      # tries the command out
+
+One row a mode into results/profile.csv. `cold` is the first call of a fresh decoder, with kernels compiled and graphs
+captured in it; the others are of the second. `device_ms_per_step` is what the kernels of a step take one after another:
+the rest of `ms_per_step` is the host, or the gaps between kernels. With --kernels N the N longest kernels (on a CPU:
+operators) are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from benchmarks.harness import MACHINE, RESULTS, append, shown
+from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.benchmark import DTYPES, SHAPES, machine
+from rgtg_fast.profiling import PhaseTimer
+
+MODES = ("eager", "graphed", "compiled")
+PHASES = ("prefill", "lm", "topk", "reward", "resample", "commit", "host")
+COLUMNS = (
+    *MACHINE,
+    "shape",
+    "device",
+    "dtype",
+    "prompt_length",
+    "k",
+    "batch",
+    "new_tokens",
+    "mode",
+    "cold_first_token_ms",
+    "cold_graph_ms",
+    "first_token_ms",
+    "ms_per_step",
+    "device_ms_per_step",
+    "kernels_per_step",
+    "tokens_per_second",
+    *(f"{phase}_ms_per_step" for phase in PHASES),
+    "resident_bytes",
+    "peak_bytes",
+)
+
+
+def make_decoder(shape: str, device: str, dtype: torch.dtype, batch: int, mode: str) -> RewardGuidedDecoder:
+    """Two models of the shape with random weights made on the device; no token ends an answer."""
+    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=0, num_labels=1)
+    torch.manual_seed(0)
+    with torch.device(device):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        rm = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    assert lm.generation_config is not None
+    lm.generation_config.eos_token_id = None
+    return RewardGuidedDecoder.from_pretrained(
+        (lm, None),
+        SequenceReward((rm, None)),
+        device=device,
+        dtype=dtype,
+        max_batch=batch,
+        engine="transformers" if mode == "compiled" else "auto",
+        graphs=False if mode == "eager" else None,
+        compile=mode == "compiled",
+    )
+
+
+def measure(given: argparse.Namespace, mode: str) -> tuple[dict[str, Any], Any]:
+    """The row of a mode, and the profiler's averages."""
+    cuda = given.device == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    decoder = make_decoder(given.shape, given.device, DTYPES[given.dtype], given.batch, mode)
+    prompts = [[3 + (7 * i + row) % 200 for i in range(given.prompt_length)] for row in range(given.batch)]
+
+    def run(tokens: int) -> Any:
+        stats = decoder.generate(prompts, tokens, Guidance(k=given.k, temperature=0)).stats
+        if cuda:
+            torch.cuda.synchronize()
+        return stats
+
+    cold, warm = run(given.new_tokens), run(given.new_tokens)
+    first = warm.first_token_seconds or 0.0
+    steps = max(warm.steps - 1, 1)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    few = min(8, given.new_tokens)
+    with profile(activities=activities) as profiler:
+        run(few)
+    averages = profiler.key_averages()
+    kernels = [e for e in averages if cuda and "CUDA" in str(e.device_type)]
+    resident = torch.cuda.memory_allocated() if cuda else sum(warm.cache_bytes.values())
+    row = {
+        "mode": mode,
+        "cold_first_token_ms": 1e3 * (cold.first_token_seconds or 0.0),
+        "cold_graph_ms": 1e3 * cold.graph_seconds,
+        "first_token_ms": 1e3 * first,
+        "ms_per_step": 1e3 * (warm.seconds - first) / steps,
+        # The prefill's kernels are in it too: --new-tokens tells them apart.
+        "device_ms_per_step": sum(e.self_device_time_total for e in kernels) / 1e3 / few if cuda else None,
+        "kernels_per_step": sum(e.count for e in kernels) / few if cuda else None,
+        "tokens_per_second": warm.tokens_per_second,
+        "resident_bytes": resident,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+    if mode == "eager":
+        # Each phase waits for the device, which slows the run: the sum is more than `ms_per_step`.
+        decoder.phase_timer = lambda: PhaseTimer(synchronize=cuda)
+        phases = run(given.new_tokens).phases
+        row |= {f"{phase}_ms_per_step": 1e3 * phases.get(phase, 0.0) / warm.steps for phase in PHASES}
+    return row, averages
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-1b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--prompt-length", type=int, default=512)
+    parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--kernels", type=int, default=0, help="print so many of the longest kernels")
+    parser.add_argument("--output", type=Path, default=RESULTS / "profile.csv")
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no CUDA device: nothing was measured", file=sys.stderr)
+        return 2
+    about = machine(given.device)
+    names = ("shape", "device", "dtype", "prompt_length", "k", "batch", "new_tokens")
+    for mode in given.modes:
+        try:
+            row, averages = measure(given, mode)
+        except RGTGError as error:
+            print(f"{mode}: {error}", file=sys.stderr)
+            return 2
+        row |= {name: about[name] for name in MACHINE} | {name: getattr(given, name) for name in names}
+        append(given.output, [{name: shown(row.get(name)) for name in COLUMNS}], COLUMNS)
+        print(mode, *(f"{name}={shown(row.get(name))}" for name in COLUMNS[len(MACHINE) + 8 :]), sep="  ")
+        if given.kernels:
+            key = "self_device_time_total" if given.device == "cuda" else "self_cpu_time_total"
+            print(averages.table(sort_by=key, row_limit=given.kernels, max_name_column_width=60))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
