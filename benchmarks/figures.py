@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.cells import SHARED, shown_places
 from benchmarks.harness import PHASES, RESULTS, read
 from benchmarks.method_tables import cost_blocks, evidence_block
+from benchmarks.study.tables import BLOCK, study_block
 from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
 
 ROOT = Path(__file__).parent.parent
@@ -342,6 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--training", type=Path, default=ROOT / "docs" / "training.md")
     parser.add_argument("--trunk", type=Path, default=ROOT / "docs" / "shared-trunk.md")
     parser.add_argument("--methods", type=Path, default=ROOT / "docs" / "methods" / "README.md")
+    parser.add_argument("--evaluation", type=Path, default=ROOT / "docs" / "evaluation.md")
     parser.add_argument("--study", type=Path, default=STUDY, help="summary.csv of `rgtg-fast evaluate`")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(arguments)
@@ -361,6 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
         (given.trunk, fork_block(read(RESULTS / "fork.csv")), FORK),
         (given.methods, cost_blocks(read(RESULTS / "method_costs.csv")), METHOD_COSTS),
         (given.methods, evidence_block(read(given.study)), EVIDENCE),
+        (given.evaluation, study_block(read(given.study)), BLOCK),
     ):
         print(page, name, "changed" if write_block(page, text, name) else "unchanged")
     return 0

@@ -1,7 +1,8 @@
 """Runs the whole study: `python -m benchmarks.study` trains the models that are missing, then evaluates.
 
 Guides, policy and judge are adapters of the embedded model with the same first adapted layer; the judge is larger, and
-of data that no guide has seen. What is there is kept, so that an interrupted run goes on where it stopped.
+of data that no guide has seen. What is there is kept, so that an interrupted run goes on where it stopped. The results
+go to benchmarks/study/results; `python -m benchmarks.figures` puts their table into the documentation.
 """
 
 from __future__ import annotations
@@ -12,13 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.figures import write_block
-from benchmarks.harness import read
-from benchmarks.study.tables import BLOCK, study_block
-
 HERE = Path(__file__).parent
-MODELS, CONFIG, SUMMARY = HERE / "models", HERE / "study.yaml", HERE / "results" / "summary.csv"
-PAGE = HERE.parent.parent / "docs" / "evaluation.md"
+MODELS, CONFIG = HERE / "models", HERE / "study.yaml"
 GUIDES, JUDGES = "hh_guide_train.jsonl.gz", "hh_judge_train.jsonl.gz"
 ADAPTER = "--fork-layer 20 --lora-rank 8 --lora-alpha 16 --max-length 384"
 # Model: its data, and the command that makes it.
@@ -62,8 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
         done = subprocess.run([sys.executable, "-m", "rgtg_fast", *command], env=environment, check=False)
         if done.returncode:
             return done.returncode
-    if given.only != "train" and given.config == CONFIG:
-        print(PAGE, "changed" if write_block(PAGE, study_block(read(SUMMARY)), BLOCK) else "unchanged")
     return 0
 
 

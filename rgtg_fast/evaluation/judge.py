@@ -95,6 +95,7 @@ class Judge:
 
     Attributes:
         scorer: a causal model for packed rows, or a guide that is bound to the base model. tokenizer: its own.
+        template: its chat template, the base model's where it has none, None where neither has.
 
     Raises:
         RGTGError: nothing there, or no reward model.
@@ -102,15 +103,18 @@ class Judge:
 
     def __init__(self, name: str, base: ModelAndTokenizer, budget: int = 2048):
         self.name, self.budget = name, budget
+        lender = base[1]
         self.scorer: PreTrainedModel | Reward
         guide = named_guide(name)
         if type(guide) is SequenceReward:
             self.scorer, self.tokenizer = load_classifier(str(guide.source), lambda _: base)
-            return
-        bound = RewardGuidedDecoder.from_pretrained(base, reward=guide)
-        assert bound.reward is not None
-        assert bound.tokenizer is not None
-        self.scorer, self.tokenizer = bound.reward, bound.tokenizer
+        else:
+            bound = RewardGuidedDecoder.from_pretrained(base, reward=guide)
+            assert bound.reward is not None
+            assert bound.tokenizer is not None
+            self.scorer, self.tokenizer = bound.reward, bound.tokenizer
+        lent = None if lender is None else lender.chat_template
+        self.template = cast("str | None", self.tokenizer.chat_template or lent)
 
     def rate(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, Rating]]:
         """Index and rating of each answer, as they become known.
@@ -154,7 +158,7 @@ class Judge:
             groups.setdefault(json.dumps(prompt), []).append(index)
         pairs, indices = [], []
         for group in groups.values():
-            prompt_ids = Prompt(prompts[group[0]]).ids(self.tokenizer)
+            prompt_ids = Prompt(prompts[group[0]]).ids(self.tokenizer, self.template)
             for start in range(0, len(group), 2):
                 two = group[start : start + 2]
                 ids = [answers[i] for i in two]
@@ -177,7 +181,7 @@ class Judge:
         assert isinstance(self.scorer, Reward)
         for index, (given, ids) in enumerate(zip(prompts, answers, strict=True)):
             prompt = Prompt(given, index)
-            prefix = Prefix(prompt, prompt.ids(self.tokenizer))
+            prefix = Prefix(prompt, prompt.ids(self.tokenizer, self.template))
             rewards = self.scorer.score_answer(prefix, ids)
             ended = self.scorer.answer_reward(rewards)
             yield index, Rating(ended, self.scorer.answer_reward(rewards[:-1]) if rewards[1:] else ended)

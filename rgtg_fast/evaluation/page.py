@@ -76,9 +76,9 @@ def markdown(title: str, sections: Sequence[Section], figures: str) -> str:
 
 def _markdown(part: Part, figures: str) -> str:
     if isinstance(part, Text):
-        return part.text
+        return _inline(part.text)
     if isinstance(part, Notes):
-        return "\n".join(f"- {'**Note:** ' if part.urgent else ''}{line}" for line in part.lines)
+        return "\n".join(f"- {'**Note:** ' if part.urgent else ''}{_inline(line)}" for line in part.lines)
     if isinstance(part, Drawing):
         return f"![{part.caption}]({figures}/{part.name}.svg)\n\n*{part.caption}*"
     if isinstance(part, Table):

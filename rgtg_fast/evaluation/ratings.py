@@ -202,8 +202,8 @@ def agreements(
 
 
 def _agreement(judge: Judge, pairs: Sequence[PreferencePair], study: Study) -> dict[str, Any]:
-    chat = study.chat and judge.tokenizer.chat_template is not None
-    tokenized, _ = tokenize_pairs(pairs, judge.tokenizer, MAX_LENGTH, chat=chat)
+    chat = study.chat and judge.template is not None
+    tokenized, _ = tokenize_pairs(pairs, judge.tokenizer, MAX_LENGTH, judge.template, chat=chat)
     prompts = {pair.index: pair.prompt for pair in pairs}
     given: list[Any] = [prompts[pair.index] for pair in tokenized]
     if chat:

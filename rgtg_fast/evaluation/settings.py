@@ -240,11 +240,15 @@ class Study:
             )
         if not self.methods:
             raise RGTGError("the study has no methods: name at least the baseline")
-        names = [cell.method for cell in self.cells()]
+        cells = self.cells()
+        names = [cell.method for cell in cells]
         own = [method.name for method in self.methods]
         doubled = sorted({name for name in own if own.count(name) > 1})
         if doubled:
             raise RGTGError(f"two methods are called {doubled[0]!r}: give each a name of its own")
+        for cell in cells:
+            if cells.count(cell) > 1:
+                raise RGTGError(f"{cell.label} is twice in the study: name every setting once")
         if self.baseline not in names:
             raise RGTGError(
                 f"baseline={self.baseline!r} is no method of the study: use one of {', '.join(dict.fromkeys(names))}"

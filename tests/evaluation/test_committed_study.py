@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from benchmarks.figures import current_block
+from benchmarks.figures import ROOT, STUDY, current_block
 from benchmarks.harness import read
-from benchmarks.study.__main__ import CONFIG, HERE, MODELS, PAGE, SUMMARY, TRAINING, main, training
+from benchmarks.study.__main__ import CONFIG, MODELS, TRAINING, main, training
 from benchmarks.study.tables import BLOCK, NOT_RUN, study_block
 from rgtg_fast import bundled
 from rgtg_fast.cli import app
 from rgtg_fast.evaluation.judge import folders_of
 from rgtg_fast.evaluation.settings import Study
 from rgtg_fast.evaluation.summary import COLUMNS
-
-ROOT = HERE.parents[1]
 
 
 @pytest.fixture
@@ -78,5 +76,6 @@ def test_the_table() -> None:
     assert study_block([]) == NOT_RUN
 
 
-def test_the_documentation_has_the_tables_of_the_results() -> None:
-    assert current_block(PAGE, BLOCK) == study_block(read(SUMMARY))
+def test_the_documentation_has_the_tables_of_the_results(study: Study) -> None:
+    assert ROOT / study.output / "summary.csv" == STUDY
+    assert current_block(ROOT / "docs" / "evaluation.md", BLOCK) == study_block(read(STUDY))

@@ -67,6 +67,14 @@ def test_a_guide_of_any_kind_may_judge(named: dict[str, str]) -> None:
     assert likely[0].unended == pytest.approx(sum(tokens[:-1]), abs=1e-5)
 
 
+def test_a_judge_without_a_chat_template_reads_the_base_models(named: dict[str, str], tmp_path: Path) -> None:
+    base = load_causal_lm(named["lm"], None, None)
+    folder = tmp_path / "plain"
+    make_rm(seed=2).save_pretrained(folder)
+    make_tokenizer(chat_template=None).save_pretrained(folder)
+    assert rated(Judge(str(folder), base)) == rated(Judge(named["judge"], base))
+
+
 def test_no_model_and_no_number(named: dict[str, str], tmp_path: Path) -> None:
     base = load_causal_lm(named["lm"], None, None)
     with pytest.raises(RGTGError, match="does not exist"):

@@ -233,6 +233,9 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     names = (figures.METHOD_COSTS, figures.EVIDENCE)
     methods.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
     arguments += ["--methods", str(methods), "--study", str(tmp_path / "none.csv")]
+    evaluation = tmp_path / "evaluation.md"
+    evaluation.write_text(f"<!-- {figures.BLOCK}:begin --><!-- {figures.BLOCK}:end -->", encoding="utf-8")
+    arguments += ["--evaluation", str(evaluation)]
     assert figures.main(arguments) == 0
     assert "Not measured yet: run `python -m benchmarks.study`" in methods.read_text(encoding="utf-8")
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}

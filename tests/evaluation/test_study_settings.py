@@ -89,6 +89,10 @@ def test_judges_are_names_or_tables() -> None:
         ({"methods": [{"name": "unguided", "best_of": 3}]}, "chooses by reward: name a reward"),
         ({"methods": [{"name": "unguided", "outputs": "x", "reward": "y"}]}, "outputs and reward exclude"),
         ({"methods": [{"name": "unguided", "reward": "x", "strategy": "tree"}]}, "strategy='tree:"),
+        (
+            {"methods": [{"name": "unguided"}, {"name": "a", "reward": "b", "beta": [1, 1]}]},
+            "a (β = 1, k = 10",
+        ),
         ({"seeds": [1, 1]}, "seeds="),
         ({"seeds": [True]}, "seeds=(True,) is no list of int"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
