@@ -263,7 +263,8 @@ def _head_alone(model: PreTrainedModel, name: str, layers: nn.ModuleList, head: 
 def let_autocast_cast(model: nn.Module) -> None:
     """Keeps PEFT from casting an adapter's inputs to its float32 weights, which autocast would undo: two copies less.
 
-    For models that run under autocast alone.
+    For models that run under autocast alone. A correction that is not trained may lie in a layer that runs without it,
+    below the fork, and keeps its cast.
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -271,7 +272,8 @@ def let_autocast_cast(model: nn.Module) -> None:
         return
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
-        layer.cast_input_dtype_enabled = False
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            layer.cast_input_dtype_enabled = False
 
 
 def drop_zero_adapters(folder: Path) -> None:

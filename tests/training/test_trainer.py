@@ -96,6 +96,14 @@ def test_the_trunks_cache_changes_nothing(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(weight, weights(tmp_path / "run")[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache_trunk", [True, False])
+def test_a_head_alone_learns_in_half_precision(base: Path, tmp_path: Path, cache_trunk: bool) -> None:
+    settings = {"objective": "full_bt", "fork_layer": 3, "bf16": True, "head_fit": 0.01, "cache_trunk": cache_trunk}
+    result = train(base, tmp_path / "out", data=rows(150), eval_data=rows(40, seed=1), epochs=4, **settings)
+    assert result.metrics["accuracy"] > 0.65
+    assert {name.rpartition("model.")[2] for name in weights(tmp_path / "out")} == {"score.weight"}
+
+
 def test_a_full_model_from_a_fork_is_saved_whole(base: Path, tmp_path: Path) -> None:
     train(base, tmp_path / "out", fork_layer=2, full=True)
     before, after = load_file(base / "model.safetensors"), weights(tmp_path / "out")
