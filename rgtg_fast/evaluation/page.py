@@ -85,7 +85,9 @@ def _markdown(part: Part, figures: str) -> str:
         ruler = ["---", *["--:"] * (len(part.head) - 1)]
         return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in (part.head, ruler, *part.rows))
     lines = [f"**{_inline(part.prompt)}**", ""]
-    lines += [f"- **{method}** ({known}): {_inline(text)}" for method, known, text in part.answers]
+    lines += [
+        f"- **{_inline(method)}** ({_inline(known)}): {_inline(text)}" for method, known, text in part.answers
+    ]
     return "\n".join(lines)
 
 

@@ -109,6 +109,40 @@ def test_methods_share_their_noise_and_prompts_do_not() -> None:
     assert sample_seed(1, "w1") == sample_seed(1, "w1")
 
 
+def test_a_guide_without_weight_changes_no_answer(named: dict[str, str], tmp_path: Path) -> None:
+    methods = [
+        {"name": "unguided", "top_k": 5},
+        {"name": "pargs", "reward": named["guide"], "top_k": 5, "beta": 0},
+    ]
+    unguided, guided = run_study(study(tmp_path, named, methods=methods)).answers.values()
+    assert [row["response"] for row in unguided] == [row["response"] for row in guided]
+    assert len({row["response"] for row in unguided}) > 5
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_real_model_and_its_guides(smollm2: Path, tmp_path: Path) -> None:
+    values = {
+        "output": str(tmp_path / "out"),
+        "prompts": ["How do I make tea?", "What is the capital of France?"],
+        "max_new_tokens": 8,
+        "judges": {"j": "bundled:args"},
+        "methods": [
+            {"name": "unguided"},
+            {"name": "pargs", "reward": "bundled:pargs", "beta": 5},
+            {"name": "best-of-2", "reward": "bundled:args", "best_of": 2},
+            {"name": "cards", "reward": "bundled:args", "strategy": "segment:target=1"},
+        ],
+    }
+    results = run_study(Study.of(values), str(smollm2), "SmolLM2")
+    rows = {row["method"]: row for row in write_report(results)}
+    assert rows["pargs"]["lm_tokens_per_token"] == pytest.approx(10)
+    assert rows["pargs"]["lm_calls_per_token"] == pytest.approx(1)
+    assert all(row["reward"] is not None for row in rows.values())
+    assert any(line.startswith("the judge j is the guide bundled:args") for line in results.warnings)
+    assert "SmolLM2 answers 2 prompts" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_costs_are_what_the_methods_promise(done: Results) -> None:
     rows = {(row["method"], row["beta"]): row for row in summarise(done)}
     plain, guided, best = rows["unguided", None], rows["pargs", 4.0], rows["best", None]

@@ -1,0 +1,99 @@
+"""How a report is written: texts are nothing but text in Markdown and HTML, figures show what there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rgtg_fast.evaluation import plots
+from rgtg_fast.evaluation.page import Drawing, Notes, Section, SideBySide, Table, Text, html, markdown
+from rgtg_fast.evaluation.ratings import Agreement
+from rgtg_fast.evaluation.summary import COLUMNS, gaps
+
+HOSTILE = "a|b <script>x</script> *c* [d](e) `f`\n# g"
+
+
+def point(method: str, beta: float | None, **values: Any) -> dict[str, Any]:
+    row = dict.fromkeys(COLUMNS) | {"method": method, "beta": beta, "reward": 0.5, "reward_se": 0.1}
+    return row | {"kl": 2.0, "tokens_per_second": 30.0} | values
+
+
+def test_texts_are_nothing_but_text() -> None:
+    parts = (
+        Text(HOSTILE),
+        Notes((HOSTILE,), urgent=True),
+        Table(("head", HOSTILE), ((HOSTILE, "1"),)),
+        SideBySide(HOSTILE, ((HOSTILE, HOSTILE, HOSTILE),)),
+    )
+    page = html("T", [Section("S", parts)])
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") == 8
+    lines = markdown("T", [Section("S", parts)], "figures").splitlines()
+    assert lines[:3] == ["# T", "", "## S"]
+    for line in lines[3:]:
+        assert "<script>" not in line.replace("\\<", "")
+        assert not line.startswith("# ")
+    (row,) = (line for line in lines if line.startswith("| a"))
+    assert row.replace("\\|", "").count("|") == 3
+
+
+def test_a_drawing_is_inside_the_page_and_beside_the_markdown() -> None:
+    sections = [Section("", (Drawing("name", "What it shows", "<svg/>"),))]
+    assert "data:image/svg+xml;base64,PHN2Zy8+" in html("T", sections)
+    assert "![What it shows](pictures/name.svg)" in markdown("", sections, "pictures")
+
+
+def test_figures_of_what_is_known() -> None:
+    rows = [
+        point("unguided", None),
+        point("pargs", 1.0),
+        point("pargs", 2.0, reward=0.7),
+        point("b", None, kl=None),
+    ]
+    beta = plots.reward_over_beta(rows, "unguided")
+    assert beta is not None
+    assert "pargs" in beta
+    assert "unguided (baseline)" in beta
+    assert ">b<" not in beta
+    kl = plots.reward_over_kl(rows, "unguided")
+    assert kl is not None
+    assert ">b<" not in kl
+    speed = plots.reward_over_speed(rows, "unguided")
+    assert speed is not None
+    assert ">b<" in speed
+    assert speed == plots.reward_over_speed(rows, "unguided")
+
+
+def test_no_figure_without_numbers() -> None:
+    rows = [
+        point("unguided", None, kl=None, tokens_per_second=None),
+        point("x", 1.0, kl=None, tokens_per_second=None),
+    ]
+    assert plots.reward_over_beta(rows, "unguided") is None
+    assert plots.reward_over_kl(rows, "unguided") is None
+    assert plots.reward_over_speed(rows, "unguided") is None
+    assert plots.accuracy_over_length([], "") is None
+
+
+def test_a_method_looks_the_same_in_every_figure_and_like_no_other() -> None:
+    looks = plots._looks([point(f"m{n}", None) for n in range(20)])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == 20
+
+
+def test_accuracy_has_its_curves_and_its_baseline() -> None:
+    accuracy = [{"fraction": f, "accuracy": 0.6, "ci95": [0.5, 0.7], "n": 9} for f in (0.5, 1.0)]
+    found = plots.accuracy_over_length([Agreement("one", "one", True, accuracy, accuracy[1], [])], "title")
+    assert found is not None
+    assert "longer answer wins" in found
+    assert "one" in found
+
+
+def test_empty_columns_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [point("unguided", None), point("best", None, kl=None)]
+    assert any("rouge_l is empty: no method has several samples" in line for line in gaps(rows))
+    assert any(line.startswith("kl is empty for best: only token-by-token") for line in gaps(rows))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    told = gaps([point("unguided", None, rouge_l=None)])
+    assert [line.split(":")[0] for line in told] == ["rouge_l is empty", "coherence is empty"]
+    assert all('pip install "rgtg-fast[evaluate]"' in line for line in told)
