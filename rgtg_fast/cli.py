@@ -1007,13 +1007,20 @@ def evaluate(
             help="Prompts to take at most.", show_default="the file's", min=1, rich_help_panel=LENGTH
         ),
     ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods to take, separated by commas; the baseline always is.",
+            show_default="all of the file",
+        ),
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Compare decoding methods: answers, judges, intervals, one table and one report; continues where it stopped."""
     from rgtg_fast.app import evaluate as study
 
-    study.run(config, {"output": output, "limit": limit, "device": device}, json)
+    study.run(config, {"output": output, "limit": limit, "device": device}, methods, json)
 
 
 @app.command()

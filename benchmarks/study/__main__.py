@@ -1,7 +1,7 @@
 """Runs the whole study: `python -m benchmarks.study` trains the models that are missing, then evaluates.
 
-Guides, policy and judge are adapters of the embedded model with the same first adapted layer; the judge is larger, and
-of data that no guide has seen. What is there is kept, so that an interrupted run goes on where it stopped. The results
+Guides, policy and judge are adapters of the embedded model. The judge's is larger, and trained on data that no guide has
+seen. What is there is kept, so that an interrupted run goes on where it stopped. The results
 go to benchmarks/study/results; `python -m benchmarks.figures` puts their table into the documentation.
 """
 

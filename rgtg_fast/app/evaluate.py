@@ -12,12 +12,13 @@ from rgtg_fast.app.session import quiet
 from rgtg_fast.app.terminal import note, print_json, status
 
 
-def run(config: Path, changes: dict[str, Any], json: bool) -> None:
+def run(config: Path, changes: dict[str, Any], methods: str | None, json: bool) -> None:
     """Decodes, judges and reports what a study's file asks for.
 
     Args:
         config: the YAML file.
         changes: fields of `Study` to set instead of the file's; None leaves them.
+        methods: names separated by commas, to leave out the others; None takes all.
 
     Raises:
         RGTGError: everything that a user can get wrong.
@@ -28,6 +29,8 @@ def run(config: Path, changes: dict[str, Any], json: bool) -> None:
     from rgtg_fast.evaluation.study import run_study
 
     study = Study.load(config, **changes)
+    if methods is not None:
+        study = study.only([name.strip() for name in methods.split(",") if name.strip()])
     with status("Loading") as say:
         source = study.model or str(embedded.default_model(say))
         results = run_study(study, source, study.model or embedded.NAME, say)

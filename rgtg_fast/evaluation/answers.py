@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +60,7 @@ class Answers:
         self.study, self.bases, self.journal, self.say = study, bases, journal, say
         model, tokenizer = bases(None)
         self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
+        self._base_lms: dict[str | None, LanguageModel] = {}
         self.by_key = {prompt.key: prompt for prompt in prompts}
         self.warnings: list[str] = []
         self.common = {"base": name, **study.common()}
@@ -196,7 +196,7 @@ class Answers:
             guided_logprob = None
         if cell.model is not None:
             end = [] if row.end_token is None else [row.end_token]
-            base_logprob = answer_logprob(self._base_lm, prompt.given, row.tokens + end)
+            base_logprob = answer_logprob(self._base_lm(cell.dtype), prompt.given, row.tokens + end)
         return {
             "method": cell.method,
             "setting": setting,
@@ -211,11 +211,12 @@ class Answers:
             "guide_reward": row.reward,
         }
 
-    @functools.cached_property
-    def _base_lm(self) -> LanguageModel:
+    def _base_lm(self, dtype: str | None) -> LanguageModel:
         """The study's own model, which another policy's divergence is from."""
-        study = self.study
-        return RewardGuidedDecoder.from_pretrained(self.bases(None), engine=study.engine).lm
+        if dtype not in self._base_lms:
+            base = RewardGuidedDecoder.from_pretrained(self.bases(dtype), engine=self.study.engine)
+            self._base_lms[dtype] = base.lm
+        return self._base_lms[dtype]
 
     def _imported(
         self, cell: Cell, setting: dict[str, Any], present: Mapping[Key, Answer]

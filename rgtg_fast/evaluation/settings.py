@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -293,6 +293,19 @@ class Study:
         told = yaml.safe_dump({"changed on the command line": changed}) if changed else ""
         kept = text + "".join(f"# {line}\n" for line in told.splitlines())
         return replace(cls.of(values | changed, str(path)), text=kept)
+
+    def only(self, names: Sequence[str]) -> Study:
+        """The study with these methods and its baseline alone, in the order of the file.
+
+        Raises:
+            RGTGError: a name that no method has.
+        """
+        known = [method.name for method in self.methods]
+        for name in names:
+            if name not in known:
+                raise RGTGError(f"{name!r} is no method of the study: use {', '.join(known)}")
+        kept = tuple(method for method in self.methods if method.name in (*names, self.baseline))
+        return replace(self, methods=kept)
 
     def as_yaml(self) -> str:
         """The study as a file: as it was read, or written out where it comes from Python."""

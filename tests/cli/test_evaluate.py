@@ -69,6 +69,20 @@ def test_options_go_before_the_file(run: Run, config: Callable[..., Path], tmp_p
     assert "#   limit: 2" in kept
 
 
+def test_some_of_the_methods(run: Run, config: Callable[..., Path], tmp_path: Path) -> None:
+    methods = [
+        {"name": "unguided"},
+        {"name": "late", "model": "/none/at/all"},
+        {"name": "greedy", "greedy": True},
+    ]
+    path = config(methods=methods)
+    assert "method late: /none/at/all holds no model" in run("evaluate", "--config", path).error
+    (report,) = run("evaluate", "--config", path, "--methods", "greedy", "--json").rows
+    assert [row["method"] for row in report["summary"]] == ["unguided", "greedy"]
+    error = run("evaluate", "--config", path, "--methods", "greedy,beam").error
+    assert "'beam' is no method of the study: use unguided, late, greedy" in error
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
