@@ -1,8 +1,8 @@
 """Runs the whole study: `python -m benchmarks.study` trains the models that are missing, then evaluates.
 
-Guides, policy and judge are adapters of the embedded model. The judge's is larger, and trained on data that no guide has
-seen. What is there is kept, so that an interrupted run goes on where it stopped. The results
-go to benchmarks/study/results; `python -m benchmarks.figures` puts their table into the documentation.
+Guides, policy and judge are adapters of the embedded model. The judge's is larger, and trained on data that no guide
+has seen. What is there is kept, so that an interrupted run goes on where it stopped. The results go to
+benchmarks/study/results; `python -m benchmarks.figures` puts their table into the documentation.
 """
 
 from __future__ import annotations
