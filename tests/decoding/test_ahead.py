@@ -337,3 +337,20 @@ def test_graphs_need_cuda_and_say_so() -> None:
     with pytest.raises(RGTGError, match="graphs=True and the models are on cpu: leave graphs out"):
         RewardGuidedDecoder.from_pretrained((make_lm(), TOKENIZER), graphs=True, device="cpu")
     assert make_decoder("none").describe()["graphs"] is False
+
+
+@pytest.mark.parametrize("guide", ["none", "sequence", "farma"])
+def test_rows_that_have_ended_stand_still(guide: str) -> None:
+    """No prefix grows after its row's end, but by the step that had begun then and a follower's token that ends it."""
+    lengths = []
+    for replays in (False, True):
+        decoder = make_decoder(guide, max_batch=4)
+        if replays:
+            recorded(decoder)
+        rows = decoder.generate(prompts_of(4), 25, Guidance(5, 1.0, 0.9), seed=list(range(4)))
+        models = [decoder.lm.backbone, *(decoder.reward.models() if decoder.reward else [])]
+        lengths.append(torch.stack([model.step_state()[0] for model in models]))
+    assert max(len(row.tokens) for row in rows) > 4 + min(len(row.tokens) for row in rows)
+    late = lengths[1] - lengths[0]
+    assert late[0].max() <= 1
+    assert late.max() <= (2 if guide == "farma" else 1)

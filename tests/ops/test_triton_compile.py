@@ -16,6 +16,7 @@ from rgtg_fast.ops import specs
 from rgtg_fast.ops.commit import launch as commit
 from rgtg_fast.ops.partial_bt_loss import launch as partial_bt_loss
 from rgtg_fast.ops.resample import launch as resample
+from rgtg_fast.ops.reward_tail import launch as reward_tail
 from rgtg_fast.ops.topk_logprobs import launch as topk_logprobs
 from rgtg_fast.ops.tree_attention import launch as tree_attention
 
@@ -180,6 +181,9 @@ def test_what_is_launched_is_compiled():
             known("tree_attention", "split_kernel", settings)
     for K in (1, 10, 64, 65, 512, 513, 256000):
         known("resample", "resample_kernel", resample.configuration(K))
+    for K in (1, 4, 5, 40, 65, 512, 513, 2000):
+        for E in (16, 128, 129, 4096):
+            known("reward_tail", "reward_tail_kernel", reward_tail.configuration(K, E))
     for mode in partial_bt_loss.MODES:
         for weight in partial_bt_loss.WEIGHTS:
             known("partial_bt_loss", "pair_kernel", partial_bt_loss.pair_configuration(mode, weight))

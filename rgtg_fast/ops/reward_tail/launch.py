@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 
 from .._registry import KernelSpec
-from .._triton import TYPES, power_of_two, signature
+from .._triton import TYPES, signature
 from ..resample.launch import BLOCKS
 
 # Candidates and numbers of their states that are added up at a time: two sums of 32 registers a thread.
 BLOCK_C, BLOCK_E = 16, 512
+# For few candidates, and for small models: no wider than what there is to add up.
+FEW_C, FEW_E = 4, 128
 
 
 def configuration(K: int, E: int) -> dict[str, object]:
     """Block shapes for K candidates with states of E numbers."""
     return {
-        "BLOCK_C": min(BLOCK_C, power_of_two(K)),
-        "BLOCK_E": min(BLOCK_E, power_of_two(E, 16)),
+        "BLOCK_C": FEW_C if K <= FEW_C else BLOCK_C,
+        "BLOCK_E": FEW_E if E <= FEW_E else BLOCK_E,
         "BLOCK": next((n for n in BLOCKS if n >= K), max(BLOCKS)),
         "num_warps": 8,
         # The draw rounds products and sums one by one, as the specification says.
@@ -39,9 +41,10 @@ KERNELS = (
     KernelSpec(
         "reward_tail_kernel",
         (
-            *(_signature(torch.bfloat16, K, 4096) for K in (4, 10)),
-            _signature(torch.bfloat16, 10, 128),
+            *(_signature(torch.bfloat16, K, E) for K in (4, 10) for E in (128, 4096)),
             _signature(torch.bfloat16, 256, 4096, biased=True),
+            *(_signature(torch.bfloat16, 1000, E) for E in (128, 4096)),
+            _signature(torch.bfloat16, 256, 128),
             _signature(torch.float16, 10, 4096),
             _signature(torch.float32, 10, 4096),
         ),
