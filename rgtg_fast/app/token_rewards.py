@@ -1,4 +1,4 @@
-"""`rgtg-fast token-rewards`: what T-REG's contrastive prompts make of each token of an answer, in numbers and colours."""
+"""`rgtg-fast token-rewards`: T-REG's reward of each token of an answer, in numbers and colours."""
 
 from dataclasses import asdict, dataclass
 from html import escape
