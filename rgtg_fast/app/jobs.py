@@ -8,7 +8,6 @@ import contextlib
 import gzip
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO, Any, TypeAlias
 
 from rgtg_fast.config import Guidance
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.journal import hold
 
 Prompt: TypeAlias = "str | list[dict[str, str]] | list[int]"
 # What names a row across runs: its id where it has one, else its line in the prompts file.
@@ -191,7 +191,7 @@ class AnswerFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("r+b" if path.exists() else "x+b")
-            self._lock()
+            hold(self._file, path, "name another --output")
             if overwrite:
                 self._file.truncate(0)
             elif resume:
@@ -206,20 +206,6 @@ class AnswerFile:
         except RGTGError:
             self.close()
             raise
-
-    def _lock(self) -> None:
-        """Holds the file against a second writer; the lock ends with the process, however it ends."""
-        if sys.platform == "win32":
-            return
-        import fcntl
-
-        assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RGTGError(
-                f"{self.path} is being written by another process: wait for it or name another --output"
-            ) from error
 
     def _read_done(self) -> None:
         assert self._file is not None

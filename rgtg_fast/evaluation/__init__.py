@@ -1,1 +1,1 @@
-"""Measures decoding: the published algorithms to compare with, and the benchmark that times them."""
+"""Measures guides and decoding: accuracy on pairs, studies under judges, the published algorithms, and their timing."""

@@ -37,7 +37,7 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("r+b" if path.exists() else "x+b")
-            self._lock()
+            hold(self._file, path, "use another output folder")
             self._read(needs)
         except OSError as error:
             self.close()
@@ -51,20 +51,6 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        """Holds the file against a second writer; the lock ends with the process, however it ends."""
-        if sys.platform == "win32":
-            return
-        import fcntl
-
-        assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RGTGError(
-                f"{self.path} is being written by another process: wait for it or use another output folder"
-            ) from error
 
     def _read(self, needs: tuple[str, ...]) -> None:
         assert self._file is not None
@@ -124,3 +110,22 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def hold(file: IO[bytes], path: Path, instead: str) -> None:
+    """Holds an open file against a second writer; the lock ends with the process, however it ends.
+
+    Args:
+        path: of the file. instead: what the second writer is told to do.
+
+    Raises:
+        RGTGError: another process holds it.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RGTGError(f"{path} is being written by another process: wait for it or {instead}") from error
