@@ -98,7 +98,13 @@ def test_the_trunks_cache_changes_nothing(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cache_trunk", [True, False])
 def test_a_head_alone_learns_in_half_precision(base: Path, tmp_path: Path, cache_trunk: bool) -> None:
-    settings = {"objective": "full_bt", "fork_layer": 3, "bf16": True, "head_fit": 0.01, "cache_trunk": cache_trunk}
+    settings = {
+        "objective": "full_bt",
+        "fork_layer": 3,
+        "bf16": True,
+        "head_fit": 0.01,
+        "cache_trunk": cache_trunk,
+    }
     result = train(base, tmp_path / "out", data=rows(150), eval_data=rows(40, seed=1), epochs=4, **settings)
     assert result.metrics["accuracy"] > 0.65
     assert {name.rpartition("model.")[2] for name in weights(tmp_path / "out")} == {"score.weight"}
