@@ -16,13 +16,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 MODELS, CONFIG = HERE / "models", HERE / "study.yaml"
 GUIDES, JUDGES = "hh_guide_train.jsonl.gz", "hh_judge_train.jsonl.gz"
-ADAPTER = "--fork-layer 20 --lora-rank 8 --lora-alpha 16 --max-length 384"
+ADAPTER = "--fork-layer 25 --lora-rank 8 --lora-alpha 16 --max-length 384"
 # Model: its data, and the command that makes it.
 TRAINING = {
     "judge": (
         JUDGES,
-        "train --objective full_bt --weight pair --fork-layer 10 --lora-rank 32 --lora-alpha 64 --max-length 384 "
-        "--epochs 2 --lr 2e-4 --head-lr 1e-4 --head-fit 0.3 --accumulate 8 --bf16",
+        "train --objective full_bt --weight pair --fork-layer 20 --lora-rank 32 --lora-alpha 64 --max-length 384 "
+        "--epochs 1 --lr 5e-4 --head-lr 1e-4 --head-fit 0.3 --accumulate 8 --bf16",
     ),
     "farma": (
         GUIDES,
