@@ -186,6 +186,57 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print JSON and nothing else on stdout.", rich_help_panel=OUTPUT)
 ]
 
+# What training reward models and training policies have in common.
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        help="Pairs to evaluate on.", show_default="--held-out of --data", rich_help_panel=TRAINING_DATA
+    ),
+]
+HeldOut = Annotated[
+    float, typer.Option(help="Share of --data to evaluate on, by prompt.", rich_help_panel=TRAINING_DATA)
+]
+PairLength = Annotated[
+    int, typer.Option(help="Tokens of a prompt and its longer answer.", rich_help_panel=TRAINING_DATA)
+]
+MinAnswerTokens = Annotated[
+    int, typer.Option(help="Drop pairs with a shorter answer.", rich_help_panel=TRAINING_DATA)
+]
+LoraRank = Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=TRAINED)]
+LoraAlpha = Annotated[
+    float, typer.Option(help="Adapters are scaled by alpha / rank.", rich_help_panel=TRAINED)
+]
+LoraDropout = Annotated[float, typer.Option(help="Dropout before the adapters.", rich_help_panel=TRAINED)]
+FullTraining = Annotated[
+    bool, typer.Option("--full", help="Train the weights, not adapters.", rich_help_panel=TRAINED)
+]
+LearningRate = Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=STEPS)]
+WeightDecay = Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=STEPS)]
+HalfPrecision = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.", rich_help_panel=STEPS)]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Less memory for more time.", rich_help_panel=STEPS),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=OUTPUT),
+]
+SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.", min=1, rich_help_panel=OUTPUT)]
+LogSteps = Annotated[int, typer.Option(help="Steps between lines of the log.", min=1, rich_help_panel=OUTPUT)]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Where transformers' Trainer reports: tensorboard, wandb, … (repeatable).",
+        rich_help_panel=OUTPUT,
+    ),
+]
+MergeTo = Annotated[
+    Path | None,
+    typer.Option(
+        help="Also write a whole model with the adapters merged to this folder.", rich_help_panel=OUTPUT
+    ),
+]
+
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -522,25 +573,14 @@ def train(
             rich_help_panel=MODELS,
         ),
     ] = None,
-    eval_data: Annotated[
-        str | None,
-        typer.Option(
-            help="Pairs to evaluate on.", show_default="--held-out of --data", rich_help_panel=TRAINING_DATA
-        ),
-    ] = None,
-    held_out: Annotated[
-        float, typer.Option(help="Share of --data to evaluate on, by prompt.", rich_help_panel=TRAINING_DATA)
-    ] = 0.1,
+    eval_data: EvalData = None,
+    held_out: HeldOut = 0.1,
     limit: Annotated[
         int | None,
         typer.Option(help="Pairs to take at most.", show_default="all", rich_help_panel=TRAINING_DATA),
     ] = None,
-    max_length: Annotated[
-        int, typer.Option(help="Tokens of a prompt and its longer answer.", rich_help_panel=TRAINING_DATA)
-    ] = 512,
-    min_answer_tokens: Annotated[
-        int, typer.Option(help="Drop pairs with a shorter answer.", rich_help_panel=TRAINING_DATA)
-    ] = 0,
+    max_length: PairLength = 512,
+    min_answer_tokens: MinAnswerTokens = 0,
     objective: Annotated[
         str,
         typer.Option(
@@ -584,16 +624,10 @@ def train(
             rich_help_panel=TRAINED,
         ),
     ] = 0,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=TRAINED)] = 16,
-    lora_alpha: Annotated[
-        float, typer.Option(help="Adapters are scaled by alpha / rank.", rich_help_panel=TRAINED)
-    ] = 32.0,
-    lora_dropout: Annotated[
-        float, typer.Option(help="Dropout before the adapters.", rich_help_panel=TRAINED)
-    ] = 0.0,
-    full: Annotated[
-        bool, typer.Option("--full", help="Train the weights, not adapters.", rich_help_panel=TRAINED)
-    ] = False,
+    lora_rank: LoraRank = 16,
+    lora_alpha: LoraAlpha = 32.0,
+    lora_dropout: LoraDropout = 0.0,
+    full: FullTraining = False,
     trunk_cache: Annotated[
         Path | None,
         typer.Option(
@@ -611,7 +645,7 @@ def train(
         ),
     ] = False,
     epochs: Annotated[float, typer.Option(help="Passes over the pairs.", rich_help_panel=STEPS)] = 1.0,
-    lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=STEPS)] = 2e-4,
+    lr: LearningRate = 2e-4,
     head_lr: Annotated[
         float | None,
         typer.Option(help="Learning rate of the trained head.", show_default="--lr", rich_help_panel=STEPS),
@@ -624,51 +658,30 @@ def train(
             rich_help_panel=STEPS,
         ),
     ] = None,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=STEPS)] = 0.0,
+    weight_decay: WeightDecay = 0.0,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed row.", rich_help_panel=STEPS)] = 2048,
     accumulate: Annotated[int, typer.Option(help="Rows of an optimizer step.", rich_help_panel=STEPS)] = 4,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.", rich_help_panel=STEPS)] = False,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Less memory for more time.", rich_help_panel=STEPS),
-    ] = False,
+    bf16: HalfPrecision = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     seed: Seed = 0,
     device: Device = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=OUTPUT),
-    ] = False,
-    save_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints.", min=1, rich_help_panel=OUTPUT)
-    ] = 50,
+    resume: Resume = False,
+    save_steps: SaveSteps = 50,
     eval_steps: Annotated[
         int | None,
         typer.Option(
             help="Steps between evaluations.", show_default="at the end", min=1, rich_help_panel=OUTPUT
         ),
     ] = None,
-    log_steps: Annotated[
-        int, typer.Option(help="Steps between lines of the log.", min=1, rich_help_panel=OUTPUT)
-    ] = 10,
-    report_to: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Where transformers' Trainer reports: tensorboard, wandb, … (repeatable).",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    log_steps: LogSteps = 10,
+    report_to: ReportTo = None,
     figure: Annotated[
         Path | None,
         typer.Option(
             help="Draw the held-out accuracy by prefix length (.png, .svg, .pdf).", rich_help_panel=OUTPUT
         ),
     ] = None,
-    merge: Annotated[
-        Path | None,
-        typer.Option(
-            help="Also write a whole model with the adapters merged to this folder.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    merge: MergeTo = None,
     json: Json = False,
 ) -> None:
     """Train a reward model on preference pairs."""
@@ -741,27 +754,16 @@ def train_policy(
             rich_help_panel=MODELS,
         ),
     ] = None,
-    eval_data: Annotated[
-        str | None,
-        typer.Option(
-            help="Pairs to evaluate on.", show_default="--held-out of --data", rich_help_panel=TRAINING_DATA
-        ),
-    ] = None,
-    held_out: Annotated[
-        float, typer.Option(help="Share of --data to evaluate on, by prompt.", rich_help_panel=TRAINING_DATA)
-    ] = 0.1,
+    eval_data: EvalData = None,
+    held_out: HeldOut = 0.1,
     limit: Annotated[
         int | None,
         typer.Option(
             help="Pairs or prompts to take at most.", show_default="all", rich_help_panel=TRAINING_DATA
         ),
     ] = None,
-    max_length: Annotated[
-        int, typer.Option(help="Tokens of a prompt and its longer answer.", rich_help_panel=TRAINING_DATA)
-    ] = 512,
-    min_answer_tokens: Annotated[
-        int, typer.Option(help="Drop pairs with a shorter answer.", rich_help_panel=TRAINING_DATA)
-    ] = 0,
+    max_length: PairLength = 512,
+    min_answer_tokens: MinAnswerTokens = 0,
     objective: Annotated[
         str, typer.Option(help="dpo, simpo, treg, treg_simpo or rloo.", rich_help_panel=OBJECTIVE)
     ] = "dpo",
@@ -807,55 +809,28 @@ def train_policy(
         ),
     ] = 1,
     fork_layer: Annotated[int, typer.Option(help="Train from this layer on.", rich_help_panel=TRAINED)] = 0,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=TRAINED)] = 16,
-    lora_alpha: Annotated[
-        float, typer.Option(help="Adapters are scaled by alpha / rank.", rich_help_panel=TRAINED)
-    ] = 32.0,
-    lora_dropout: Annotated[
-        float, typer.Option(help="Dropout before the adapters.", rich_help_panel=TRAINED)
-    ] = 0.0,
-    full: Annotated[
-        bool, typer.Option("--full", help="Train the weights, not adapters.", rich_help_panel=TRAINED)
-    ] = False,
+    lora_rank: LoraRank = 16,
+    lora_alpha: LoraAlpha = 32.0,
+    lora_dropout: LoraDropout = 0.0,
+    full: FullTraining = False,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=STEPS)] = 1.0,
-    lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=STEPS)] = 5e-5,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=STEPS)] = 0.0,
+    lr: LearningRate = 5e-5,
+    weight_decay: WeightDecay = 0.0,
     batch: Annotated[
         int, typer.Option(help="Pairs (rloo: answers) of a forward.", rich_help_panel=STEPS)
     ] = 4,
     accumulate: Annotated[
         int, typer.Option(help="Forwards of an optimizer step.", rich_help_panel=STEPS)
     ] = 4,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.", rich_help_panel=STEPS)] = False,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Less memory for more time.", rich_help_panel=STEPS),
-    ] = False,
+    bf16: HalfPrecision = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     seed: Seed = 0,
     device: Device = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=OUTPUT),
-    ] = False,
-    save_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints.", min=1, rich_help_panel=OUTPUT)
-    ] = 50,
-    log_steps: Annotated[
-        int, typer.Option(help="Steps between lines of the log.", min=1, rich_help_panel=OUTPUT)
-    ] = 10,
-    report_to: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Where transformers' Trainer reports: tensorboard, wandb, … (repeatable).",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    merge: Annotated[
-        Path | None,
-        typer.Option(
-            help="Also write a whole model with the adapters merged to this folder.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    resume: Resume = False,
+    save_steps: SaveSteps = 50,
+    log_steps: LogSteps = 10,
+    report_to: ReportTo = None,
+    merge: MergeTo = None,
     json: Json = False,
 ) -> None:
     """Train the language model itself on preferences: DPO, SimPO, T-REG or RLOO, by TRL."""
