@@ -9,7 +9,8 @@ from pathlib import Path
 from benchmarks.cells import SHARED, shown_places
 from benchmarks.harness import PHASES, RESULTS, read
 from benchmarks.method_tables import cost_blocks, evidence_block
-from benchmarks.study.tables import BLOCK, study_block
+from benchmarks.study.budgets import BUDGETS, budgets_block
+from benchmarks.study.tables import BLOCK, HEADLINE, headline_block, study_block
 from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +18,7 @@ STUDY = ROOT / "benchmarks" / "study" / "results" / "summary.csv"
 # Names of the generated sections.
 DECODING, TRUNK, ACCURACY, COST = "benchmarks", "shared-trunk", "accuracy", "training-cost"
 FORK = "fork"
-METHOD_COSTS, EVIDENCE = "costs", "evidence"
+METHOD_COSTS, EVIDENCE, TRAINED = "costs", "evidence", "study-training"
 NAMES = {
     "ours": "rgtg-fast",
     "args_replicated": "ARGS, k copies of the cache",
@@ -364,6 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
         (given.methods, cost_blocks(read(RESULTS / "method_costs.csv")), METHOD_COSTS),
         (given.methods, evidence_block(read(given.study)), EVIDENCE),
         (given.evaluation, study_block(read(given.study)), BLOCK),
+        (given.evaluation, budgets_block(read(given.study.parent / BUDGETS)), TRAINED),
+        (given.readme, headline_block(read(given.study)), HEADLINE),
     ):
         print(page, name, "changed" if write_block(page, text, name) else "unchanged")
     return 0

@@ -2,7 +2,7 @@
 
 Guides, policy and judge are adapters of the embedded model. The judge's is larger, and trained on data that no guide
 has seen. What is there is kept, so that an interrupted run goes on where it stopped. The results go to
-benchmarks/study/results; `python -m benchmarks.figures` puts their table into the documentation.
+benchmarks/study/results; `python -m benchmarks.figures` puts their tables into the documentation.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.study.archive import pack
+from benchmarks.study.budgets import keep
+
 HERE = Path(__file__).parent
-MODELS, CONFIG = HERE / "models", HERE / "study.yaml"
+MODELS, CONFIG, RESULTS = HERE / "models", HERE / "study.yaml", HERE / "results"
 GUIDES, JUDGES = "hh_guide_train.jsonl.gz", "hh_judge_train.jsonl.gz"
-ADAPTER = "--fork-layer 25 --lora-rank 8 --lora-alpha 16 --max-length 384"
+ADAPTER = "--fork-layer 25 --lora-rank 8 --lora-alpha 16 --max-length 384 --epochs 1 --lr 5e-4 --bf16"
+# A budget of some ten minutes each on two cores.
+GUIDE = f"{ADAPTER} --limit 2000 --accumulate 4"
+POLICY = f"{ADAPTER} --limit 800"
 # Model: its data, and the command that makes it.
 TRAINING = {
     "judge": (
@@ -24,12 +30,13 @@ TRAINING = {
         "train --objective full_bt --weight pair --fork-layer 20 --lora-rank 32 --lora-alpha 64 --max-length 384 "
         "--epochs 1 --lr 5e-4 --head-lr 1e-4 --head-fit 0.3 --accumulate 8 --bf16",
     ),
-    "farma": (
-        GUIDES,
-        f"train --objective farma {ADAPTER} --epochs 1 --lr 5e-4 --head-fit 0.3 --accumulate 8 --bf16",
-    ),
-    "genarm": (GUIDES, f"train --objective genarm {ADAPTER} --epochs 1 --lr 5e-4 --accumulate 8 --bf16"),
-    "dpo": (GUIDES, f"train-policy --objective dpo {ADAPTER} --epochs 1"),
+    "farma": (GUIDES, f"train --objective farma --head-fit 0.3 {GUIDE}"),
+    "genarm": (GUIDES, f"train --objective genarm {GUIDE}"),
+    # Their labels are a guide's rewards: the judge's would make it a guide.
+    "cd_fudge": (GUIDES, f"train --objective cd_fudge --judge bundled:args --head-fit 0.3 {GUIDE}"),
+    "rad": (GUIDES, f"train --objective rad --judge bundled:args --head-fit 0.3 {GUIDE}"),
+    "dpo": (GUIDES, f"train-policy --objective dpo {POLICY}"),
+    "treg": (GUIDES, f"train-policy --objective treg {POLICY}"),
 }
 SHARED = HERE.parent.parent.parent / "shared" / "data"
 
@@ -58,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         done = subprocess.run([sys.executable, "-m", "rgtg_fast", *command], env=environment, check=False)
         if done.returncode:
             return done.returncode
+        keep(MODELS, TRAINING, RESULTS)
+    pack(RESULTS)
     return 0
 
 

@@ -149,7 +149,7 @@ def _figures(rows: Sequence[Row], judge: str, results: Results) -> tuple[Part, .
             parts.append(Text(f"{caption}: no method has the numbers for it."))
             continue
         caption = f"{caption}; bars and bands are 95 % intervals."
-        parts.append(Drawing(f"{name}_{_file(judge)}" if several else name, caption, svg))
+        parts.append(Drawing(f"{name}_{file_name(judge)}" if several else name, caption, svg))
     return tuple(parts)
 
 
@@ -252,5 +252,6 @@ def _spread(value: float, ci95: Sequence[float], form: str) -> str:
     return _interval(value, ci95[0], ci95[1], form)
 
 
-def _file(name: str) -> str:
+def file_name(name: str) -> str:
+    """A judge's name as part of the name of a figure's file."""
     return "".join(character if character.isalnum() else "_" for character in name)

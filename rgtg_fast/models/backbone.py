@@ -192,6 +192,7 @@ class Backbone:
         lookahead: whether a step runs the candidates themselves, because an attached guide scores them. The state after
             the chosen one then gives the next token's logits, and no token is run again.
         compiled: whether steps run compiled blocks.
+        encoded: prompt tokens that the last `begin` ran, 0 where it found them in another slot.
         contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached guides
             look at the first alone.
     """
@@ -217,6 +218,9 @@ class Backbone:
         self._stepped = self._states = self._newest = torch.empty(0)
         # The host's copy of cache.lengths, so that nothing waits for the device.
         self._lengths: list[int] = []
+        # What each slot's prefix began with (`begin`), as long as it does.
+        self._prompts: list[Sequence[int]] = []
+        self.encoded = 0
 
     @property
     def name(self) -> str:
@@ -290,12 +294,37 @@ class Backbone:
         """Empties the cache and makes room for `slots` rows of `length` tokens."""
         self.cache.reserve(slots, length)
         self._lengths = [0] * slots
+        self._prompts = [()] * slots
         self.counter = Counter()
         if self.lookahead:
             width = self.head.in_features
             dtype = torch.float32 if self.engine == "native" else self.dtype
             if len(self._states) < slots or self._states.shape[1] != self.variants:
                 self._states = torch.zeros(slots, self.variants, width, dtype=dtype, device=self.device)
+
+    def begin(self, slot: int, ids: Sequence[int]) -> None:
+        """A slot's prefix is a prompt from now on.
+
+        Samples of one prompt are encoded once: what another slot's prefix began with is copied from there, and
+        what this one's began with stays.
+        """
+        source = self._holding(ids)
+        if source is None:
+            self.roll_back(slot, 0)
+            self.prefill(slot, ids)
+        else:
+            if source != slot:
+                self.cache.move(source, slot, len(ids))
+                if self.lookahead:
+                    self._states[slot] = self._states[source]
+            self.roll_back(slot, len(ids))
+        self._prompts[slot] = ids
+        self.encoded = len(ids) if source is None else 0
+
+    def _holding(self, ids: Sequence[int]) -> int | None:
+        """A slot whose prefix began with a prompt; with lookahead one that still stands at its last token."""
+        slots = [slot for slot, prompt in enumerate(self._prompts) if ids and prompt == ids]
+        return next((slot for slot in slots if not self.lookahead or self._lengths[slot] == len(ids)), None)
 
     def prefill(self, slot: int, ids: Sequence[int]) -> torch.Tensor:
         """Appends tokens to a slot's prefix in one causal forward; returns their hidden states [S, E]."""
@@ -313,14 +342,12 @@ class Backbone:
         self.counter.prompt_tokens += count
         return hidden[0]
 
-    def clear(self, slot: int) -> None:
-        """Empties a slot for the next prompt."""
-        self.roll_back(slot, 0)
-
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens; nothing is copied or computed."""
         self.cache.roll_back(slot, length)
         self._lengths[slot] = length
+        if length < len(self._prompts[slot]):
+            self._prompts[slot] = ()
 
     def length(self, slot: int) -> int:
         """Tokens in a slot's prefix, from the host's own count."""
@@ -384,6 +411,7 @@ class Backbone:
         if self.lookahead:
             self._states[target] = self._states[source]
         self._lengths[target] = self._lengths[source]
+        self._prompts[target] = self._prompts[source]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's output [B, V] for hidden states [B, E]."""

@@ -173,10 +173,9 @@ class SequenceReward(Reward):
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         if self.backbone is not None:
-            self.backbone.clear(slot)
-            self.backbone.prefill(slot, encoded[0])
+            self.backbone.begin(slot, encoded[0])
         elif self._attached is not None and self._attached.variant:
-            self.counter.prompt_tokens += len(prefix.prompt_ids)
+            self.counter.prompt_tokens += self._attached.backbone.encoded
 
     def move(self, source: int, target: int) -> None:
         if self.backbone is not None:

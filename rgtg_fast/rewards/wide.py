@@ -175,11 +175,10 @@ class Follower:
     def admit(self, slot: int, prefix: Prefix, ids: list[int]) -> None:
         """A row enters: all but its last token are prefilled, so that every step costs one token a row."""
         if self.backbone is not None:
-            self.backbone.clear(slot)
-            self.backbone.prefill(slot, ids[:-1])
+            self.backbone.begin(slot, ids[:-1])
             self._tokens[slot].fill_(ids[-1])
         elif self._own_rows:
-            self.counter.prompt_tokens += len(prefix.prompt_ids) - (not self.model.lookahead)
+            self.counter.prompt_tokens += self.model.encoded
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""

@@ -132,6 +132,19 @@ def test_finished_rows_leave_and_waiting_prompts_take_their_place() -> None:
     assert result.stats.steps < sum(max(lengths[i : i + 3]) for i in range(0, 10, 3)) + max(lengths)
 
 
+def test_samples_of_one_prompt_are_encoded_once(decoder: RewardGuidedDecoder) -> None:
+    prompts = [[7, 8, 9, 10], [11, 12]] * 9
+    guidance = Guidance(k=64, beta=0.3, temperature=50)
+    alone = [decoder.generate([p], 12, guidance, seed=i)[0] for i, p in enumerate(prompts)]
+    assert len({len(row.tokens) for row in alone}) > 2  # slots are freed, moved and filled again at any time
+    together = decoder.generate(prompts, 12, guidance, seed=list(range(18)))
+    assert [row.tokens for row in together] == [row.tokens for row in alone]
+    assert [row.rewards for row in together] == [pytest.approx(row.rewards, abs=1e-5) for row in alone]
+    assert together.stats.prompt_tokens_lm < 9 * (3 + 1) / 3
+    same = decoder.generate(prompts[:1] * 18, 12, guidance, seed=list(range(18))).stats
+    assert (same.prompt_tokens_lm, same.prompt_tokens_reward) == (3, 4)
+
+
 def test_cache_is_one_prefix_per_row_and_not_per_candidate() -> None:
     decoder = make_decoder()
     per_k = {}

@@ -48,6 +48,23 @@ def decoder(lm: Any, reward: Any, engine: str, max_batch: int = 2) -> RewardGuid
 # ---- exactness -------------------------------------------------------------------------------------------------------
 
 
+def test_samples_of_one_prompt_that_begin_together_are_encoded_once(tmp_path: Path, engine: str) -> None:
+    lm = base()
+    folder = write_adapter(tmp_path, lm, 1)
+    shared = decoder(lm, MixtureReward([SequenceReward(folder), ContrastiveReward("w1", "w2")]), engine, 3)
+    prompts = ["w3 w4 w5"] * 3 + ["w6"]
+    guidance = Guidance(k=64, beta=0.3, temperature=50)
+    together = shared.generate(prompts, 10, guidance, seed=list(range(4)))
+    one, other = (shared.generate([p], 1, guidance).stats for p in ("w3 w4 w5", "w6"))
+    # The last one waits for a slot, and no other has its prompt.
+    assert together.stats.prompt_tokens_lm == one.prompt_tokens_lm + other.prompt_tokens_lm
+    assert together.stats.prompt_tokens_reward == one.prompt_tokens_reward + other.prompt_tokens_reward
+    for i, row in enumerate(together):
+        alone = shared.generate([prompts[i]], 10, guidance, seed=i)[0]
+        assert row.tokens == alone.tokens
+        assert row.rewards == pytest.approx(alone.rewards, abs=1e-5)
+
+
 @pytest.mark.parametrize("fork", FORKS)
 @pytest.mark.parametrize(("k", "beta"), [(1, 1.0), (2, -2.0), (5, 2.0), (10, 0.0), (40, 1.0)])
 def test_greedy_equals_two_models_and_the_naive_loop(

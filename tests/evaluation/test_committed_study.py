@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from benchmarks.figures import ROOT, STUDY, current_block
+from benchmarks.figures import ROOT, STUDY, TRAINED, current_block
 from benchmarks.harness import read
 from benchmarks.study.__main__ import CONFIG, MODELS, TRAINING, main, training
-from benchmarks.study.tables import BLOCK, NOT_RUN, study_block
+from benchmarks.study.budgets import BUDGETS, budgets_block
+from benchmarks.study.tables import BLOCK, HEADLINE, NOT_RUN, headline_block, study_block
 from rgtg_fast import bundled
 from rgtg_fast.cli import app
 from rgtg_fast.evaluation.judge import folders_of
@@ -79,3 +80,7 @@ def test_the_table() -> None:
 def test_the_documentation_has_the_tables_of_the_results(study: Study) -> None:
     assert ROOT / study.output / "summary.csv" == STUDY
     assert current_block(ROOT / "docs" / "evaluation.md", BLOCK) == study_block(read(STUDY))
+    assert current_block(ROOT / "README.md", HEADLINE) == headline_block(read(STUDY))
+    assert current_block(ROOT / "docs" / "evaluation.md", TRAINED) == budgets_block(
+        read(STUDY.parent / BUDGETS)
+    )

@@ -52,8 +52,9 @@ class BlockDecoder:
         self.sampler.begin(which * k, row.prompt_ids, row.seed)
         for j in range(1, k):
             self.sampler.fork(which * k, sample_seed(row.seed, j))
+        before = self.guide.counter.prompt_tokens
         self.guide.admit(which, row, row.encoded)
-        self.stats.prompt_tokens_reward += len(row.encoded[0])
+        self.stats.prompt_tokens_reward += self.guide.counter.prompt_tokens - before
         self.rows.append(row)
 
     def _sample(self) -> list[_Block]:

@@ -132,5 +132,5 @@ def _count(call: Call, extra: Counter) -> None:
     counter = call.lm.backbone.counter
     call.stats.lm_calls += counter.calls - extra.calls
     call.stats.lm_tokens += counter.tokens - extra.tokens
-    call.stats.prompt_tokens_lm = sum(len(row.prompt_ids) - 1 for row in call.rows)
+    call.stats.prompt_tokens_lm = counter.prompt_tokens
     extra.calls, extra.tokens = counter.calls, counter.tokens

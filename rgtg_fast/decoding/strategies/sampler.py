@@ -36,8 +36,7 @@ class Sampler:
 
     def begin(self, slot: int, ids: Sequence[int], seed: int) -> None:
         """A prompt enters the next free slot."""
-        self.backbone.clear(slot)
-        self.backbone.prefill(slot, ids[:-1])
+        self.backbone.begin(slot, ids[:-1])
         self.newest.append(ids[-1])
         self.seeds.append(seed)
         self.draws.append(0)

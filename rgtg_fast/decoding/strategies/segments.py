@@ -86,9 +86,10 @@ class SegmentDecoder:
     def _admit(self, row: Row) -> None:
         slot, own = len(self.growing), row.encoded[0]
         self.sampler.begin(slot, row.prompt_ids, row.seed)
+        before = self.guide.counter.prompt_tokens
         self.guide.admit(slot, row, [own[:-1]])
         reward = self.guide.append(slot, own[-1:])[-1]
-        self.stats.prompt_tokens_reward += len(own)
+        self.stats.prompt_tokens_reward += self.guide.counter.prompt_tokens - before
         self.growing.append(_Growing(row, random.Random(row.seed), reward))
 
     def _is_whole(self, attempt: _Attempt, entropy: float) -> bool:

@@ -1,0 +1,98 @@
+"""What the study's models were trained with and for how long, out of the folders that training leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+BUDGETS = "training.csv"
+LOGS = "training"
+COLUMNS = (
+    "model",
+    "objective",
+    "pairs",
+    "fork_layer",
+    "lora_rank",
+    "epochs",
+    "steps",
+    "learning_rate",
+    "seed",
+    "seconds",
+    "first_loss",
+    "last_loss",
+    "held_out_accuracy",
+    "data_sha256",
+)
+# What TRL calls the share of held-out pairs whose chosen answer has the higher reward.
+_ACCURACY = ("eval_accuracy", "eval_rewards/accuracies")
+Row = dict[str, str]
+
+
+def keep(models: Path, names: Iterable[str], results: Path) -> None:
+    """Writes `training.csv` and the models' logs into the results, of the models that have been made.
+
+    Args:
+        models: folder of the models. names: of these. results: folder to write to.
+    """
+    rows = []
+    (results / LOGS).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        log, recipe = models / name / "training_log.jsonl", models / name / "rgtg_fast.json"
+        if log.is_file() and recipe.is_file() and "steps" in (facts := json.loads(recipe.read_text("utf-8"))):
+            rows.append(budget(name, facts, log.read_text("utf-8").splitlines()))
+            shutil.copyfile(log, results / LOGS / f"{name}.jsonl")
+    with (results / BUDGETS).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def budget(name: str, facts: dict[str, Any], log: Sequence[str]) -> dict[str, Any]:
+    """One row of `training.csv`.
+
+    Args:
+        name: the model's. facts: its `rgtg_fast.json`. log: the lines of its `training_log.jsonl`.
+    """
+    recipe, lines = facts["recipe"], [json.loads(line) for line in log]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    known = {key: value for line in lines for key, value in line.items()}
+    accuracy = next((known[key] for key in _ACCURACY if key in known), None)
+    return {
+        "model": name,
+        "pairs": facts["data"]["train"]["kept"],
+        "steps": facts["steps"],
+        "seconds": round(sum(line.get("train_runtime", 0) for line in lines)),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "held_out_accuracy": accuracy,
+        "data_sha256": facts["data_sha256"],
+        **{key: recipe[key] for key in COLUMNS if key in recipe},
+    }
+
+
+def budgets_block(rows: Sequence[Row]) -> str:
+    """The rows of `training.csv` as a table for the documentation."""
+    if not rows:
+        return "Not trained yet: `python -m benchmarks.study --only train`."
+    lines = [
+        "| model | objective | pairs | from layer | rank | steps | minutes | loss, first to last | held-out accuracy |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = (
+            row["model"],
+            f"`{row['objective']}`",
+            f"{int(row['pairs']):,}",
+            row["fork_layer"],
+            row["lora_rank"],
+            row["steps"],
+            f"{float(row['seconds']) / 60:.0f}",
+            f"{float(row['first_loss']):.3f} to {float(row['last_loss']):.3f}",
+            f"{float(row['held_out_accuracy']):.3f}" if row["held_out_accuracy"] else "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""What the study keeps beside its tables: the budgets of its models and an archive of its answers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import read
+from benchmarks.study.archive import ARCHIVE, pack
+from benchmarks.study.budgets import BUDGETS, LOGS, budgets_block, keep
+from benchmarks.study.tables import NOT_RUN, headline_block
+from rgtg_fast.evaluation.summary import COLUMNS
+
+LOG = [
+    {"step": 10, "loss": 0.7, "learning_rate": 1e-4},
+    {"step": 20, "loss": 0.6},
+    {"step": 21, "train_runtime": 90.0},
+    {"step": 21, "eval_rewards/accuracies": 0.55},
+]
+
+
+def trained(folder: Path, steps: dict[str, int]) -> None:
+    folder.mkdir(parents=True)
+    recipe = {"objective": "dpo", "fork_layer": 25, "lora_rank": 8, "epochs": 1, "seed": 0}
+    facts = {
+        "recipe": recipe,
+        "base_model": "/somewhere",
+        "data_sha256": "abc",
+        "data": {"train": {"kept": 1789}},
+    }
+    (folder / "rgtg_fast.json").write_text(json.dumps(facts | steps))
+    (folder / "training_log.jsonl").write_text("\n".join(map(json.dumps, LOG)))
+
+
+def test_budgets_of_finished_models_are_kept_with_their_logs(tmp_path: Path) -> None:
+    trained(tmp_path / "models" / "dpo", {"steps": 21})
+    trained(tmp_path / "models" / "unfinished", {})
+    keep(tmp_path / "models", ["dpo", "unfinished", "none"], tmp_path / "results")
+    rows = read(tmp_path / "results" / BUDGETS)
+    assert [row["model"] for row in rows] == ["dpo"]
+    assert (
+        budgets_block(rows).splitlines()[-1]
+        == "| dpo | `dpo` | 1,789 | 25 | 8 | 21 | 2 | 0.700 to 0.600 | 0.550 |"
+    )
+    assert "somewhere" not in (tmp_path / "results" / BUDGETS).read_text()
+    assert [path.name for path in (tmp_path / "results" / LOGS).iterdir()] == ["dpo.jsonl"]
+
+
+def answer(method: str, beta: float | None, response: str) -> dict[str, Any]:
+    setting = {"base": "tiny", "temperature": 1.0} | ({} if beta is None else {"beta": beta})
+    place = {"method": method, "setting": setting, "index": 3, "seed": 0}
+    return {**place, "prompt": "a prompt", "response": response, "tokens": 2, "finish": "eos"}
+
+
+def test_the_archive_has_answers_and_rewards_and_no_prompts(tmp_path: Path) -> None:
+    assert pack(tmp_path) is None
+    answers = [answer("unguided", None, "one"), answer("pargs", 2.0, "two"), answer("pargs", 5.0, "three")]
+    scores = [
+        {
+            **{key: each[key] for key in ("method", "setting", "index", "seed")},
+            "judge": judge,
+            "reward": reward,
+        }
+        for each, reward in zip(answers, (0.1, 0.2, 0.3), strict=True)
+        for judge in ("one", "two")
+    ]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)) + "\n")
+    (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, scores)) + "\n")
+    assert pack(tmp_path) == tmp_path / ARCHIVE
+    first = (tmp_path / ARCHIVE).read_bytes()
+    rows = [json.loads(line) for line in gzip.decompress(first).decode().splitlines()]
+    assert [(row["method"], row["beta"], row["response"], row["rewards"]) for row in rows] == [
+        ("unguided", None, "one", {"one": 0.1, "two": 0.1}),
+        ("pargs", 2.0, "two", {"one": 0.2, "two": 0.2}),
+        ("pargs", 5.0, "three", {"one": 0.3, "two": 0.3}),
+    ]
+    assert b"a prompt" not in gzip.decompress(first)
+    pack(tmp_path)
+    assert (tmp_path / ARCHIVE).read_bytes() == first
+
+
+def test_the_headline_takes_each_method_at_its_best_setting_under_the_first_judge() -> None:
+    empty = dict.fromkeys(COLUMNS, "")
+    gap = {
+        "reward_diff": "0.25",
+        "diff_lo": "-0.1",
+        "diff_hi": "0.6",
+        "kl": "12.34",
+        "tokens_per_second": "99.6",
+    }
+    rows = [
+        empty | {"judge": "the-first", "method": "unguided", "reward": "0.2"},
+        empty | {"judge": "the-first", "method": "pargs", "beta": "2.0", "reward": "0.5"} | gap,
+        empty | {"judge": "the-first", "method": "pargs", "beta": "5.0", "reward": "0.4"} | gap,
+        empty | {"judge": "other", "method": "pargs", "beta": "5.0", "reward": "9.0"} | gap,
+    ]
+    lines = headline_block(rows).splitlines()
+    assert "reward_over_kl_the_first.svg" in lines[0]
+    assert lines[4:] == [
+        "| unguided | – | – | – | – | – |",
+        "| pargs | β = 2 | +0.250 [-0.100, +0.600] | – | 12.3 | 100 |",
+    ]
+    assert headline_block([empty]) == NOT_RUN
