@@ -22,7 +22,7 @@ GUIDES, JUDGES = "hh_guide_train.jsonl.gz", "hh_judge_train.jsonl.gz"
 ADAPTER = "--fork-layer 25 --lora-rank 8 --lora-alpha 16 --max-length 384 --epochs 1 --lr 5e-4 --bf16"
 # A budget of some ten minutes each on two cores.
 GUIDE = f"{ADAPTER} --limit 2000 --accumulate 4"
-POLICY = f"{ADAPTER} --limit 800"
+POLICY = f"{ADAPTER} --limit"
 # Model: its data, and the command that makes it.
 TRAINING = {
     "judge": (
@@ -35,8 +35,8 @@ TRAINING = {
     # Their labels are a guide's rewards: the judge's would make it a guide.
     "cd_fudge": (GUIDES, f"train --objective cd_fudge --judge bundled:args --head-fit 0.3 {GUIDE}"),
     "rad": (GUIDES, f"train --objective rad --judge bundled:args --head-fit 0.3 {GUIDE}"),
-    "dpo": (GUIDES, f"train-policy --objective dpo {POLICY}"),
-    "treg": (GUIDES, f"train-policy --objective treg {POLICY}"),
+    "dpo": (GUIDES, f"train-policy --objective dpo {POLICY} 800"),
+    "treg": (GUIDES, f"train-policy --objective treg {POLICY} 240"),
 }
 SHARED = HERE.parent.parent.parent / "shared" / "data"
 

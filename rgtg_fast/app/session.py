@@ -34,6 +34,8 @@ class Setup:
     engine: str = "auto"
     max_batch: int = 8
     max_length: int | None = None
+    graphs: bool | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.reward != CONTRASTIVE and (self.better is not None or self.worse is not None):
@@ -90,6 +92,8 @@ class Setup:
             max_batch=self.max_batch,
             max_length=self.max_length,
             engine=self.engine,
+            graphs=self.graphs,
+            compile=self.compile,
         )
 
 

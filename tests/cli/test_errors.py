@@ -28,6 +28,8 @@ SHORT = ("--max-new-tokens", 4)
         (("--dtype", "int7"), ["int7", "float32"]),
         (("--device", "toaster"), ["toaster"]),
         (("--engine", "steam"), ["steam"]),
+        (("--graphs", "--device", "cpu"), ["graphs=True", "cpu"]),
+        (("--compile", "--engine", "native"), ["compile", "engine='transformers'"]),
         (("--max-new-tokens", 0), ["max_new_tokens=0"]),
         (("--max-new-tokens", CONTEXT), ["prompt", str(CONTEXT)]),
         (("--max-batch", 0, "--input", "PROMPTS"), ["max_batch=0"]),
