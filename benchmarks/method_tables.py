@@ -116,8 +116,8 @@ def evidence_block(rows: Sequence[Row]) -> str:
     notes = (
         "A method that was run with several settings stands at the one that this judge rates highest, chosen on the "
         "same prompts; the study's report has all of them. *Above?*: yes where the whole interval is above 0, no where "
-        "all of it is below, otherwise unclear. Forwards are those that a row took part in; forwards and tokens are per token of "
-        "the answers."
+        "all of it is below, otherwise unclear. Forwards are those that a row took part in; forwards and tokens are "
+        "per token of the answers."
     )
     return "\n\n".join([*parts, notes])
 
