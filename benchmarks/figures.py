@@ -15,10 +15,11 @@ from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks" / "study" / "results" / "summary.csv"
+CONTROL = STUDY.parent.parent / "control" / "summary.csv"
 # Names of the generated sections.
 DECODING, TRUNK, ACCURACY, COST = "benchmarks", "shared-trunk", "accuracy", "training-cost"
 FORK = "fork"
-METHOD_COSTS, EVIDENCE, TRAINED = "costs", "evidence", "study-training"
+METHOD_COSTS, EVIDENCE, TRAINED, CONTROLLED = "costs", "evidence", "study-training", "study-control"
 NAMES = {
     "ours": "rgtg-fast",
     "args_replicated": "ARGS, k copies of the cache",
@@ -366,6 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
         (given.methods, evidence_block(read(given.study)), EVIDENCE),
         (given.evaluation, study_block(read(given.study)), BLOCK),
         (given.evaluation, budgets_block(read(given.study.parent / BUDGETS)), TRAINED),
+        (given.evaluation, study_block(read(CONTROL)), CONTROLLED),
         (given.readme, headline_block(read(given.study)), HEADLINE),
     ):
         print(page, name, "changed" if write_block(page, text, name) else "unchanged")

@@ -18,6 +18,7 @@ from benchmarks.study.budgets import keep
 
 HERE = Path(__file__).parent
 MODELS, CONFIG, RESULTS = HERE / "models", HERE / "study.yaml", HERE / "results"
+CONTROL = HERE / "control.yaml"
 GUIDES, JUDGES = "hh_guide_train.jsonl.gz", "hh_judge_train.jsonl.gz"
 ADAPTER = "--fork-layer 25 --lora-rank 8 --lora-alpha 16 --max-length 384 --epochs 1 --lr 5e-4 --bf16"
 # A budget of some ten minutes each on two cores.
@@ -37,13 +38,17 @@ TRAINING = {
     "rad": (GUIDES, f"train --objective rad --judge bundled:args --head-fit 0.3 {GUIDE}"),
     "dpo": (GUIDES, f"train-policy --objective dpo {POLICY} 800"),
     "treg": (GUIDES, f"train-policy --objective treg {POLICY} 240"),
+    # Of the pairs the prompts alone.
+    "rloo": (GUIDES, f"train-policy --objective rloo --reward bundled:args {POLICY} 100"),
 }
 SHARED = HERE.parent.parent.parent / "shared" / "data"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument(
+        "--config", type=Path, help="another study instead (default: the study and its control)"
+    )
     parser.add_argument("--only", choices=("train", "evaluate"), help="one half of it")
     parser.add_argument("--limit", type=int, help="prompts at most")
     given = parser.parse_args(arguments)
@@ -59,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
                 commands.append(training(name, data / source, options))
     if given.only != "train":
         limit = [] if given.limit is None else ["--limit", str(given.limit)]
-        commands.append(["evaluate", "--config", str(given.config), *limit])
+        configs = [CONFIG, CONTROL] if given.config is None else [given.config]
+        commands += [["evaluate", "--config", str(config), *limit] for config in configs]
     for command in commands:
         print("rgtg-fast", *command, flush=True)
         done = subprocess.run([sys.executable, "-m", "rgtg_fast", *command], env=environment, check=False)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from benchmarks.figures import ROOT, STUDY, TRAINED, current_block
+from benchmarks.figures import CONTROL, CONTROLLED, ROOT, STUDY, TRAINED, current_block
 from benchmarks.harness import read
 from benchmarks.study.__main__ import CONFIG, MODELS, TRAINING, main, training
+from benchmarks.study.__main__ import CONTROL as CONTROL_CONFIG
 from benchmarks.study.budgets import BUDGETS, budgets_block
 from benchmarks.study.tables import BLOCK, HEADLINE, NOT_RUN, headline_block, study_block
 from rgtg_fast import bundled
@@ -39,6 +40,15 @@ def test_every_model_comes_with_the_package_or_is_made(study: Study) -> None:
 def test_no_guide_judges(study: Study) -> None:
     guides = {folder for cell in study.cells() if cell.reward for folder in folders_of(cell.reward)}
     assert not guides & {folder for judge in study.judges.values() for folder in folders_of(judge.model)}
+
+
+def test_the_control_is_guided_by_its_judge(study: Study) -> None:
+    control = Study.load(CONTROL_CONFIG)
+    judges = {settings.model for settings in control.judges.values()}
+    assert judges == {settings.model for settings in study.judges.values()}
+    assert {cell.reward for cell in control.cells()} - {None} == judges
+    assert (control.max_new_tokens, control.dtype) == (study.max_new_tokens, study.dtype)
+    assert ROOT / control.output / "summary.csv" == CONTROL
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -84,3 +94,5 @@ def test_the_documentation_has_the_tables_of_the_results(study: Study) -> None:
     assert current_block(ROOT / "docs" / "evaluation.md", TRAINED) == budgets_block(
         read(STUDY.parent / BUDGETS)
     )
+    control = current_block(ROOT / "docs" / "evaluation.md", CONTROLLED)
+    assert control == study_block(read(CONTROL))
