@@ -70,10 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-length", type=int, default=1024, help="tokens of a prompt and its longer answer"
     )
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--keep", type=Path, help="file that an interrupted run goes on from")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.csv")
     given = parser.parse_args(arguments)
     try:
-        data = Data(str(given.data), limit=given.limit, max_length=given.max_length)
+        data = Data(str(given.data), limit=given.limit, max_length=given.max_length, keep=given.keep)
         guides = given.reward or bundled.names()
         report, _ = judge(guides, data, "0.1,0.25,0.5,0.75,1", {"lm": given.lm, "dtype": given.dtype}, print)
         facts = {

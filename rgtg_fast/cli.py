@@ -980,12 +980,20 @@ def accuracy(
     figure: Annotated[
         Path | None, typer.Option(help="Draw the curves to this .png, .svg or .pdf.", rich_help_panel=OUTPUT)
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the rewards of each pair to this .jsonl file as they come; what is in it is not computed "
+            "again, so that an interrupted run goes on.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Judge guides by preference pairs: how often the chosen answer wins, by the share of it that is read."""
     from rgtg_fast.app import accuracy as judging
 
-    pairs = judging.Data(data, layout, limit, max_length, batch_tokens, chat)
+    pairs = judging.Data(data, layout, limit, max_length, batch_tokens, chat, keep)
     models = {"lm": lm, "dtype": dtype, "device": device}
     judging.run(reward, pairs, fractions, models, figure, json)
 

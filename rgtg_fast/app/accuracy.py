@@ -1,6 +1,9 @@
 """Runs `rgtg-fast accuracy`: guides judged by real preferences, at every share of the answers."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +12,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rgtg_fast.app import embedded
 from rgtg_fast.app.session import NONE, Setup, quiet
 from rgtg_fast.app.terminal import note, print_json, status
 from rgtg_fast.errors import RGTGError
 
 if TYPE_CHECKING:
+    from rgtg_fast.evaluation.accuracy import PairScores
+    from rgtg_fast.evaluation.journal import Journal
     from rgtg_fast.training.data import DataReport, PreferencePair, TokenizedPair
 
+_KEPT = ("guide", "pair", "chosen", "rejected")
 # Lines about the progress that a run off a terminal prints for each guide.
 _PROGRESS_LINES = 10
 
@@ -30,6 +37,7 @@ class Data:
         max_length: tokens of a prompt and its longer answer.
         budget: tokens of a packed row.
         chat: texts become chat messages where there is a chat template.
+        keep: file that each pair's rewards are written to as they come; those in it are not computed again.
     """
 
     source: str
@@ -38,6 +46,7 @@ class Data:
     max_length: int = 1024
     budget: int = 2048
     chat: bool = True
+    keep: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Judged:
 
     name: str
     pairs: "list[TokenizedPair]"
-    scores: list[tuple[list[float], list[float]]]
+    scores: "list[PairScores]"
     report: "DataReport"
 
 
@@ -140,8 +149,15 @@ def judge(
             bases[setup.lm] = setup.pair(say)
         return bases[setup.lm]
 
-    judged = [_judge(Setup(reward=name, **models), data, loaded, base, say) for name in rewards]
+    with nullcontext() if data.keep is None else _journal(data.keep) as journal:
+        judged = [_judge(Setup(reward=name, **models), data, loaded, base, journal, say) for name in rewards]
     return _report(judged, shares, data), judged[0].report
+
+
+def _journal(path: Path) -> "Journal":
+    from rgtg_fast.evaluation.journal import Journal
+
+    return Journal(path, _KEPT)
 
 
 def _judge(
@@ -149,9 +165,10 @@ def _judge(
     data: Data,
     loaded: "tuple[list[PreferencePair], DataReport]",
     base: Callable[[Setup], Any],
+    journal: "Journal | None",
     say: Callable[[str], None],
 ) -> Judged:
-    """Loads one guide and scores the pairs with it."""
+    """Loads one guide and scores the pairs with it, those that the journal does not know."""
     from rgtg_fast.evaluation.accuracy import score_pairs
     from rgtg_fast.evaluation.judge import load_classifier
     from rgtg_fast.rewards import SequenceReward, named_guide
@@ -177,19 +194,45 @@ def _judge(
     pairs = pairs[: data.limit]
     tokenized, fitted = tokenize_pairs(pairs, tokenizer, data.max_length, chat=chat)
     prompts = {pair.index: pair.prompt for pair in pairs}
-    shown = 0
-
-    def progress(done: int) -> None:
-        nonlocal shown
-        if done * _PROGRESS_LINES // len(tokenized) > shown:
-            shown = done * _PROGRESS_LINES // len(tokenized)
-            say(f"{setup.reward}: {done} of {len(tokenized)} pairs scored")
-
     given: list[Any] = [prompts[pair.index] for pair in tokenized]
     if chat:
         given = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in given]
-    scores = score_pairs(scorer, tokenized, data.budget, given, progress)
+    told = _told(setup)
+    names = [_identity(pair) for pair in tokenized]
+    rows = [] if journal is None else [row for row in journal.rows if row["guide"] == told]
+    kept = {row["pair"]: (row["chosen"], row["rejected"]) for row in rows}
+    known = {position: kept[name] for position, name in enumerate(names) if name in kept}
+    if known:
+        say(f"{setup.reward}: {len(known)} of {len(names)} pairs scored before")
+    done, shown = len(known), len(known) * _PROGRESS_LINES // max(1, len(names))
+
+    def found(position: int, scores: "PairScores") -> None:
+        nonlocal done, shown
+        if journal is not None:
+            chosen, rejected = scores
+            journal.add({"guide": told, "pair": names[position], "chosen": chosen, "rejected": rejected})
+        done += 1
+        if done * _PROGRESS_LINES // len(names) > shown:
+            shown = done * _PROGRESS_LINES // len(names)
+            say(f"{setup.reward}: {done} of {len(names)} pairs scored")
+
+    scores = score_pairs(scorer, tokenized, data.budget, given, known, found)
     return Judged(setup.reward, tokenized, scores, report + fitted)
+
+
+def _told(setup: Setup) -> dict[str, Any]:
+    """What the rewards of a guide depend on besides the pair."""
+    from rgtg_fast.evaluation.judge import weights_of
+
+    base = str(setup.lm or embedded.NAME)
+    weights = [*weights_of(setup.reward).values(), *weights_of(base).values()]
+    return {"reward": setup.reward, "lm": base, "weights": sorted(weights), "dtype": setup.dtype}
+
+
+def _identity(pair: "TokenizedPair") -> str:
+    """A pair's tokens as a hash."""
+    ids = json.dumps([list(part) for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
+    return hashlib.sha256(ids.encode()).hexdigest()[:24]
 
 
 def _report(judged: list[Judged], fractions: list[float], data: Data) -> dict[str, Any]:

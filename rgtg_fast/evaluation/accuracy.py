@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
 # Of each pair, the rewards of every prefix of the chosen and of the rejected answer; the last is with EOS.
-Scores: TypeAlias = "Sequence[tuple[Sequence[float], Sequence[float]]]"
+PairScores: TypeAlias = "tuple[Sequence[float], Sequence[float]]"
+Scores: TypeAlias = "Sequence[PairScores]"
 
 _Z = 1.959964  # of a 95 % interval
 
@@ -80,8 +81,9 @@ def score_pairs(
     pairs: Sequence[TokenizedPair],
     budget: int = 2048,
     prompts: Sequence[PromptLike] | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[tuple[list[float], list[float]]]:
+    known: Mapping[int, PairScores] | None = None,
+    found: Callable[[int, PairScores], None] = lambda position, scores: None,
+) -> list[PairScores]:
     """Rewards of every prefix of both answers of each pair.
 
     Args:
@@ -91,58 +93,59 @@ def score_pairs(
         budget: tokens of a packed row (more where a pair is longer).
         prompts: for a bound guide, the pairs' prompts as the decoder takes them; by default their ids, which serve
             guides that do not format the prompt themselves.
-        progress: called with the number of pairs done.
+        known: scores of pairs that need not be scored again, by their position in `pairs`.
+        found: called with the position and the scores of each pair as it is scored.
 
     Raises:
         RGTGError: a reward that is NaN.
     """
+    scores = dict(known or {})
+    missing = [position for position in range(len(pairs)) if position not in scores]
+    some = [pairs[position] for position in missing]
     if isinstance(guide, Reward):
-        scores = _one_by_one(guide, pairs, prompts, progress)
+        given = None if prompts is None else [prompts[position] for position in missing]
+        scored = _one_by_one(guide, some, given)
     else:
-        scores = _packed(guide, pairs, budget, progress)
-    for pair, answers in zip(pairs, scores, strict=True):
+        scored = _packed(guide, some, budget)
+    for index, answers in scored:
         if any(math.isnan(reward) for answer in answers for reward in answer):
             raise RGTGError(
-                f"a reward of pair {pair.index} is NaN: check the guide's weights and dtype (float16 overflows: "
+                f"a reward of pair {some[index].index} is NaN: check the guide's weights and dtype (float16 overflows: "
                 "try bfloat16 or float32)"
             )
-    return scores
+        scores[missing[index]] = answers
+        found(missing[index], answers)
+    return [scores[position] for position in range(len(pairs))]
 
 
 def _packed(
-    model: nn.Module, pairs: Sequence[TokenizedPair], budget: int, progress: Callable[[int], None]
-) -> list[tuple[list[float], list[float]]]:
+    model: nn.Module, pairs: Sequence[TokenizedPair], budget: int
+) -> Iterator[tuple[int, PairScores]]:
     device = next(model.parameters()).device
-    scores: dict[int, tuple[list[float], list[float]]] = {}
     training = model.training
     model.eval()
-    for row in pack(pairs, max(budget, *(cost(pair) for pair in pairs))):
-        batch = collate(pairs, [row], pad_id=0).to(device)
-        rewards, offsets = packed_rewards(model, batch)
-        answers = [part.tolist() for part in rewards.split(offsets.diff().tolist())]
-        scores |= {i: (answers[2 * n], answers[2 * n + 1]) for n, i in enumerate(batch.pairs)}
-        progress(len(scores))
-    model.train(training)
-    return [scores[i] for i in range(len(pairs))]
+    try:
+        for row in pack(pairs, max([budget, *map(cost, pairs)])):
+            batch = collate(pairs, [row], pad_id=0).to(device)
+            rewards, offsets = packed_rewards(model, batch)
+            answers = [part.tolist() for part in rewards.split(offsets.diff().tolist())]
+            for n, index in enumerate(batch.pairs):
+                yield index, (answers[2 * n], answers[2 * n + 1])
+    finally:
+        model.train(training)
 
 
 def _one_by_one(
-    guide: Reward,
-    pairs: Sequence[TokenizedPair],
-    prompts: Sequence[PromptLike] | None,
-    progress: Callable[[int], None],
-) -> list[tuple[list[float], list[float]]]:
-    scores = []
-    for done, pair in enumerate(pairs):
-        prompt = Prompt(pair.prompt_ids if prompts is None else prompts[done], pair.index)
+    guide: Reward, pairs: Sequence[TokenizedPair], prompts: Sequence[PromptLike] | None
+) -> Iterator[tuple[int, PairScores]]:
+    for index, pair in enumerate(pairs):
+        prompt = Prompt(pair.prompt_ids if prompts is None else prompts[index], pair.index)
         answers = []
         for ids in (pair.chosen_ids, pair.rejected_ids):
             rewards = guide.score_answer(Prefix(prompt, pair.prompt_ids), ids)
             # Guides by token, such as log-ratios, add up to the reward of a prefix.
             answers.append([guide.answer_reward(rewards[: i + 1]) for i in range(len(rewards))])
-        scores.append((answers[0], answers[1]))
-        progress(done + 1)
-    return scores
+        yield index, (answers[0], answers[1])
 
 
 def check_fractions(fractions: Sequence[float]) -> None:

@@ -84,6 +84,25 @@ def test_several_guides_and_a_figure(run: Run, lm: str, rm: str, data: Path, tmp
     assert "1 dropped: seen before" in table.err
 
 
+def test_an_interrupted_run_goes_on(run: Run, lm: str, rm: str, data: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "rewards.jsonl"
+    arguments = ("accuracy", "--reward", rm, "--reward", "contrastive", "--lm", lm, "--data", data, "--json")
+    whole = run(*arguments, "--keep", kept)
+    lines = kept.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 2 * 12
+    assert whole.rows == run(*arguments).rows
+    # Killed in the middle of a line of the second guide.
+    kept.write_bytes(b"".join(lines[:17]) + lines[17][:20])
+    again = run(*arguments, "--keep", kept)
+    assert again.rows == whole.rows
+    assert sorted(kept.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    assert "12 of 12 pairs scored before" in again.err
+    assert "contrastive: 5 of 12 pairs scored before" in again.err
+    # In another precision the rewards are others.
+    run(*arguments, "--keep", kept, "--dtype", "float64")
+    assert len(kept.read_bytes().splitlines()) == 4 * 12
+
+
 def test_an_adapter_is_judged_as_peft_applies_it(run: Run, lm: str, data: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)

@@ -111,6 +111,27 @@ def test_differences_of_a_guide_to_itself_are_zero() -> None:
     assert [(gap.difference, gap.ci95) for gap in differences(scores, scores, [0.5, 1])] == [(0, (0, 0))] * 2
 
 
+def test_what_is_known_is_not_scored_again() -> None:
+    tokenizer = make_tokenizer()
+    decoder = RewardGuidedDecoder.from_pretrained(
+        (make_lm(), tokenizer), reward=SequenceReward((make_rm(), tokenizer))
+    )
+    model = make_rm()
+    use_packed_attention(model)
+    for guide in (model, decoder.reward):
+        assert guide is not None
+        every = score_pairs(guide, PAIRS)
+        found = {}
+        known = {1: ([5.0], [6.0])}
+        assert score_pairs(guide, PAIRS, known=known, found=found.__setitem__) == [
+            every[0],
+            known[1],
+            every[2],
+        ]
+        assert sorted(found) == [0, 2]
+        assert score_pairs(guide, PAIRS, known=dict(enumerate(every))) == every
+
+
 @pytest.mark.parametrize("budget", [4, 16, 2048])
 def test_packed_scores_are_those_of_the_guide_in_its_decoder(budget: int) -> None:
     """Two ways to the same rewards: packed rows, and the guide's own forward over one answer."""
@@ -121,11 +142,10 @@ def test_packed_scores_are_those_of_the_guide_in_its_decoder(budget: int) -> Non
     assert decoder.reward is not None
     model = make_rm()
     use_packed_attention(model)
-    done: list[int] = []
-    packed = score_pairs(model, PAIRS, budget, progress=done.append)
+    found = {}
+    packed = score_pairs(model, PAIRS, budget, found=found.__setitem__)
     single = score_pairs(decoder.reward, PAIRS)
-    assert done == sorted(done)
-    assert done[-1] == 3
+    assert [found[position] for position in range(3)] == packed
     for pair, a, b in zip(PAIRS, packed, single, strict=True):
         for ids, mine, theirs in zip((pair.chosen_ids, pair.rejected_ids), a, b, strict=True):
             assert len(mine) == len(theirs) == len(ids)
