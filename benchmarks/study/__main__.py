@@ -38,8 +38,6 @@ TRAINING = {
     "rad": (GUIDES, f"train --objective rad --judge bundled:args --head-fit 0.3 {GUIDE}"),
     "dpo": (GUIDES, f"train-policy --objective dpo {POLICY} 800"),
     "treg": (GUIDES, f"train-policy --objective treg {POLICY} 240"),
-    # Of the pairs the prompts alone.
-    "rloo": (GUIDES, f"train-policy --objective rloo --reward bundled:args {POLICY} 100"),
 }
 SHARED = HERE.parent.parent.parent / "shared" / "data"
 
