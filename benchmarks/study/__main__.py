@@ -34,8 +34,8 @@ TRAINING = {
     "farma": (GUIDES, f"train --objective farma --head-fit 0.3 {GUIDE}"),
     "genarm": (GUIDES, f"train --objective genarm {GUIDE}"),
     # Their labels are a guide's rewards: the judge's would make it a guide.
-    "cd_fudge": (GUIDES, f"train --objective cd_fudge --judge bundled:args --head-fit 0.3 {GUIDE}"),
-    "rad": (GUIDES, f"train --objective rad --judge bundled:args --head-fit 0.3 {GUIDE}"),
+    "cd_fudge": (GUIDES, f"train --objective cd_fudge --judge bundled:args {GUIDE}"),
+    "rad": (GUIDES, f"train --objective rad --judge bundled:args {GUIDE}"),
     "dpo": (GUIDES, f"train-policy --objective dpo {POLICY} 800"),
     "treg": (GUIDES, f"train-policy --objective treg {POLICY} 240"),
 }
