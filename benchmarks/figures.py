@@ -12,6 +12,7 @@ from benchmarks.method_tables import cost_blocks, evidence_block
 from benchmarks.study.budgets import BUDGETS, budgets_block
 from benchmarks.study.tables import BLOCK, HEADLINE, headline_block, study_block
 from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
+from rgtg_fast.evaluation.comparison import PAIRWISE
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks" / "study" / "results" / "summary.csv"
@@ -368,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
         (given.evaluation, study_block(read(given.study)), BLOCK),
         (given.evaluation, budgets_block(read(given.study.parent / BUDGETS)), TRAINED),
         (given.evaluation, study_block(read(CONTROL)), CONTROLLED),
-        (given.readme, headline_block(read(given.study)), HEADLINE),
+        (given.readme, headline_block(read(given.study), read(given.study.parent / PAIRWISE)), HEADLINE),
     ):
         print(page, name, "changed" if write_block(page, text, name) else "unchanged")
     return 0

@@ -1,4 +1,4 @@
-"""The study's results as a table for the documentation."""
+"""The study's results as tables for the documentation."""
 
 from __future__ import annotations
 
@@ -31,35 +31,33 @@ def study_block(rows: Sequence[Row]) -> str:
     return "\n\n".join(tables) or NOT_RUN
 
 
-def headline_block(rows: Sequence[Row]) -> str:
-    """Under the study's first judge, every method at the setting that this judge likes best, and the frontier.
+def headline_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
+    """The frontier under the study's last judge, and what every method gains under each judge.
 
     Args:
-        rows: of the study's summary.csv.
+        rows: of the study's summary.csv. pairs: of its pairwise.csv.
     """
-    judge = next((row["judge"] for row in rows if row["reward"]), None)
-    if judge is None:
+    judged = [row for row in rows if row["reward"]]
+    if not judged:
         return NOT_RUN
-    best: dict[str, Row] = {}
-    for row in rows:
-        if row["judge"] == judge and row["reward"]:
-            best[row["method"]] = max(
-                row, best.get(row["method"], row), key=lambda each: float(each["reward"])
-            )
+    judges = list(dict.fromkeys(row["judge"] for row in judged))
+    baseline = judged[0]["method"]
+    gains = {(pair["judge"], pair["method"]): pair for pair in pairs if pair["other"] == baseline}
     lines = [
-        f"![Reward against the divergence from the base model]({FRONTIER.format(judge=file_name(judge))})",
+        f"![Reward against the divergence from the base model]({FRONTIER.format(judge=file_name(judges[-1]))})",
         "",
-        "| method | its best setting | judge's reward, difference to `unguided` | win rate | KL, nats | tokens/s |",
-        "|---|---|--:|--:|--:|--:|",
+        f"| method | settings | {' | '.join(f'reward above `{baseline}`, `{judge}`' for judge in judges)} | tokens/s |",
+        f"|---|--:|{'--:|' * len(judges)}--:|",
     ]
-    for row in best.values():
+    for method in dict.fromkeys(row["method"] for row in judged):
+        own = [row for row in judged if row["method"] == method]
+        speeds = [float(row["tokens_per_second"]) for row in own if row["tokens_per_second"]]
+        gaps = [gains.get((judge, method)) for judge in judges]
         cells = [
-            row["method"],
-            _setting(row),
-            _interval(row, ("reward_diff", "diff_lo", "diff_hi"), "+.3f"),
-            _interval(row, ("win_rate", "win_lo", "win_hi"), ".3f"),
-            _number(row["kl"], ".1f"),
-            _number(row["tokens_per_second"], ".0f"),
+            method,
+            str(len(own) // len({row["judge"] for row in own})),
+            *("–" if gap is None else _interval(gap, ("difference", "low", "high"), "+.3f") for gap in gaps),
+            f"{sum(speeds) / len(speeds):.0f}" if speeds else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -9,11 +9,12 @@ from typing import Any
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation import page, plots
+from rgtg_fast.evaluation.comparison import PAIRWISE, Comparison, write_comparisons
 from rgtg_fast.evaluation.metrics import rank_correlation
 from rgtg_fast.evaluation.page import Drawing, Notes, Part, Section, SideBySide, Table, Text
 from rgtg_fast.evaluation.settings import Cell
 from rgtg_fast.evaluation.study import Results
-from rgtg_fast.evaluation.summary import Row, gaps, summarise, write_summary
+from rgtg_fast.evaluation.summary import Row, comparisons, gaps, summarise, write_summary
 
 SUMMARY, MARKDOWN, HTML, FIGURES = "summary.csv", "report.md", "report.html", "figures"
 TITLE = "Decoding methods compared"
@@ -34,11 +35,12 @@ def write_report(results: Results, facts: Mapping[str, Any] | None = None) -> li
         RGTGError: matplotlib is missing, or a file cannot be written.
     """
     folder = Path(results.study.output)
-    rows = summarise(results)
-    sections = report(results, rows, facts or {})
+    rows, compared = summarise(results), comparisons(results)
+    sections = report(results, rows, compared, facts or {})
     drawings = [part for section in sections for part in section.parts if isinstance(part, Drawing)]
     try:
         write_summary(rows, folder / SUMMARY)
+        write_comparisons(compared, folder / PAIRWISE)
         (folder / FIGURES).mkdir(exist_ok=True)
         for drawing in drawings:
             (folder / FIGURES / f"{drawing.name}.svg").write_text(drawing.svg, encoding="utf-8")
@@ -49,11 +51,13 @@ def write_report(results: Results, facts: Mapping[str, Any] | None = None) -> li
     return rows
 
 
-def report(results: Results, rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Section]:
+def report(
+    results: Results, rows: Sequence[Row], compared: Sequence[Comparison], facts: Mapping[str, Any]
+) -> list[Section]:
     """The parts of the report, warnings first.
 
     Args:
-        rows: as `summarise` gives them. facts: as in `write_report`.
+        rows: as `summarise` gives them. compared: as `comparisons` does. facts: as in `write_report`.
     """
     warnings = (*results.warnings, *gaps(rows))
     sections = [Section("", (Notes(warnings, urgent=True),))] if warnings else []
@@ -61,6 +65,10 @@ def report(results: Results, rows: Sequence[Row], facts: Mapping[str, Any]) -> l
     for judge in results.study.judges:
         own = [row for row in rows if row["judge"] == judge]
         sections.append(Section(f"Rewards under the judge {judge}", _rewards(own, results)))
+        pairs = [one for one in compared if one.judge == judge]
+        if pairs:
+            parts = (_against_each_other(pairs), Text(_AGAINST))
+            sections.append(Section(f"Methods against each other, by {judge}", parts))
         sections.append(Section(f"What a better answer costs, by {judge}", _figures(own, judge, results)))
     once = list({_name(row): row for row in rows}.values())
     sections.append(Section("Texts and costs", (_texts(once), Text(_TEXTS))))
@@ -95,6 +103,12 @@ _REWARDS = (
     "bootstrap over prompts. The intervals are of one comparison each: the best of many settings looks better than it "
     "is."
 )
+_AGAINST = (
+    "The row's reward minus the column's on the same prompts; ▲ and ▼ where the 95 % interval of the paired bootstrap "
+    "lies above or below 0 (pairwise.csv has the intervals, which are of one comparison each). A method that was run "
+    "with several settings is counted, on each half of the prompts, with the one that did best on the other half: "
+    "having tried many gives no advantage."
+)
 _TEXTS = (
     "Diversity is Π(1 − rep-n) for n = 2, 3, 4 over an answer's words; coherence the cosine similarity of prompt and "
     "answer; ROUGE-L the overlap between samples of one prompt, lower for more diverse ones; KL the divergence from "
@@ -125,6 +139,23 @@ def _rewards(rows: Sequence[Row], results: Results) -> tuple[Part, ...]:
         for row in rows
     )
     return Table(head, lines), Text(_REWARDS)
+
+
+def _against_each_other(pairs: Sequence[Comparison]) -> Table:
+    """Every method but the first against those before it."""
+    rows = list(dict.fromkeys(one.method for one in pairs))
+    columns = list(dict.fromkeys(one.other for one in pairs))
+    cells = {(one.method, one.other): one for one in pairs}
+    lines = []
+    for row in rows:
+        found = [cells.get((row, column)) for column in columns]
+        lines.append((row, *("" if one is None else _gap(one) for one in found)))
+    return Table(("", *columns), tuple(lines))
+
+
+def _gap(one: Comparison) -> str:
+    sign = " ▲" if one.low > 0 else " ▼" if one.high < 0 else ""
+    return f"{one.difference:+.3f}{sign}"
 
 
 def _figures(rows: Sequence[Row], judge: str, results: Results) -> tuple[Part, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rgtg_fast.evaluation import metrics
+from rgtg_fast.evaluation.comparison import Comparison, compare
 from rgtg_fast.evaluation.metrics import bootstrap_mean, by_prompt
 from rgtg_fast.evaluation.settings import Cell
 from rgtg_fast.evaluation.study import Results
@@ -66,6 +67,16 @@ def summarise(results: Results) -> list[Row]:
     return rows
 
 
+def comparisons(results: Results) -> list[Comparison]:
+    """Every two methods under every judge, each at settings that were chosen on other prompts."""
+    found = []
+    for judge in results.study.judges:
+        scored = {cell: _scored(results, judge, cell) for cell in results.answers}
+        rewards = {cell: _by_prompt(of_cell) for cell, of_cell in scored.items()}
+        found += compare(judge, rewards)
+    return found
+
+
 def gaps(rows: Sequence[Row]) -> list[str]:
     """Which columns are empty, and why, one line each."""
     notes = []
@@ -102,7 +113,7 @@ def _setting(cell: Cell, answers: Sequence[Mapping[str, Any]]) -> Row:
 
 def _rewards(results: Results, judge: str, cell: Cell, baseline: Cell) -> Row:
     own, other = _scored(results, judge, cell), _scored(results, judge, baseline)
-    means = {index: _mean([reward for reward, _ in found]) for index, found in own.items()}
+    means = _by_prompt(own)
     row: Row = {
         "reward": _mean(list(means.values())),
         "reward_se": metrics.standard_error(list(means.values())),
@@ -131,6 +142,11 @@ def _scored(results: Results, judge: str, cell: Cell) -> dict[int, list[tuple[fl
     for row in results.answers[cell]:
         found.setdefault(row["index"], []).append((scores[row["index"], row["seed"]], row["tokens"]))
     return found
+
+
+def _by_prompt(scored: Mapping[int, Sequence[tuple[float, int]]]) -> dict[int, float]:
+    """The mean reward of each prompt's answers."""
+    return {index: _mean([reward for reward, _ in found]) for index, found in scored.items()}
 
 
 def _texts(results: Results) -> dict[Cell, Row]:

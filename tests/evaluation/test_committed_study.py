@@ -16,6 +16,7 @@ from benchmarks.study.budgets import BUDGETS, budgets_block
 from benchmarks.study.tables import BLOCK, HEADLINE, NOT_RUN, headline_block, study_block
 from rgtg_fast import bundled
 from rgtg_fast.cli import app
+from rgtg_fast.evaluation.comparison import PAIRWISE
 from rgtg_fast.evaluation.judge import folders_of
 from rgtg_fast.evaluation.settings import Study
 from rgtg_fast.evaluation.summary import COLUMNS
@@ -90,7 +91,9 @@ def test_the_table() -> None:
 def test_the_documentation_has_the_tables_of_the_results(study: Study) -> None:
     assert ROOT / study.output / "summary.csv" == STUDY
     assert current_block(ROOT / "docs" / "evaluation.md", BLOCK) == study_block(read(STUDY))
-    assert current_block(ROOT / "README.md", HEADLINE) == headline_block(read(STUDY))
+    assert current_block(ROOT / "README.md", HEADLINE) == headline_block(
+        read(STUDY), read(STUDY.parent / PAIRWISE)
+    )
     assert current_block(ROOT / "docs" / "evaluation.md", TRAINED) == budgets_block(
         read(STUDY.parent / BUDGETS)
     )

@@ -451,7 +451,13 @@ def test_the_report(done: Results, tmp_path: Path) -> None:
     assert pictures == [f"figures/reward_over_{name}.svg" for name in ("beta", "kl", "speed")]
     assert all((out / picture).is_file() for picture in pictures)
     for line in text.splitlines():
-        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) in (4, 10, 12), line
+        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) in (4, 5, 10, 12), line
+    with (out / "pairwise.csv").open(newline="") as file:
+        pairs = {(row["method"], row["other"]): row for row in csv.DictReader(file)}
+    assert len(pairs) == 6
+    # One setting each: the difference is the table's.
+    assert float(pairs["greedy", "unguided"]["difference"]) == pytest.approx(rows[1]["reward_diff"], rel=1e-4)
+    assert f"{float(pairs['best', 'greedy']['difference']):+.3f}" in text
     page = (out / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "<script" not in page

@@ -81,25 +81,19 @@ def test_the_archive_has_answers_and_rewards_and_no_prompts(tmp_path: Path) -> N
     assert (tmp_path / ARCHIVE).read_bytes() == first
 
 
-def test_the_headline_takes_each_method_at_its_best_setting_under_the_first_judge() -> None:
+def test_the_headline_takes_settings_that_were_chosen_on_other_prompts() -> None:
     empty = dict.fromkeys(COLUMNS, "")
-    gap = {
-        "reward_diff": "0.25",
-        "diff_lo": "-0.1",
-        "diff_hi": "0.6",
-        "kl": "12.34",
-        "tokens_per_second": "99.6",
-    }
     rows = [
-        empty | {"judge": "the-first", "method": "unguided", "reward": "0.2"},
-        empty | {"judge": "the-first", "method": "pargs", "beta": "2.0", "reward": "0.5"} | gap,
-        empty | {"judge": "the-first", "method": "pargs", "beta": "5.0", "reward": "0.4"} | gap,
-        empty | {"judge": "other", "method": "pargs", "beta": "5.0", "reward": "9.0"} | gap,
+        empty | {"judge": judge, "method": method, "reward": "0.2", "tokens_per_second": speed}
+        for judge in ("one", "the-other")
+        for method, speed in (("unguided", "400"), ("pargs", "99"), ("pargs", "101"))
     ]
-    lines = headline_block(rows).splitlines()
-    assert "reward_over_kl_the_first.svg" in lines[0]
+    pair = {"method": "pargs", "other": "unguided", "difference": "0.25", "low": "-0.1", "high": "0.6"}
+    pairs = [pair | {"judge": "one"}, pair | {"judge": "the-other", "difference": "0.3"}]
+    lines = headline_block(rows, pairs).splitlines()
+    assert "reward_over_kl_the_other.svg" in lines[0]
     assert lines[4:] == [
-        "| unguided | – | – | – | – | – |",
-        "| pargs | β = 2 | +0.250 [-0.100, +0.600] | – | 12.3 | 100 |",
+        "| unguided | 1 | – | – | 400 |",
+        "| pargs | 2 | +0.250 [-0.100, +0.600] | +0.300 [-0.100, +0.600] | 100 |",
     ]
-    assert headline_block([empty]) == NOT_RUN
+    assert headline_block([empty], []) == NOT_RUN
