@@ -180,7 +180,9 @@ def agreements(
     pairs = pairs[: study.pairs_limit]
     content = json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs])
     data = hashlib.sha256(content.encode()).hexdigest()[:16]
-    models = {settings.model: name for name, settings in study.judges.items()}
+    models: dict[str, str] = {}
+    for name, settings in study.judges.items():
+        models.setdefault(settings.model, name)
     # A guide without files of its own, such as contrastive prompts, was not trained to agree with anybody.
     models |= {name: name for name in guides if folders_of(name) and name not in models}
     found = []

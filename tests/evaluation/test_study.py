@@ -478,7 +478,8 @@ def test_agreement_with_people_is_measured_once(named: dict[str, str], tmp_path:
         {"name": "pargs", "reward": named["guide"], "beta": [1, 2]},
         {"name": "self", "reward": "contrastive"},
     ]
-    settings = study(tmp_path, named, pairs=str(path), methods=methods, limit=2)
+    judges = {"judge": named["judge"], "again": {"model": named["judge"], "ends": "finished"}}
+    settings = study(tmp_path, named, pairs=str(path), methods=methods, judges=judges, limit=2)
     results = run_study(settings)
     assert [(one.name, one.judge) for one in results.agreements] == [("judge", True), (named["guide"], False)]
     assert results.agreements[0].longer_wins["accuracy"] == 1
