@@ -218,8 +218,8 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     with output.open(newline="") as file:
         assert len(list(csv.reader(file))) == 3
     readme = tmp_path / "README.md"
-    trunk = f"<!-- {figures.TRUNK}:begin --><!-- {figures.TRUNK}:end -->"
-    readme.write_text(f"{BEGIN}{END}\n{trunk}", encoding="utf-8")
+    others = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in (figures.TRUNK, figures.HEADLINE))
+    readme.write_text("\n".join([f"{BEGIN}{END}", *others]), encoding="utf-8")
     page = tmp_path / "performance.md"
     page.write_text(f"{BEGIN}{END}", encoding="utf-8")
     arguments = ["--results", str(output), "--readme", str(readme), "--performance", str(page)]
@@ -234,7 +234,8 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     methods.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
     arguments += ["--methods", str(methods), "--study", str(tmp_path / "none.csv")]
     evaluation = tmp_path / "evaluation.md"
-    evaluation.write_text(f"<!-- {figures.BLOCK}:begin --><!-- {figures.BLOCK}:end -->", encoding="utf-8")
+    names = (figures.BLOCK, figures.TRAINED, figures.CONTROLLED)
+    evaluation.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
     arguments += ["--evaluation", str(evaluation)]
     assert figures.main(arguments) == 0
     assert "Not measured yet: run `python -m benchmarks.study`" in methods.read_text(encoding="utf-8")
