@@ -429,8 +429,7 @@ class RewardGuidedDecoder:
             row = waiting.popleft()
             slot = batch.add(row, run.max_new_tokens)
             own = row.encoded[: self._contexts - 1]
-            # The prompt's own context comes last, where a guide that shares the forward looks for it.
-            for context, ids in reversed([*enumerate([row.prompt_ids, *own])]):
+            for context, ids in enumerate([row.prompt_ids, *own]):
                 new = ids if self.lm.backbone.lookahead else ids[:-1]
                 self.lm.backbone.begin(slot * self._contexts + context, new)
             if self.reward is not None:

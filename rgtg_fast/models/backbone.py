@@ -192,7 +192,6 @@ class Backbone:
         lookahead: whether a step runs the candidates themselves, because an attached guide scores them. The state after
             the chosen one then gives the next token's logits, and no token is run again.
         compiled: whether steps run compiled blocks.
-        encoded: prompt tokens that the last `begin` ran, 0 where it found them in another slot.
         contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached guides
             look at the first alone.
     """
@@ -220,7 +219,7 @@ class Backbone:
         self._lengths: list[int] = []
         # What each slot's prefix began with (`begin`), as long as it does.
         self._prompts: list[Sequence[int]] = []
-        self.encoded = 0
+        self._encoded: list[int] = []
 
     @property
     def name(self) -> str:
@@ -294,7 +293,7 @@ class Backbone:
         """Empties the cache and makes room for `slots` rows of `length` tokens."""
         self.cache.reserve(slots, length)
         self._lengths = [0] * slots
-        self._prompts = [()] * slots
+        self._prompts, self._encoded = [()] * slots, [0] * slots
         self.counter = Counter()
         if self.lookahead:
             width = self.head.in_features
@@ -319,7 +318,11 @@ class Backbone:
                     self._states[slot] = self._states[source]
             self.roll_back(slot, len(ids))
         self._prompts[slot] = ids
-        self.encoded = len(ids) if source is None else 0
+        self._encoded[slot] = len(ids) if source is None else 0
+
+    def encoded(self, slot: int) -> int:
+        """Tokens that the last `begin` of a slot ran: its prompt's, or 0 where they were found in the cache."""
+        return self._encoded[slot]
 
     def _holding(self, ids: Sequence[int]) -> int | None:
         """A slot whose prefix began with a prompt; with lookahead one that still stands at its last token."""
@@ -501,6 +504,10 @@ class Attached:
 
     backbone: Backbone
     variant: int
+
+    def encoded(self, row: int) -> int:
+        """Prompt tokens that a row's own context cost when it was admitted."""
+        return self.backbone.encoded(row * self.backbone.contexts)
 
     def newest(self) -> torch.Tensor:
         """States [B, E] of each row's newest token under the guide's adapter, for the step that has begun."""

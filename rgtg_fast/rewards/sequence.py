@@ -175,7 +175,7 @@ class SequenceReward(Reward):
         if self.backbone is not None:
             self.backbone.begin(slot, encoded[0])
         elif self._attached is not None and self._attached.variant:
-            self.counter.prompt_tokens += self._attached.backbone.encoded
+            self.counter.prompt_tokens += self._attached.encoded(slot)
 
     def move(self, source: int, target: int) -> None:
         if self.backbone is not None:

@@ -177,8 +177,8 @@ class Follower:
         if self.backbone is not None:
             self.backbone.begin(slot, ids[:-1])
             self._tokens[slot].fill_(ids[-1])
-        elif self._own_rows:
-            self.counter.prompt_tokens += self.model.encoded
+        elif self._attached is not None and self._own_rows:
+            self.counter.prompt_tokens += self._attached.encoded(slot)
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""
