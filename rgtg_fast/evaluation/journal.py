@@ -15,11 +15,11 @@ from rgtg_fast.errors import RGTGError
 class Journal:
     """The rows of a JSON Lines file, and a place to add more; each is handed to the operating system at once.
 
-    A last line that a killed run left unfinished is cut off.
+    A last line that a killed run left unfinished is cut off. What is no such row is refused, the file kept as it is.
 
     Args:
         path: the file; made where it is missing.
-        needs: fields that every row has.
+        needs: fields that every row has; a row is written with the first of them at its beginning.
 
     Attributes:
         rows: those that were there, then those that were added.
@@ -37,7 +37,7 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("r+b" if path.exists() else "x+b")
-            hold(self._file, path, "use another output folder")
+            hold(self._file, path, "use another place")
             self._read(needs)
         except OSError as error:
             self.close()
@@ -56,7 +56,7 @@ class Journal:
         assert self._file is not None
         end = 0
         for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and _begins(line, needs[0]):
                 self.truncated = True
                 break
             end += len(line)
@@ -65,12 +65,12 @@ class Journal:
                 missing = [name for name in needs if name not in row]
             except (ValueError, TypeError) as error:
                 raise RGTGError(
-                    f"{self.path}:{number} is no row of a study: remove that line or use another output folder"
+                    f"{self.path}:{number} is no row of such a file: remove that line or use another place"
                 ) from error
             if missing or not isinstance(row, dict):
                 raise RGTGError(
                     f"{self.path}:{number} has no {missing[0] if missing else 'fields'!r}: remove that line or use "
-                    "another output folder"
+                    "another place"
                 )
             self.rows.append(row)
         self._file.seek(end)
@@ -99,6 +99,12 @@ class Journal:
             # What could not be flushed was reported when it was written.
             with contextlib.suppress(OSError):
                 self._file.close()
+
+
+def _begins(line: bytes, first: str) -> bool:
+    """Whether a line without an end may be the beginning of a row."""
+    begin = f'{{"{first}": '.encode()
+    return line[: len(begin)] == begin[: len(line)]
 
 
 def plain(value: Any) -> Any:

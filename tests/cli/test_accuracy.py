@@ -103,6 +103,16 @@ def test_an_interrupted_run_goes_on(run: Run, lm: str, rm: str, data: Path, tmp_
     assert len(kept.read_bytes().splitlines()) == 4 * 12
 
 
+def test_a_file_that_holds_something_else_is_kept(
+    run: Run, lm: str, rm: str, data: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "notes.txt"
+    kept.write_text("no end of the line")
+    answer = run("accuracy", "--reward", rm, "--lm", lm, "--data", data, "--keep", kept)
+    assert f"{kept}:1 is no row of such a file" in answer.error
+    assert kept.read_text() == "no end of the line"
+
+
 def test_an_adapter_is_judged_as_peft_applies_it(run: Run, lm: str, data: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)

@@ -108,7 +108,7 @@ def test_a_broken_results_file_is_told(run: Run, config: Callable[..., Path], tm
     answers = tmp_path / "out" / "answers.jsonl"
     lines = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join([*lines[:3], "broken\n", *lines[3:]]))
-    assert "answers.jsonl:4 is no row of a study" in run("evaluate", "--config", path).error
+    assert "answers.jsonl:4 is no row of such a file" in run("evaluate", "--config", path).error
 
 
 @pytest.mark.slow
