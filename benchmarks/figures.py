@@ -12,7 +12,7 @@ from benchmarks.method_tables import cost_blocks, evidence_block
 from benchmarks.study.budgets import BUDGETS, budgets_block
 from benchmarks.study.tables import BLOCK, HEADLINE, headline_block, study_block
 from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
-from rgtg_fast.evaluation.comparison import PAIRWISE
+from rgtg_fast.evaluation.summary import PAIRWISE
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks" / "study" / "results" / "summary.csv"
@@ -355,6 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("there are no results: python -m benchmarks.decode measures them", file=sys.stderr)
         return 2
     judged, trained = read(RESULTS / "accuracy.csv"), read(RESULTS / "train.csv")
+    study, pairs = read(given.study), read(given.study.parent / PAIRWISE)
     for path in (*draw(rows, given.figures), *draw_accuracy(judged, given.figures)):
         print(path)
     for page, text, name in (
@@ -365,11 +366,11 @@ def main(arguments: list[str] | None = None) -> int:
         (given.training, cost_block(trained), COST),
         (given.trunk, fork_block(read(RESULTS / "fork.csv")), FORK),
         (given.methods, cost_blocks(read(RESULTS / "method_costs.csv")), METHOD_COSTS),
-        (given.methods, evidence_block(read(given.study)), EVIDENCE),
-        (given.evaluation, study_block(read(given.study)), BLOCK),
+        (given.methods, evidence_block(study, pairs), EVIDENCE),
+        (given.evaluation, study_block(study), BLOCK),
         (given.evaluation, budgets_block(read(given.study.parent / BUDGETS)), TRAINED),
         (given.evaluation, study_block(read(CONTROL)), CONTROLLED),
-        (given.readme, headline_block(read(given.study), read(given.study.parent / PAIRWISE)), HEADLINE),
+        (given.readme, headline_block(study, pairs), HEADLINE),
     ):
         print(page, name, "changed" if write_block(page, text, name) else "unchanged")
     return 0

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.method_costs import GATE, MEASURED, STRATEGY
+from benchmarks.study.tables import interval, setting
 from rgtg_fast.app.methods import METHODS, STRATEGIES
 from rgtg_fast.app.policies import POLICIES
 
@@ -90,54 +91,55 @@ def source_of(method: str) -> str:
     return "–"
 
 
-def evidence_block(rows: Sequence[Row]) -> str:
+def evidence_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
     """What a study's judges say of every method, each at the setting that was judged best, beside its cost.
 
     Args:
-        rows: of the summary.csv that `rgtg-fast evaluate` writes.
+        rows: of the summary.csv that `rgtg-fast evaluate` writes. pairs: of its pairwise.csv.
     """
     judged = [row for row in rows if row["judge"] and row["reward"]]
     parts = []
     for of_judge in _grouped(judged, ("judge",)):
+        judge, baseline = of_judge[0]["judge"], _baseline(of_judge)
+        gains = {
+            pair["method"]: pair for pair in pairs if pair["judge"] == judge and pair["other"] == baseline
+        }
         lines = [
-            f"Judge `{of_judge[0]['judge']}`. *Difference*: to `{_baseline(of_judge)}` on the same prompts, in "
-            "brackets its 95 % interval over prompts.",
+            f"Judge `{judge}`. *Difference*: to `{baseline}` on the same prompts, in brackets its 95 % interval over "
+            "prompts.",
             "",
-            "| method | source | setting | judge's reward ± SE | difference | above? | tokens/s | LM forwards, tokens "
-            "| RM forwards, tokens |",
+            "| method | source | best setting | judge's reward there ± SE | difference | above? | tokens/s "
+            "| LM forwards, tokens | RM forwards, tokens |",
             "|---|---|---|--:|--:|---|--:|--:|--:|",
         ]
         for same in _grouped(of_judge, ("method",)):
             best = max(same, key=lambda row: float(row["reward"]))
-            lines.append(_evidence(best, len(same)))
+            lines.append(_evidence(best, len(same), gains.get(best["method"])))
         parts.append("\n".join(lines))
     if not parts:
         return NO_EVIDENCE
     notes = (
-        "A method that was run with several settings stands at the one that this judge rates highest, chosen on the "
-        "same prompts; the study's report has all of them. *Above?*: yes where the whole interval is above 0, no where "
-        "all of it is below, otherwise unclear. Forwards are those that a row took part in; forwards and tokens are "
-        "per token of the answers."
+        "A method that was run with several settings stands at the one that this judge rates highest on these prompts, "
+        "and that reward flatters it; its *difference* does not: there every prompt is counted at the setting that did "
+        "best on the other half of the prompts. The study's report has all settings. *Above?*: yes where the whole "
+        "interval is above 0, no where all of it is below, otherwise unclear. Forwards are those that a row took part "
+        "in; forwards and tokens are per token of the answers."
     )
     return "\n\n".join([*parts, notes])
 
 
-def _evidence(row: Row, settings: int) -> str:
-    named = (("β", "beta"), ("k", "top_k"), ("τ", "temperature"))
-    told = ", ".join(f"{letter} = {float(row[name]):g}" for letter, name in named if row[name])
-    told += f" (of {settings})" if settings > 1 else ""
+def _evidence(row: Row, settings: int, gain: Row | None) -> str:
     cells = [
         row["method"],
         source_of(row["method"]),
-        told or "–",
+        setting(row) + (f" (of {settings})" if settings > 1 else ""),
         f"{float(row['reward']):.3f} ± {float(row['reward_se']):.3f}" if row["reward_se"] else row["reward"],
         "–",
         "–",
     ]
-    if row["reward_diff"]:
-        difference, low, high = (float(row[name]) for name in ("reward_diff", "diff_lo", "diff_hi"))
-        cells[4] = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
-        cells[5] = "yes" if low > 0 else "no" if high < 0 else "unclear"
+    if gain is not None:
+        cells[4] = interval(gain, ("difference", "low", "high"), "+.3f")
+        cells[5] = "yes" if float(gain["low"]) > 0 else "no" if float(gain["high"]) < 0 else "unclear"
     cells.append(_number(row["tokens_per_second"]))
     for owner in ("lm", "rm"):
         calls, tokens = row[f"{owner}_calls_per_token"], row[f"{owner}_tokens_per_token"]

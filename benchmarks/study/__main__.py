@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         done = subprocess.run([sys.executable, "-m", "rgtg_fast", *command], env=environment, check=False)
         if done.returncode:
             return done.returncode
-        keep(MODELS, TRAINING, RESULTS)
+    keep(MODELS, TRAINING, RESULTS)
     pack(RESULTS)
     return 0
 

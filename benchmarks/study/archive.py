@@ -9,6 +9,8 @@ from typing import Any
 
 from rgtg_fast.evaluation.answers import ANSWERS
 from rgtg_fast.evaluation.ratings import SCORES
+from rgtg_fast.evaluation.settings import canonical
+from rgtg_fast.training.data import read_rows
 
 ARCHIVE = "answers.jsonl.gz"
 _ANSWER = (
@@ -36,7 +38,7 @@ def pack(results: Path) -> Path | None:
     """
     if not (results / ANSWERS).is_file():
         return None
-    rewards: dict[str, dict[str, float]] = {}
+    rewards: dict[tuple[str, str, int, int], dict[str, float]] = {}
     for row in _rows(results / SCORES):
         rewards.setdefault(_place(row), {})[row["judge"]] = row["reward"]
     lines = []
@@ -52,10 +54,8 @@ def pack(results: Path) -> Path | None:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(read_rows(path)) if path.is_file() else []
 
 
-def _place(row: dict[str, Any]) -> str:
-    return json.dumps([row["method"], row["setting"], row["index"], row["seed"]], sort_keys=True)
+def _place(row: dict[str, Any]) -> tuple[str, str, int, int]:
+    return row["method"], canonical(row["setting"]), row["index"], row["seed"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import append, read
+from rgtg_fast.training.data import read_rows
 
 BUDGETS = "training.csv"
 LOGS = "training"
@@ -33,42 +35,43 @@ Row = dict[str, str]
 
 
 def keep(models: Path, names: Iterable[str], results: Path) -> None:
-    """Writes `training.csv` and the models' logs into the results, of the models that have been made.
+    """Writes `training.csv` and the models' logs into the results; of models that are not here, what stood there stays.
 
     Args:
         models: folder of the models. names: of these. results: folder to write to.
     """
-    rows = []
-    (results / LOGS).mkdir(parents=True, exist_ok=True)
+    path = results / BUDGETS
+    rows: dict[str, dict[str, Any]] = {row["model"]: {**row} for row in read(path)}
     for name in names:
         log, recipe = models / name / "training_log.jsonl", models / name / "rgtg_fast.json"
-        if log.is_file() and recipe.is_file() and "steps" in (facts := json.loads(recipe.read_text("utf-8"))):
-            rows.append(budget(name, facts, log.read_text("utf-8").splitlines()))
+        facts = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+        # A run that was interrupted has not written its steps yet.
+        if "steps" in facts:
+            rows[name] = budget(name, facts, list(read_rows(log)))
+            (results / LOGS).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(log, results / LOGS / f"{name}.jsonl")
-    with (results / BUDGETS).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    if rows:
+        path.unlink(missing_ok=True)
+        append(path, rows.values(), COLUMNS)
 
 
-def budget(name: str, facts: dict[str, Any], log: Sequence[str]) -> dict[str, Any]:
+def budget(name: str, facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of `training.csv`.
 
     Args:
-        name: the model's. facts: its `rgtg_fast.json`. log: the lines of its `training_log.jsonl`.
+        name: the model's. facts: its `rgtg_fast.json`. log: the rows of its `training_log.jsonl`.
     """
-    recipe, lines = facts["recipe"], [json.loads(line) for line in log]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    known = {key: value for line in lines for key, value in line.items()}
-    accuracy = next((known[key] for key in _ACCURACY if key in known), None)
+    recipe = facts["recipe"]
+    losses = [line["loss"] for line in log if "loss" in line]
+    known = {key: value for line in log for key, value in line.items()}
     return {
         "model": name,
         "pairs": facts["data"]["train"]["kept"],
         "steps": facts["steps"],
-        "seconds": round(sum(line.get("train_runtime", 0) for line in lines)),
+        "seconds": round(sum(line.get("train_runtime", 0) for line in log)),
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "held_out_accuracy": accuracy,
+        "held_out_accuracy": next((known[key] for key in _ACCURACY if key in known), None),
         "data_sha256": facts["data_sha256"],
         **{key: recipe[key] for key in COLUMNS if key in recipe},
     }

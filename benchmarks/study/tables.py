@@ -56,14 +56,15 @@ def headline_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
         cells = [
             method,
             str(len(own) // len({row["judge"] for row in own})),
-            *("–" if gap is None else _interval(gap, ("difference", "low", "high"), "+.3f") for gap in gaps),
+            *("–" if gap is None else interval(gap, ("difference", "low", "high"), "+.3f") for gap in gaps),
             f"{sum(speeds) / len(speeds):.0f}" if speeds else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _setting(row: Row) -> str:
+def setting(row: Row) -> str:
+    """What a row was decoded with, a dash where nothing is known."""
     named = (("β", "beta"), ("k", "top_k"), ("τ", "temperature"))
     return ", ".join(f"{letter} = {float(row[name]):g}" for letter, name in named if row[name]) or "–"
 
@@ -71,18 +72,19 @@ def _setting(row: Row) -> str:
 def _line(row: Row) -> str:
     cells = [
         row["method"],
-        _setting(row),
+        setting(row),
         f"{_number(row['reward'], '.3f')} ± {_number(row['reward_se'], '.3f')}",
-        _interval(row, ("reward_diff", "diff_lo", "diff_hi"), "+.3f"),
-        _interval(row, ("win_rate", "win_lo", "win_hi"), ".3f"),
-        _interval(row, ("length_matched_diff", "lm_lo", "lm_hi"), "+.3f"),
+        interval(row, ("reward_diff", "diff_lo", "diff_hi"), "+.3f"),
+        interval(row, ("win_rate", "win_lo", "win_hi"), ".3f"),
+        interval(row, ("length_matched_diff", "lm_lo", "lm_hi"), "+.3f"),
         _number(row["kl"], ".2f"),
         _number(row["tokens_per_second"], ".0f"),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _interval(row: Row, names: tuple[str, str, str], form: str) -> str:
+def interval(row: Row, names: tuple[str, str, str], form: str) -> str:
+    """A value and its interval, from the columns of these names."""
     value, low, high = (_number(row[name], form) for name in names)
     return "–" if value == "–" else f"{value} [{low}, {high}]"
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rgtg_fast.evaluation.metrics import bootstrap_mean
 from rgtg_fast.evaluation.settings import Cell
 
-PAIRWISE = "pairwise.csv"
 # Rewards of a cell's answers, averaged over the samples of each prompt.
 PromptRewards = Mapping[int, float]
 
@@ -74,12 +71,3 @@ def compare(judge: str, rewards: Mapping[Cell, PromptRewards]) -> list[Compariso
             tried = len(methods[method]), len(methods[other])
             found.append(Comparison(judge, method, other, *tried, gap.mean, gap.low, gap.high, len(shared)))
     return found
-
-
-def write_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Writes pairwise.csv, numbers with six digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Comparison))
-        for one in comparisons:
-            writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in astuple(one))

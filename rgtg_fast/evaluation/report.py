@@ -9,14 +9,23 @@ from typing import Any
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation import page, plots
-from rgtg_fast.evaluation.comparison import PAIRWISE, Comparison, write_comparisons
+from rgtg_fast.evaluation.comparison import Comparison
 from rgtg_fast.evaluation.metrics import rank_correlation
 from rgtg_fast.evaluation.page import Drawing, Notes, Part, Section, SideBySide, Table, Text
 from rgtg_fast.evaluation.settings import Cell
 from rgtg_fast.evaluation.study import Results
-from rgtg_fast.evaluation.summary import Row, comparisons, gaps, summarise, write_summary
+from rgtg_fast.evaluation.summary import (
+    PAIRWISE,
+    SUMMARY,
+    Row,
+    comparisons,
+    gaps,
+    summarise,
+    write_comparisons,
+    write_summary,
+)
 
-SUMMARY, MARKDOWN, HTML, FIGURES = "summary.csv", "report.md", "report.html", "figures"
+MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 TITLE = "Decoding methods compared"
 # Characters of an answer that the report shows.
 _SHOWN = 600

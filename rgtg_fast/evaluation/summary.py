@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rgtg_fast.evaluation.metrics import bootstrap_mean, by_prompt
 from rgtg_fast.evaluation.settings import Cell
 from rgtg_fast.evaluation.study import Results
 
-SUMMARY = "summary.csv"
+SUMMARY, PAIRWISE = "summary.csv", "pairwise.csv"
 COLUMNS = (
     "method",
     "beta",
@@ -216,11 +217,21 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def write_summary(rows: Sequence[Row], path: Path) -> None:
-    """Writes summary.csv: numbers with six digits, nothing where there is no number."""
+    """Writes summary.csv."""
+    _write(rows, COLUMNS, path)
+
+
+def write_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
+    """Writes pairwise.csv."""
+    _write([asdict(one) for one in comparisons], [field.name for field in fields(Comparison)], path)
+
+
+def _write(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
+    """Numbers with six digits, nothing where there is no number."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _shown(row[name]) for name in COLUMNS} for row in rows)
+        writer.writerows({name: _shown(row[name]) for name in columns} for row in rows)
 
 
 def _shown(value: Any) -> Any:

@@ -16,10 +16,9 @@ from benchmarks.study.budgets import BUDGETS, budgets_block
 from benchmarks.study.tables import BLOCK, HEADLINE, NOT_RUN, headline_block, study_block
 from rgtg_fast import bundled
 from rgtg_fast.cli import app
-from rgtg_fast.evaluation.comparison import PAIRWISE
 from rgtg_fast.evaluation.judge import folders_of
 from rgtg_fast.evaluation.settings import Study
-from rgtg_fast.evaluation.summary import COLUMNS
+from rgtg_fast.evaluation.summary import COLUMNS, PAIRWISE
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def test_budgets_of_finished_models_are_kept_with_their_logs(tmp_path: Path) -> 
     )
     assert "somewhere" not in (tmp_path / "results" / BUDGETS).read_text()
     assert [path.name for path in (tmp_path / "results" / LOGS).iterdir()] == ["dpo.jsonl"]
+
+
+def test_budgets_of_models_that_are_not_here_stay(tmp_path: Path) -> None:
+    for name in ("dpo", "treg"):
+        trained(tmp_path / "models" / name, {"steps": 21})
+    keep(tmp_path / "models", ["dpo", "treg"], tmp_path / "results")
+    before = (tmp_path / "results" / BUDGETS).read_bytes()
+    assert b"\r" not in before
+    shutil.rmtree(tmp_path / "models" / "dpo")
+    keep(tmp_path / "models", ["dpo", "treg"], tmp_path / "results")
+    assert (tmp_path / "results" / BUDGETS).read_bytes() == before
+    keep(tmp_path / "none", ["dpo"], tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def answer(method: str, beta: float | None, response: str) -> dict[str, Any]:
