@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.cells import SHARED, shown_places
+from benchmarks.gpu_tables import STYLE, Results, by_gpu, draw_gpu, ops_block, targets_block
 from benchmarks.harness import PHASES, RESULTS, read
 from benchmarks.method_tables import cost_blocks, evidence_block
 from benchmarks.study.budgets import BUDGETS, budgets_block
@@ -20,7 +21,10 @@ CONTROL = STUDY.parent.parent / "control" / "summary.csv"
 # Names of the generated sections.
 DECODING, TRUNK, ACCURACY, COST = "benchmarks", "shared-trunk", "accuracy", "training-cost"
 FORK = "fork"
+GPU_TARGETS, GPU_DECODING, GPU_OPS = "gpu-targets", "gpu-decoding", "gpu-ops"
 METHOD_COSTS, EVIDENCE, TRAINED, CONTROLLED = "costs", "evidence", "study-training", "study-control"
+# Results of a GPU beside decode*.csv: the ops, and single steps.
+OF_GPU = ("gpu_ops", "profile")
 NAMES = {
     "ours": "rgtg-fast",
     "args_replicated": "ARGS, k copies of the cache",
@@ -47,6 +51,10 @@ TRUNK_NOTES = (
     "published algorithm with that model. ¹ this package's own engine without a guide."
 )
 NO_TRUNK = "Not measured yet: run `python -m benchmarks.decode --shared --reward bundled:pargs`."
+NOT_DECODED = {
+    "cpu": "Not measured yet: run `python -m benchmarks.decode`.",
+    "cuda": "Not measured yet: run `bash benchmarks/gpu.sh` on a machine with a GPU.",
+}
 PHASE_COLOURS = ("#bbbbbb", "#0072b2", "#56b4e9", "#d55e00", "#f0e442", "#009e73", "#cc79a7")
 
 Row = dict[str, str]
@@ -56,6 +64,12 @@ Place = tuple[str, int, int, int]
 def all_rows(paths: list[Path] | None = None) -> list[Row]:
     """The rows of the given results files, by default of every decode*.csv (one for each machine, say)."""
     return [row for path in paths or sorted(RESULTS.glob("decode*.csv")) for row in read(path)]
+
+
+def gpu_results(rows: list[Row]) -> dict[str, Results]:
+    """What every GPU made: its rows of decoding among these, and the results of ops and steps."""
+    others = ([row for path in sorted(RESULTS.glob(f"{name}*.csv")) for row in read(path)] for name in OF_GPU)
+    return by_gpu([row for row in rows if row["device"] == "cuda"], *others)
 
 
 def place(row: Row) -> Place:
@@ -72,14 +86,14 @@ def groups(rows: list[Row]) -> dict[tuple[str, ...], dict[Place, dict[str, Row]]
     return found
 
 
-def block(rows: list[Row]) -> str:
+def block(rows: list[Row], device: str = "cpu") -> str:
     """The README's section: a table for every machine and model, of the headline cells."""
     parts = []
     for key, at in groups(rows).items():
-        shown = [at[where] for where in shown_places(key[3]) if where in at and "ours" in at[where]]
-        if shown:
+        shown = [at[where] for where in shown_places(device) if where in at and "ours" in at[where]]
+        if shown and key[3] == device:
             parts.append(_table(shown))
-    return "\n\n".join([*parts, NOTES]) if parts else "Not measured yet: run `python -m benchmarks.decode`."
+    return "\n\n".join([*parts, NOTES]) if parts else NOT_DECODED[device]
 
 
 def trunk_block(rows: list[Row]) -> str:
@@ -264,13 +278,14 @@ def _markers(name: str) -> tuple[str, str]:
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw, for the machine and model with the most rows, speed over prompt length and where time goes."""
+    """Draw, for the CPU and model with the most rows, speed over prompt length and where time goes."""
     import matplotlib
 
     matplotlib.use("svg")
-    # same input, same file: no random ids and no date
-    matplotlib.rcParams.update({"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none", "font.size": 9})
-    at = max(groups(rows).values(), key=len)
+    matplotlib.rcParams.update(STYLE)
+    at = max((at for key, at in groups(rows).items() if key[3] == "cpu"), key=len, default=None)
+    if at is None:
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     return [_draw_speed(at, folder / "decode_speed.svg"), _draw_phases(at, folder / "decode_phases.svg")]
 
@@ -355,13 +370,21 @@ def main(arguments: list[str] | None = None) -> int:
         print("there are no results: python -m benchmarks.decode measures them", file=sys.stderr)
         return 2
     judged, trained = read(RESULTS / "accuracy.csv"), read(RESULTS / "train.csv")
+    gpus = gpu_results(rows)
     study, pairs = read(given.study), read(given.study.parent / PAIRWISE)
-    for path in (*draw(rows, given.figures), *draw_accuracy(judged, given.figures)):
+    for path in (
+        *draw(rows, given.figures),
+        *draw_accuracy(judged, given.figures),
+        *draw_gpu(gpus, given.figures),
+    ):
         print(path)
     for page, text, name in (
         (given.readme, trunk_block(rows), TRUNK),
         (given.readme, block(rows), DECODING),
+        (given.readme, targets_block(gpus), GPU_TARGETS),
         (given.performance, phases_block(rows), DECODING),
+        (given.performance, block(rows, "cuda"), GPU_DECODING),
+        (given.performance, ops_block(gpus), GPU_OPS),
         (given.training, accuracy_block(judged), ACCURACY),
         (given.training, cost_block(trained), COST),
         (given.trunk, fork_block(read(RESULTS / "fork.csv")), FORK),

@@ -4,17 +4,19 @@
     python -m benchmarks.profile_step --shape tiny --device cpu --modes eager      # tries the command out
 
 One row a mode into results/profile.csv. `cold` is the first call of a fresh decoder, with kernels compiled and graphs
-captured in it; the others are of the second. `device_ms_per_step` is what the kernels of a step take one after another:
-the rest of `ms_per_step` is the host, or the gaps between kernels. With --kernels N the N longest kernels (on a CPU:
-operators) are printed.
+captured in it; the others are of the second. What is counted per step is what a longer answer has more than a
+shorter one. `device_ms_per_step` is what the kernels of a step take one after another: the rest of `ms_per_step` is the
+host, or the gaps between kernels. With --kernels N the N longest kernels (on a CPU: operators) are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -28,6 +30,10 @@ from rgtg_fast.profiling import PhaseTimer
 
 MODES = ("eager", "graphed", "compiled")
 PHASES = ("prefill", "lm", "topk", "reward", "resample", "commit", "host")
+# Calls in which the host waits until the device has done all that it was given.
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaMemcpy")
+# Steps of the two profiled calls, whose difference is counted.
+SHORT, LONG = 4, 12
 COLUMNS = (
     *MACHINE,
     "shape",
@@ -44,6 +50,7 @@ COLUMNS = (
     "ms_per_step",
     "device_ms_per_step",
     "kernels_per_step",
+    "synchronizations_per_step",
     "tokens_per_second",
     *(f"{phase}_ms_per_step" for phase in PHASES),
     "resident_bytes",
@@ -72,9 +79,29 @@ def make_decoder(shape: str, device: str, dtype: torch.dtype, batch: int, mode: 
     )
 
 
+class Counted(NamedTuple):
+    """What a profiled call did on the device: milliseconds of its kernels, their number, waits of the host for it."""
+
+    device_ms: float
+    kernels: int
+    waits: int
+
+
+def counted(averages: Iterable[Any]) -> Counted:
+    """Sums over the profiler's averages by kernel and call."""
+    averages = list(averages)
+    kernels = [event for event in averages if "CUDA" in str(event.device_type)]
+    return Counted(
+        sum(event.self_device_time_total for event in kernels) / 1e3,
+        sum(event.count for event in kernels),
+        sum(event.count for event in averages if event.key in WAITS),
+    )
+
+
 def measure(given: argparse.Namespace, mode: str) -> tuple[dict[str, Any], Any]:
     """The row of a mode, and the profiler's averages."""
     cuda = given.device == "cuda"
+    gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -91,11 +118,14 @@ def measure(given: argparse.Namespace, mode: str) -> tuple[dict[str, Any], Any]:
     first = warm.first_token_seconds or 0.0
     steps = max(warm.steps - 1, 1)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    few = min(8, given.new_tokens)
-    with profile(activities=activities) as profiler:
-        run(few)
-    averages = profiler.key_averages()
-    kernels = [e for e in averages if cuda and "CUDA" in str(e.device_type)]
+
+    def profiled(tokens: int) -> tuple[Counted, Any]:
+        with profile(activities=activities) as profiler:
+            run(tokens)
+        averages = profiler.key_averages()
+        return counted(averages), averages
+
+    (short, _), (long, averages) = profiled(SHORT), profiled(LONG)
     resident = torch.cuda.memory_allocated() if cuda else sum(warm.cache_bytes.values())
     row = {
         "mode": mode,
@@ -103,9 +133,9 @@ def measure(given: argparse.Namespace, mode: str) -> tuple[dict[str, Any], Any]:
         "cold_graph_ms": 1e3 * cold.graph_seconds,
         "first_token_ms": 1e3 * first,
         "ms_per_step": 1e3 * (warm.seconds - first) / steps,
-        # The prefill's kernels are in it too: --new-tokens tells them apart.
-        "device_ms_per_step": sum(e.self_device_time_total for e in kernels) / 1e3 / few if cuda else None,
-        "kernels_per_step": sum(e.count for e in kernels) / few if cuda else None,
+        "device_ms_per_step": (long.device_ms - short.device_ms) / (LONG - SHORT) if cuda else None,
+        "kernels_per_step": (long.kernels - short.kernels) / (LONG - SHORT) if cuda else None,
+        "synchronizations_per_step": (long.waits - short.waits) / (LONG - SHORT) if cuda else None,
         "tokens_per_second": warm.tokens_per_second,
         "resident_bytes": resident,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,

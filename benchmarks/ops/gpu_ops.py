@@ -5,7 +5,8 @@
 
 A measurement is one CUDA graph that runs the op once on each of several copies of its inputs, together larger than
 the second-level cache, so that every run finds it cold; time is by CUDA events, per run, as quantiles over replays.
-Bytes are those that any implementation must move; the ceiling is a device copy measured in the same way.
+Bytes and operations are those that any implementation needs; the ceilings are a device copy and a large product of
+bfloat16 matrices, measured in the same way.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from rgtg_fast import ops
 from rgtg_fast.ops import specs, use_backend
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_ops.csv"
-COLUMNS = ("op", "who", "shape", "dtype", "us_p20", "us_p50", "us_p80", "bytes", "gb_per_s", "of_copy")
-MACHINE = ("gpu", "driver", "torch", "triton", "commit")
+COLUMNS = (
+    *("op", "who", "shape", "dtype", "us_p20", "us_p50", "us_p80"),
+    *("bytes", "operations", "gb_per_s", "of_copy"),
+)
+MACHINE = ("gpu", "driver", "torch", "triton", "commit", "copy_gb_per_s", "product_tflop_per_s")
 
 # Several times the 50 to 126 MB of the second-level caches in question.
 COLD_BYTES = 400 << 20
@@ -82,6 +86,25 @@ def moved_bytes(case: Case) -> int:
         offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return int(offsets[-1]) * (size + 4) + 8 * len(offsets)
     return 4 * s["L"] * s["B"] * s["G"] * s["D"] * size
+
+
+def operations(case: Case) -> int:
+    """Additions, multiplications and exponentials that any implementation needs; 0 where it only moves numbers."""
+    s = case.shape
+    if case.op == "topk_logprobs":
+        # Shift, exponential, the sums for log-sum-exp and entropy, and one comparison.
+        return s["B"] * s["V"] * (6 + (2 if s.get("guided") else 0))
+    if case.op == "tree_attention":
+        return 4 * s["H"] * s["S"] * (sum(s["lengths"]) + s["B"]) * s["D"]
+    if case.op == "resample":
+        return 6 * s["B"] * s["K"]
+    if case.op == "reward_tail":
+        # The norm's squares and its scaling, then the head.
+        return s["B"] * s["K"] * (6 * s["E"] + 6)
+    if case.op == "partial_bt_loss":
+        offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
+        return 6 * int(offsets[-1])
+    return 0
 
 
 def copies(footprint: int) -> int:
@@ -249,6 +272,7 @@ def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
             "dtype": str(case.dtype).removeprefix("torch."),
             **{f"us_p{p}": round(t, 2) for p, t in zip((20, 50, 80), times, strict=True)},
             "bytes": need,
+            "operations": operations(case),
             "gb_per_s": round(rate, 1),
             "of_copy": round(rate / ceiling, 3),
         }
@@ -265,6 +289,14 @@ def copy_bandwidth() -> float:
     source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     _, p50, _ = timed(lambda _: target.copy_(source), [None, None])
     return 2 * source.numel() / p50 / 1000
+
+
+def product_throughput() -> float:
+    """TFLOP/s of a product of two bfloat16 matrices of 8192 rows and columns."""
+    n = 8192
+    a, b, out = (torch.randn(n, n, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    _, p50, _ = timed(lambda _: torch.mm(a, b, out=out), [None, None])
+    return 2 * n**3 / p50 / 1e6
 
 
 def _output(*command: str) -> str:
@@ -303,8 +335,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("torch sees no CUDA device: nothing was measured")
         return 2
-    where, ceiling = machine(), copy_bandwidth()
-    print(f"{where['gpu']}: a device copy moves {ceiling:.0f} GB/s")
+    ceiling, product = copy_bandwidth(), product_throughput()
+    where = machine() | {"copy_gb_per_s": f"{ceiling:.1f}", "product_tflop_per_s": f"{product:.1f}"}
+    print(f"{where['gpu']}: a device copy moves {ceiling:.0f} GB/s, a product does {product:.0f} TFLOP/s")
+    torch.cuda.empty_cache()
     given.output.parent.mkdir(parents=True, exist_ok=True)
     with given.output.open("w", newline="", encoding="utf-8") as file, torch.inference_mode():
         writer = csv.DictWriter(file, (*COLUMNS, *MACHINE), lineterminator="\n")

@@ -218,10 +218,14 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     with output.open(newline="") as file:
         assert len(list(csv.reader(file))) == 3
     readme = tmp_path / "README.md"
-    others = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in (figures.TRUNK, figures.HEADLINE))
+    others = (
+        f"<!-- {name}:begin --><!-- {name}:end -->"
+        for name in (figures.TRUNK, figures.HEADLINE, figures.GPU_TARGETS)
+    )
     readme.write_text("\n".join([f"{BEGIN}{END}", *others]), encoding="utf-8")
     page = tmp_path / "performance.md"
-    page.write_text(f"{BEGIN}{END}", encoding="utf-8")
+    others = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in (figures.GPU_DECODING, figures.GPU_OPS))
+    page.write_text("\n".join([f"{BEGIN}{END}", *others]), encoding="utf-8")
     arguments = ["--results", str(output), "--readme", str(readme), "--performance", str(page)]
     training = tmp_path / "training.md"
     names = (figures.ACCURACY, figures.COST)
