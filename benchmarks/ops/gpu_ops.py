@@ -2,6 +2,7 @@
 
     python -m benchmarks.ops.gpu_ops                     # all cases into benchmarks/results/gpu_ops.csv
     python -m benchmarks.ops.gpu_ops --ops commit --list # what would be run; needs no GPU
+    ncu ... python -m benchmarks.ops.gpu_ops --once      # our kernels, each case run once, for a profiler
 
 A measurement is one CUDA graph that runs the op once on each of several copies of its inputs, together larger than
 the second-level cache, so that every run finds it cold; time is by CUDA events, per run, as quantiles over replays.
@@ -246,18 +247,23 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
             yield "FlashInfer, prefix only", dict, flashinfer
 
 
-def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
-    """Rows of one case: ours, then the rivals."""
-    spec = specs()[case.op]
-    contestants = [("ours", dict, ours(case.op)), *rivals(case)]
-    need = moved_bytes(case)
-    base = spec.make_inputs(case.shape, case.dtype, "cuda")
+def inputs_of(case: Case) -> dict[str, Any]:
+    """Inputs on the device that a run may be repeated with."""
+    inputs = specs()[case.op].make_inputs(case.shape, case.dtype, "cuda")
     if case.op in ("resample", "reward_tail"):
-        base["temperature"].fill_(1.0)
+        inputs["temperature"].fill_(1.0)
     if case.op == "commit":
         # From the start, so that there is a slot for every replay.
-        base["choice"].fill_(0)
-        base["lengths"].zero_()
+        inputs["choice"].fill_(0)
+        inputs["lengths"].zero_()
+    return inputs
+
+
+def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
+    """Rows of one case: ours, then the rivals."""
+    contestants = [("ours", dict, ours(case.op)), *rivals(case)]
+    need = moved_bytes(case)
+    base = inputs_of(case)
     for who, prepare, function in contestants:
         first = prepare(base)
         n = copies(footprint(first))
@@ -325,6 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=sorted(specs()), default=sorted(specs()))
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--once", action="store_true", help="run our kernels once each, and time nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     wanted = [case for case in cases() if case.op in given.ops]
@@ -335,6 +342,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("torch sees no CUDA device: nothing was measured")
         return 2
+    if given.once:
+        with use_backend("triton"), torch.inference_mode():
+            for case in wanted:
+                ours(case.op)(inputs_of(case))
+        torch.cuda.synchronize()
+        print(f"{len(wanted)} cases")
+        return 0
     ceiling, product = copy_bandwidth(), product_throughput()
     where = machine() | {"copy_gb_per_s": f"{ceiling:.1f}", "product_tflop_per_s": f"{product:.1f}"}
     print(f"{where['gpu']}: a device copy moves {ceiling:.0f} GB/s, a product does {product:.0f} TFLOP/s")

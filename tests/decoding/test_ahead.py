@@ -32,7 +32,7 @@ from rgtg_fast.models import transfer
 from rgtg_fast.rewards import mixture as mixture_module
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.decoding.host_reads import Guard, HostReadError
-from tests.decoding.test_decoder import prompts_of
+from tests.decoding.support import prompts_of
 from tests.models.adapters import write_adapter
 
 TOKENIZER = make_tokenizer()

@@ -22,6 +22,7 @@ from rgtg_fast import (
 from rgtg_fast.profiling import PhaseTimer
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.decoding.naive import guided_greedy
+from tests.decoding.support import prompts_of
 
 GREEDY = Guidance(k=5, beta=1.0, temperature=0)
 
@@ -38,11 +39,6 @@ def make_decoder(reward: Any = "rm", max_batch: int = 8, **settings: Any) -> Rew
 @pytest.fixture(params=["auto", "transformers"])
 def decoder(request: pytest.FixtureRequest) -> RewardGuidedDecoder:
     return make_decoder(engine=request.param)
-
-
-def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(6, 64) for _ in range(rng.randrange(1, 12))] for _ in range(count)]
 
 
 # ---- exactness -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from rgtg_fast import (
     VocabularyReward,
 )
 from tests.conftest import make_lm, make_rm, make_tokenizer
+from tests.decoding.support import prompts_of
 from tests.rewards.naive import logits_after, scalar
 
 EOS = 1
@@ -31,11 +31,6 @@ def decoder_for(
     return RewardGuidedDecoder.from_pretrained(
         (make_lm(0, dtype), None), reward=guide, engine=engine, max_batch=3
     )
-
-
-def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(6, 64) for _ in range(rng.randrange(1, 10))] for _ in range(count)]
 
 
 def naive_gate(
@@ -66,7 +61,7 @@ def test_greedy_equals_the_algorithm(gate: float, engine: str, dtype: torch.dtyp
     """Rows of a batch open their gates at different steps, end, move and are refilled."""
     decoder = decoder_for(engine, dtype)
     lm, rm = decoder.lm.backbone.model, decoder.reward.backbone.model
-    prompts = prompts_of(7)
+    prompts = prompts_of(7, longest=9)
     result = decoder.generate(prompts, 8, Guidance(5, 1.5, 0, gate_entropy=gate))
     guided = decided = 0
     for prompt, row in zip(prompts, result, strict=True):
@@ -82,7 +77,7 @@ def test_greedy_equals_the_algorithm(gate: float, engine: str, dtype: torch.dtyp
 
 def test_the_gates_above_open_and_close() -> None:
     decoder = decoder_for()
-    stats = decoder.generate(prompts_of(7), 8, Guidance(5, 1.5, 0, gate_entropy=2.5)).stats
+    stats = decoder.generate(prompts_of(7, longest=9), 8, Guidance(5, 1.5, 0, gate_entropy=2.5)).stats
     assert 0.1 < stats.guided_tokens / stats.tokens < 0.9
 
 
@@ -92,7 +87,7 @@ def test_skipped_steps_cost_no_reward_forward() -> None:
     decoder.lm.backbone.model.generation_config.eos_token_id = []
     lm, rm = decoder.lm.backbone.model, decoder.reward.backbone.model
     for seed in range(4):
-        (prompt,) = prompts_of(1, seed)
+        (prompt,) = prompts_of(1, seed, longest=9)
         _, rewards = naive_gate(lm, rm, prompt, 5, 1.5, 2.5, 12)
         closed = [math.isnan(reward) for reward in rewards]
         last = max((i for i, skipped in enumerate(closed) if not skipped), default=-1)
@@ -109,7 +104,7 @@ def test_skipped_steps_cost_no_reward_forward() -> None:
 
 def test_a_closed_gate_is_the_base_model_with_the_same_noise() -> None:
     decoder = decoder_for()
-    prompts, seeds = prompts_of(4, seed=6), [1, 2, 3, 4]
+    prompts, seeds = prompts_of(4, seed=6, longest=9), [1, 2, 3, 4]
     closed = decoder.generate(prompts, 8, Guidance(6, 2.0, 0.9, gate_entropy=50), seeds, trace=True)
     base = decoder.generate(prompts, 8, Guidance(6, 0.0, 0.9), seeds)
     assert [row.tokens for row in closed] == [row.tokens for row in base]
@@ -122,7 +117,7 @@ def test_a_closed_gate_is_the_base_model_with_the_same_noise() -> None:
 
 def test_a_gate_of_one_row_leaves_the_others_alone() -> None:
     decoder = decoder_for()
-    prompts = prompts_of(3, seed=2)
+    prompts = prompts_of(3, seed=2, longest=9)
     gated, plain = Guidance(6, 1.0, 0.9, gate_entropy=2.5), Guidance(6, 1.0, 0.9)
     rows = decoder.generate(prompts, 8, [gated, plain, gated], [5, 6, 7])
     for prompt, guidance, seed, row in zip(prompts, [gated, plain, gated], [5, 6, 7], rows, strict=True):

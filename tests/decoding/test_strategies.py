@@ -29,6 +29,7 @@ from rgtg_fast.decoding.strategies import named_strategy
 from rgtg_fast.decoding.strategies.sampler import sample_seed
 from rgtg_fast.ops import resample, topk_logprobs
 from tests.conftest import make_lm, make_rm, make_tokenizer
+from tests.decoding.support import prompts_of
 from tests.rewards.naive import logits_after, scalar
 
 EOS = 1
@@ -43,11 +44,6 @@ def decoder_for(
         reward = SequenceReward((make_rm(1, dtype), tokenizer))
     base = (make_lm(0, dtype), tokenizer)
     return RewardGuidedDecoder.from_pretrained(base, reward=reward, engine=engine, max_batch=max_batch)
-
-
-def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(6, 64) for _ in range(rng.randrange(1, 10))] for _ in range(count)]
 
 
 class Noise:
@@ -168,7 +164,7 @@ def test_segments_equal_the_algorithm(strategy: Segments, engine: str, dtype: to
     """More prompts than slots, so that rows move and slots are refilled."""
     decoder = decoder_for(engine=engine, dtype=dtype)
     lm, rm = decoder.lm.backbone.model, decoder.reward.backbone.model
-    prompts = prompts_of(7)
+    prompts = prompts_of(7, longest=9)
     result = decoder.generate(prompts, 11, seed=list(range(7)), strategy=strategy)
     wanted = [naive_segments(lm, rm, p, strategy, 11, i) for i, p in enumerate(prompts)]
     for row, naive in zip(result, wanted, strict=True):
@@ -189,7 +185,9 @@ def test_the_cases_of_segments_are_met() -> None:
     """The settings above reject, accept, keep the best of the rejected, and end by length and by token."""
     decoder = decoder_for()
     lm, rm = decoder.lm.backbone.model, decoder.reward.backbone.model
-    runs = [naive_segments(lm, rm, p, s, 11, i) for s in SEGMENTS for i, p in enumerate(prompts_of(7))]
+    runs = [
+        naive_segments(lm, rm, p, s, 11, i) for s in SEGMENTS for i, p in enumerate(prompts_of(7, longest=9))
+    ]
     assert any(run.rejections for run in runs)
     assert any(not run.rejections for run in runs)
     assert any(run.kept_best for run in runs)
@@ -213,7 +211,7 @@ def test_rejected_segments_cost_their_own_tokens_alone() -> None:
 
 
 def test_segments_of_a_row_do_not_depend_on_the_batch() -> None:
-    prompts, seeds = prompts_of(9, seed=5), list(range(9))
+    prompts, seeds = prompts_of(9, seed=5, longest=9), list(range(9))
     strategy = SEGMENTS[0]
     texts = [
         [row.tokens for row in decoder_for(max_batch=n).generate(prompts, 12, seed=seeds, strategy=strategy)]
@@ -246,7 +244,7 @@ BLOCKS = [
 def test_blocks_equal_the_algorithm(strategy: Blocks, engine: str, dtype: torch.dtype) -> None:
     decoder = decoder_for(engine=engine, dtype=dtype, max_batch=6)
     lm, rm = decoder.lm.backbone.model, decoder.reward.backbone.model
-    prompts = prompts_of(7, seed=1)
+    prompts = prompts_of(7, seed=1, longest=9)
     result = decoder.generate(prompts, 10, seed=list(range(7)), strategy=strategy)
     for i, (prompt, row) in enumerate(zip(prompts, result, strict=True)):
         naive = naive_blocks(lm, rm, prompt, strategy, 10, i)
@@ -263,7 +261,7 @@ def test_blocks_equal_the_algorithm(strategy: Blocks, engine: str, dtype: torch.
 def test_best_of_n_is_the_best_of_n_samples(strategy: BestOfN) -> None:
     decoder = decoder_for()
     lm, rm = decoder.lm.backbone.model, decoder.reward.backbone.model
-    prompts = prompts_of(5, seed=2)
+    prompts = prompts_of(5, seed=2, longest=9)
     result = decoder.generate(prompts, 8, seed=[7] * 5, strategy=strategy)
     for prompt, row in zip(prompts, result, strict=True):
         samples = []
@@ -313,7 +311,7 @@ def test_best_of_n_by_any_guide(reward: Any) -> None:
 @pytest.mark.parametrize("strategy", [BestOfN(n=2), SEGMENTS[0], BLOCKS[0]])
 def test_iterate_and_stop_strings(strategy: Any) -> None:
     decoder = decoder_for()
-    prompts = prompts_of(6, seed=9)
+    prompts = prompts_of(6, seed=9, longest=9)
     plain = decoder.generate(prompts, 9, seed=1, strategy=strategy)
     rows = dict(decoder.iterate(prompts, 9, seed=1, strategy=strategy))
     assert {i: row.tokens for i, row in rows.items()} == {row.index: row.tokens for row in plain}

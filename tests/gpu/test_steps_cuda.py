@@ -10,7 +10,8 @@ import torch
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
 from tests.conftest import make_lm, make_rm, make_tokenizer
-from tests.decoding.test_ahead import GUIDES, SUPPORTS, as_numbers, prompts_of
+from tests.decoding.support import prompts_of
+from tests.decoding.test_ahead import GUIDES, SUPPORTS, as_numbers
 from tests.models.adapters import write_adapter
 
 pytestmark = pytest.mark.skipif(

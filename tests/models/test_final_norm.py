@@ -10,7 +10,7 @@ from rgtg_fast import FunctionReward, Guidance, RADReward, RewardGuidedDecoder, 
 from rgtg_fast.models.final_norm import FinalNorm
 from rgtg_fast.models.loading import reward_backbone
 from tests.conftest import make_lm, make_rm, make_tokenizer
-from tests.decoding.test_decoder import prompts_of
+from tests.decoding.support import prompts_of
 from tests.models.test_families import FAMILIES
 
 NORMED = ("llama-gqa", "qwen2", "qwen3", "mistral", "gemma")
