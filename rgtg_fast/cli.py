@@ -149,6 +149,15 @@ Compile = Annotated[
         rich_help_panel=MODELS,
     ),
 ]
+PadBatch = Annotated[
+    bool,
+    typer.Option(
+        "--pad-batch",
+        help="Run --max-batch rows in every step, empty ones where there are fewer: on a GPU an answer then has the "
+        "same bits in any batch.",
+        rich_help_panel=MODELS,
+    ),
+]
 Chat = Annotated[
     bool,
     typer.Option(
@@ -359,6 +368,7 @@ def generate(
     engine: Engine = "auto",
     graphs: Graphs = None,
     compile: Compile = False,
+    pad_batch: PadBatch = False,
     chat: Chat = True,
     k: K = 10,
     beta: Beta = 1.0,
@@ -401,8 +411,10 @@ def generate(
         strategy += f"{',' if ':' in strategy else ':'}temperature={temperature}"
     one = input is None
     reward = default_reward(lm, better, worse, support) if reward is None else reward
-    rows = 1 if one else max_batch
-    setup = Setup(lm, reward, better, worse, dtype, device, engine, rows, max_length, graphs, compile)
+    rows = 1 if one and not pad_batch else max_batch
+    setup = Setup(
+        lm, reward, better, worse, dtype, device, engine, rows, max_length, graphs, compile, pad_batch
+    )
     broken = 0
     if input is None:
         text = sys.stdin.read() if prompt == "-" else prompt

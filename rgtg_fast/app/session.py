@@ -36,6 +36,7 @@ class Setup:
     max_length: int | None = None
     graphs: bool | None = None
     compile: bool = False
+    pad_batch: bool = False
 
     def __post_init__(self) -> None:
         if self.reward != CONTRASTIVE and (self.better is not None or self.worse is not None):
@@ -94,6 +95,7 @@ class Setup:
             engine=self.engine,
             graphs=self.graphs,
             compile=self.compile,
+            pad_batch=self.pad_batch,
         )
 
 

@@ -76,6 +76,7 @@ class RewardGuidedDecoder:
         lm: the base language model. reward: the guide, already bound to it, or None.
         max_batch: rows decoded at once; more prompts wait for a free place.
         graphs: whether steps are replayed as CUDA graphs. None: on CUDA, where the guide stays on the device.
+        pad_batch: whether every step runs `max_batch` rows, missing ones empty.
 
     Attributes:
         ahead: steps that the device may be ahead of the host, 0 or 1: by default 1 on CUDA. Rows then end, leave and
@@ -85,10 +86,17 @@ class RewardGuidedDecoder:
             and NVTX.
     """
 
-    def __init__(self, lm: LanguageModel, reward: Reward | None, max_batch: int, graphs: bool | None = None):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        reward: Reward | None,
+        max_batch: int,
+        graphs: bool | None = None,
+        pad_batch: bool = False,
+    ):
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise RGTGError(f"max_batch={max_batch!r} is not a whole number >= 1: use for example 8")
-        self.lm, self.reward, self.max_batch = lm, reward, max_batch
+        self.lm, self.reward, self.max_batch, self.pad_batch = lm, reward, max_batch, pad_batch
         lm.backbone.contexts = self._contexts
         self.phase_timer: Callable[[], PhaseTimer] = PhaseTimer
         reason = None if lm.backbone.device.type == "cuda" else f"the models are on {lm.backbone.device}"
@@ -117,6 +125,7 @@ class RewardGuidedDecoder:
         engine: str = "auto",
         graphs: bool | None = None,
         compile: bool = False,
+        pad_batch: bool = False,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its guide.
 
@@ -133,6 +142,9 @@ class RewardGuidedDecoder:
             graphs: whether a step is replayed as a CUDA graph. None: on CUDA, unless the guide reads on the host.
             compile: whether the models' blocks run as compiled code in steps (torch.compile; engine "transformers").
                 Each number of rows and of candidates is compiled at its first use, for tens of seconds.
+            pad_batch: whether every step runs `max_batch` rows, missing ones empty. Matrix products on CUDA round by
+                the number of their rows; padded, a row's text depends on no other row there too, as long as all have
+                the same k. The native engine needs no such thing.
 
         Raises:
             RGTGError: anything that cannot work, in one line.
@@ -146,7 +158,7 @@ class RewardGuidedDecoder:
         if guide is not None:
             kind = None if dtype is None else resolve_dtype(dtype, model.device)
             guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
-        decoder = cls(language_model, guide, max_batch, graphs)
+        decoder = cls(language_model, guide, max_batch, graphs, pad_batch)
         if compile:
             decoder.compile()
         return decoder
@@ -673,7 +685,7 @@ class RewardGuidedDecoder:
 
     def _reserve(self, run: _Run) -> None:
         """One prefix cache per model, as large as the call needs."""
-        slots = min(self.max_batch, len(run.rows))
+        slots = self._slots_of(run)
         own = [ids for row in run.rows for ids in row.encoded]
         shared = [ids for row in run.rows for ids in row.encoded[: self._contexts - 1]]
         lm_length = max(map(len, [*(row.prompt_ids for row in run.rows), *shared])) + run.max_new_tokens
@@ -696,9 +708,14 @@ class RewardGuidedDecoder:
         if run.graphs is not None:
             run.graphs.begin(self._slots)
 
+    def _slots_of(self, run: _Run) -> int:
+        return self.max_batch if self.pad_batch else min(self.max_batch, len(run.rows))
+
     def _bucket(self, run: _Run) -> Callable[[int], int]:
-        """Rows of a step for a number of rows: as many, or those of the next graph."""
-        slots = min(self.max_batch, len(run.rows))
+        """Rows of a step for a number of rows: as many, those of the next graph, or always all."""
+        slots = self._slots_of(run)
+        if self.pad_batch:
+            return lambda rows: slots
         return (lambda rows: rows) if run.graphs is None else (lambda rows: bucket(rows, slots))
 
     def _graphed_step(self, batch: Batch, trace: bool) -> list[torch.Tensor]:

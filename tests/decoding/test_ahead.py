@@ -62,13 +62,13 @@ SUPPORTS = [
 
 
 def make_decoder(
-    guide: str, max_batch: int = 3, engine: str = "transformers", **lm: Any
+    guide: str, max_batch: int = 3, engine: str = "transformers", pad_batch: bool = False, **lm: Any
 ) -> RewardGuidedDecoder:
     model = make_lm(**lm)
     # Many tokens end an answer, so that rows leave at different steps.
     model.generation_config.eos_token_id = [1, *range(8, 64, 7)]
     return RewardGuidedDecoder.from_pretrained(
-        (model, TOKENIZER), reward=GUIDES[guide](), max_batch=max_batch, engine=engine
+        (model, TOKENIZER), reward=GUIDES[guide](), max_batch=max_batch, engine=engine, pad_batch=pad_batch
     )
 
 
@@ -354,3 +354,27 @@ def test_rows_that_have_ended_stand_still(guide: str) -> None:
     late = lengths[1] - lengths[0]
     assert late[0].max() <= 1
     assert late.max() <= (2 if guide == "farma" else 1)
+
+
+# ---- padded batches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("guide", "support"), SUPPORTS)
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_padded_batch_always_has_all_its_rows_and_gives_the_same(
+    guide: str, support: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, guidance, seeds = prompts_of(5), Guidance(4, 1.0, 0.9, support=support), list(range(5))
+    want = make_decoder(guide).generate(prompts, 8, guidance, seeds)
+    decoder = make_decoder(guide, pad_batch=True)
+    if graphs:
+        recorded(decoder)
+    seen: set[int] = set()
+    forward = decoder._forward
+    monkeypatch.setattr(decoder, "_forward", lambda batch: (seen.add(batch.shape[0]), forward(batch))[1])
+    assert as_numbers(decoder.generate(prompts, 8, guidance, seeds)) == as_numbers(want)
+    alone = [
+        decoder.generate([prompt], 8, guidance, seed)[0] for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    assert as_numbers(alone) == as_numbers(want)
+    assert seen == {decoder.max_batch}

@@ -115,6 +115,15 @@ def test_a_row_has_the_same_text_in_any_batch() -> None:
         assert decoder.generate([prompt], 9, Guidance(5), seed)[0].tokens == row.tokens
 
 
+def test_a_padded_batch_gives_a_row_the_same_bits_in_bfloat16() -> None:
+    decoder = make_decoder("sequence", dtype="bfloat16", pad_batch=True)
+    prompts, seeds = prompts_of(6), list(range(6))
+    together = decoder.generate(prompts, 9, Guidance(5), seeds)
+    for prompt, seed, row in zip(prompts, seeds, together, strict=True):
+        alone = decoder.generate([prompt], 9, Guidance(5), seed)[0]
+        assert (alone.tokens, alone.rewards, alone.logprobs) == (row.tokens, row.rewards, row.logprobs)
+
+
 def test_streams_and_stop_strings() -> None:
     prompt = prompts_of(1)[0]
     plain, graphed = make_decoder("sequence", device="cpu"), make_decoder("sequence")
