@@ -66,6 +66,8 @@ def cases() -> Iterator[Case]:
     for B, K in ((1, 10), (32, 10), (1, 40)):
         yield Case("reward_tail", {"B": B, "K": K, "E": 4096})
     for B in (1, 32):
+        yield Case("advance", {"B": B, "K": 10, "Z": 2}, torch.float32)
+    for B in (1, 32):
         yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
     for N in (16, 256):
         yield Case("partial_bt_loss", {"N": N, "T": 256, "mode": "hold"}, torch.float32)
@@ -83,6 +85,8 @@ def moved_bytes(case: Case) -> int:
         return s["B"] * (2 * s["K"] * size + 36)
     if case.op == "reward_tail":
         return s["B"] * s["K"] * (s["E"] * size + 8) + 2 * s["E"] * size + 36 * s["B"]
+    if case.op == "advance":
+        return s["B"] * (s["K"] * size + 120) + 8 * s["Z"]
     if case.op == "partial_bt_loss":
         offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return int(offsets[-1]) * (size + 4) + 8 * len(offsets)
@@ -229,6 +233,8 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
         yield "torch norm, linear, softmax + multinomial", dict, torch_tail
     elif case.op == "commit":
         yield "torch index_put", dict, lambda a: specs()["commit"].reference(**a)
+    elif case.op == "advance":
+        yield "torch, some twenty-five small kernels", dict, lambda a: specs()["advance"].reference(**a)
     elif case.op == "partial_bt_loss":
         yield "torch logsigmoid and autograd, padded", padded, torch_bt_loss
     elif case.op == "tree_attention":

@@ -164,11 +164,16 @@ class Batch:
         return self.width, self.k, self.support, self.combined, self.ragged
 
     @property
+    def widths(self) -> torch.Tensor | None:
+        """[width], candidates of each row, None where all have the same number."""
+        return self.now.k if self.ragged and self.support != "all" else None
+
+    @property
     def beyond(self) -> torch.Tensor | None:
         """[width, k] bool, the candidates that a row with a smaller k does not have; None where all have the same k."""
-        if not self.ragged or self.support == "all":
+        if self.widths is None:
             return None
-        return torch.arange(self.k, device=self.now.k.device) >= self.now.k.unsqueeze(-1)
+        return torch.arange(self.k, device=self.widths.device) >= self.widths.unsqueeze(-1)
 
     @property
     def beta(self) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.config import Guidance, Strategy
 from rgtg_fast.decoding.batch import Batch, Row, SlotState
-from rgtg_fast.decoding.decision import FINE, NO_CANDIDATE, Decision, decide, unpacked
+from rgtg_fast.decoding.decision import Decision, unpacked
 from rgtg_fast.decoding.graphs import StepGraphs, bucket
 from rgtg_fast.decoding.memory import check_fits, free_bytes
 from rgtg_fast.decoding.results import GeneratedRow, GenerationResult, Piece, Stats
@@ -33,7 +33,8 @@ from rgtg_fast.models.loading import (
 )
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.models.transfer import Arrival, to_device
-from rgtg_fast.ops import resample, topk_logprobs
+from rgtg_fast.ops import advance, resample, topk_logprobs
+from rgtg_fast.ops.advance import FINE, NO_CANDIDATE
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 
@@ -348,13 +349,13 @@ class RewardGuidedDecoder:
             with phase("resample"):
                 choice, drawn = resample(logprobs, rewards, *batch.draw)
         with phase("commit"):
-            kept = choice.masked_fill(now.tokens < 0, -1)  # a row that has ended stands still
+            shown = seen(now, batch.beta, logprobs, candidates, rewards, choice, entropy) if trace else ()
+            state = now.tokens, now.position, now.limit, batch.widths, self._eos
+            packed, kept = advance(logprobs, rewards, candidates, choice, drawn, *state)
             if lm.lookahead:
                 lm.commit(self._per_context(kept))
             if reward is not None and any(batch.guided):
                 reward.commit(kept)
-            shown = seen(now, batch.beta, logprobs, candidates, rewards, choice, entropy) if trace else ()
-            packed = decide(now, logprobs, candidates, rewards, choice, drawn, batch.beyond, self._eos)
         return [packed, *shown]
 
     def _launch(self, run: _Run, batch: Batch) -> _Flight:

@@ -168,10 +168,10 @@ def backend_of(
     """Says which implementation serves an op.
 
     On the CPU that is `"cpp"` for float32, bfloat16 and float16 (commit and partial_bt_loss: float64 too), and
-    `"reference"` for reward_tail, for other dtypes and where the extension is missing. On CUDA it is `"triton"` for
-    these three (commit: float64 too), and `"reference"` for others, where Triton is missing, and beyond the sizes that
-    the kernels take: topk_logprobs with k > 256 (less where V > 262144), tree_attention with D > 256. `use_backend`
-    overrides the choice.
+    `"reference"` for reward_tail and advance, for other dtypes and where the extension is missing. On CUDA it is
+    `"triton"` for these three (commit: float64 too), and `"reference"` for others, where Triton is missing, and beyond
+    the sizes that the kernels take: topk_logprobs with k > 256 (less where V > 262144), tree_attention with D > 256.
+    `use_backend` overrides the choice.
 
     Args:
         name: the op's name, e.g. `"tree_attention"`.

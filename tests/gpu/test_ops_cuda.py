@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels are NOT run on a GPU"
 )
 SPECS = specs()
+WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "advance": ("tokens", "position")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     pytest.param(name, shape, dtype, id=f"{name}-{i}-{dtype}")
@@ -27,16 +28,15 @@ CASES = [
     if shape.get("k", 0) <= 256
 ]
 # Weights that belong to no row.
-SHARED = ("norm", "head", "bias")
+SHARED = ("norm", "head", "bias", "eos")
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The op's results; for commit, what it has written."""
+    """The op's results, and what it has written in place."""
     result = getattr(ops, name)(**arguments)
-    if result is None:
-        return arguments["k_cache"], arguments["v_cache"], arguments["lengths"]
-    return result if isinstance(result, tuple) else (result,)
+    written = tuple(arguments[key] for key in WRITTEN.get(name, ()))
+    return (*(result if isinstance(result, tuple) else () if result is None else (result,)), *written)
 
 
 def moved(arguments: dict[str, Any]) -> dict[str, Any]:

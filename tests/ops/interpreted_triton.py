@@ -29,6 +29,7 @@ from rgtg_fast.ops import (
 from rgtg_fast.ops.tree_attention.launch import LEAF, SPAN
 
 SPECS = ops.specs()
+WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "advance": ("tokens", "position")}
 # The interpreter computes with numpy, which warns of the NaN and overflows that are tested here, and of its own habits.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("RuntimeWarning", "DeprecationWarning")
@@ -54,6 +55,7 @@ SHAPES = {
     "resample": tuple(shape for shape in SPECS["resample"].shapes if shape["B"] <= 8),
     "commit": SPECS["commit"].shapes,
     "reward_tail": SPECS["reward_tail"].shapes,
+    "advance": SPECS["advance"].shapes,
     "partial_bt_loss": tuple(shape for shape in SPECS["partial_bt_loss"].shapes if shape["N"] <= 8),
 }
 CASES = [
@@ -97,11 +99,10 @@ def triton():
 
 
 def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The op's results; for commit, what it has written."""
+    """The op's results, and what it has written in place."""
     result = getattr(ops, name)(**arguments)
-    if result is None:
-        return arguments["k_cache"], arguments["v_cache"], arguments["lengths"]
-    return result if isinstance(result, tuple) else (result,)
+    written = tuple(arguments[key] for key in WRITTEN.get(name, ()))
+    return (*(result if isinstance(result, tuple) else () if result is None else (result,)), *written)
 
 
 def in_double(arguments: dict[str, Any]) -> dict[str, Any]:

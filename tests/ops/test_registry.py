@@ -38,7 +38,7 @@ def test_backend_of_says_what_serves():
 
 
 def test_unknown_names_are_named():
-    with pytest.raises(RGTGError, match="there is no op 'topk': use one of commit, partial_bt_loss"):
+    with pytest.raises(RGTGError, match="there is no op 'topk': use one of advance, commit, partial_bt_loss"):
         backend_of("topk", "cpu")
     with (
         pytest.raises(RGTGError, match="there is no backend 'cuda': use one of reference, cpp, triton"),

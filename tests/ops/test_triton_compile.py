@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.ops import kernel_table
 from rgtg_fast.ops import specs
+from rgtg_fast.ops.advance import launch as advance
 from rgtg_fast.ops.commit import launch as commit
 from rgtg_fast.ops.partial_bt_loss import launch as partial_bt_loss
 from rgtg_fast.ops.resample import launch as resample
@@ -172,7 +173,8 @@ def test_what_is_launched_is_compiled():
     """The configurations that the launches choose, from one end to the other, are among the signatures."""
     for D in (64, 128, 256):
         known("commit", "commit_kernel", commit.configuration(D))
-        known("tree_attention", "merge_kernel", tree_attention.merge_configuration(D))
+        known("tree_attention", "merge_kernel", tree_attention.merge_configuration(D, tree_attention.LEAF))
+        known("tree_attention", "merge_kernel", tree_attention.merge_configuration(128, tree_attention.SPAN))
         for rows in (1, 16, 17, 40, 64, 65, 160, 1024):
             for mode in tree_attention.MODES:
                 settings = tree_attention.configuration(D, rows, mode, torch.bfloat16)
@@ -187,6 +189,8 @@ def test_what_is_launched_is_compiled():
     for mode in partial_bt_loss.MODES:
         for weight in partial_bt_loss.WEIGHTS:
             known("partial_bt_loss", "pair_kernel", partial_bt_loss.pair_configuration(mode, weight))
+    for K in (1, 10, 64, 65, 4096, 256000):
+        known("advance", "advance_kernel", advance.configuration(K))
     known("partial_bt_loss", "sum_kernel", partial_bt_loss.sum_configuration())
     for V in (100, 32000, 128256, 151936, 262144, 262208, topk_logprobs.MAX_V):
         for k in (1, 10, 40, 100, 256):

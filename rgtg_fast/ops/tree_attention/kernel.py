@@ -205,7 +205,8 @@ def merge_kernel(
     out_s,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPAN: tl.constexpr,
+    LEAVES: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     i_m, i_bg = tl.program_id(0) % (S * R), tl.program_id(0) // (S * R)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
@@ -216,28 +217,30 @@ def merge_kernel(
     peak_all = tl.full((), -float("inf"), tl.float32)
     total_all = tl.full((), 0.0, tl.float32)
     b_sums_all = tl.zeros([BLOCK_D], tl.float32)
-    peak, total, b_sums = peak_all, total_all, b_sums_all
     p_part = (i_bg.to(tl.int64) * S * R + i_m) * splits
     # Splits past the length have written nothing.
-    for i_t in range(tl.maximum(1, tl.cdiv(length, span))):
-        if (i_t > 0) & (i_t * span % SPAN == 0):
+    parts = tl.maximum(1, tl.cdiv(length, span))
+    for first in range(0, parts, TOGETHER):
+        peak = tl.full((), -float("inf"), tl.float32)
+        total = tl.full((), 0.0, tl.float32)
+        b_sums = tl.zeros([BLOCK_D], tl.float32)
+        # Without branches, so that all are on their way before the first is folded.
+        for i in tl.static_range(TOGETHER):
+            i_t = first + i
+            there = i_t < parts
+            b_part = tl.load(p_sums + (p_part + i_t) * D + o_d, mask=m_d & there, other=0.0)
+            peak_part = tl.load(p_peaks + p_part + i_t, mask=there, other=-float("inf"))
+            total_part = tl.load(p_totals + p_part + i_t, mask=there, other=0.0)
+            if LEAVES:
+                peak, total, b_sums = _fold(peak, total, b_sums, peak_part, total_part, b_part, False)
+            else:
+                peak_all, total_all, b_sums_all = _fold(
+                    peak_all, total_all, b_sums_all, peak_part, total_part, b_part, False
+                )
+        if LEAVES:
             peak_all, total_all, b_sums_all = _fold(
                 peak_all, total_all, b_sums_all, peak, total, b_sums, False
             )
-            peak = tl.full((), -float("inf"), tl.float32)
-            total = tl.full((), 0.0, tl.float32)
-            b_sums = tl.zeros([BLOCK_D], tl.float32)
-        b_part = tl.load(p_sums + (p_part + i_t) * D + o_d, mask=m_d, other=0.0)
-        peak, total, b_sums = _fold(
-            peak,
-            total,
-            b_sums,
-            tl.load(p_peaks + p_part + i_t),
-            tl.load(p_totals + p_part + i_t),
-            b_part,
-            False,
-        )
-    peak_all, total_all, b_sums_all = _fold(peak_all, total_all, b_sums_all, peak, total, b_sums, False)
     o_s, o_r = (i_m // R).to(tl.int64), (i_m % R).to(tl.int64)
     o_out = i_b * out_b + (i_g * R + o_r) * out_h + o_s * out_s
     b_out = _quotient(b_sums_all, total_all)
@@ -314,6 +317,6 @@ def launch(
                 span,
                 splits,
                 *out.stride()[:3],
-                **merge_configuration(D),
+                **merge_configuration(D, span),
             )
     return out

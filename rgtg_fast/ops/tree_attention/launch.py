@@ -55,9 +55,21 @@ def configuration(D: int, rows: int, mode: int, dtype: torch.dtype) -> dict[str,
     }
 
 
-def merge_configuration(D: int) -> dict[str, object]:
-    """Block shapes of the merge: one program per query row."""
-    return {"D": D, "BLOCK_D": power_of_two(D, 16), "SPAN": SPAN, "num_warps": 1, "enable_fp_fusion": True}
+def merge_configuration(D: int, span: int) -> dict[str, object]:
+    """Block shapes of the merge: one program per query row.
+
+    Args:
+        D: numbers of a head. span: slots that each partial sum is over: a leaf or a span.
+    """
+    return {
+        "D": D,
+        "BLOCK_D": power_of_two(D, 16),
+        "LEAVES": int(span < SPAN),
+        # The leaves of a span are folded into one sum, that into the others'; spans are just read by as many.
+        "TOGETHER": SPAN // LEAF,
+        "num_warps": 1,
+        "enable_fp_fusion": True,
+    }
 
 
 # Query rows from which their blocks alone fill the device, and partial sums would be the larger part of the memory.
@@ -92,12 +104,12 @@ def _split(dtype: torch.dtype, D: int, rows: int, mode: int) -> dict[str, str]:
     return signature(arguments, configuration(D, rows, mode, dtype))
 
 
-def _merge(dtype: torch.dtype, D: int) -> dict[str, str]:
+def _merge(dtype: torch.dtype, D: int, span: int = LEAF) -> dict[str, str]:
     arguments = {"p_sums": "*fp32:16", "p_peaks": "*fp32:16", "p_totals": "*fp32:16", "p_lengths": "*i64:16"}
     arguments |= {"p_out": f"*{TYPES[dtype]}:16", "G": "i32", "S": "i32", "T": "i32", "R": "i32"}
     arguments |= {"span": "i32", "splits": "i32"}
     arguments |= {f"out_{letter}": "i64:16" for letter in ("b", "h", "s")}
-    return signature(arguments, merge_configuration(D))
+    return signature(arguments, merge_configuration(D, span))
 
 
 MODES = (ALONE, MASKED, CAUSAL)
@@ -117,5 +129,8 @@ KERNELS = (
             _split(torch.float32, 256, 16, ALONE),
         ),
     ),
-    KernelSpec("merge_kernel", tuple(_merge(torch.bfloat16, D) for D in (64, 80, 128, 256))),
+    KernelSpec(
+        "merge_kernel",
+        (*(_merge(torch.bfloat16, D) for D in (64, 80, 128, 256)), _merge(torch.bfloat16, 128, SPAN)),
+    ),
 )
