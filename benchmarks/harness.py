@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import datetime
+import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.benchmark import AGREEING
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,6 +25,8 @@ MACHINE = ("cpu", "cores", "threads", "gpu", "python", "torch", "transformers", 
 CELL = ("model", "device", "dtype", "prompt_length", "k", "batch", "new_tokens")
 # A row is present when all of these agree: another machine or another job is another row.
 KEY = ("cpu", "cores", "threads", "gpu", *CELL, "method")
+# Of methods that must agree, those that a method measured later is compared with.
+BESIDE = ("args_replicated", "ours", "genarm_published", "ours_genarm")
 COLUMNS = (
     "date",
     *MACHINE,
@@ -38,6 +45,7 @@ COLUMNS = (
     "cache_resident_reward_bytes",
     "cache_peak_lm_bytes",
     "cache_peak_reward_bytes",
+    "memory_beyond_weights_bytes",
     "equal_to_reference",
     "reference",
     "tokens_compared",
@@ -132,6 +140,7 @@ def flatten(result: dict[str, Any], model: str, methods: Sequence[str] | None = 
                 "tokens_per_second",
                 "ms_per_token",
                 "decode_ms_per_token",
+                "memory_beyond_weights_bytes",
                 "equal_to_reference",
                 "tokens_compared",
                 "runs",
@@ -147,7 +156,7 @@ def flatten(result: dict[str, Any], model: str, methods: Sequence[str] | None = 
             name: floor.get(name)
             for name in ("weight_bytes_per_token", "floor_ms_per_token", "achieved_over_floor")
         }
-        row["reference"] = config["reference"] if entry["equal_to_reference"] is not None else None
+        row["reference"] = entry["reference"]
         row["first_difference_position"] = difference.get("position")
         row["first_difference_score_gap"] = difference.get("score_gap")
         # how a run on fewer tokens or rows becomes the whole job: prefill once a row, the rest per token
@@ -165,6 +174,11 @@ def shown(value: Any) -> Any:
     return "" if value is None else value
 
 
+def _agrees(method: str, others: Sequence[str]) -> bool:
+    """Whether a method's tokens must agree with those of any of the others."""
+    return any(method in group and not set(group).isdisjoint(others) for group in AGREEING)
+
+
 def sweep(
     cells: Sequence[Cell],
     path: Path,
@@ -174,8 +188,11 @@ def sweep(
     machine: dict[str, Any],
     device: str,
     say: Callable[[str], None] = print,
+    seconds: float | None = None,
 ) -> int:
     """Measure every cell that the file does not hold yet.
+
+    A method for which the device's memory does not suffice gets no row, which is reported, and the others do.
 
     Args:
         cells: what to measure, in this order.
@@ -186,11 +203,12 @@ def sweep(
         machine: `rgtg_fast.evaluation.benchmark.machine()`, for finding rows of this machine.
         device: "cpu" or "cuda".
         say: is told what happens.
+        seconds: no cell is begun later than this after the start; those left out are named. None: all are measured.
 
     Returns:
         The number of cells that failed; they are reported and the rest goes on.
     """
-    failed = 0
+    failed, began = 0, time.perf_counter()
     for number, cell in enumerate(cells, 1):
         here = {name: machine[name] for name in ("cpu", "cores", "threads", "gpu")} | {
             "model": model,
@@ -210,10 +228,12 @@ def sweep(
         if not missing:
             say(f"[{number}/{len(cells)}] {cell}: present")
             continue
-        # a method that is measured later is compared with the reference all the same
-        methods = [m for m in cell.methods if m in missing or m in ("args_replicated", "ours")]
+        if seconds is not None and time.perf_counter() - began > seconds:
+            say(f"[{number}/{len(cells)}] {cell}: left out, {seconds:g} s are over: {', '.join(missing)}")
+            continue
+        methods = [m for m in cell.methods if m in missing or (m in BESIDE and _agrees(m, missing))]
         say(f"[{number}/{len(cells)}] {cell}: {', '.join(methods)}")
-        start = time.perf_counter()
+        start, reason = time.perf_counter(), None
         try:
             result = bench(
                 **models,
@@ -228,9 +248,23 @@ def sweep(
                 device=device,
             )
         except RGTGError as error:
+            reason = str(error)
+        except torch.OutOfMemoryError:
+            reason = "the models do not fit into the device's memory"
+        except RuntimeError as error:
+            # torch.compile's, say: the cells that it has nothing to do with are measured all the same.
+            traceback.print_exc()
+            reason = type(error).__name__
+        # Outside of the handlers, where no traceback holds the cell's tensors any more.
+        gc.collect()
+        torch.cuda.empty_cache()
+        if reason is not None:
             failed += 1
-            print(f"[{number}/{len(cells)}] {cell}: {error}", file=sys.stderr)
+            print(f"[{number}/{len(cells)}] {cell}: {reason}", file=sys.stderr)
             continue
+        if result["out_of_memory"]:
+            names = ", ".join(result["out_of_memory"])
+            print(f"[{number}/{len(cells)}] {cell}: out of device memory: {names}", file=sys.stderr)
         rows = flatten(result, model, missing)
         append(path, rows)
         for row in rows:

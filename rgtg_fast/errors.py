@@ -9,6 +9,10 @@ class RGTGError(ValueError):
     """Raised for every input that cannot work; its message is one line that says what would."""
 
 
+class MemoryTooSmallError(RGTGError):
+    """Raised before anything is allocated: the prefix caches of a call would not fit the device's memory."""
+
+
 class RewardNaNError(RGTGError):
     """A reward is NaN (or +inf) in the middle of a run.
 

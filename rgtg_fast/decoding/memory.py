@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import MemoryTooSmallError
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -31,7 +31,7 @@ def check_fits(bytes_per_row: int, rows: int, length: int, free: int | None) -> 
         bytes_per_row: of all caches, for one row of `length` tokens. free: bytes free, None to skip the check.
 
     Raises:
-        RGTGError: saying which batch would fit.
+        MemoryTooSmallError: saying which batch would fit.
     """
     needed = bytes_per_row * rows
     if free is None or needed <= free:
@@ -40,7 +40,7 @@ def check_fits(bytes_per_row: int, rows: int, length: int, free: int | None) -> 
     way_out = (
         f"max_batch={fit} would fit" if fit else "not even one row fits: use fewer tokens or a smaller dtype"
     )
-    raise RGTGError(
+    raise MemoryTooSmallError(
         f"the KV caches of {rows} rows of {length} tokens need {needed / 2**30:.2f} GiB and "
         f"{free / 2**30:.2f} GiB are free: {way_out}"
     )

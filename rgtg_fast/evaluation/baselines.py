@@ -3,7 +3,8 @@
 The shape of each algorithm is kept (what is copied, what is encoded again, how many model calls a token
 costs); what merely made the published programs slow is not (host synchronisation inside the loop, emptied
 allocator caches, whole-vocabulary logits of the prompt). All are greedy, stop at `new_tokens` only, and share
-one formula, score(v) = log π(v | x, y) + β·r(x, y ∘ v) over the k most probable tokens.
+one formula, score(v) = log π(v | x, y) + β·r(x, y ∘ v) over the k most probable tokens, or over the whole
+vocabulary where r is a language model's log-probability.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class BaselineRun:
         phases: seconds by phase; what no phase accounts for is "host".
         cache_resident_bytes: largest key-value cache held between two steps, by model ("lm", "reward").
         cache_peak_bytes: largest within a step: the resident tensors and those being written beside them.
-        steps: for every prompt and new token, the k candidates [k] and their scores [k] (empty for
-            `unguided`).
+        steps: for every prompt and new token, the k candidates [k] and their scores [k] in float32, on the CPU; of
+            `genarm_published` the best two of the vocabulary. Empty for `unguided`.
     """
 
     tokens: list[list[int]]
@@ -114,6 +115,16 @@ def _top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (values - torch.logsumexp(logits, dim=-1, keepdim=True))[0], tokens[0]
 
 
+def _check_new_tokens(new_tokens: int) -> None:
+    if new_tokens < 1:
+        raise RGTGError(f"new_tokens={new_tokens} is below 1: ask for at least one new token")
+
+
+def _check_prompt(prompt: Sequence[int]) -> None:
+    if len(prompt) == 0:
+        raise RGTGError("an empty prompt has nothing to predict from: give it at least one token")
+
+
 def _run_rows(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
@@ -121,17 +132,30 @@ def _run_rows(
     device: torch.device,
 ) -> BaselineRun:
     """Decode the prompts one after another, which is all that the published programs can do."""
-    if new_tokens < 1:
-        raise RGTGError(f"new_tokens={new_tokens} is below 1: ask for at least one new token")
+    _check_new_tokens(new_tokens)
     run = BaselineRun(tokens=[], seconds=0.0, phases={})
     with torch.inference_mode():
         clock = PhaseClock(device)
         for prompt in prompts:
-            if len(prompt) == 0:
-                raise RGTGError("an empty prompt has nothing to predict from: give it at least one token")
+            _check_prompt(prompt)
             decode(torch.tensor([list(prompt)], device=device), new_tokens, clock, run)
         run.seconds, run.phases = clock.stop()
+    run.steps = [[(tokens.cpu(), scores.cpu()) for tokens, scores in record] for record in run.steps]
     return run
+
+
+def _one_length(prompts: Sequence[Sequence[int]], method: str, device: torch.device) -> torch.Tensor:
+    """The prompts' ids as one batch [B, P].
+
+    Raises:
+        RGTGError: prompts of different lengths.
+    """
+    lengths = {len(prompt) for prompt in prompts}
+    if len(lengths) != 1:
+        raise RGTGError(
+            f"prompt lengths {sorted(lengths)} differ: the {method} baseline takes one length per batch"
+        )
+    return torch.tensor([list(prompt) for prompt in prompts], device=device)
 
 
 def _keep_largest(into: dict[str, int], name: str, value: int) -> None:
@@ -267,6 +291,77 @@ def pargs_serial(
     return _run_rows(prompts, new_tokens, decode, lm.device)
 
 
+def genarm_published(
+    lm: PreTrainedModel,
+    rm: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    beta: float,
+    new_tokens: int,
+) -> BaselineRun:
+    """GenARM as published: a second causal LM gives log π_r of the whole vocabulary, one token of each model a step.
+
+    The next token is the argmax over the vocabulary of log π + β·log π_r; both models run eagerly. At its best here:
+    both keep a growing cache, prompts of one length are one batch, and the choice stays on the device.
+
+    Args:
+        lm: causal LM.
+        rm: causal LM over the same vocabulary, whose log-probabilities are the reward.
+        prompts: token ids of each prompt, all of one length.
+        beta: weight of log π_r, the paper's 1/β.
+        new_tokens: tokens to produce for each prompt.
+
+    Returns:
+        The run; of the scores it keeps the best two of every step.
+
+    Raises:
+        RGTGError: `new_tokens` below 1, an empty prompt, or prompts of different lengths.
+
+    Source: Xu et al. 2024 (arXiv 2410.08193).
+    """
+    _check_new_tokens(new_tokens)
+    for prompt in prompts:
+        _check_prompt(prompt)
+    ids = _one_length(prompts, "genarm_published", lm.device)
+    models = {"lm": lm, "reward": rm}
+    caches = {name: DynamicCache(config=model.config) for name, model in models.items()}
+
+    def logits_after(name: str, tokens: torch.Tensor) -> torch.Tensor:
+        # [B, S] -> [B, V]
+        model, cache = models[name], caches[name]
+        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    best: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with torch.inference_mode():
+        clock = PhaseClock(lm.device)
+        with clock.phase("prefill"):
+            lm_logits, rm_logits = (logits_after(name, ids) for name in models)
+        for step in range(new_tokens):
+            with clock.phase("topk"):
+                logprobs = lm_logits.log_softmax(-1, dtype=torch.float32)
+            with clock.phase("reward"):
+                rewards = rm_logits.log_softmax(-1, dtype=torch.float32)
+            with clock.phase("resample"):
+                # The runner-up's score tells how near a decision was.
+                scores, tokens = torch.add(logprobs, rewards, alpha=beta).topk(min(2, logprobs.shape[-1]))
+            best.append((tokens, scores))
+            if step + 1 < new_tokens:
+                with clock.phase("lm"):
+                    lm_logits = logits_after("lm", tokens[:, :1])
+                with clock.phase("reward"):
+                    rm_logits = logits_after("reward", tokens[:, :1])
+        seconds, phases = clock.stop()
+    tokens, scores = (torch.stack(column, dim=1).cpu() for column in zip(*best, strict=True))
+    return BaselineRun(
+        tokens=tokens[:, :, 0].tolist(),
+        seconds=seconds,
+        phases=phases,
+        cache_resident_bytes={name: cache_bytes(cache) for name, cache in caches.items()},
+        cache_peak_bytes={name: _step_peak_bytes(cache) for name, cache in caches.items()},
+        steps=[list(zip(*row, strict=True)) for row in zip(tokens, scores, strict=True)],
+    )
+
+
 class _FirstToken(StoppingCriteria):
     """Notes when `generate` has its first token: where its prefill ends."""
 
@@ -296,12 +391,7 @@ def unguided(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new_token
     Raises:
         RGTGError: prompts of different lengths.
     """
-    lengths = {len(prompt) for prompt in prompts}
-    if len(lengths) != 1:
-        raise RGTGError(
-            f"prompt lengths {sorted(lengths)} differ: the unguided baseline takes one length per batch"
-        )
-    ids = torch.tensor([list(prompt) for prompt in prompts], device=lm.device)
+    ids = _one_length(prompts, "unguided", lm.device)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=new_tokens,

@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from rgtg_fast import Guidance, RewardGuidedDecoder
 from rgtg_fast.app import demo, embedded, explain
 from rgtg_fast.decoding.results import Candidate, Step
+from rgtg_fast.evaluation import baselines
 
 
 def test_help_is_instant_and_lists_the_commands(run_process: Callable) -> None:
@@ -177,9 +179,30 @@ def test_bench(run: Callable, lm: str, rm: str) -> None:
     methods = ["ours", "args_replicated", "pargs_serial", "unguided"]
     assert [row["method"] for row in result["methods"]] == methods
     assert all(row["tokens_per_second"] > 0 for row in result["methods"])
+    assert result["out_of_memory"] == []
     text = run(*args, "--methods", "ours,unguided").out
     assert "ours" in text
     assert "tokens/s" in text
+
+
+def test_bench_with_a_second_language_model(run: Callable, lm: str) -> None:
+    sizes = ("--prompt-length", 8, "--new-tokens", 4, "--repeats", 1)
+    outcome = run("bench", "--lm", lm, *sizes, "--methods", "genarm_published,ours_genarm", "--json")
+    assert outcome.code == 0, outcome.err
+    (result,) = outcome.rows
+    assert [row["equal_to_reference"] for row in result["methods"]] == [True, True]
+
+
+def test_bench_names_what_had_no_memory(run: Callable, lm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(baselines, "unguided", full)
+    sizes = ("--prompt-length", 8, "--k", 3, "--new-tokens", 4, "--repeats", 1)
+    text = run("bench", "--lm", lm, *sizes, "--methods", "ours,unguided").out
+    assert "the device's memory did not suffice: unguided" in text
+    error = run("bench", "--lm", lm, *sizes, "--methods", "unguided").error
+    assert "every method ran out of memory" in error
 
 
 def test_bench_errors(run: Callable, lm: str) -> None:

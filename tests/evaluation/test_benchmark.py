@@ -1,15 +1,17 @@
 """The benchmark measures what it says, compares outputs first, and never hides that they differ."""
 
+import gc
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import MemoryTooSmallError, RGTGError
 from rgtg_fast.evaluation import baselines, benchmark
 from rgtg_fast.evaluation.baselines import BaselineRun
 from rgtg_fast.evaluation.benchmark import BenchmarkMismatchError, Difference, first_difference, run_bench
@@ -63,7 +65,10 @@ def test_the_result_is_json_and_names_its_machine(result):
     assert {"cpu", "cores", "threads", "memory_bandwidth_gb_s", "python", "torch", "commit"} <= set(
         measured["machine"]
     )
-    assert measured["config"]["reference"] == "args_replicated"
+    assert measured["out_of_memory"] == []
+    assert {row["method"]: row["reference"] for row in measured["methods"]} == {
+        name: None if name == "unguided" else "args_replicated" for name in ALL
+    }
 
 
 def test_methods_take_turns(result):
@@ -184,7 +189,7 @@ def test_nothing_global_is_left_behind():
         ({"repeats": 0}, "repeats=0"),
         ({"new_tokens": 0}, "new_tokens=0"),
         ({"prompt_length": 0}, "prompt_length=0"),
-        ({"prompt_length": 4096}, "exceeds the context"),
+        ({"prompt_length": 8192}, "exceeds the context"),
         ({"threads": 0}, "threads=0"),
         ({"seconds_per_run": 0.0}, "seconds_per_run=0"),
         ({"beta": float("nan")}, "beta=nan"),
@@ -209,6 +214,242 @@ def test_an_adapter_is_timed_in_one_forward_and_as_two_models():
     kept = {name: rows[name]["floor"]["cache_bytes_per_token"] for name in names if "floor" in rows[name]}
     assert kept["shared_trunk"] == pytest.approx(1.5 * kept["ours_unguided"])
     assert kept["two_models"] == pytest.approx(2 * kept["ours_unguided"])
+
+
+GENARM = ("ours_genarm", "genarm_published")
+
+
+@pytest.fixture(scope="module")
+def with_genarm():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "memory_bandwidth", lambda device="cpu": 10e9)
+        return run_bench(**{**TINY, "repeats": 1}, methods=(*ALL, *GENARM, "ours_unguided"))
+
+
+def test_methods_with_a_second_language_model_agree_with_each_other(with_genarm):
+    rows = methods(with_genarm)
+    for name in GENARM:
+        assert (rows[name]["reference"], rows[name]["equal_to_reference"]) == ("genarm_published", True)
+        assert rows[name]["tokens_compared"] == 12
+        assert not rows[name]["rows_one_after_another"]
+    assert rows["ours"]["reference"] == "args_replicated"
+    assert rows["ours_unguided"]["reference"] is None
+
+
+def test_the_floor_of_two_language_models_counts_both_heads_and_caches(with_genarm):
+    rows = methods(with_genarm)
+    # the second head is a matrix of its own: its input embedding is looked up, not read
+    trunk = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64) + 64
+    for name in GENARM:
+        assert rows[name]["weight_bytes"] == 2 * 4 * (trunk + 256 * 64)
+    floor = rows["ours_genarm"]["floor"]
+    assert floor["weight_bytes_per_token"] == rows["ours_genarm"]["weight_bytes"] / 2
+    assert floor["cache_bytes_per_token"] == 2 * rows["ours_unguided"]["floor"]["cache_bytes_per_token"]
+    assert rows["ours"]["weight_bytes"] == 4 * (trunk + 256 * 64 + trunk + 64)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_second_language_model_shares_nothing_but_values(tied):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {**benchmark.SHAPES["tiny"], "tie_word_embeddings": tied}
+        base = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    second = benchmark._second_language_model(base, 3)
+    own = {tensor.data_ptr() for tensor in base.state_dict().values()}
+    for name, tensor in second.state_dict().items():
+        assert tensor.data_ptr() not in own
+        assert torch.equal(tensor, before[name]) is (name != "lm_head.weight")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert base.config.tie_word_embeddings is tied
+    assert second.get_output_embeddings().weight is not second.get_input_embeddings().weight
+    again = benchmark._second_language_model(base, 3).lm_head.weight
+    assert torch.equal(second.lm_head.weight, again)
+
+
+def wrong_genarm(lm, rm, prompts, *, beta, new_tokens):
+    run = genarm(lm, rm, prompts, beta=beta, new_tokens=new_tokens)
+    run.tokens[1][2] = int(run.steps[1][2][0][1])
+    return run
+
+
+genarm = baselines.genarm_published
+
+
+def test_a_difference_between_the_two_genarms_is_an_error_in_float32_and_told_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(baselines, "genarm_published", wrong_genarm)
+    with pytest.raises(
+        BenchmarkMismatchError, match=r"ours_genarm differs from genarm_published .* prompt 1, new token 2"
+    ):
+        run_bench(**TINY, methods=("ours", *GENARM))
+    rows = methods(run_bench(**{**TINY, "repeats": 1}, dtype="bfloat16", methods=("ours", *GENARM)))
+    assert rows["ours"]["equal_to_reference"] is True
+    assert rows["ours_genarm"]["equal_to_reference"] is False
+
+
+class Counters:
+    """Stands in for the device's allocator: what is allocated now, and the most since the last reset."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.most = 1000  # weights
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: self.now)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.most)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+
+    def reset(self, device=None):
+        self.most = self.now
+
+    def allocate(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def counted(counters, kept, transient, device="cuda"):
+    """A method whose n-th run leaves kept[n] bytes allocated and has transient[n] more in between."""
+    numbers = iter(zip(kept, transient, strict=True))
+
+    def call(prompts, tokens):
+        own, passing = next(numbers)
+        counters.allocate(own + passing)
+        counters.allocate(-passing)
+        return BaselineRun([[0] * tokens], 1.0, {})
+
+    return benchmark._Method("m", call, "", rows=1, tokens=0, repeats=0, device=torch.device(device))
+
+
+def test_memory_beyond_the_weights_is_what_stays_and_what_a_run_adds(monkeypatch):
+    counters = Counters(monkeypatch)
+    # static caches of 70 and a graph recorded with 30 passing bytes; later runs pass 20, then 45, through
+    static = counted(counters, kept=(70, 0, 0), transient=(30, 20, 45))
+    # nothing stays: the whole peak is of one run
+    growing = counted(counters, kept=(0, 0, 0), transient=(5, 60, 50))
+    for _ in range(3):
+        static.run([[1]], 2)
+        growing.run([[1]], 2)
+    assert (static.held, static.beyond) == (70, 70 + 45)
+    assert (growing.held, growing.beyond) == (0, 60)
+
+
+def test_caches_that_grow_count_at_their_larger_size(monkeypatch):
+    method = counted(Counters(monkeypatch), kept=(40, 25), transient=(10, 0))
+    method.run([[1]], 2)
+    assert (method.held, method.beyond) == (40, 50)
+    method.run([[1]], 2)
+    assert (method.held, method.beyond) == (65, 65)
+
+
+def test_what_another_method_left_behind_is_not_subtracted(monkeypatch):
+    counters = Counters(monkeypatch)
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            counters.allocate(-500)
+
+    method = counted(counters, kept=(40,), transient=(10,))
+    gc.collect()
+    counters.allocate(500)
+    Cycle()
+    method.run([[1]], 2)
+    assert (method.held, method.beyond) == (40, 50)
+
+
+def test_a_cpu_has_no_such_memory(with_genarm):
+    assert {row["memory_beyond_weights_bytes"] for row in with_genarm["methods"]} == {None}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryTooSmallError])
+def test_a_method_that_runs_out_of_memory_is_left_out_and_the_others_are_timed(monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error("no room")
+
+    monkeypatch.setattr(baselines, "args_replicated", full)
+    told = []
+    names = ("ours", "args_replicated", "unguided")
+    result = run_bench(**{**TINY, "repeats": 1}, methods=names, progress=told.append)
+    assert result["out_of_memory"] == ["args_replicated"]
+    assert list(methods(result)) == ["ours", "unguided"]
+    assert methods(result)["ours"]["reference"] == "ours"
+    assert "args_replicated ran out of device memory and is left out" in told
+    with pytest.raises(RGTGError, match="every method ran out of memory"):
+        run_bench(**TINY, methods=("args_replicated",))
+
+
+def test_a_method_may_run_out_of_memory_in_a_timed_run(monkeypatch):
+    calls = []
+
+    def later(lm, prompts, *, new_tokens):
+        calls.append(new_tokens)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return unguided(lm, prompts, new_tokens=new_tokens)
+
+    unguided = baselines.unguided
+    monkeypatch.setattr(baselines, "unguided", later)
+    result = run_bench(**TINY, methods=("ours", "unguided"))
+    assert (result["out_of_memory"], list(methods(result))) == (["unguided"], ["ours"])
+    assert methods(result)["ours"]["runs"] == 2
+
+
+def rounds_of(monkeypatch, device):
+    """Names and tokens of the warm-up's runs on a device."""
+    asked = []
+    if device == "cuda":
+        Counters(monkeypatch)
+
+    def entry(name, seconds):
+        durations = iter(seconds)
+
+        def call(prompts, tokens):
+            asked.append((name, tokens))
+            return BaselineRun([[7] * tokens], next(durations), {"prefill": 0.0})
+
+        return benchmark._Method(name, call, "", rows=1, tokens=0, repeats=0, device=torch.device(device))
+
+    # the first run takes a minute, for compiling; the second a tenth of a second
+    entries = [entry("ours", (60, 0.1)), entry("args_replicated", (60, 0.1))]
+    room = benchmark._Room(torch.device(device), lambda line: None)
+    benchmark._warm_up(entries, room, [[1]], 1, 64, 3, 10.0, "float32")
+    return asked, entries
+
+
+def test_what_compiling_took_does_not_shorten_the_runs_on_a_gpu(monkeypatch):
+    asked, entries = rounds_of(monkeypatch, "cuda")
+    assert asked == [("ours", 64), ("ours", 8), ("args_replicated", 2), ("args_replicated", 2)]
+    assert [(entry.tokens, entry.repeats) for entry in entries] == [(64, 3), (64, 3)]
+
+
+class Late:
+    """A decoder whose prefill takes a second of the device's time and a step a tenth, all launched at once."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def generate(self, prompts, max_new_tokens, guidance):
+        self.clock[0] += 1.0 + 0.1 * max_new_tokens
+        phases = {"prefill": 0.002, "step": 0.003, "host": 0.99 + 0.1 * max_new_tokens}
+        stats = SimpleNamespace(phases=phases, first_token_seconds=1.1, cache_bytes={})
+        row = SimpleNamespace(tokens=[0] * max_new_tokens)
+        return type("Result", (list,), {"stats": stats})([row] * len(prompts))
+
+
+@pytest.mark.parametrize(("device", "prefill"), [("cuda", 1.0), ("cpu", 0.002)])
+def test_on_a_gpu_the_prefill_lasts_until_the_device_has_done_it(monkeypatch, device, prefill):
+    clock = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    run = benchmark._ours(Late(clock), None, [[1], [2]], 64, torch.device(device))
+    assert run.seconds == pytest.approx(7.4)
+    assert run.phases["prefill"] == pytest.approx(prefill)
+    assert sum(run.phases.values()) == pytest.approx(7.4)
+
+
+def test_a_cpu_warms_up_once(monkeypatch):
+    asked, entries = rounds_of(monkeypatch, "cpu")
+    assert asked == [("ours", 8), ("args_replicated", 2)]
+    assert [entry.tokens for entry in entries] == [8, 2]
 
 
 def test_only_an_adapter_is_shared(tmp_path):

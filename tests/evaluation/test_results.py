@@ -4,9 +4,10 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import decode, figures, harness
-from benchmarks.cells import GPU, HEADLINES, SHARED, sweep_cells
+from benchmarks.cells import GPU, HEADLINES, SHARED, shown_places, sweep_cells
 from benchmarks.harness import COLUMNS, Cell
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation import benchmark
@@ -35,6 +36,9 @@ SPEED = {
     "ours_unguided": 24.0,
     "shared_trunk": 18.0,
     "two_models": 12.0,
+    "ours_eager": 9.0,
+    "genarm_published": 5.0,
+    "ours_genarm": 10.0,
 }
 
 
@@ -56,6 +60,8 @@ def fake_bench(**given):
             else {"prefill": 1.0},
             "cache_resident_bytes": {"lm": 100, "reward": 2**20 * (10 if name == "args_replicated" else 1)},
             "cache_peak_bytes": {"lm": 110},
+            "memory_beyond_weights_bytes": 12345 if name == "ours" else None,
+            "reference": "args_replicated" if guided else None,
             "equal_to_reference": (not lossy) if guided else None,
             "tokens_compared": 64 if guided else 0,
             "first_difference": {"position": 23, "score_gap": 0.0123} if lossy else None,
@@ -73,14 +79,13 @@ def fake_bench(**given):
         rows.append(row)
     config = {
         name: given[name] for name in ("prompt_length", "k", "batch", "new_tokens", "dtype", "device")
-    } | {"beta": 1.0, "seed": 0, "omp_wait_policy": None, "reference": "args_replicated"}
-    return {"methods": rows, "config": config, "machine": MACHINE}
+    } | {"beta": 1.0, "seed": 0, "omp_wait_policy": None}
+    return {"methods": rows, "out_of_memory": [], "config": config, "machine": MACHINE}
 
 
-def sweep(cells, path, bench=fake_bench, machine=MACHINE, said=None):
-    return harness.sweep(
-        cells, path, bench, {}, "Some-Model", machine, "cpu", (said if said is not None else []).append
-    )
+def sweep(cells, path, bench=fake_bench, machine=MACHINE, said=None, seconds=None):
+    say = (said if said is not None else []).append
+    return harness.sweep(cells, path, bench, {}, "Some-Model", machine, "cpu", say, seconds)
 
 
 @pytest.fixture
@@ -100,6 +105,8 @@ def test_every_method_of_every_cell_becomes_a_row(results):
     ours = next(row for row in rows if row["method"] == "ours" and row["dtype"] == "bfloat16")
     assert (ours["equal_to_reference"], ours["first_difference_position"]) == ("False", "23")
     assert ours["first_difference_score_gap"] == "0.0123"
+    assert (ours["reference"], ours["memory_beyond_weights_bytes"]) == ("args_replicated", "12345")
+    assert (serial["memory_beyond_weights_bytes"], serial["first_difference_score_gap"]) == ("", "")
 
 
 def test_a_broken_sweep_goes_on_where_it_stopped(tmp_path):
@@ -133,6 +140,104 @@ def test_a_failing_cell_is_told_and_the_rest_goes_on(tmp_path, capsys):
     assert [row["prompt_length"] for row in harness.read(tmp_path / "decode.csv")] == ["2"]
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the models do not fit into the device's memory"),
+        (RuntimeError("the compiler failed"), "RuntimeError"),
+    ],
+)
+def test_a_cell_that_fails_on_the_device_is_told_and_the_rest_goes_on(tmp_path, capsys, error, message):
+    def bench(**given):
+        if given["prompt_length"] == 1:
+            raise error
+        return fake_bench(**given)
+
+    cells = [Cell(length, 10, 1, "float32", ("ours",)) for length in (1, 2)]
+    assert sweep(cells, tmp_path / "decode.csv", bench) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert [row["prompt_length"] for row in harness.read(tmp_path / "decode.csv")] == ["2"]
+
+
+def test_a_method_that_ran_out_of_memory_is_told_and_asked_for_again(tmp_path, capsys):
+    asked = []
+
+    def bench(**given):
+        asked.append(given["methods"])
+        names = [name for name in given["methods"] if name != "args_replicated"]
+        return fake_bench(**{**given, "methods": names}) | {"out_of_memory": ["args_replicated"]}
+
+    path, cells = (
+        tmp_path / "decode.csv",
+        [Cell(1, 10, 1, "float32", ("ours", "args_replicated", "unguided"))],
+    )
+    assert sweep(cells, path, bench) == 0
+    assert "out of device memory: args_replicated" in capsys.readouterr().err
+    assert [row["method"] for row in harness.read(path)] == ["ours", "unguided"]
+    sweep(cells, path, bench)
+    assert asked[1] == ["ours", "args_replicated"]
+    assert len(harness.read(path)) == 2
+
+
+def test_each_cell_gives_its_memory_back(tmp_path, monkeypatch):
+    class Model:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            events.append("freed")
+
+    def bench(**given):
+        events.append(given["prompt_length"])
+        model = Model()
+        if given["prompt_length"] == 2:
+            raise RGTGError(f"{model}")
+        return fake_bench(**given)
+
+    events = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+    cells = [Cell(length, 10, 1, "float32", ("ours",)) for length in (1, 2, 3)]
+    sweep(cells, tmp_path / "decode.csv", bench)
+    assert events == [event for length in (1, 2, 3) for event in (length, "freed", "emptied")]
+
+
+def test_no_cell_is_begun_when_the_time_is_over(tmp_path, monkeypatch):
+    clock, said = [0.0], []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+
+    def bench(**given):
+        clock[0] += 60
+        return fake_bench(**given)
+
+    path = tmp_path / "decode.csv"
+    cells = [Cell(length, 10, 1, "float32", ("ours", "unguided")) for length in (1, 2, 3, 4)]
+    assert sweep(cells, path, bench, said=said, seconds=100) == 0
+    assert [row["prompt_length"] for row in harness.read(path)] == ["1", "1", "2", "2"]
+    left_out = [line for line in said if "left out, 100 s are over: ours, unguided" in line]
+    assert [line[:5] for line in left_out] == ["[3/4]", "[4/4]"]
+    # what the file already holds costs nothing
+    assert sweep(cells, path, bench, seconds=100) == 0
+    assert len(harness.read(path)) == 8
+
+
+def test_a_method_measured_later_stands_beside_what_it_must_agree_with(tmp_path):
+    asked = []
+
+    def bench(**given):
+        asked.append(tuple(given["methods"]))
+        return fake_bench(**given)
+
+    path, first = tmp_path / "decode.csv", ("ours", "args_replicated", "genarm_published")
+    sweep([Cell(1, 10, 1, "float32", first)], path, bench)
+    for later in ("unguided", "ours_eager", "ours_genarm"):
+        sweep([Cell(1, 10, 1, "float32", (*first, later))], path, bench)
+    assert asked[1:] == [
+        ("unguided",),
+        ("ours", "args_replicated", "ours_eager"),
+        ("genarm_published", "ours_genarm"),
+    ]
+
+
 def test_a_file_with_other_columns_is_left_alone(tmp_path):
     path = tmp_path / "decode.csv"
     path.write_text("a,b\n1,2\n")
@@ -154,6 +259,35 @@ def test_the_sweep_covers_what_it_promises():
     }
     assert promised <= set(places)
     assert all("ours" in cell.methods for cell in (*cells, *GPU))
+
+
+def test_the_cells_for_a_gpu_cover_the_grid_and_repeat_nothing():
+    first = [(512, 10, 1), (512, 10, 32), (4096, 10, 1), (128, 10, 1), (512, 10, 8), (512, 40, 1)]
+    places = [(cell.prompt_length, cell.k, cell.batch) for cell in GPU]
+    assert places[:6] == first
+    assert shown_places("cuda") == [("bfloat16", batch, length, k) for length, k, batch in first]
+    assert all((cell.repeats, cell.seconds_per_run) == (3, 8) for cell in GPU[:6])
+    timed = [(cell.place, method) for cell in GPU for method in cell.methods]
+    twice = {entry for entry in timed if timed.count(entry) > 1}
+    assert twice == {(GPU[0].place, "ours"), (GPU[1].place, "ours")}  # beside the compiled blocks
+
+    grid = {("bfloat16", b, p, k) for b in (1, 8, 32) for p in (128, 512, 4096) for k in (10, 40)}
+
+    def where(method):
+        return {place for place, name in timed if name == method and place[0] == "bfloat16"}
+
+    for method in ("ours", "ours_eager", "args_replicated"):
+        assert where(method) == grid
+    for method in ("unguided", "ours_unguided"):
+        assert where(method) == {place for place in grid if place[3] == 10}
+    assert where("pargs_serial") == {place for place in grid if place[1] == 1 and place[3] == 10}
+    for method in ("genarm_published", "ours_genarm"):
+        assert where(method) == {place for place in grid if place[1] != 8 and place[3] == 10}
+    assert where("ours_compiled") == {cell.place for cell in GPU[:2]}
+    (exact,) = (cell for cell in GPU if cell.dtype == "float32")
+    assert (exact.place, exact.methods) == (("float32", 1, 512, 10), ("ours", "args_replicated"))
+    rest = [cell for cell in GPU[6:] if "ours_compiled" not in cell.methods]
+    assert all((cell.repeats, cell.seconds_per_run) == (1, 4) for cell in rest)
 
 
 def test_the_readme_block_shows_every_headline_and_hides_no_difference(results):
@@ -213,6 +347,10 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     assert decode.main(command) == 0
     assert decode.main(command) == 0
     assert "present" in capsys.readouterr().out
+    nothing = tmp_path / "nothing.csv"
+    assert decode.main([*command[:-1], str(nothing), "--seconds", "0"]) == 0
+    assert "left out, 0 s are over: ours, unguided" in capsys.readouterr().out
+    assert not nothing.exists()
     assert len(harness.read(output)) == 2
     assert decode.main([*command, "--fresh"]) == 0
     with output.open(newline="") as file:
@@ -245,6 +383,11 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     assert "Not measured yet: run `python -m benchmarks.study`" in methods.read_text(encoding="utf-8")
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn >= {"decode_phases.svg", "decode_speed.svg"}
+
+
+def test_the_committed_results_have_the_columns_that_are_written():
+    for path in harness.RESULTS.glob("decode*.csv"):
+        assert all(tuple(row) == COLUMNS for row in harness.read(path)), path
 
 
 def test_the_readme_shows_what_the_results_hold():
