@@ -25,17 +25,47 @@ SHARED = (
     Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
 )
 
-# What a few minutes of a GPU are spent on: one launch a step against several hundred, then length, k and batch.
-LAUNCHES = ("ours", "ours_eager", "args_replicated", "unguided")
-GPU = (
-    Cell(512, 10, 1, "bfloat16", (*LAUNCHES, "ours_unguided"), repeats=3, seconds_per_run=8),
-    Cell(512, 10, 32, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
-    Cell(4096, 10, 1, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
-    Cell(512, 40, 1, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
-    Cell(512, 10, 8, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
-    Cell(128, 10, 1, "bfloat16", LAUNCHES, repeats=3, seconds_per_run=8),
-    Cell(512, 10, 1, "float32", BATCHED, repeats=1, seconds_per_run=8),
-)
+# Where a GPU's time goes first, (P, k, B): the headline, then batch, length and k.
+GPU_PLACES = ((512, 10, 1), (512, 10, 32), (4096, 10, 1), (128, 10, 1), (512, 10, 8), (512, 40, 1))
+
+
+def _gpu_methods(prompt_length: int, k: int, batch: int) -> tuple[str, ...]:
+    """What is timed in a cell on a GPU; nothing again that does not depend on k, or that a batch does not change."""
+    methods = ["ours", "ours_eager", "args_replicated"]
+    if k == 10:
+        if batch == 1:
+            methods.append("pargs_serial")
+        if batch in (1, 32):
+            methods += ["genarm_published", "ours_genarm"]
+        methods += ["unguided", "ours_unguided"]
+    return tuple(methods)
+
+
+def _gpu_cells() -> tuple[Cell, ...]:
+    """P of 128, 512, 4096, k of 10, 40, B of 1, 8, 32 in bfloat16, what matters most first; then compiled, float32 and
+    the rest.
+    """
+    first, rest = [], []
+    for prompt_length, k, batch in GPU_PLACES:
+        methods = _gpu_methods(prompt_length, k, batch)
+        first.append(Cell(prompt_length, k, batch, "bfloat16", methods, repeats=3, seconds_per_run=8))
+    # Compiling takes tens of seconds a cell: what needs none of it is written by then.
+    for place in GPU_PLACES[:2]:
+        rest.append(Cell(*place, "bfloat16", ("ours", "ours_compiled"), repeats=3, seconds_per_run=8))
+    # In float32 the tokens must be equal.
+    rest.append(Cell(512, 10, 1, "float32", ("ours", "args_replicated"), repeats=1, seconds_per_run=4))
+    for k in (10, 40):
+        for prompt_length in (512, 4096, 128):
+            for batch in (1, 8, 32):
+                if (prompt_length, k, batch) not in GPU_PLACES:
+                    methods = _gpu_methods(prompt_length, k, batch)
+                    rest.append(
+                        Cell(prompt_length, k, batch, "bfloat16", methods, repeats=1, seconds_per_run=4)
+                    )
+    return (*first, *rest)
+
+
+GPU = _gpu_cells()
 
 
 # Further lines of the CPU's tables, out of the sweep.
@@ -48,7 +78,7 @@ HALF = (
 
 def shown_places(device: str) -> list[tuple[str, int, int, int]]:
     """The places that a table of this device shows, in its order."""
-    cells = GPU if device == "cuda" else (*HEADLINES, *HALF)
+    cells = GPU[: len(GPU_PLACES)] if device == "cuda" else (*HEADLINES, *HALF)
     return list(dict.fromkeys(cell.place for cell in cells))
 
 

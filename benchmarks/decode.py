@@ -2,7 +2,7 @@
 
 Prompt lengths 16, 512 and 2048, k of 5, 10 and 40, batches of 1 and 8, float32 and bfloat16, 64 new tokens,
 prefill included, into results/decode.csv. Cells already in the file are skipped, so a broken sweep continues
-where it stopped; `--fresh` starts anew.
+where it stopped, as does one that `--seconds` has ended; `--fresh` starts anew.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--reward", help="guide of every cell: a folder with an adapter of the model, or bundled:NAME"
     )
     parser.add_argument("--fresh", action="store_true", help="measure anew what the file already holds")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="begin no cell later than this; what is left out is named (default: all are run)",
+    )
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
     parser.add_argument(
         "--lm", help="path or hub id of the model for both roles (default: the embedded SmolLM2)"
@@ -69,7 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
         if given.fresh:
             _fresh(given.output, wanted, model, given.device)
         start = time.perf_counter()
-        failed = sweep(wanted, given.output, run_bench, models, model, machine(given.device), given.device)
+        about = machine(given.device)
+        failed = sweep(
+            wanted, given.output, run_bench, models, model, about, given.device, seconds=given.seconds
+        )
     except RGTGError as error:
         print(error, file=sys.stderr)
         return 2
