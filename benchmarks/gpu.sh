@@ -9,6 +9,7 @@
 # Results go to $OUT, or to benchmarks/results/gpu: CSV files to be copied to benchmarks/results, and round.log.
 # It needs torch with CUDA, which brings Triton, transformers and pytest; ncu and compute-sanitizer where they are to
 # watch. WHEELS=DIR installs the wheels of a folder beside it first. COMMIT names the commit where there is no git.
+# RESUME=DIR takes an earlier round's CSV files along: decoding goes on where they end.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,7 +27,7 @@ esac
 mkdir -p "$out"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export RGTG_COMMIT=${COMMIT:-} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 status=0
 running=()
 # Everything ends here, whatever the parts still want: the machine may be taken away soon after.
@@ -75,6 +76,7 @@ together() {
 }
 
 : > "$out/round.log"
+[ -z "${RESUME:-}" ] || cp "$RESUME"/*.csv "$out"/
 if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install -q --no-index --no-deps --target "$scratch/site" "$WHEELS"/*.whl || exit 2
     export PYTHONPATH=$PYTHONPATH:$scratch/site

@@ -21,7 +21,10 @@ from rgtg_fast.evaluation.benchmark import AGREEING
 RESULTS = Path(__file__).parent / "results"
 
 PHASES = ("prefill", "lm", "topk", "reward", "resample", "commit", "host")
-MACHINE = ("cpu", "cores", "threads", "gpu", "python", "torch", "transformers", "rgtg_fast", "commit")
+MACHINE = (
+    *("cpu", "cores", "threads", "gpu", "driver"),
+    *("python", "torch", "triton", "transformers", "rgtg_fast", "commit"),
+)
 CELL = ("model", "device", "dtype", "prompt_length", "k", "batch", "new_tokens")
 # A row is present when all of these agree: another machine or another job is another row.
 KEY = ("cpu", "cores", "threads", "gpu", *CELL, "method")

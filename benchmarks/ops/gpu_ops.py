@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from rgtg_fast import ops
+from rgtg_fast.evaluation.benchmark import machine
 from rgtg_fast.ops import specs, use_backend
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_ops.csv"
@@ -311,28 +311,6 @@ def product_throughput() -> float:
     return 2 * n**3 / p50 / 1e6
 
 
-def _output(*command: str) -> str:
-    """First line of what a command prints; empty where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip().partition("\n")[0]
-
-
-def machine() -> dict[str, str]:
-    """Where the numbers come from."""
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-    }
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=sorted(specs()), default=sorted(specs()))
@@ -356,7 +334,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(wanted)} cases")
         return 0
     ceiling, product = copy_bandwidth(), product_throughput()
-    where = machine() | {"copy_gb_per_s": f"{ceiling:.1f}", "product_tflop_per_s": f"{product:.1f}"}
+    about = machine("cuda")
+    where = {name: about[name] for name in ("gpu", "driver", "torch", "triton", "commit")}
+    where |= {"copy_gb_per_s": f"{ceiling:.1f}", "product_tflop_per_s": f"{product:.1f}"}
     print(f"{where['gpu']}: a device copy moves {ceiling:.0f} GB/s, a product does {product:.0f} TFLOP/s")
     torch.cuda.empty_cache()
     given.output.parent.mkdir(parents=True, exist_ok=True)

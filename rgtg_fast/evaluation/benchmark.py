@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -299,18 +300,24 @@ def memory_bandwidth(device: torch.device | str = "cpu") -> float:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What the numbers were measured on: processor, threads, memory bandwidth, versions, commit."""
+    """What the numbers were measured on: processor, threads, memory bandwidth, versions, commit.
+
+    The commit is `RGTG_COMMIT`'s where that is set, for sources that were copied without their history.
+    """
     device = torch.device(device)
+    cuda = device.type == "cuda"
     info: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "driver": _driver() if cuda else None,
         "memory_bandwidth_gb_s": round(memory_bandwidth(device) / 1e9, 2),
         "python": platform.python_version(),
     }
-    info |= {"torch": torch.__version__, "transformers": transformers.__version__, "rgtg_fast": __version__}
-    return info | {"commit": _commit()}
+    info |= {"torch": torch.__version__, "triton": _triton()}
+    info |= {"transformers": transformers.__version__, "rgtg_fast": __version__}
+    return info | {"commit": os.environ.get("RGTG_COMMIT") or _commit()}
 
 
 def run_bench(
@@ -880,6 +887,23 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver; None where its tool does not say."""
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None
+
+
+def _triton() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -455,3 +455,13 @@ def test_a_cpu_warms_up_once(monkeypatch):
 def test_only_an_adapter_is_shared(tmp_path):
     with pytest.raises(RGTGError, match="is no adapter folder, which two_models needs"):
         benchmark._adapter(str(tmp_path), None, ["ours", "two_models"], 0)
+
+
+def test_copied_sources_are_told_their_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e9)
+    monkeypatch.setenv("RGTG_COMMIT", "abc123")
+    about = benchmark.machine()
+    assert about["commit"] == "abc123"
+    assert about["gpu"] is about["driver"] is None
+    monkeypatch.setenv("RGTG_COMMIT", "")
+    assert benchmark.machine()["commit"] != ""
