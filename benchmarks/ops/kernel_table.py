@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rgtg_fast.ops import specs
 from rgtg_fast.ops._triton import OPTIONS
@@ -69,8 +70,8 @@ def _constant(name: str, kind: str) -> bool:
     return name in OPTIONS or kind.lstrip("-").isdigit()
 
 
-def compile_one(op: str, kernel: str, signature: Mapping[str, str], arch: int) -> Compiled:
-    """Compiles down to machine code; the resources are read out of that, so no driver is asked."""
+def build(op: str, kernel: str, signature: Mapping[str, str], arch: int) -> Any:
+    """One kernel as Triton has compiled it, down to machine code; no driver is asked."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -90,7 +91,12 @@ def compile_one(op: str, kernel: str, signature: Mapping[str, str], arch: int) -
     }
     options = {name: int(signature[name]) if x is None else x for name, x in options.items()}
     source = ASTSource(fn=function, signature=types, constexprs=constants, attrs=hints)
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_one(op: str, kernel: str, signature: Mapping[str, str], arch: int) -> Compiled:
+    """What the compiler says of one kernel; the resources are read out of the machine code."""
+    done = build(op, kernel, signature, arch)
     registers, stack = _resources(done.asm["cubin"])
     found = tuple(sorted({m.group(1) for m in TENSOR_CORES.finditer(done.asm["ptx"])}))
     # Copies of 16 bytes into shared memory that run while others are computed with.
@@ -100,17 +106,20 @@ def compile_one(op: str, kernel: str, signature: Mapping[str, str], arch: int) -
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and the bytes of its stack: where spilled registers go."""
+def disassembled(tool: str, option: str, cubin: bytes) -> str:
+    """What one of the disassemblers that Triton brings along says of machine code."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and the bytes of its stack: where spilled registers go."""
+    text = disassembled("cuobjdump", "--dump-resource-usage", cubin)
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
