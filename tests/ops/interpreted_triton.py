@@ -210,6 +210,66 @@ def test_nan_is_seen_and_zero_beta_ignores_guidance(triton):
     assert logprobs[1:].isfinite().all()
 
 
+V = 5000
+WAYS = {
+    "all equal": lambda random: torch.full((V,), 1.5),
+    "all excluded but fewer than k": lambda random: torch.full((V,), -INF).index_fill(
+        0, torch.tensor([9, 4000]), 1.0
+    ),
+    "ascending": lambda random: torch.arange(V) / 16,
+    "descending": lambda random: -torch.arange(V) / 16,
+    "ties at the threshold in every segment": lambda random: torch.randint(
+        0, 3, (V,), generator=random
+    ).float(),
+    "the large ones in one group": lambda random: torch.cat(
+        [-torch.rand(2080, generator=random), torch.arange(32) % 7.0, -torch.rand(V - 2112, generator=random)]
+    ),
+    "the large ones in one segment": lambda random: torch.cat(
+        [
+            -torch.rand(1024, generator=random),
+            torch.rand(1024, generator=random),
+            torch.full((V - 2048,), -3.0),
+        ]
+    ),
+    "neighbouring numbers": lambda random: (
+        torch.randint(0, 40, (V,), generator=random, dtype=torch.int32) + 0x41000000
+    ).view(torch.float32),
+    "both signs and both zeros": lambda random: torch.tensor([-1e-38, -0.0, 0.0, 1e-38])[
+        torch.randint(0, 4, (V,), generator=random)
+    ],
+    "the largest range": lambda random: (
+        torch.randn(V, generator=random).sign() * 2.0 ** torch.linspace(-149, 127, V)
+    ),
+    "NaN and infinities": lambda random: torch.tensor([NAN, -NAN, INF, -INF, 0.0])[
+        torch.randint(0, 5, (V,), generator=random)
+    ],
+}
+
+
+@pytest.mark.parametrize("k", [1, 7, 16, 17, 200, 256])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_search_ends_at_the_right_tokens_whatever_the_logits(way, k, triton):
+    random = torch.Generator().manual_seed(k)
+    row = WAYS[way](random).float()
+    # A guided row too: in float32, 32 bits of the scores count.
+    for dtype, guided in ((torch.float32, True), (torch.bfloat16, False)):
+        logits = row.to(dtype)[None]
+        extra = (torch.zeros(1, V), torch.ones(1)) if guided else ()
+        want = logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(topk_logprobs(logits, k, *extra)[1], want)
+
+
+@pytest.mark.parametrize("size", [600_000, 1_100_000])
+def test_longer_segments(size, triton):
+    """Segments of more than one warp; ties lie on both sides of every border."""
+    logits = torch.zeros(1, size)
+    best = torch.arange(2047, size, 9 * 2048)
+    logits[0, torch.cat([best, best + 1])] = 1.0
+    k = min(128, 2 * len(best) + 5)
+    _, tokens, _ = topk_logprobs(logits, k)
+    assert torch.equal(tokens, logits.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+
+
 def test_k_beyond_the_kernel_is_the_reference_and_never_silent():
     logits = torch.randn(1, 400)
     with use_backend("triton"), pytest.raises(RGTGError, match="its Triton kernel takes k <= 256, not 300"):

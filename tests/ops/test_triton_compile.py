@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.ops import kernel_table
+from benchmarks.ops import instructions, kernel_table
 from rgtg_fast.ops import specs
 from rgtg_fast.ops.advance import launch as advance
 from rgtg_fast.ops.commit import launch as commit
@@ -163,9 +163,10 @@ def known(op: str, kernel: str, configuration: dict[str, object]) -> None:
 
 
 def test_topk_says_what_it_takes():
-    assert topk_logprobs.reason_against(256, 262144) == ""
-    assert topk_logprobs.reason_against(248, 262208) == ""
-    assert "takes k <= 248 for V=262208, not 256" in topk_logprobs.reason_against(256, 262208)
+    assert topk_logprobs.reason_against(256, 524288) == ""
+    assert topk_logprobs.reason_against(128, topk_logprobs.MAX_V) == ""
+    assert "takes k <= 256, not 257" in topk_logprobs.reason_against(257, 524288)
+    assert "takes k <= 128 for V=524289, not 129" in topk_logprobs.reason_against(129, 524289)
     assert "takes V <= 2097152" in topk_logprobs.reason_against(1, 1 << 22)
 
 
@@ -192,10 +193,28 @@ def test_what_is_launched_is_compiled():
     for K in (1, 10, 64, 65, 4096, 256000):
         known("advance", "advance_kernel", advance.configuration(K))
     known("partial_bt_loss", "sum_kernel", partial_bt_loss.sum_configuration())
-    for V in (100, 32000, 128256, 151936, 262144, 262208, topk_logprobs.MAX_V):
+    for V in (1, 100, 32000, 128256, 151936, 262144, 262208, 600000, topk_logprobs.MAX_V):
+        known("topk_logprobs", "segment_kernel", topk_logprobs.segment_configuration(V))
         for k in (1, 10, 40, 100, 256):
             few = min(k, topk_logprobs.most(V), V)
-            settings = topk_logprobs.segment_configuration(V, few)
-            known("topk_logprobs", "segment_kernel", settings)
-            candidates = -(-V // settings["SEGMENT"]) * few
-            known("topk_logprobs", "merge_kernel", topk_logprobs.merge_configuration(candidates, few))
+            known("topk_logprobs", "merge_kernel", topk_logprobs.merge_configuration(V, few))
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_kernels_of_topk_are_cheap_by_their_machine_code():
+    """What their speed rests on: no barrier in the pass over the logits, few instructions, wide loads."""
+    for op, kernel, signature in kernel_table.signatures():
+        if op != "topk_logprobs" or signature.get("num_warps") != "1":
+            continue
+        counts = instructions.counts_of(op, kernel, signature, 90)
+        if kernel == "segment_kernel":
+            bits = 128 if signature["p_guidance"] == "None" else 32
+            assert not counts.loops
+            assert counts.straight.barriers == 0
+            assert counts.straight.instructions < 24 * 32  # a thread's logits
+            assert sum(n for width, n in counts.loads.items() if width < 128) <= (bits == 32)
+        else:
+            # Every step of the search is one exchange within the warp; barriers are between the levels alone.
+            assert counts.straight.barriers == 3
+            assert all(loop.exchanges == 1 and not loop.barriers for loop in counts.loops[:-1])
