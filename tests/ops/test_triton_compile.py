@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,13 @@ def test_the_kernels_of_topk_are_cheap_by_their_machine_code():
             # Every step of the search is one exchange within the warp; barriers are between the levels alone.
             assert counts.straight.barriers == 3
             assert all(loop.exchanges == 1 and not loop.barriers for loop in counts.loops[:-1])
+
+
+@pytest.mark.slow
+@needs_triton
+def test_topk_keeps_nan_when_it_compares():
+    """The interpreter's maxima keep NaN whatever the kernel says; the instruction must say it."""
+    for op, kernel, signature in kernel_table.signatures():
+        if (op, kernel, signature.get("p_guidance")) == ("topk_logprobs", "segment_kernel", "None"):
+            found = re.findall(r"\bmax\.(\S+)", kernel_table.build(op, kernel, signature, 90).asm["ptx"])
+            assert set(found) == {"NaN.f32", "s32"}, signature
