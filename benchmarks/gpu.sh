@@ -5,7 +5,8 @@
 #   SHAPE=llama-8b bash benchmarks/gpu.sh decode profile shared        only these parts, with models of another size
 #   DEVICE=cpu SHAPE=tiny bash benchmarks/gpu.sh decode profile        tries the script out where there is no GPU
 #
-# Parts: ops_tests steps_tests host_tests memcheck racecheck (side by side), ops decode profile shared counters (alone).
+# Parts: ops_tests steps_tests host_tests memcheck racecheck (side by side), ops decode profile shared counters (alone);
+# where it is named, also tune: other block shapes of tree_attention.
 # Results go to $OUT, or to benchmarks/results/gpu: CSV files to be copied to benchmarks/results, and round.log.
 # It needs torch with CUDA, which brings Triton, transformers and pytest; ncu and compute-sanitizer where they are to
 # watch. WHEELS=DIR installs the wheels of a folder beside it first. COMMIT names the commit where there is no git.
@@ -136,4 +137,6 @@ if command -v ncu > /dev/null; then
 elif wanted counters; then
     echo "== counters: ncu is not installed: nothing was counted" | tee -a "$out/round.log"
 fi
+# Only where it is named: what other block shapes would bring.
+alone tune 240 "$python" -m benchmarks.ops.tune --output "$out/tune.csv"
 exit $status

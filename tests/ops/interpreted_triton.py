@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from benchmarks.ops import tune
 from rgtg_fast import RGTGError, ops
 from rgtg_fast.ops import (
     backend_of,
@@ -303,6 +304,35 @@ def test_the_cut_of_the_prefix_changes_no_bit(mask, monkeypatch, triton):
         key: x[1:] if isinstance(x, torch.Tensor) and x.shape[0] == 2 else x for key, x in arguments.items()
     }
     assert torch.equal(tree_attention(**short), results[0][1:])
+
+
+def test_block_shapes_are_tried_and_those_that_differ_are_left_out(monkeypatch, capsys):
+    shape = {"B": 1, "H": 4, "G": 1, "S": 2, "T": 70, "D": 16, "lengths": [70]}
+    launched = []
+    calls = iter(range(100))
+
+    def time(function, inputs):
+        function(inputs[0])
+        launched.append(next(calls))
+        return (1.0, 10.0 - launched[-1], 20.0)
+
+    several = list(tune.candidates(tune.configuration(16, 8, tune.ALONE, torch.bfloat16)))
+    assert len(several) == len({tuple(each.items()) for each in several}) > 15
+    monkeypatch.setattr(tune, "candidates", lambda chosen: several[:4])
+    rows = tune.tried(shape, 100.0, "cpu", time)
+    assert [row["chosen"] for row in rows] == [False, False, False, True], "the fastest first"
+    assert [row["us_p50"] for row in rows] == [7.0, 8.0, 9.0, 10.0]
+    # Only the launch's own settings change what is launched, and only within.
+    assert {row["block_n"] for row in rows} == {32, 64}
+    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
+    assert kernel.configuration is tune.configuration
+
+    def broken(*_: Any) -> bool:
+        return False
+
+    monkeypatch.setattr(tune, "agrees", broken)
+    assert tune.tried(shape, 100.0, "cpu", time) == []
+    assert "differs from the reference" in capsys.readouterr().out
 
 
 def test_many_rows_walk_over_the_whole_prefix(compare, triton):

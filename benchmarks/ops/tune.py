@@ -1,0 +1,159 @@
+"""Times other block shapes of tree_attention on a GPU than those that `launch.py` chooses.
+
+    python -m benchmarks.ops.tune                  # every shape; needs a GPU
+    python -m benchmarks.ops.tune --list           # what would be tried; needs none
+
+For each shape the block shapes are compiled, compared with the reference, timed as in `gpu_ops`, and printed from the
+fastest on. What wins at several shapes belongs into `TILES` of rgtg_fast/ops/tree_attention/launch.py; nothing is
+chosen while decoding, so that a row's bits never depend on what was fast that day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ops.gpu_ops import Case, copies, copy_bandwidth, footprint, moved_bytes, timed
+from rgtg_fast.ops import Tolerance, specs, tree_attention, use_backend
+from rgtg_fast.ops.tree_attention.launch import ALONE, configuration
+
+RESULTS = Path(__file__).parents[1] / "results" / "tune.csv"
+COLUMNS = (
+    "shape",
+    "block_m",
+    "block_n",
+    "num_warps",
+    "num_stages",
+    "chosen",
+    "us_p20",
+    "us_p50",
+    "us_p80",
+    "of_copy",
+)
+# Sizes of Llama-3.1-8B: the base model's token, then 10 and 40 candidates.
+SHAPES = tuple(
+    {"B": B, "H": 32, "G": 8, "S": S, "T": T, "D": 128, "lengths": [T] * B}
+    for S in (1, 10, 40)
+    for B, T in ((1, 512), (1, 4096), (32, 512), (32, 4096))
+)
+Settings = dict[str, object]
+
+
+def candidates(chosen: Settings) -> Iterator[Settings]:
+    """Block shapes beside the chosen one, which comes first. Query rows stay: they decide what is exact in a row."""
+    yield chosen
+    for block_n in (32, 64, 128):
+        for warps in (2, 4, 8):
+            for stages in (2, 3, 4):
+                other = {**chosen, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+                # Keys, values and their copies under way fill the shared memory of a multiprocessor at 227 KiB.
+                if other != chosen and 4 * block_n * int(str(chosen["BLOCK_D"])) * stages <= 160 * 1024:
+                    yield other
+
+
+@contextmanager
+def launched_with(settings: Settings) -> Iterator[None]:
+    """The kernels run with these block shapes."""
+    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
+    old = kernel.configuration
+    kernel.configuration = lambda *_: settings
+    try:
+        yield
+    finally:
+        kernel.configuration = old
+
+
+def agrees(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance) -> bool:
+    """Whether a result stands as near to the reference's as the op promises."""
+    difference = got.double() - want
+    rms = difference.square().mean().sqrt() / want.square().mean().sqrt()
+    return bool(rms <= tolerance.rms) and bool(difference.abs().max() <= tolerance.max * want.abs().max())
+
+
+def tried(
+    shape: dict[str, Any], ceiling: float, device: str, time: Callable[..., tuple[float, float, float]]
+) -> list[dict[str, Any]]:
+    """Rows of one shape, from the fastest on; block shapes that fail are printed and left out.
+
+    Args:
+        ceiling: GB/s of a copy. device: of the inputs. time: as `timed`.
+    """
+    spec, case = specs()["tree_attention"], Case("tree_attention", shape)
+    inputs = spec.make_inputs(shape, case.dtype, device)
+    with use_backend("reference"):
+        want = tree_attention(**{k: x.double() if _floating(x) else x for k, x in inputs.items()})
+    clones = [inputs]
+    for _ in range(copies(footprint(inputs)) - 1 if device == "cuda" else 0):
+        clones.append({k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in inputs.items()})
+    chosen = configuration(shape["D"], shape["S"] * shape["H"] // shape["G"], ALONE, case.dtype)
+    rows = []
+    for settings in candidates(chosen):
+        with use_backend("triton"), launched_with(settings):
+            try:
+                right = agrees(tree_attention(**inputs), want, spec.tolerances[case.dtype])
+                times = time(lambda a: tree_attention(**a), clones) if right else None
+            except Exception as error:  # noqa: BLE001 - whatever compiler and driver say, the next one may do
+                print(f"    {_short(settings)}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                continue
+        if times is None:
+            print(f"    {_short(settings)}: differs from the reference")
+            continue
+        rows.append(
+            {
+                "shape": " ".join(f"{k}={v}" for k, v in shape.items() if k != "lengths"),
+                **{
+                    name.lower(): settings[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+                },
+                "chosen": settings == chosen,
+                **{f"us_p{p}": round(t, 2) for p, t in zip((20, 50, 80), times, strict=True)},
+                "of_copy": round(moved_bytes(case) / times[1] / 1000 / ceiling, 3),
+            }
+        )
+    return sorted(rows, key=lambda row: row["us_p50"])
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def _short(settings: Settings) -> str:
+    return " ".join(f"{name}={settings[name]}" for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the block shapes and stop")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    if given.list:
+        for shape in SHAPES:
+            rows = shape["S"] * shape["H"] // shape["G"]
+            for settings in candidates(configuration(shape["D"], rows, ALONE, torch.bfloat16)):
+                print(f"B={shape['B']} S={shape['S']} T={shape['T']}", _short(settings))
+        return 0
+    if not torch.cuda.is_available():
+        print("torch sees no CUDA device: nothing was measured")
+        return 2
+    ceiling = copy_bandwidth()
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    with given.output.open("w", newline="", encoding="utf-8") as file, torch.inference_mode():
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for shape in SHAPES:
+            for row in tried(shape, ceiling, "cuda", timed):
+                writer.writerow(row)
+                print(*(row[name] for name in COLUMNS), sep="  ")
+            file.flush()
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
