@@ -168,7 +168,7 @@ class RewardGuidedDecoder:
         """Steps run the models' blocks as compiled code from the next call on.
 
         Raises:
-            RGTGError: the engine is native, or an adapter shares the base model's forward.
+            RGTGError: the engine is native.
         """
         for model in self._models():
             model.compile()

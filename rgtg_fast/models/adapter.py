@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
@@ -107,10 +106,6 @@ class LowRank:
         """The same correction elsewhere or in another dtype."""
         return LowRank(self.a.to(device, dtype), self.b.to(device, dtype))
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """The correction [..., outer] of inputs [..., inner], computed in the factors' dtype."""
-        return functional.linear(functional.linear(x.to(self.a.dtype), self.a), self.b)
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -172,7 +167,7 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors as they are served, in float32."""
+        """Bytes of the factors in float32."""
         return sum(pair.a.nbytes + pair.b.nbytes for pair in self.low_rank.values())
 
     def mismatch(self, model: PreTrainedModel) -> str | None:

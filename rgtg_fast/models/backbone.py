@@ -69,14 +69,9 @@ class TransformersLayers:
         self._rows = rows
 
     def compile(self) -> None:
-        if self._rows is not None:
-            raise RGTGError(
-                "compile=True and an adapter shares the base model's forward, which is not compiled: "
-                "use share_trunk=False, or leave compile out"
-            )
         if self._compiled is None:
             # Sizes of a step are few and worth kernels of their own; the cache's may be any (`PrefixCache.reserve`).
-            self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False)
+            self._compiled = torch.compile(_run, fullgraph=True, dynamic=False)
             # The compiler joins the norm with its neighbours itself.
             self.final_norm = None
 
@@ -84,25 +79,33 @@ class TransformersLayers:
         self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
     ) -> torch.Tensor:
         # Prompts have any length: compiling a prefill would cost more than it saves.
-        if self._compiled is not None and not cache.causal:
-            return self._compiled(ids, positions, cache)
-        with nullcontext() if self._rows is None else self._rows.interleaved(len(ids)):
-            return self._run(ids, positions, cache)
+        if self._compiled is None or cache.causal:
+            return _run(self.trunk, self._rows, ids, positions, cache)
+        # The compiler's own limit for one function is 8 sizes, those of all models in the process together.
+        config = torch._dynamo.config
+        with config.patch(recompile_limit=config.accumulated_recompile_limit):
+            return self._compiled(self.trunk, self._rows, ids, positions, cache)
 
-    def _run(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
-    ) -> torch.Tensor:
-        out = self.trunk(
+    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+        return head(hidden.to(head.weight.dtype))
+
+
+def _run(
+    trunk: nn.Module,
+    rows: LowRankRows | None,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    cache: PrefixCache | ForkedCache,
+) -> torch.Tensor:
+    with nullcontext() if rows is None else rows.interleaved(len(ids)):
+        out = trunk(
             input_ids=ids,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             prefix_cache=cache,
         )
-        return out.last_hidden_state
-
-    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        return head(hidden.to(head.weight.dtype))
+    return out.last_hidden_state
 
 
 class FusedLayers:
@@ -257,7 +260,7 @@ class Backbone:
         Raises:
             RGTGError: the adapter does not fit this model, or its cached forward differs from the uncached one.
         """
-        reason = adapter.misfit(self.model) or ("its base model is compiled" if self.compiled else None)
+        reason = adapter.misfit(self.model)
         if reason is not None:
             raise RGTGError(f"{reason}: name an adapter of this model")
         self.lookahead = self.lookahead or scores_candidates
@@ -395,7 +398,7 @@ class Backbone:
         """Steps run the blocks as compiled code from now on.
 
         Raises:
-            RGTGError: the engine is native, or an adapter shares the forward.
+            RGTGError: the engine is native.
         """
         self.layers.compile()
         self.compiled = True

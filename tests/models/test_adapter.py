@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rgtg_fast import RGTGError
@@ -62,6 +65,19 @@ def test_merged_and_hooked_equal_peft(tmp_path: Path, settings: dict[str, Any]) 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("engine", ["transformers", "auto"])
 def test_every_family_shares_its_forward(tmp_path: Path, family: str, engine: str) -> None:
+    check_shared_forward(tmp_path, family, engine)
+
+
+@pytest.mark.parametrize("family", ["gemma", "phi", "gpt-neox", "opt", "gpt2"])
+def test_families_share_a_compiled_forward(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as the compiler would, in one graph; without the compiler's own code, which takes longer."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    check_shared_forward(tmp_path, family, "transformers", compile=True)
+
+
+def check_shared_forward(tmp_path: Path, family: str, engine: str, compile: bool = False) -> None:
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
     layer = decoder_layers(lm)[0]
@@ -69,6 +85,8 @@ def test_every_family_shares_its_forward(tmp_path: Path, family: str, engine: st
     adapter = Adapter.load(write_adapter(tmp_path, lm, 1, names=names, head=None))
     backbone = language_backbone(lm, engine, None)
     attached = backbone.attach(adapter, scores_candidates=True)
+    if compile:
+        backbone.compile()
     own = adapter.merged(lm)
     texts = [IDS, IDS[:2], IDS[1:5]]
     with torch.inference_mode():
@@ -84,6 +102,36 @@ def test_every_family_shares_its_forward(tmp_path: Path, family: str, engine: st
             torch.testing.assert_close(logits[slot], expected, rtol=1e-3, atol=1e-3)
             expected = own.base_model(text, use_cache=False).last_hidden_state[0, -1]
             torch.testing.assert_close(states[slot], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_inputs_are_multiplied_with_first_factors_once(tmp_path: Path, adapters: int) -> None:
+    """Products of a step, counted: q, k and v read one input, gate and up another."""
+    lm = make_lm(num_hidden_layers=3)
+    backbone = language_backbone(lm, "transformers", None)
+    for i in range(adapters):
+        backbone.attach(
+            Adapter.load(write_adapter(tmp_path / str(i), lm, 1, rank=2 + i)), scores_candidates=True
+        )
+    backbone.reserve(2, len(IDS))
+    with torch.inference_mode(), Operators() as operators:
+        backbone.step(torch.tensor([[3, 4], [5, 6]]))
+    assert operators.calls["aten.linear.default"] == 3 * 7 + 2 * 4
+    assert operators.calls["aten.baddbmm_.default"] == adapters * 2 * 7
+
+
+class Operators(TorchDispatchMode):
+    """Counts calls by the operator's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_merging_leaves_the_base_alone(tmp_path: Path) -> None:
