@@ -1,12 +1,13 @@
 """Where a decoding step's time goes: first token, compiling, capturing, milliseconds a step, memory, kernels.
 
-    python -m benchmarks.profile_step --shape llama-1b --device cuda --modes eager graphed compiled
+    python -m benchmarks.profile_step --shape llama-1b --device cuda --modes eager graphed compiled tuned
     python -m benchmarks.profile_step --shape tiny --device cpu --modes eager      # tries the command out
 
 One row a mode into results/profile.csv. `cold` is the first call of a fresh decoder, with kernels compiled and graphs
 captured in it; the others are of the second. What is counted per step is what a longer answer has more than a
-shorter one. `device_ms_per_step` is what the kernels of a step take one after another: the rest of `ms_per_step` is the
-host, or the gaps between kernels. With --kernels N the N longest kernels (on a CPU: operators) are printed.
+shorter one. `tuned` is compiled with products of one row as reductions, and block shapes chosen by timing them.
+`device_ms_per_step` is what the kernels of a step take one after another: the rest of `ms_per_step` is the host, or the
+gaps between kernels. With --kernels N the N longest kernels (on a CPU: operators) are printed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.benchmark import DTYPES, SHAPES, machine
 from rgtg_fast.profiling import PhaseTimer
 
-MODES = ("eager", "graphed", "compiled")
+MODES = ("eager", "graphed", "compiled", "tuned")
+COMPILE = {"compiled": True, "tuned": {"coordinate_descent_tuning": True, "max_autotune": True}}
 PHASES = ("prefill", "lm", "topk", "reward", "resample", "commit", "host")
 # Calls in which the host waits until the device has done all that it was given.
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaMemcpy")
@@ -73,9 +75,9 @@ def make_decoder(shape: str, device: str, dtype: torch.dtype, batch: int, mode: 
         device=device,
         dtype=dtype,
         max_batch=batch,
-        engine="transformers" if mode == "compiled" else "auto",
+        engine="transformers" if mode in COMPILE else "auto",
         graphs=False if mode == "eager" else None,
-        compile=mode == "compiled",
+        compile=COMPILE.get(mode, False),
     )
 
 

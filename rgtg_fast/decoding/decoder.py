@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +125,7 @@ class RewardGuidedDecoder:
         max_length: int | None = None,
         engine: str = "auto",
         graphs: bool | None = None,
-        compile: bool = False,
+        compile: bool | Mapping[str, Any] = False,
         pad_batch: bool = False,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its guide.
@@ -142,7 +142,8 @@ class RewardGuidedDecoder:
             engine: "native" (fused C++ layers, CPU), "transformers" (the model's own blocks) or "auto".
             graphs: whether a step is replayed as a CUDA graph. None: on CUDA, unless the guide reads on the host.
             compile: whether the models' blocks run as compiled code in steps (torch.compile; engine "transformers").
-                Each number of rows and of candidates is compiled at its first use, for tens of seconds.
+                Each number of rows and of candidates is compiled at its first use, for tens of seconds. A dictionary
+                holds torch.compile's options, such as `{"coordinate_descent_tuning": True}`.
             pad_batch: whether every step runs `max_batch` rows, missing ones empty. Matrix products on CUDA round by
                 the number of their rows; padded, a row's text depends on no other row there too, as long as all have
                 the same k. The native engine needs no such thing.
@@ -160,18 +161,23 @@ class RewardGuidedDecoder:
             kind = None if dtype is None else resolve_dtype(dtype, model.device)
             guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
         decoder = cls(language_model, guide, max_batch, graphs, pad_batch)
-        if compile:
-            decoder.compile()
+        if compile is not False:
+            decoder.compile(None if compile is True else compile)
         return decoder
 
-    def compile(self) -> None:
+    def compile(self, options: Mapping[str, Any] | None = None) -> None:
         """Steps run the models' blocks as compiled code from the next call on.
 
+        Args:
+            options: torch.compile's.
+
         Raises:
-            RGTGError: the engine is native.
+            RGTGError: the engine is native, or an option is unknown.
         """
         for model in self._models():
-            model.compile()
+            model.compile(options)
+        if self._graphs is not None:
+            self._graphs.forget()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

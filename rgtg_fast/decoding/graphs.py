@@ -112,6 +112,10 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._recorded)
 
+    def forget(self) -> None:
+        """Drops what was recorded: the step has changed."""
+        self._recorded.clear()
+
     def begin(self, slots: SlotState) -> None:
         """A call begins, all memory reserved: graphs over memory that has been replaced since are dropped."""
         self.seconds = 0.0
@@ -120,7 +124,7 @@ class StepGraphs:
         buffers = [x for model in self._models() for x in model.buffers()]
         layout = tuple((x.data_ptr(), x.shape, x.stride()) for x in [*self._state, *buffers])
         if layout != self._layout:
-            self._recorded.clear()
+            self.forget()
             self._layout = layout
 
     def __call__(self, batch: Batch, trace: bool, key: Hashable = None) -> Tensors:

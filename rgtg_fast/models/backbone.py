@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,8 +36,8 @@ class Layers(Protocol):
 
     final_norm: FinalNorm | None
 
-    def compile(self) -> None:
-        """Steps run as compiled code from now on, each shape compiled at its first use."""
+    def compile(self, options: Mapping[str, Any] | None) -> None:
+        """Steps run as compiled code from now on, each shape compiled at its first use, with the compiler's options."""
         ...
 
     def forward(
@@ -68,12 +68,15 @@ class TransformersLayers:
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         self._rows = rows
 
-    def compile(self) -> None:
-        if self._compiled is None:
+    def compile(self, options: Mapping[str, Any] | None) -> None:
+        try:
             # Sizes of a step are few and worth kernels of their own; the cache's may be any (`PrefixCache.reserve`).
-            self._compiled = torch.compile(_run, fullgraph=True, dynamic=False)
-            # The compiler joins the norm with its neighbours itself.
-            self.final_norm = None
+            self._compiled = torch.compile(_run, fullgraph=True, dynamic=False, options=dict(options or {}))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise RGTGError(f"torch.compile refuses the options {dict(options or {})}: {reason}") from error
+        # The compiler joins the norm with its neighbours itself.
+        self.final_norm = None
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
@@ -116,7 +119,7 @@ class FusedLayers:
     def __init__(self, model: PreTrainedModel):
         self.native = NativeLayers(model.base_model)
 
-    def compile(self) -> None:
+    def compile(self, options: Mapping[str, Any] | None) -> None:
         raise RGTGError("compile=True and engine='native', which is compiled: use engine='transformers'")
 
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
@@ -394,13 +397,16 @@ class Backbone:
     def lengths(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
 
-    def compile(self) -> None:
+    def compile(self, options: Mapping[str, Any] | None = None) -> None:
         """Steps run the blocks as compiled code from now on.
 
+        Args:
+            options: torch.compile's.
+
         Raises:
-            RGTGError: the engine is native.
+            RGTGError: the engine is native, or an option is unknown.
         """
-        self.layers.compile()
+        self.layers.compile(options)
         self.compiled = True
 
     def step_state(self) -> list[torch.Tensor]:

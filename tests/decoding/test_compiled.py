@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from rgtg_fast import Guidance, MixtureReward, RewardGuidedDecoder, RGTGError, SequenceReward
 from tests.conftest import make_lm, make_rm, make_tokenizer
+from tests.decoding.test_ahead import recorded
 from tests.models.adapters import MATRICES, write_adapter
 
 GREEDY = Guidance(k=3, beta=1.0, temperature=0)
@@ -188,3 +189,37 @@ def test_what_cannot_be_compiled_is_said() -> None:
         pytest.skip("the C++ extension is missing: its refusal is NOT tested")
     with pytest.raises(RGTGError, match="use engine='transformers'"):
         native.compile()
+
+
+def test_options_reach_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: given.append(settings["options"]))
+    options = {"coordinate_descent_tuning": True}
+    for compile in (True, options, {}):
+        RewardGuidedDecoder.from_pretrained(
+            (make_lm(), make_tokenizer()), engine="transformers", compile=compile
+        )
+    assert given == [{}, options, {}]
+
+
+def test_an_unknown_option_is_one_line() -> None:
+    with pytest.raises(
+        RGTGError, match=r"torch.compile refuses the options \{'speed': 11\}: .*speed"
+    ) as error:
+        RewardGuidedDecoder.from_pretrained(
+            (make_lm(), make_tokenizer()), engine="transformers", compile={"speed": 11}
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_steps_recorded_before_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = RewardGuidedDecoder.from_pretrained((make_lm(), make_tokenizer()), engine="transformers")
+    graphs = recorded(decoder)
+    want = decoder.generate([[5, 6, 7]], 4, GREEDY)[0].tokens
+    assert len(graphs) == 1
+    ran = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *a: (ran.append(1), function(*a))[1])
+    decoder.compile()
+    assert len(graphs) == 0
+    assert decoder.generate([[5, 6, 7]], 4, GREEDY)[0].tokens == want
+    assert ran
