@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from rgtg_fast.training.probe import POINTS, compared_prefixes, differences, fit
 from rgtg_fast.training.recipe import Recipe
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from tests.training.support import save_lm, tokenized
+
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="LoRA training needs peft")
 
 
 def test_the_fit_is_the_minimum():
@@ -57,6 +60,7 @@ def test_long_answers_are_looked_at_in_a_few_places():
     assert (mine[0], mine[-1], theirs[-1]) == (0, 299, 199)
 
 
+@needs_peft
 @pytest.mark.parametrize("name", ["partial_bt", "full_bt"])
 @pytest.mark.parametrize("fork", [0, 2])
 def test_the_head_is_fitted_on_the_models_own_states(tmp_path: Path, name: str, fork: int):
@@ -114,6 +118,7 @@ def test_bad_settings_are_one_line(settings, said):
     assert "\n" not in str(caught.value)
 
 
+@needs_peft
 def test_a_fit_under_bfloat16(tmp_path: Path):
     base = save_lm(tmp_path / "base")
     pairs = tokenized(24)
