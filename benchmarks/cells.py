@@ -25,6 +25,19 @@ SHARED = (
     Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
 )
 
+# The same on a GPU, and compiled in a cell of its own.
+SHARED_GPU = (
+    Cell(512, 10, 1, "bfloat16", TRUNK, repeats=3, seconds_per_run=8),
+    Cell(
+        *(512, 10, 1, "bfloat16"),
+        ("shared_trunk", "shared_compiled", "ours_unguided", "ours_unguided_compiled"),
+        repeats=3,
+        seconds_per_run=8,
+    ),
+    Cell(128, 10, 1, "bfloat16", TRUNK, repeats=3, seconds_per_run=8),
+    Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=8),
+)
+
 # Where a GPU's time goes first, (P, k, B): the headline, then batch, length and k.
 GPU_PLACES = ((512, 10, 1), (512, 10, 32), (4096, 10, 1), (128, 10, 1), (512, 10, 8), (512, 40, 1))
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.cells import GPU, HEADLINES, SHARED, sweep_cells
+from benchmarks.cells import GPU, HEADLINES, SHARED, SHARED_GPU, sweep_cells
 from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
 from rgtg_fast.app import embedded
 from rgtg_fast.errors import RGTGError
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.csv")
     given = parser.parse_args(arguments)
 
-    wanted = list(SHARED if given.shared else GPU if given.gpu else HEADLINES)
+    shared, others = (SHARED_GPU, GPU) if given.gpu else (SHARED, HEADLINES)
+    wanted = list(shared if given.shared else others)
     if not (given.gpu or given.quick or given.shared):
         wanted = sweep_cells()
     if given.list:

@@ -22,7 +22,7 @@ parts=${*:-ops_tests steps_tests host_tests memcheck racecheck ops decode profil
 # Seconds of the parts that depend on the models' size, where they are not the only ones.
 case $shape in
     llama-8b) decode=${DECODE:-230} profile=${PROFILE:-190} shared=${SHARED:-90} ;;
-    *) decode=${DECODE:-120} profile=${PROFILE:-90} shared=${SHARED:-40} ;;
+    *) decode=${DECODE:-120} profile=${PROFILE:-90} shared=${SHARED:-60} ;;
 esac
 
 mkdir -p "$out"
@@ -126,7 +126,7 @@ alone decode "$decode" "$python" -m benchmarks.decode --gpu --shape "$shape" --d
     --seconds $((decode - 25)) --output "$out/decode_gpu_$shape.csv"
 alone profile "$profile" "$python" -m benchmarks.profile_step --shape "$shape" --device "$device" --kernels 15 \
     --output "$out/profile_gpu_$shape.csv"
-alone shared "$shared" "$python" -m benchmarks.decode --shared --shape "$shape" --device "$device" \
+alone shared "$shared" "$python" -m benchmarks.decode --gpu --shared --shape "$shape" --device "$device" \
     --seconds $((shared - 15)) --output "$out/decode_gpu_$shape.csv"
 # What the hardware counted in one launch of every kernel at every size.
 counters=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed

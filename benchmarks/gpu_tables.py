@@ -99,10 +99,13 @@ def _over_replicated(model: str, batch: int) -> Callable[[Results], float | None
 
 
 def _shared_trunk(results: Results) -> float | None:
-    shared, alone = (results.decoded(LARGE, name, 1) for name in ("shared_trunk", "ours_unguided"))
-    return (
-        float(shared["tokens_per_second"]) / float(alone["tokens_per_second"]) if shared and alone else None
-    )
+    def fastest(*methods: str) -> float | None:
+        rows = [results.decoded(LARGE, method, 1) for method in methods]
+        return max((float(row["tokens_per_second"]) for row in rows if row), default=None)
+
+    shared = fastest("shared_trunk", "shared_compiled")
+    alone = fastest("ours_unguided", "ours_unguided_compiled")
+    return shared / alone if shared and alone else None
 
 
 def _long_attention(results: Results, candidates: int) -> list[dict[str, Row]]:

@@ -29,7 +29,7 @@ CELL = ("model", "device", "dtype", "prompt_length", "k", "batch", "new_tokens")
 # A row is present when all of these agree: another machine or another job is another row.
 KEY = ("cpu", "cores", "threads", "gpu", *CELL, "method")
 # Of methods that must agree, those that a method measured later is compared with.
-BESIDE = ("args_replicated", "ours", "genarm_published", "ours_genarm")
+BESIDE = ("args_replicated", "ours", "shared_trunk", "genarm_published", "ours_genarm")
 COLUMNS = (
     "date",
     *MACHINE,

@@ -557,9 +557,9 @@ def bench(
         str,
         typer.Option(
             help="Methods to time, separated by commas: ours, ours_transformers, ours_eager (no CUDA graphs), "
-            "ours_compiled (torch.compile), shared_trunk, two_models, args_replicated, pargs_serial, unguided "
-            "(transformers' own loop), ours_unguided; guided by a second language model: ours_genarm, "
-            "genarm_published."
+            "ours_compiled (torch.compile), shared_trunk, shared_compiled, two_models, args_replicated, pargs_serial, "
+            "unguided (transformers' own loop), ours_unguided, ours_unguided_compiled; guided by a second language "
+            "model: ours_genarm, genarm_published."
         ),
     ] = "ours,args_replicated,pargs_serial,unguided",
     seed: Annotated[int, typer.Option(help="Seed of the weights and prompts.")] = 0,

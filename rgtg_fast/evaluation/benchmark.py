@@ -53,12 +53,14 @@ METHODS = (
     "ours_compiled",
     "ours_genarm",
     "shared_trunk",
+    "shared_compiled",
     "two_models",
     "args_replicated",
     "pargs_serial",
     "genarm_published",
     "unguided",
     "ours_unguided",
+    "ours_unguided_compiled",
 )
 # Groups of methods whose greedy tokens must agree; the first of a group that runs is the reference for its others.
 # Methods in no group are compared with nothing.
@@ -72,6 +74,7 @@ AGREEING = (
         "ours_compiled",
         "two_models",
         "shared_trunk",
+        "shared_compiled",
     ),
     ("genarm_published", "ours_genarm"),
 )
@@ -84,14 +87,18 @@ OURS = (
     "ours_compiled",
     "ours_genarm",
     "shared_trunk",
+    "shared_compiled",
     "two_models",
     "ours_unguided",
+    "ours_unguided_compiled",
 )
+COMPILED = ("ours_compiled", "shared_compiled", "ours_unguided_compiled")
 # Those that run the model's own blocks even where the native engine could: on a CPU, `ours_eager` is `ours`.
-OWN_BLOCKS = ("ours_transformers", "ours_compiled")
-ADAPTED = ("shared_trunk", "two_models")
+OWN_BLOCKS = ("ours_transformers", *COMPILED)
+TRUNKS = ("shared_trunk", "shared_compiled")
+ADAPTED = (*TRUNKS, "two_models")
 AUTOREGRESSIVE = ("genarm_published", "ours_genarm")
-BASE_ALONE = ("unguided", "ours_unguided")
+BASE_ALONE = ("unguided", "ours_unguided", "ours_unguided_compiled")
 # Decoded one row at a time whatever the batch: the published programs have no other way.
 ONE_ROW = ("args_replicated", "pargs_serial")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -356,7 +363,7 @@ def run_bench(
     than earlier ones, this is at most in that method's favour. `extrapolated`, `tokens_measured` and
     `rows_measured` say where it was done; its cache bytes are those of the measured part.
 
-    On CUDA, and for `ours_compiled`, the warm-up has two rounds: the first compiles, captures and allocates, for our
+    On CUDA, and for what is compiled, the warm-up has two rounds: the first compiles, captures and allocates, for our
     methods at full length, and the second alone tells how long a run takes. Every run's memory is counted, the
     warm-up's included. A method for which the device's memory does not suffice, beside the caches that the others hold,
     is left out and named, and the others are timed without it.
@@ -661,7 +668,7 @@ def _method(
     if name in OURS:
         reward = None
         if name in ADAPTED and guide.adapter is not None:
-            reward = SequenceReward(guide.adapter, share_trunk=name == "shared_trunk")
+            reward = SequenceReward(guide.adapter, share_trunk=name in TRUNKS)
         elif rm is not None and name in AUTOREGRESSIVE:
             reward = AutoregressiveReward((_twin(rm), tokenizer))
             guidance = replace(guidance, support="all")
@@ -676,7 +683,7 @@ def _method(
             max_length=length,
             engine="transformers" if name in OWN_BLOCKS else "auto",
             graphs=False if name == "ours_eager" else None,
-            compile=name == "ours_compiled",
+            compile=name in COMPILED,
         )
         engine = str(decoder.describe()["lm_engine"])
 
@@ -759,7 +766,7 @@ def _warm_up(
         room.say(f"warm-up and comparison of outputs: {entry.name}")
         tokens = min(new_tokens, _WARM_UP_TOKENS.get(entry.name, _WARM_UP_TOKENS_OTHERS))
         rounds = [tokens]
-        if room.device.type == "cuda" or entry.name == "ours_compiled":
+        if room.device.type == "cuda" or entry.name in COMPILED:
             # A longer run later would allocate larger caches and capture its steps anew.
             rounds = [new_tokens if entry.name in OURS else tokens, tokens]
         with room(entry.name):
@@ -855,7 +862,7 @@ def _held(name: str, lm: PreTrainedModel, guide: _Guide) -> tuple[int, float]:
     adapter = guide.adapter
     if name in BASE_ALONE:
         return weights, stored
-    if name == "shared_trunk" and adapter is not None:
+    if name in TRUNKS and adapter is not None:
         layers = lm.config.get_text_config().num_hidden_layers
         above = 0 if adapter.fork is None else layers - adapter.fork
         return weights + adapter.nbytes, stored * (1 + above / layers)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import decode, figures, harness
-from benchmarks.cells import GPU, HEADLINES, SHARED, shown_places, sweep_cells
+from benchmarks.cells import GPU, HEADLINES, SHARED, SHARED_GPU, shown_places, sweep_cells
 from benchmarks.harness import COLUMNS, Cell
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation import benchmark
@@ -291,6 +291,17 @@ def test_the_cells_for_a_gpu_cover_the_grid_and_repeat_nothing():
     (exact,) = (cell for cell in GPU if cell.dtype == "float32")
     assert (exact.place, exact.methods) == (("float32", 1, 512, 10), ("ours", "args_replicated"))
     assert all((cell.repeats, cell.seconds_per_run) == (1, 4) for cell in GPU[8:])
+
+
+def test_the_shared_trunk_on_a_gpu_is_compiled_in_a_cell_of_its_own():
+    assert {cell.place for cell in SHARED_GPU} <= {cell.place for cell in SHARED}, "the table shows these"
+    first, compiled = SHARED_GPU[:2]
+    assert first.place == compiled.place == ("bfloat16", 1, 512, 10)
+    assert [name for name in compiled.methods if name.endswith("compiled")] == [
+        "shared_compiled",
+        "ours_unguided_compiled",
+    ]
+    assert not [name for cell in (first, *SHARED_GPU[2:]) for name in cell.methods if "compiled" in name]
 
 
 def test_the_readme_block_shows_every_headline_and_hides_no_difference(results):
