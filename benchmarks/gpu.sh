@@ -99,7 +99,8 @@ if sys.argv[1] == "cuda":
 PY
 [ "${PIPESTATUS[0]}" -eq 0 ] || exit 2
 
-# The project's own options name plugins that may be missing here.
+# No plugins: the project's options name one that may be missing here, and others' may be slow or broken.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 tests=("$python" -m pytest -o addopts= -q -ra --strict-markers --import-mode=importlib)
 begun=$SECONDS
 for kernels in tree_attention topk_logprobs "not tree_attention and not topk_logprobs"; do
@@ -109,7 +110,7 @@ beside steps_tests steps_tests 150 "${tests[@]}" -m "not slow" tests/gpu/test_st
 beside steps_tests training_tests 150 "${tests[@]}" tests/gpu/test_packing_cuda.py tests/gpu/test_vocabulary_cuda.py
 # The C++ kernels need pybind11 and a compiler; without them the reference serves on the CPU.
 beside host_tests host_tests 150 bash -c '"$0" setup.py -q build_ext --inplace; exec "$@"' "$python" \
-    "${tests[@]}" -m "not slow" tests/ops tests/decoding/test_ahead.py
+    "${tests[@]}" -m "not slow" --continue-on-collection-errors tests/ops tests/decoding/test_ahead.py
 # Every kernel under the sanitizer, and torch's own memory pool out of the way, so that each tensor has its own bounds.
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer > /dev/null; then
