@@ -1,11 +1,12 @@
 """Where a decoding step's time goes: first token, compiling, capturing, milliseconds a step, memory, kernels.
 
-    python -m benchmarks.profile_step --shape llama-1b --device cuda --modes eager graphed compiled tuned
+    python -m benchmarks.profile_step --shape llama-1b --device cuda --modes eager apart graphed compiled
     python -m benchmarks.profile_step --shape tiny --device cpu --modes eager      # tries the command out
 
 One row a mode into results/profile.csv. `cold` is the first call of a fresh decoder, with kernels compiled and graphs
 captured in it; the others are of the second. What is counted per step is what a longer answer has more than a
-shorter one. `tuned` is compiled with products of one row as reductions, and block shapes chosen by timing them.
+shorter one. `apart` is graphed with q, k and v, gate and up as products of their own; `tuned` is compiled with
+products of one row as reductions, and block shapes chosen by timing them.
 `device_ms_per_step` is what the kernels of a step take one after another: the rest of `ms_per_step` is the host, or the
 gaps between kernels. With --kernels N the N longest kernels (on a CPU: operators) are printed.
 """
@@ -29,7 +30,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.benchmark import DTYPES, SHAPES, machine
 from rgtg_fast.profiling import PhaseTimer
 
-MODES = ("eager", "graphed", "compiled", "tuned")
+MODES = ("eager", "apart", "graphed", "compiled", "tuned")
 COMPILE = {"compiled": True, "tuned": {"coordinate_descent_tuning": True, "max_autotune": True}}
 PHASES = ("prefill", "lm", "topk", "reward", "resample", "commit", "host")
 # Calls in which the host waits until the device has done all that it was given.
@@ -78,6 +79,7 @@ def make_decoder(shape: str, device: str, dtype: torch.dtype, batch: int, mode: 
         engine="transformers" if mode in COMPILE else "auto",
         graphs=False if mode == "eager" else None,
         compile=COMPILE.get(mode, False),
+        join_products=False if mode == "apart" else None,
     )
 
 

@@ -127,6 +127,7 @@ class RewardGuidedDecoder:
         graphs: bool | None = None,
         compile: bool | Mapping[str, Any] = False,
         pad_batch: bool = False,
+        join_products: bool | None = None,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its guide.
 
@@ -147,6 +148,8 @@ class RewardGuidedDecoder:
             pad_batch: whether every step runs `max_batch` rows, missing ones empty. Matrix products on CUDA round by
                 the number of their rows; padded, a row's text depends on no other row there too, as long as all have
                 the same k. The native engine needs no such thing.
+            join_products: whether linear layers that read the same input (q, k, v; gate, up) run as one product (engine
+                "transformers"). Their weights then lie in one tensor, a loaded model's too. None: on CUDA.
 
         Raises:
             RGTGError: anything that cannot work, in one line.
@@ -161,6 +164,9 @@ class RewardGuidedDecoder:
             kind = None if dtype is None else resolve_dtype(dtype, model.device)
             guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
         decoder = cls(language_model, guide, max_batch, graphs, pad_batch)
+        if join_products or (join_products is None and backbone.device.type == "cuda"):
+            for each in decoder._models():
+                each.join_products()
         if compile is not False:
             decoder.compile(None if compile is True else compile)
         return decoder

@@ -17,6 +17,7 @@ from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
 from rgtg_fast.models.cache import ForkedCache, PrefixCache
 from rgtg_fast.models.final_norm import FinalNorm
+from rgtg_fast.models.joined import join_products
 from rgtg_fast.models.low_rank import LowRankRows
 from rgtg_fast.models.native import NativeLayers
 from rgtg_fast.models.transfer import to_device
@@ -408,6 +409,18 @@ class Backbone:
         """
         self.layers.compile(options)
         self.compiled = True
+
+    def join_products(self) -> None:
+        """Linear layers that read the same input run as one product from now on (`rgtg_fast.models.joined`).
+
+        Raises:
+            RGTGError: the engine is native.
+        """
+        if self.engine == "native":
+            raise RGTGError(
+                "join_products=True and engine='native', which needs no such thing: use engine='transformers'"
+            )
+        join_products(self.model.base_model)
 
     def step_state(self) -> list[torch.Tensor]:
         """What a step changes besides keys and values: lengths, and with lookahead the newest states."""

@@ -14,9 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rgtg_fast.models.adapter import Adapter, LowRank, decoder_layers
-
-# Linear layers that read the same input where they have the same parent.
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from rgtg_fast.models.joined import SIBLINGS
 
 
 class Part(NamedTuple):
@@ -184,7 +182,7 @@ def _places(wheres: set[tuple[int, str]]) -> list[tuple[int, list[str]]]:
     places: dict[tuple[int, str, Sequence[str]], list[str]] = {}
     for number, name in sorted(wheres):
         parent, _, leaf = name.rpartition(".")
-        siblings = next((group for group in _SIBLINGS if leaf in group), (leaf,))
+        siblings = next((group for group in SIBLINGS if leaf in group), (leaf,))
         places.setdefault((number, parent, siblings), []).append(name)
     return [(number, names) for (number, _, _), names in places.items()]
 
