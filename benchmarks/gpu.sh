@@ -107,6 +107,7 @@ for kernels in tree_attention topk_logprobs "not tree_attention and not topk_log
     beside ops_tests "ops_tests_${kernels// /_}" 150 "${tests[@]}" tests/gpu/test_ops_cuda.py -k "$kernels"
 done
 beside steps_tests steps_tests 150 "${tests[@]}" -m "not slow" tests/gpu/test_steps_cuda.py tests/gpu/test_decoder_cuda.py
+beside steps_tests compiled_tests 150 "${tests[@]}" -m slow tests/gpu/test_steps_cuda.py
 beside steps_tests training_tests 150 "${tests[@]}" tests/gpu/test_packing_cuda.py tests/gpu/test_vocabulary_cuda.py
 # The C++ kernels need pybind11 and a compiler; without them the reference serves on the CPU.
 beside host_tests host_tests 150 bash -c '"$0" setup.py -q build_ext --inplace; exec "$@"' "$python" \

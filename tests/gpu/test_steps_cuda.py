@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
+from rgtg_fast.models.joined import JoinedLinear
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.decoding.support import prompts_of
 from tests.decoding.test_ahead import GUIDES, SUPPORTS, as_numbers
@@ -107,6 +108,16 @@ def test_adapters_are_captured_too(shares: bool, tmp_path: Path) -> None:
     assert rows[0] == rows[1]
 
 
+def test_joined_products_give_the_same_tokens() -> None:
+    rows = []
+    for join in (False, None):
+        decoder = make_decoder("sequence", join_products=join)
+        joined = [m for m in decoder.lm.backbone.model.modules() if isinstance(m, JoinedLinear)]
+        assert bool(joined) is (join is None), "joined by default on CUDA"
+        rows.append(as_numbers(decoder.generate(prompts_of(5), 9, Guidance(5, temperature=0))))
+    assert rows[0] == rows[1]
+
+
 def test_a_row_has_the_same_text_in_any_batch() -> None:
     decoder = make_decoder("sequence")
     prompts, seeds = prompts_of(6), list(range(6))
@@ -155,12 +166,16 @@ def test_memory_does_not_grow_from_call_to_call() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_in_graphs_give_the_same_tokens() -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_compiled_blocks_in_graphs_give_the_same_tokens(shares: bool, tmp_path: Path) -> None:
     tokenizer, rows = make_tokenizer(), []
     for compile in (False, True):
-        guide = SequenceReward((make_rm(), tokenizer))
+        model = make_lm()
+        guide = SequenceReward(
+            write_adapter(tmp_path / "guide", model, fork=1) if shares else (make_rm(), tokenizer)
+        )
         decoder = RewardGuidedDecoder.from_pretrained(
-            (make_lm(), tokenizer), guide, device="cuda", dtype="float32", max_batch=2, compile=compile
+            (model, tokenizer), guide, device="cuda", dtype="float32", max_batch=2, compile=compile
         )
         rows.append(as_numbers(decoder.generate(prompts_of(2), 9, Guidance(5, temperature=0))))
     assert rows[0] == rows[1]
