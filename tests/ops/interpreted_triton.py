@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from benchmarks.ops import tune
-from rgtg_fast import RGTGError, ops
+from rgtg_fast import Guidance, RGTGError, ops
 from rgtg_fast.ops import (
     backend_of,
     commit,
@@ -28,6 +28,8 @@ from rgtg_fast.ops import (
     use_backend,
 )
 from rgtg_fast.ops.tree_attention.launch import LEAF, SPAN
+from tests.decoding.support import prompts_of
+from tests.decoding.test_ahead import as_numbers, make_decoder
 
 SPECS = ops.specs()
 WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "advance": ("tokens", "position")}
@@ -528,3 +530,17 @@ def test_offsets_that_do_not_fit_give_nan(offsets, mode):
     room = torch.zeros(40)
     loss, _ = launch(room[8:11], torch.tensor(offsets), mode, "prefix", None)
     assert loss.isnan()
+
+
+# --- all of them together
+
+
+@pytest.mark.parametrize(("guide", "support"), [("sequence", "lm"), ("genarm", "combined"), ("farma", "all")])
+def test_decoding_gives_what_the_references_give(guide, support):
+    guidance = [Guidance(3 + i % 3, 1.0, 0.9 * (i % 2), support=support) for i in range(5)]
+
+    def decoded(backend: str) -> Any:
+        with use_backend(backend):
+            return as_numbers(make_decoder(guide).generate(prompts_of(5), 6, guidance, list(range(5))))
+
+    assert decoded("triton") == decoded("reference")
