@@ -58,4 +58,7 @@ def use_prefix_attention(model: PreTrainedModel) -> None:
     """Makes the model's blocks call `prefix_attention`."""
     AttentionInterface.register(NAME, prefix_attention)
     AttentionMaskInterface.register(NAME, prefix_mask)
-    model.set_attn_implementation(NAME)
+    # A trunk may have a configuration of its own, to which some versions of transformers hand nothing on.
+    for each in model.modules():
+        if isinstance(each, PreTrainedModel) and each.config._attn_implementation != NAME:
+            each.set_attn_implementation(NAME)

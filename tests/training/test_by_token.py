@@ -21,7 +21,7 @@ from rgtg_fast.training.recipe import Recipe, train_reward_model
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 from tests.conftest import make_lm
-from tests.training.support import EOS, rows, save_lm, tokenized
+from tests.training.support import EOS, needs_loaded_heads, rows, save_lm, tokenized
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
 
@@ -165,8 +165,8 @@ def test_a_round_is_resumed_in_its_middle(base: Path, tmp_path: Path, stop: int)
 @pytest.mark.parametrize(
     "settings",
     [
-        {"objective": "farma", "fork_layer": 1},
-        {"objective": "farma", "fork_layer": 3},
+        pytest.param({"objective": "farma", "fork_layer": 1}, marks=needs_loaded_heads),
+        pytest.param({"objective": "farma", "fork_layer": 3}, marks=needs_loaded_heads),
         {"objective": "farma", "full": True, "learning_rate": 3e-3},
         {"objective": "genarm", "fork_layer": 1},
         {"objective": "genarm", "full": True, "learning_rate": 3e-3},

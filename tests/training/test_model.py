@@ -23,7 +23,7 @@ from rgtg_fast.training.model import (
 from rgtg_fast.training.packing import _ShortAttention, collate, pack
 from rgtg_fast.training.recipe import train_reward_model
 from tests.conftest import make_rm
-from tests.training.support import rows, save_lm, tokenized
+from tests.training.support import needs_loaded_heads, rows, save_lm, tokenized
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
 
@@ -94,6 +94,7 @@ def test_a_trained_head_is_kept(tmp_path: Path) -> None:
     assert torch.equal(model.get_parameter("score.weight"), rm.score.weight)
 
 
+@needs_loaded_heads
 @pytest.mark.parametrize("fork", [0, 2, 3])
 def test_every_loader_gives_the_same_rewards(tmp_path: Path, fork: int) -> None:
     base = save_lm(tmp_path / "lm")
