@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,7 +151,7 @@ def test_what_does_not_fit_stays() -> None:
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_guided_decoding_is_the_same(adapter: bool, tmp_path: Any) -> None:
+def test_guided_decoding_is_the_same(adapter: bool, tmp_path: Path) -> None:
     rows = []
     for join in (False, True):
         model, tokenizer = make_lm(), make_tokenizer()
@@ -165,12 +166,17 @@ def test_guided_decoding_is_the_same(adapter: bool, tmp_path: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: torch.compile has nothing to compile with")
-def test_the_compiler_traces_through() -> None:
+def test_the_compiler_traces_through_beside_an_adapter(tmp_path: Path) -> None:
     rows = []
     for compile in (False, True):
         model, tokenizer = make_lm(), make_tokenizer()
         decoder = RewardGuidedDecoder.from_pretrained(
-            (model, tokenizer), engine="transformers", join_products=True, compile=compile, max_batch=1
+            (model, tokenizer),
+            SequenceReward(write_adapter(tmp_path / "guide", model, fork=1)),
+            engine="transformers",
+            join_products=True,
+            compile=compile,
+            max_batch=1,
         )
         rows.append(decoder.generate([[5, 6, 7]], 6, GREEDY)[0].tokens)
         assert all(layer.joined._input is None for layer in joined(model))
