@@ -227,10 +227,11 @@ def merge_kernel(
         # Without branches, so that all are on their way before the first is folded.
         for i in tl.static_range(TOGETHER):
             i_t = first + i
-            there = i_t < parts
-            b_part = tl.load(p_sums + (p_part + i_t) * D + o_d, mask=m_d & there, other=0.0)
-            peak_part = tl.load(p_peaks + p_part + i_t, mask=there, other=-float("inf"))
-            total_part = tl.load(p_totals + p_part + i_t, mask=there, other=0.0)
+            # Numbers of the part: none where there is no such part.
+            size = tl.where(i_t < parts, D, 0)
+            b_part = tl.load(p_sums + (p_part + i_t) * D + o_d, mask=o_d < size, other=0.0)
+            peak_part = tl.load(p_peaks + p_part + i_t, mask=size > 0, other=-float("inf"))
+            total_part = tl.load(p_totals + p_part + i_t, mask=size > 0, other=0.0)
             if LEAVES:
                 peak, total, b_sums = _fold(peak, total, b_sums, peak_part, total_part, b_part, False)
             else:
