@@ -24,7 +24,8 @@ LINES = {
     "ours_eager": ("rgtg-fast, eager", "#0072b2", ":"),
     "args_replicated": ("ARGS, k copies of the cache", "#d55e00", "-"),
     "pargs_serial": ("PARGS, no cache, one by one", "#cc79a7", "-"),
-    "genarm_published": ("GenARM, eager", "#009e73", "-"),
+    "ours_genarm": ("rgtg-fast, GenARM", "#009e73", "-"),
+    "genarm_published": ("GenARM, eager", "#009e73", ":"),
     "unguided": ("unguided", "#7f7f7f", "--"),
 }
 # Same numbers, same file: no random ids.
