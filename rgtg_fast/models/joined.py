@@ -17,7 +17,8 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class JoinedLinear(nn.Linear):
     """A linear layer whose output is a part of one product over the weights of all its siblings.
 
-    It is a plain one where gradients are wanted, in a copy, and for good once it is moved or converted.
+    It is a plain one where gradients are wanted, in a copy, and for good once it is moved, converted or given other
+    weights.
 
     Attributes:
         joined: the product. place: this layer's among the siblings.
@@ -34,6 +35,11 @@ class JoinedLinear(nn.Linear):
         # New weights lie elsewhere than the product's.
         self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
         return self._apply(fn, recurse)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+        super(nn.Linear, self).__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
         plain = memo[id(self)] = nn.Linear.__new__(nn.Linear)

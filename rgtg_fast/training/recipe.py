@@ -357,6 +357,11 @@ def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokeni
     # Rows are read twice: for their pairs and for their rewards.
     rows = eval_rows = list(read_rows(data)) if regression else data
     pairs, loaded, targets = _load(rows, chat, regression, recipe.judge)
+    cut = (
+        []
+        if recipe.limit is None or recipe.limit >= len(pairs)
+        else [f"the first {recipe.limit:,} of these are taken"]
+    )
     pairs = pairs[: recipe.limit]
     held: list[PreferencePair] = []
     eval_loaded, eval_targets = DataReport(), targets
@@ -378,7 +383,7 @@ def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokeni
     train, fitted = tokens(pairs)
     evaluation, eval_fitted = tokens(held) if held else ([], DataReport())
     report: dict[str, Any] = {"loaded": loaded.as_dict(), "train": fitted.as_dict()}
-    lines = [f"data: {line}" for line in (*loaded.lines(), *fitted.lines()[1:])]
+    lines = [f"data: {line}" for line in (*loaded.lines(), *cut, *fitted.lines()[1:])]
     if held:
         report["eval"] = (eval_loaded + eval_fitted if eval_data is not None else eval_fitted).as_dict()
         lines.append(f"evaluation: {eval_fitted.lines()[0]}")

@@ -32,6 +32,8 @@ def test_it_trains_on_the_projects_pairs(run: Run, lm: str, tmp_path: Path) -> N
     assert report["recipe"]["fork_layer"] == 1
     assert [point["fraction"] for point in report["accuracy"]] == [0.1, 0.25, 0.5, 0.75, 1.0]
     assert report["metrics"]["accuracy"] == report["accuracy"][-1]["accuracy"]
+    assert "139 of 139 pairs kept" in outcome.err
+    assert "the first 12 of these are taken" in outcome.err
     assert "pairs/s" in outcome.err
     assert "prefixes/s" in outcome.err
     assert figure.stat().st_size > 0

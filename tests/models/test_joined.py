@@ -134,6 +134,19 @@ def test_a_copy_is_plain_and_so_is_a_converted_model() -> None:
     torch.testing.assert_close(hidden(model), want.double(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_that_is_given_other_weights_is_plain() -> None:
+    model = make_lm().eval()
+    join_products(model)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = nn.Parameter(torch.zeros_like(mlp.up_proj.weight))
+    assert type(mlp.up_proj) is nn.Linear
+    assert type(mlp.gate_proj) is JoinedLinear
+    x = torch.randn(2, 3, mlp.up_proj.in_features)
+    with torch.inference_mode():
+        assert not mlp.up_proj(x).any()
+        torch.testing.assert_close(mlp.gate_proj(x), nn.functional.linear(x, mlp.gate_proj.weight))
+
+
 def test_what_does_not_fit_stays() -> None:
     class Other(nn.Linear):
         pass
