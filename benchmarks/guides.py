@@ -1,6 +1,6 @@
 """Trains guides by several recipes, one after another, and tells how often each prefers the chosen answer.
 
-    python -m benchmarks.guides --data hh_guide_train.jsonl.gz --folder guides              # on a GPU, some minutes
+    python -m benchmarks.guides --data hh_guide_train.jsonl.gz --folder guides              # meant for a GPU
     python -m benchmarks.guides --data ... --folder guides --only args-lora pargs-lora      # some of them
     python -m benchmarks.guides --list
 

@@ -147,7 +147,7 @@ class RewardGuidedDecoder:
                 holds torch.compile's options, such as `{"coordinate_descent_tuning": True}`.
             pad_batch: whether every step runs `max_batch` rows, missing ones empty. Matrix products on CUDA round by
                 the number of their rows; padded, a row's text depends on no other row there too, as long as all have
-                the same k. The native engine needs no such thing.
+                the same k. The native engine needs no such thing; a run with a gate or a strategy is not padded.
             join_products: whether linear layers that read the same input (q, k, v; gate, up) run as one product (engine
                 "transformers"). Their weights then lie in one tensor, a loaded model's too. None: on CUDA.
 
@@ -727,7 +727,8 @@ class RewardGuidedDecoder:
     def _bucket(self, run: _Run) -> Callable[[int], int]:
         """Rows of a step for a number of rows: as many, those of the next graph, or always all."""
         slots = self._slots_of(run)
-        if self.pad_batch:
+        # The host looks at a gate's entropy row by row.
+        if self.pad_batch and not any(row.guidance.gate_entropy for row in run.rows):
             return lambda rows: slots
         return (lambda rows: rows) if run.graphs is None else (lambda rows: bucket(rows, slots))
 

@@ -17,8 +17,8 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class JoinedLinear(nn.Linear):
     """A linear layer whose output is a part of one product over the weights of all its siblings.
 
-    It is a plain one where gradients are wanted, in a copy, and for good once it is moved, converted or given other
-    weights.
+    It is a plain one where gradients are wanted, in a copy, and for good once it or a sibling is moved, converted or
+    given other weights.
 
     Attributes:
         joined: the product. place: this layer's among the siblings.
@@ -33,12 +33,12 @@ class JoinedLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         # New weights lie elsewhere than the product's.
-        self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+        self.joined.separate()
         return self._apply(fn, recurse)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
-            self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+            self.joined.separate()
         super(nn.Linear, self).__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
@@ -55,11 +55,17 @@ class _Product:
         self.weight = _one_below_the_other([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat([bias.data for bias in biases]) if biases else None
+        self.layers = list(layers)
         self.sizes = [layer.out_features for layer in layers]
         # Of the forward that runs: the input, each layer's part of the output, and how many were not asked for yet.
         self._input: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, ...] = ()
         self._left = 0
+
+    def separate(self) -> None:
+        """Makes the layers plain again."""
+        for layer in self.layers:
+            layer.__class__ = nn.Linear
 
     def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """The output of one of the layers."""

@@ -378,3 +378,10 @@ def test_a_padded_batch_always_has_all_its_rows_and_gives_the_same(
     ]
     assert as_numbers(alone) == as_numbers(want)
     assert seen == {decoder.max_batch}
+
+
+def test_a_gate_is_not_padded() -> None:
+    prompts, guidance, seeds = prompts_of(5), Guidance(4, 1.0, 0.9, gate_entropy=2.5), list(range(5))
+    want = make_decoder("sequence").generate(prompts, 8, guidance, seeds)
+    got = make_decoder("sequence", pad_batch=True).generate(prompts, 8, guidance, seeds)
+    assert as_numbers(got) == as_numbers(want)

@@ -139,8 +139,8 @@ def test_a_layer_that_is_given_other_weights_is_plain() -> None:
     join_products(model)
     mlp = model.model.layers[0].mlp
     mlp.up_proj.weight = nn.Parameter(torch.zeros_like(mlp.up_proj.weight))
-    assert type(mlp.up_proj) is nn.Linear
-    assert type(mlp.gate_proj) is JoinedLinear
+    assert type(mlp.up_proj) is type(mlp.gate_proj) is nn.Linear, "both, since one product served them"
+    assert type(model.model.layers[0].self_attn.q_proj) is JoinedLinear
     x = torch.randn(2, 3, mlp.up_proj.in_features)
     with torch.inference_mode():
         assert not mlp.up_proj(x).any()
