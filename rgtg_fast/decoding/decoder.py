@@ -17,7 +17,7 @@ from rgtg_fast.config import Guidance, Strategy
 from rgtg_fast.decoding.batch import Batch, Row, SlotState
 from rgtg_fast.decoding.decision import Decision, unpacked
 from rgtg_fast.decoding.graphs import StepGraphs, bucket
-from rgtg_fast.decoding.memory import check_fits, free_bytes
+from rgtg_fast.decoding.memory import check_fits
 from rgtg_fast.decoding.results import GeneratedRow, GenerationResult, Piece, Stats
 from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_strategy, run_strategy
 from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
@@ -31,6 +31,7 @@ from rgtg_fast.models.loading import (
     load_causal_lm,
     resolve_dtype,
 )
+from rgtg_fast.models.memory import free_bytes
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.models.transfer import Arrival, to_device
 from rgtg_fast.ops import advance, resample, topk_logprobs

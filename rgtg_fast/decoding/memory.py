@@ -2,26 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-
 from rgtg_fast.errors import MemoryTooSmallError
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes free on the device, None where the system does not tell."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + reserved)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def check_fits(bytes_per_row: int, rows: int, length: int, free: int | None) -> None:

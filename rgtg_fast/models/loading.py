@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,6 +18,7 @@ from transformers import (
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
 from rgtg_fast.models.backbone import Backbone
+from rgtg_fast.models.pretrained import fits_in_memory, read_pretrained, read_tokenizer
 
 DTYPES = {
     "float32": torch.float32,
@@ -139,9 +136,7 @@ def load_causal_lm(
     kind = resolve_dtype(dtype, on)
     if is_adapter(source):
         return _policy(Adapter.load(source), on, kind)
-    with _one_line(source, "language model"):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    model, tokenizer, _ = read_pretrained(AutoModelForCausalLM, source, "language model", kind, on)
     return _placed(model, on, kind), tokenizer
 
 
@@ -187,18 +182,14 @@ def load_sequence_classifier(
         _one_label(model.config, type(model).__name__)
         return _placed(model, lm.device, dtype or model.dtype), tokenizer
     kind = dtype or lm.dtype
-    with _one_line(source, "reward model"):
-        _one_label(AutoConfig.from_pretrained(source), source)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=kind, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
-    if missing:
-        raise RGTGError(
-            f"{source} has no trained reward head ({missing[0]} is missing from its files): "
-            "name a reward model saved with its head (AutoModelForSequenceClassification, num_labels=1)"
-        )
+    model, tokenizer, _ = read_pretrained(
+        AutoModelForSequenceClassification,
+        source,
+        "reward model",
+        kind,
+        lm.device,
+        configure=lambda config: _one_label(config, source),
+    )
     return _placed(model, lm.device, kind), tokenizer
 
 
@@ -206,8 +197,7 @@ def adapter_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase
     """The tokenizer saved with an adapter, None where the folder has none."""
     if not (Path(folder) / "tokenizer_config.json").is_file():
         return None
-    with _one_line(folder, "adapter's tokenizer"):
-        return AutoTokenizer.from_pretrained(folder)
+    return read_tokenizer(folder, "adapter")
 
 
 def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype | None) -> ModelAndTokenizer:
@@ -258,22 +248,18 @@ def load_vocabulary_model(
         model, tokenizer = source
         return _placed(model, lm.device, dtype or model.dtype), tokenizer
     kind = dtype or lm.dtype
-    with _one_line(source, "reward model"):
-        made_as = AutoConfig.from_pretrained(source).architectures or [""]
+
+    def causal(config: Any) -> None:
+        made_as = config.architectures or [""]
         if "Classification" in made_as[0]:
             raise RGTGError(
                 f"{source} is a {made_as[0]} and this guide needs a vocabulary head: "
                 "use SequenceReward for a reward model with one label"
             )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
-        model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    missing = [key for key in info["missing_keys"] if "head" in key or "embed_out" in key]
-    if missing:
-        raise RGTGError(
-            f"{source} has no trained vocabulary head ({missing[0]} is missing from its files): "
-            "name a model saved with its head (AutoModelForCausalLM)"
-        )
+
+    model, tokenizer, _ = read_pretrained(
+        AutoModelForCausalLM, source, "reward model", kind, lm.device, configure=causal
+    )
     return _placed(model, lm.device, kind), tokenizer
 
 
@@ -323,30 +309,10 @@ def _one_label(config: Any, name: object) -> None:
 
 
 def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        return model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
-    except torch.OutOfMemoryError as error:
-        size = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 2**30
-        raise RGTGError(
-            f"{_title(model)} needs {size:.1f} GiB as {dtype} and {device} has less free: use a smaller dtype"
-        ) from error
-
-
-@contextlib.contextmanager
-def _one_line(source: str | os.PathLike[str], role: str) -> Iterator[None]:
-    """Turns the loaders' long errors into one line."""
-    try:
-        yield
-    except RGTGError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        path = Path(source)
-        if not path.exists() and (len(path.parts) > 2 or path.is_absolute()):
-            raise RGTGError(f"{role} {str(source)!r} does not exist: check the path") from error
-        why = (
-            "is not a folder that transformers can load"
-            if path.exists()
-            else "is neither a local folder nor to be had from the hub"
-        )
-        detail = " ".join(str(error).split())[:160]
-        raise RGTGError(f"{role} {str(source)!r} {why}: check the name ({detail})") from error
+    with fits_in_memory(_title(model), sum(p.numel() for p in model.parameters()), dtype):
+        try:
+            return model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
+        except ValueError as error:  # quantised weights cannot become another dtype
+            raise RGTGError(
+                f"{_title(model)} cannot be moved to {device} as {dtype} ({str(error)[:120]}): use an unquantised model"
+            ) from error

@@ -9,7 +9,7 @@ import torch
 
 from rgtg_fast.config import BestOfN, Blocks, Segments, Strategy
 from rgtg_fast.decoding.batch import Row
-from rgtg_fast.decoding.memory import check_fits, free_bytes
+from rgtg_fast.decoding.memory import check_fits
 from rgtg_fast.decoding.results import GeneratedRow, Stats
 from rgtg_fast.decoding.strategies.best_of_n import Generate, best_of_n
 from rgtg_fast.decoding.strategies.blocks import BlockDecoder
@@ -19,6 +19,7 @@ from rgtg_fast.decoding.strategies.segments import SegmentDecoder
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.backbone import Counter
 from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.memory import free_bytes
 from rgtg_fast.rewards.base import Reward
 
 

@@ -1,0 +1,235 @@
+"""The names in a model's files against the names in the model: any that differ are refused, with the likely reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.checkpoint import names
+
+# What older versions saved and newer ones compute: positions, rotary frequencies, causal masks.
+_COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|causal_mask)$")
+# Wrappers that put their own name before every weight's.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile: save model._orig_mod",
+    "_fsdp_wrapped_module.": "FSDP: save its full state dict",
+    "_forward_module.": "Lightning Fabric: save the model inside it",
+    "module.": "DistributedDataParallel or DeepSpeed: save model.module",
+    "pretrained_model.": "TRL's model with a value head: save model.pretrained_model",
+    "base_model.model.": "PEFT: save model.merge_and_unload(), or name the adapter's folder",
+    "state_dict.": "a training framework: save the model inside it",
+}
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|absmax|weight_scale|weight_scale_inv|weight_packed|SCB)$"
+)
+_LOW_RANK = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_REWARD_HEADS = ("score.", "classifier.", "v_head.", "value_head.", "reward_head.", "regression_layer.")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the names in a model's files differ from those in the model.
+
+    Attributes:
+        missing: in the model alone; transformers fills them with random numbers.
+        unexpected: in the files alone.
+        reshaped: shapes in the files and in the model by the name, where they differ.
+    """
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, info: dict[str, Any]) -> Difference:
+        """The differences that matter, from what transformers reports with `output_loading_info=True`.
+
+        What a family computes itself, or is known to ignore, is no difference.
+        """
+        buffers = [name for name, _ in model.named_buffers()]
+
+        def matters(key: str) -> bool:
+            return _COMPUTED.search(key) is None and not any(
+                f".{name}".endswith(f".{key}") for name in buffers
+            )
+
+        return cls(
+            frozenset(key for key in info["missing_keys"] if _COMPUTED.search(key) is None),
+            frozenset(filter(matters, info["unexpected_keys"])),
+            {key: (tuple(held), tuple(wanted)) for key, held, wanted in info["mismatched_keys"]},
+        )
+
+    def without_new_head(self, model: PreTrainedModel) -> tuple[Difference, bool]:
+        """What is left where the head is to be trained anew, and whether the files have none.
+
+        A base model's vocabulary head is then no surprise beside a classifier's.
+        """
+        head = head_name(model) + "."
+        new = any(key.startswith(head) for key in self.missing)
+        missing = frozenset(key for key in self.missing if not key.startswith(head))
+        unexpected = self.unexpected
+        if new and unexpected:
+            unexpected -= _vocabulary_head(model)
+        return replace(self, missing=missing, unexpected=unexpected), new
+
+    def refuse(self, model: PreTrainedModel, source: object, role: str) -> None:
+        """Raises:
+        RGTGError: there is a difference.
+        """
+        if not (self.missing or self.unexpected or self.reshaped):
+            return
+        kind, parts = type(model).__name__, []
+        if self.missing:
+            parts.append(f"{names(self.missing)} missing from its files")
+        if self.unexpected:
+            parts.append(f"{names(self.unexpected)} not in the model")
+        for key, (held, wanted) in sorted(self.reshaped.items())[:1]:
+            parts.append(f"{key!r} {list(held)} in its files and {list(wanted)} by its config.json")
+        what, way_out = self._reason(model)
+        raise RGTGError(f"{role} {str(source)!r} {what} ({kind}: {'; '.join(parts)}): {way_out}")
+
+    def _reason(self, model: PreTrainedModel) -> tuple[str, str]:
+        """What the files likely are, and the way out."""
+        return self._other_format() or self._other_head(model) or self._other_shapes(model)
+
+    def _other_format(self) -> tuple[str, str] | None:
+        if any(map(_QUANTISED.search, self.unexpected)):
+            return (
+                "holds quantised weights that nothing here can read",
+                "name the unquantised model",
+            )
+        for wrapper, origin in _WRAPPERS.items():
+            if any(key.startswith(wrapper) or f".{wrapper}" in key for key in self.unexpected):
+                return f"has names that begin with {wrapper!r}", f"it was saved from {origin}"
+        if any(map(_LOW_RANK.search, self.unexpected)):
+            return (
+                "holds an adapter that is not merged",
+                "save model.merge_and_unload(), or name the adapter's folder",
+            )
+        prefixes = _other_prefix(self.missing, self.unexpected)
+        if prefixes is not None:
+            theirs, ours = prefixes
+            return (
+                f"keeps its weights under {theirs or 'no prefix'!r} and the model under {ours or 'no prefix'!r}",
+                "rename them in the file, or save the model with save_pretrained",
+            )
+        return None
+
+    def _other_head(self, model: PreTrainedModel) -> tuple[str, str] | None:
+        head = head_name(model) + "."
+        headless = any(key.startswith(head) for key in self.missing)
+        theirs = sorted(key for key in self.unexpected if key.startswith(_REWARD_HEADS))
+        if _is_causal(model):
+            if theirs:
+                return (
+                    f"is a reward model ({theirs[0]!r} is its head)",
+                    "pass it as reward, and a causal language model in its place",
+                )
+            if headless:
+                return (
+                    "has no trained vocabulary head",
+                    "name a model saved with its head (AutoModelForCausalLM)",
+                )
+            return None
+        if any(key == head + "bias" for key in self.unexpected):
+            return (
+                f"has a head with a bias, which {type(model).__name__} would leave out",
+                "fold the bias away (rewards only shift by it) and delete it from the file",
+            )
+        if headless and any(key.startswith("value_head.") for key in theirs):
+            return (
+                "calls its reward head value_head, as OpenRLHF does",
+                "pass the pair (AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, "
+                "key_mapping={'^value_head': 'score'}), tokenizer)",
+            )
+        if headless:
+            named = f" but {theirs[0]!r}" if theirs else ""
+            return (
+                f"has no trained reward head{named}",
+                "name a reward model saved with its head (AutoModelForSequenceClassification, num_labels=1)",
+            )
+        if self.unexpected and self.unexpected <= _vocabulary_head(model):
+            return (
+                "has a vocabulary head beside its reward head",
+                "save it from AutoModelForSequenceClassification, which has the reward head alone",
+            )
+        return None
+
+    def _other_shapes(self, model: PreTrainedModel) -> tuple[str, str]:
+        for key, (held, _) in self.reshaped.items():
+            if key.startswith("score.") and held[0] != 1:
+                return (
+                    f"has a head of {held[0]} labels",
+                    "a reward model needs 1: use a model with num_labels=1",
+                )
+        depth = model.config.get_text_config().num_hidden_layers
+        if self.reshaped:
+            return (
+                "has other shapes than its config.json",
+                "put back the config.json that belongs to the weights",
+            )
+        beyond = _layers(self.unexpected)
+        if beyond and min(beyond) >= depth:
+            return (
+                f"holds {max(beyond) + 1} layers and its config.json says num_hidden_layers={depth}",
+                "put back the config.json that belongs to the weights",
+            )
+        if self.missing:
+            return "lacks weights, which would be random", "complete the download, or save it again"
+        return (
+            "holds weights that the model has no place for",
+            "put back the config.json that belongs to them, or save it again",
+        )
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """The name of a model's head: its vocabulary head, or a classifier's."""
+    head: object = model.get_output_embeddings()
+    children = dict(model.named_children())
+    found = next((name for name, child in children.items() if child is head), None)
+    return found or ("score" if "score" in children else "classifier")
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    return isinstance(model.get_output_embeddings(), torch.nn.Module)
+
+
+def _vocabulary_head(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the weights that the causal language model over a classifier's trunk has beside it."""
+    try:
+        with torch.device("meta"):
+            causal = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
+    except (ValueError, TypeError, AttributeError):
+        return frozenset()  # a family without one: its name for a head is unknown
+    return frozenset(causal.state_dict()) - frozenset(model.state_dict())
+
+
+def _layers(keys: Iterable[str]) -> set[int]:
+    return {int(found[1]) for found in map(_LAYER.search, keys) if found is not None}
+
+
+def _other_prefix(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[str, str] | None:
+    """The prefixes (in the files, in the model) that tell most of the missing names from the unexpected ones."""
+    wanted, held = set(missing), set(unexpected)
+    first = min((key for key in wanted if _LAYER.search(key)), default=None)
+    if first is None:
+        return None
+    parts = first.split(".")
+    for cut in range(len(parts) - 2):
+        ours, rest = ".".join(parts[:cut] + [""]), ".".join(parts[cut:])
+        for key in held:
+            if key == rest or key.endswith(f".{rest}"):
+                theirs = key.removesuffix(rest)
+                moved = sum(
+                    theirs + name.removeprefix(ours) in held for name in wanted if name.startswith(ours)
+                )
+                if theirs != ours and 2 * moved >= len(wanted):
+                    return theirs, ours
+    return None
