@@ -116,17 +116,26 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    from rgtg_fast.models.keys import Difference
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.eos_token = EOS_TOKEN
     if tokenizer.eos_token_id != EOS_ID:
         raise RGTGError(f"{gguf} is not {NAME}: {EOS_TOKEN} has id {tokenizer.eos_token_id}, not {EOS_ID}")
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    quantised, info = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    Difference.of(quantised, info).refuse(quantised, gguf, "default model")
     # A model read from GGUF calls itself quantised and refuses to be saved, so its
     # values move to a plain one.
     config: Any = copy.deepcopy(quantised.config)
     del config.quantization_config
     config.eos_token_id = EOS_ID
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     model.generation_config.eos_token_id = EOS_ID

@@ -8,6 +8,7 @@ from rgtg_fast.errors import RGTGError
 
 PREFIX = "bundled:"
 FOLDER = Path(__file__).parent
+BELONGS = "the bundled guides are adapters of SmolLM2-135M-Instruct, the default language model"
 
 
 def names() -> list[str]:
@@ -33,3 +34,14 @@ def resolve(source: str) -> str:
     if source not in names():
         raise RGTGError(f"{source!r} is no bundled guide: use one of {', '.join(names())}")
     return str(FOLDER / source.removeprefix(PREFIX))
+
+
+def name_of(folder: str) -> str | None:
+    """The name of a bundled guide by its folder, None for any other folder.
+
+    Example:
+        >>> name_of(resolve("bundled:pargs"))
+        'bundled:pargs'
+    """
+    path = Path(folder)
+    return PREFIX + path.name if path.parent == FOLDER else None

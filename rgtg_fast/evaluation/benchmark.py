@@ -20,7 +20,6 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -45,6 +44,7 @@ from rgtg_fast.models.adapter import (
     is_adapter,
     linear_shape,
 )
+from rgtg_fast.models.loading import load_causal_lm, load_sequence_classifier
 
 METHODS = (
     "ours",
@@ -546,11 +546,11 @@ def _base_model(
         config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=0)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     else:
         assert lm is not None
-        model = AutoModelForCausalLM.from_pretrained(lm, dtype=dtype).to(device)  # pyright: ignore[reportArgumentType]
-        tokenizer = AutoTokenizer.from_pretrained(lm)
+        model, tokenizer = load_causal_lm(lm, device, dtype)
+        assert tokenizer is not None
         tokenizer.eos_token = None
     # every method has to produce the same number of tokens, so nothing may end a row
     model.generation_config.eos_token_id = None
@@ -562,12 +562,12 @@ def _reward_model(
     rm: str | None, base: PreTrainedModel, dtype: torch.dtype, device: torch.device, seed: int
 ) -> PreTrainedModel:
     if rm is not None:
-        return AutoModelForSequenceClassification.from_pretrained(rm, dtype=dtype).to(device).eval()
+        return load_sequence_classifier(rm, base, dtype)[0]
     config = copy.deepcopy(base.config)
     config.num_labels = 1
     config.pad_token_id = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=False)
     # a copy, not the same weights: a guided step must read both models' from memory
     model.base_model.load_state_dict(base.base_model.state_dict())
     head = model.get_submodule("score").weight

@@ -143,10 +143,11 @@ class SentenceEncoder:
     """
 
     def __init__(self, folder: Path):
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
-        self.model = AutoModel.from_pretrained(folder).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        from rgtg_fast.models.pretrained import read_pretrained
+
+        self.model, self.tokenizer, _ = read_pretrained(AutoModel, folder, "sentence encoder", torch.float32)
 
     @staticmethod
     def installed() -> Path | None:

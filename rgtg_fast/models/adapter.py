@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.checkpoint import names, read_json, safetensors_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -117,6 +119,8 @@ class Adapter:
         low_rank: the corrections by layer and linear layer, for example (3, "self_attn.q_proj").
         head: the saved head in float32, a reward's [1, E] or one as large as a vocabulary; None where none was saved.
         head_name: `"score"` or `"lm_head"`, the module that it replaces.
+        targets: endings of the names of the linear layers that are adapted in every layer from the fork on; empty where
+            the configuration does not tell.
     """
 
     name: str
@@ -125,6 +129,7 @@ class Adapter:
     low_rank: dict[tuple[int, str], LowRank]
     head: nn.Linear | None
     head_name: str
+    targets: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Adapter:
@@ -143,13 +148,14 @@ class Adapter:
         if not (path / WEIGHTS).is_file():
             raise RGTGError(f"{str(folder)!r} holds no {WEIGHTS}: save the adapter with safetensors")
         recipe = _read(path / RECIPE) if (path / RECIPE).is_file() else {}
-        factors, heads = _sorted(load_file(path / WEIGHTS), path)
+        factors, heads = _sorted(_tensors(path / WEIGHTS), path)
+        _check_saved(config, heads, path)
         low_rank = {}
         for module, pair in factors.items():
-            if set(pair) != {"A", "B"}:
-                raise RGTGError(f"{path}: {module} has only one of its two factors: save it again")
-            a, b = pair["A"].float(), pair["B"].float() * _scale(config, module, len(pair["A"]))
+            a, b = _factors(pair, config, module, path)
             layer, name = _LAYER.search(module).groups()  # pyright: ignore[reportOptionalMemberAccess]
+            if (int(layer), name) in low_rank:
+                raise RGTGError(f"{path} holds two pairs of factors for layer {layer} {name}: save it again")
             low_rank[int(layer), name] = LowRank(a.contiguous(), b.contiguous())
         return cls(
             name=str(folder),
@@ -158,6 +164,7 @@ class Adapter:
             low_rank=low_rank,
             head=_head(heads, path),
             head_name=min(heads, default="lm_head").split(".")[0],
+            targets=_targets(config),
         )
 
     @property
@@ -197,12 +204,30 @@ class Adapter:
             shape = (len(pair.b), pair.a.shape[1])
             if linear_shape(module) != shape:
                 return f"{self.name} is {shape} at {where}, where {_title(model)} has {linear_shape(module)}"
+        lacking = self._lacking(layers)
+        if lacking:
+            return f"{self.name} adapts {', '.join(self.targets)} and lacks the factors of {names(lacking)}"
         width = model.config.get_text_config().hidden_size
         if self.head is not None and self.head.in_features != width:
             return (
                 f"{self.name} has a head on {self.head.in_features} numbers and {_title(model)} gives {width}"
             )
         return None
+
+    def _lacking(self, layers: nn.ModuleList) -> list[str]:
+        """Linear layers from the fork on that the adapter's configuration names and its file leaves out."""
+        fork = self.fork
+        if fork is None:
+            return []  # a head alone
+        return [
+            f"layer {number} {name}"
+            for number, layer in enumerate(layers)
+            if number >= fork
+            for name, module in layer.named_modules()
+            if name.split(".")[-1] in self.targets
+            and linear_shape(module) is not None
+            and (number, name) not in self.low_rank
+        ]
 
     def reward_head(self) -> nn.Linear:
         """The one-label head.
@@ -231,10 +256,12 @@ class Adapter:
         with base.device:
             if self.head is not None and self.head_name == "score":
                 config.num_labels = self.head.out_features
-                own = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+                own = AutoModelForSequenceClassification.from_config(
+                    config, dtype=base.dtype, trust_remote_code=False
+                )
                 own.base_model.load_state_dict(base.base_model.state_dict())
             else:
-                own = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
+                own = AutoModelForCausalLM.from_config(config, dtype=base.dtype, trust_remote_code=False)
                 own.load_state_dict(base.state_dict())
         layers = decoder_layers(own)
         exact = torch.promote_types(base.dtype, torch.float32)
@@ -260,9 +287,57 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RGTGError(f"{path} is not readable JSON: save the adapter again") from error
+        return read_json(path)
+    except RGTGError as error:
+        raise RGTGError(f"the adapter {str(path.parent)!r} cannot be read: {error}") from error
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        safetensors_header(path)
+        return load_file(path)
+    except (RGTGError, SafetensorError, OSError, ValueError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise RGTGError(f"the adapter {str(path.parent)!r} cannot be read: {detail}") from error
+
+
+def _targets(config: dict[str, Any]) -> tuple[str, ...]:
+    """Layers that PEFT adapts wherever they occur, where its configuration says so plainly."""
+    targets = config.get("target_modules")
+    narrowed = any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if narrowed or not isinstance(targets, list):
+        return ()
+    return tuple(sorted(name for name in targets if isinstance(name, str) and "." not in name))
+
+
+def _check_saved(config: dict[str, Any], heads: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuses an adapter whose configuration names a trained vocabulary head that its file does not hold."""
+    # A classifier's head may have one of several names, and `reward_head` misses it.
+    if "lm_head" in (config.get("modules_to_save") or []) and "lm_head.weight" not in heads:
+        raise RGTGError(f"{path} trained lm_head (modules_to_save) and its file holds none: save it again")
+
+
+def _factors(
+    pair: dict[str, torch.Tensor], config: dict[str, Any], module: str, path: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, inner] and B [outer, r] in float32, the scale multiplied into B, of one linear layer."""
+    if set(pair) != {"A", "B"}:
+        raise RGTGError(f"{path}: {module} has only one of its two factors (lora_{min(pair)}): save it again")
+    a, b = pair["A"], pair["B"]
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
+        raise RGTGError(
+            f"{path}: {module} has the factors A {list(a.shape)} and B {list(b.shape)}, which are not [r, inner] and "
+            "[outer, r] of one rank r: save it again"
+        )
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise RGTGError(f"{path}: {module} has factors of {a.dtype} and {b.dtype}: save it unquantised")
+    rank = _pattern(config, "rank_pattern", module, config.get("r", 8))
+    if rank != len(a):
+        raise RGTGError(
+            f"{path}: {module} has rank {len(a)} in its file and r={rank!r} in its {CONFIG}: put back the one that "
+            "belongs to it"
+        )
+    return a.float(), b.float() * _scale(config, module, len(a), path)
 
 
 def _refuse(config: dict[str, Any], path: Path) -> None:
@@ -308,12 +383,18 @@ def _sorted(
     return factors, heads
 
 
-def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
+def _pattern(config: dict[str, Any], name: str, module: str, usual: Any) -> Any:
+    """A setting of one module: what the first pattern that fits its name says, else the usual one."""
+    for pattern, own in (config.get(name) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = own
-            break
+            return own
+    return usual
+
+
+def _scale(config: dict[str, Any], module: str, rank: int, path: Path) -> float:
+    alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise RGTGError(f"{path / CONFIG}: lora_alpha={alpha!r} is no finite number: put it back")
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -99,12 +99,11 @@ def check_tokenizer(source: Path) -> None:
         RGTGError: none there, or one that cannot be read.
     """
     present = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if not any(path.name in ("tokenizer.json", "vocab.json", "tokenizer.model") for path in present):
-        if not any(source.glob("*vocab*")) and not any(source.glob("*.model")):
-            raise RGTGError(
-                "it holds no tokenizer (tokenizer.json): save it there with tokenizer.save_pretrained(folder), or pass a "
-                "(model, tokenizer) pair"
-            )
+    if not any(any(source.glob(pattern)) for pattern in ("tokenizer.json", "*vocab*", "*.model")):
+        raise RGTGError(
+            "it holds no tokenizer (tokenizer.json): save it there with tokenizer.save_pretrained(folder), or pass a "
+            "(model, tokenizer) pair"
+        )
     for path in present:
         if path.suffix == ".json":
             read_json(path)
@@ -154,8 +153,8 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         ) from error
     if end != size - 8 - length:
         raise RGTGError(
-            f"its {path.name} holds {size - 8 - length} bytes of weights where its header counts {end}: it was cut off; "
-            f"{again}"
+            f"its {path.name} holds {size - 8 - length} bytes of weights where its header counts {end}: it was cut "
+            f"off; {again}"
         )
     return header
 
@@ -193,6 +192,8 @@ def _single_file(source: Path) -> str:
 
 def _instead(source: Path) -> str:
     """What a folder without a configuration holds in its place, and the way out."""
+    if (source / "adapter_config.json").is_file():
+        return " but adapter_config.json: it is an adapter; name it alone as reward or lm, or merge it into its base"
     inner = [
         path.parent
         for path in sorted(source.glob("*/" + CONFIG)) + sorted(source.glob("snapshots/*/" + CONFIG))

@@ -22,7 +22,6 @@ _WRAPPERS = {
     "_forward_module.": "Lightning Fabric: save the model inside it",
     "module.": "DistributedDataParallel or DeepSpeed: save model.module",
     "pretrained_model.": "TRL's model with a value head: save model.pretrained_model",
-    "base_model.model.": "PEFT: save model.merge_and_unload(), or name the adapter's folder",
     "state_dict.": "a training framework: save the model inside it",
 }
 _QUANTISED = re.compile(
@@ -105,19 +104,24 @@ class Difference:
                 "holds quantised weights that nothing here can read",
                 "name the unquantised model",
             )
-        for wrapper, origin in _WRAPPERS.items():
-            if any(key.startswith(wrapper) or f".{wrapper}" in key for key in self.unexpected):
-                return f"has names that begin with {wrapper!r}", f"it was saved from {origin}"
         if any(map(_LOW_RANK.search, self.unexpected)):
             return (
                 "holds an adapter that is not merged",
                 "save model.merge_and_unload(), or name the adapter's folder",
             )
+        for wrapper, origin in _WRAPPERS.items():
+            if any(key.startswith(wrapper) or f".{wrapper}" in key for key in self.unexpected):
+                return f"has names that begin with {wrapper!r}", f"it was saved from {origin}"
         prefixes = _other_prefix(self.missing, self.unexpected)
         if prefixes is not None:
             theirs, ours = prefixes
+            where = (
+                f"{theirs!r} where the model has {ours!r}"
+                if ours
+                else f"{theirs!r} before those of the model"
+            )
             return (
-                f"keeps its weights under {theirs or 'no prefix'!r} and the model under {ours or 'no prefix'!r}",
+                f"has names with {where}",
                 "rename them in the file, or save the model with save_pretrained",
             )
         return None
@@ -223,7 +227,7 @@ def _other_prefix(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[st
         return None
     parts = first.split(".")
     for cut in range(len(parts) - 2):
-        ours, rest = ".".join(parts[:cut] + [""]), ".".join(parts[cut:])
+        ours, rest = ".".join([*parts[:cut], ""]), ".".join(parts[cut:])
         for key in held:
             if key == rest or key.endswith(f".{rest}"):
                 theirs = key.removesuffix(rest)

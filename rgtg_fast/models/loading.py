@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rgtg_fast import bundled
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
 from rgtg_fast.models.backbone import Backbone
@@ -216,14 +217,30 @@ def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype 
         beneath = _beneath(model, dtype or model.dtype)
         if beneath is not None and adapter.mismatch(beneath[0]) is None:
             model, tokenizer = beneath
-        elif adapter.base_name:
-            model, tokenizer = load_causal_lm(adapter.base_name, model.device, dtype or model.dtype)
+        else:
+            refuse_bundled(adapter, model)
+            if adapter.base_name:
+                model, tokenizer = load_causal_lm(adapter.base_name, model.device, dtype or model.dtype)
     misfit = adapter.misfit(model)
     if misfit is not None:
         raise RGTGError(f"{misfit}: name the model that the adapter was trained on")
     own = adapter.merged(model)
     own.config._name_or_path = adapter.name
     return own, tokenizer
+
+
+def refuse_bundled(adapter: Adapter, model: PreTrainedModel) -> None:
+    """Refuses a guide that comes with the package beside another model than its own.
+
+    Raises:
+        RGTGError: the adapter comes with the package.
+    """
+    name = bundled.name_of(adapter.name)
+    if name is not None:
+        raise RGTGError(
+            f"{name} cannot guide {_title(model)}: {bundled.BELONGS}; leave out lm, or use reward='contrastive', a "
+            "reward model over this tokenizer, or 'text:PATH' with any reward model"
+        )
 
 
 def _beneath(model: PreTrainedModel, dtype: torch.dtype) -> ModelAndTokenizer | None:

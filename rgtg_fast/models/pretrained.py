@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rgtg_fast import bundled
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import Tensors, check_model, check_tokenizer
 from rgtg_fast.models.keys import Difference
@@ -55,7 +56,7 @@ def read_pretrained(
     tokenizer = read_tokenizer(source, role)
     title = f"{role} {str(source)!r}"
     _check_room(title, held.parameters, dtype, torch.device(device))
-    with _one_line(source, role, held, dtype):
+    with _one_line(source, role, held.parameters, dtype):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         configure(config)
         if config._attn_implementation not in (None, "eager", "sdpa"):
@@ -115,13 +116,16 @@ def _local(source: Source, role: str) -> Path | None:
     """The path where there is one, None for what may be on the hub."""
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise RGTGError(f"{role} {source!r} is no name: use a path, a hub id or a (model, tokenizer) pair")
+    if str(source).startswith(bundled.PREFIX):
+        bundled.resolve(str(source))  # an unknown name is refused as such
+        raise RGTGError(
+            f"{str(source)!r} cannot serve as {role}: {bundled.BELONGS}; name it alone as the reward"
+        )
     path = Path(source)
     try:
         return path if path.exists() else None
     except (OSError, ValueError) as error:  # too long a name, or one with a zero byte
-        raise RGTGError(
-            f"{role} {str(source)[:80]!r} is no path ({error.__class__.__name__}): check the name"
-        ) from error
+        raise RGTGError(f"{role} {str(source)[:80]!r} is no path: check the name") from error
 
 
 @contextlib.contextmanager
@@ -141,12 +145,12 @@ def _named(source: Source, role: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line(
-    source: Source, role: str, held: Tensors = Tensors(), dtype: torch.dtype = torch.float32
+    source: Source, role: str, parameters: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Iterator[None]:
     """Turns the loaders' errors into one line."""
     title = f"{role} {str(source)!r}"
     try:
-        with fits_in_memory(title, held.parameters, dtype):
+        with fits_in_memory(title, parameters, dtype):
             yield
     except (RGTGError, KeyboardInterrupt, SystemExit):
         raise
@@ -171,8 +175,8 @@ def _why(source: Source, error: BaseException) -> str:
         return f"needs a package that is missing: name a model without it (an unquantised one) or install it {detail}"
     if type(error).__name__ == "UnpicklingError" or "PytorchStreamReader" in text:
         return (
-            "has a pickled checkpoint that cannot be read as plain tensors, and no other is read: save it as safetensors "
-            f"{detail}"
+            "has a pickled checkpoint that is damaged or holds more than tensors, which would run code: save it as "
+            f"safetensors {detail}"
         )
     if "does not recognize this architecture" in text or "Unrecognized configuration class" in text:
         return f"is of a family that cannot serve here: name a model of another {detail}"

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.language_model import LanguageModel
-from rgtg_fast.models.loading import adapter_tokenizer
+from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
 from rgtg_fast.models.prompts import Prompt
 
 # Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
@@ -43,7 +43,11 @@ def place_adapter(
         RGTGError: another tokenizer, or `share_trunk=True` where it cannot be.
     """
     tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
-    check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, adapter.name)
+    try:
+        check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, adapter.name)
+    except RGTGError:
+        refuse_bundled(adapter, lm.backbone.model)
+        raise
     if share_trunk is False:
         return tokenizer, "share_trunk=False"
     why = adapter.mismatch(lm.backbone.model)

@@ -13,9 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
 from rgtg_fast.training.packing import (
     PackedBatch,
     answer_positions,
@@ -62,12 +61,14 @@ class Lora:
 def load_base(
     source: str | os.PathLike[str] | tuple[PreTrainedModel, PreTrainedTokenizerBase],
     dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = lambda message: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal model with a score head of one label, zero where its files have none, and its tokenizer.
 
     Args:
         source: folder or hub id of a causal language model or of a reward model, or a loaded classifier with its
             tokenizer.
+        say: receives one line where the head is new.
 
     Raises:
         RGTGError: nothing there, or no classifier with a `score` head over the trunk.
@@ -80,22 +81,23 @@ def load_base(
             )
         _head(model)
         return model, tokenizer
-    try:
-        config = AutoConfig.from_pretrained(source, num_labels=1)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:160]
-        raise RGTGError(
-            f"{str(source)!r} cannot be loaded as a reward model's base: name a folder or hub id of a causal "
-            f"language model ({detail})"
-        ) from error
+
+    def one_label(config: Any) -> None:
+        config.num_labels = 1
+
+    model, tokenizer, headless = read_pretrained(
+        AutoModelForSequenceClassification,
+        source,
+        "base model",
+        dtype,
+        configure=one_label,
+        new_head=True,
+    )
     head = _head(model)
-    # From 0 the first steps fit the frozen features instead of unlearning a random reward.
-    if any(name.startswith(HEAD) for name in info["missing_keys"]):
+    if headless:
+        # From 0 the first steps fit the frozen features instead of unlearning a random reward.
         nn.init.zeros_(head.weight)
+        say(f"{source} has no reward head: a new one ({HEAD}) begins at 0")
     _pad_with_another_token_than_eos(model, tokenizer)
     return model, tokenizer
 
@@ -358,7 +360,7 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
     else:
         model, _ = load_base(base)
     merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()  # pyright: ignore[reportCallIssue]
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source, "adapter")
     partial = target.with_name(f".{target.name}.partial")
     try:
         merged.save_pretrained(partial)

@@ -240,7 +240,7 @@ def train_reward_model(
     if objective.by_token:
         network, tokenizer = load_causal(model, dtype, new_head=objective.name == "farma")
     else:
-        network, tokenizer = load_base(model, dtype)
+        network, tokenizer = load_base(model, dtype, say)
     check_fork_layer(network, recipe.fork_layer)
     base = fingerprint(network)
     found = _data(data, eval_data, recipe, tokenizer)

@@ -13,15 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.pretrained import read_pretrained
 from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.training.packing import PackedBatch, preceding_positions, pretrained
 
@@ -46,29 +41,19 @@ def load_causal(
     Raises:
         RGTGError: nothing there, no linear vocabulary head, or logits that are not just that head's.
     """
-    try:
-        config = AutoConfig.from_pretrained(source)
+
+    def untied(config: Any) -> None:
         if new_head:
             config.tie_word_embeddings = False
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True
-        )
-        model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:160]
-        raise RGTGError(
-            f"{str(source)!r} cannot be loaded as a causal language model: name a folder or hub id of one ({detail})"
-        ) from error
-    name, head = vocabulary_head(model)
+
+    model, tokenizer, _ = read_pretrained(
+        AutoModelForCausalLM, source, "language model", dtype, configure=untied, new_head=new_head
+    )
+    _, head = vocabulary_head(model)
     _check_logits(model, head)
     if new_head:
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
-    elif any(key.startswith(name) for key in info["missing_keys"]):
-        raise RGTGError(
-            f"{source} has no trained vocabulary head: name a causal language model with its head"
-        )
     return model, tokenizer
 
 
