@@ -74,7 +74,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def is_adapter(source: object) -> bool:
     """Whether `source` is a folder with an adapter in PEFT's format."""
-    return isinstance(source, (str, os.PathLike)) and (Path(source) / CONFIG).is_file()
+    try:
+        return isinstance(source, (str, os.PathLike)) and (Path(source) / CONFIG).is_file()
+    except OSError:  # too long to be a path
+        return False
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

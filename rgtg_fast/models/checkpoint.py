@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,9 @@ def check_model(source: Path) -> Tensors:
     files = _weight_files(source, config)
     if any(file.suffix != ".safetensors" for file in files):
         for file in files:
-            _first_bytes(file)
+            # torch's format is a zip archive, whose table of contents comes last.
+            if _first_bytes(file).startswith(b"PK") and not zipfile.is_zipfile(file):
+                raise RGTGError(f"its {file.name} was cut off: download or save it again")
         return Tensors()
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -104,7 +107,7 @@ def check_tokenizer(source: Path) -> None:
             "it holds no tokenizer (tokenizer.json): save it there with tokenizer.save_pretrained(folder), or pass a "
             "(model, tokenizer) pair"
         )
-    for path in present:
+    for path in [*present, *source.glob("*.jinja")]:
         if path.suffix == ".json":
             read_json(path)
         else:

@@ -27,6 +27,8 @@ _WRAPPERS = {
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|absmax|weight_scale|weight_scale_inv|weight_packed|SCB)$"
 )
+# Under these a training framework's checkpoint keeps the weights.
+_NESTED = {"state_dict", "model_state_dict", "model", "module"}
 _LOW_RANK = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _REWARD_HEADS = ("score.", "classifier.", "v_head.", "value_head.", "reward_head.", "regression_layer.")
@@ -99,6 +101,12 @@ class Difference:
         return self._other_format() or self._other_head(model) or self._other_shapes(model)
 
     def _other_format(self) -> tuple[str, str] | None:
+        nested = sorted(self.unexpected & _NESTED)
+        if nested:
+            return (
+                f"holds its weights inside another object ({nested[0]})",
+                "save the model with save_pretrained",
+            )
         if any(map(_QUANTISED.search, self.unexpected)):
             return (
                 "holds quantised weights that nothing here can read",
@@ -128,7 +136,7 @@ class Difference:
 
     def _other_head(self, model: PreTrainedModel) -> tuple[str, str] | None:
         head = head_name(model) + "."
-        headless = any(key.startswith(head) for key in self.missing)
+        headless = bool(self.missing) and all(key.startswith(head) for key in self.missing)
         theirs = sorted(key for key in self.unexpected if key.startswith(_REWARD_HEADS))
         if _is_causal(model):
             if theirs:

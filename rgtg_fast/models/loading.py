@@ -110,7 +110,12 @@ def _window(config: Any, kinds: set[str]) -> int | None:
 def context_length(model: PreTrainedModel) -> int:
     """Tokens that the model's context holds."""
     config: Any = model.config.get_text_config()
-    return int(config.max_position_embeddings)
+    limit = int(config.max_position_embeddings)
+    if limit < 2:
+        raise RGTGError(
+            f"{_title(model)} has a context of {limit} tokens by its config.json: put back the right one"
+        )
+    return limit
 
 
 def load_causal_lm(
@@ -320,8 +325,11 @@ def _title(model: PreTrainedModel) -> str:
 
 def _one_label(config: Any, name: object) -> None:
     if config.num_labels != 1:
+        made_as = (config.architectures or [""])[0]
+        causal = f" (it was saved as {made_as}, which has no reward head)" if "Classif" not in made_as else ""
         raise RGTGError(
-            f"{name} has {config.num_labels} labels and a reward model needs 1: use a model with num_labels=1"
+            f"{name} has {config.num_labels} labels and a reward model needs 1{causal if made_as else ''}: use a model "
+            "with num_labels=1"
         )
 
 

@@ -53,15 +53,16 @@ def read_pretrained(
     path = _local(source, role)
     with _named(source, role):
         held = Tensors() if path is None else check_model(path)
-    tokenizer = read_tokenizer(source, role)
     title = f"{role} {str(source)!r}"
-    _check_room(title, held.parameters, dtype, torch.device(device))
-    with _one_line(source, role, held.parameters, dtype):
+    with _one_line(source, role):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         configure(config)
         if config._attn_implementation not in (None, "eager", "sdpa"):
             # Others are packages of their own, or code from the hub.
             config._attn_implementation = None
+    tokenizer = read_tokenizer(source, role)
+    _check_room(title, held.parameters, dtype, torch.device(device))
+    with _one_line(source, role, held.parameters, dtype):
         # Shapes that differ are refused below, by name.
         model, info = kind.from_pretrained(
             source,
@@ -73,6 +74,11 @@ def read_pretrained(
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RGTGError(f"{title} is an adapter on the hub: download it and name its folder")
+    quantised: Any = getattr(model.config, "quantization_config", None)
+    if quantised is not None and getattr(model, "hf_quantizer", None) is None:
+        raise RGTGError(
+            f"{title} is quantised by a method that transformers does not know: name an unquantised model"
+        )
     difference, headless = Difference.of(model, info), False
     if new_head:
         difference, headless = difference.without_new_head(model)
