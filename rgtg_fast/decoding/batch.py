@@ -81,7 +81,7 @@ class SlotState:
     def empty(cls, slots: int, device: torch.device) -> SlotState:
         """No row in any slot."""
         whole = [torch.full((slots,), -1, dtype=torch.int64, device=device) for _ in range(5)]
-        return cls(*whole, *(torch.zeros(slots, device=device) for _ in range(3)))
+        return cls(*whole, *(torch.zeros(slots, dtype=torch.float32, device=device) for _ in range(3)))
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""

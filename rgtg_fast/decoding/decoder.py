@@ -23,6 +23,7 @@ from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_stra
 from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
 from rgtg_fast.decoding.trace import Seen, seen, write_trace
 from rgtg_fast.errors import RewardNaNError, RGTGError
+from rgtg_fast.models.autocast import without_autocast
 from rgtg_fast.models.backbone import Backbone
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
@@ -116,6 +117,7 @@ class RewardGuidedDecoder:
         self._runs = 0
 
     @classmethod
+    @without_autocast
     def from_pretrained(
         cls,
         lm: str | os.PathLike[str] | ModelAndTokenizer,
@@ -289,6 +291,7 @@ class RewardGuidedDecoder:
         run.live_text = True
         return self._pieces(run)
 
+    @without_autocast
     @torch.inference_mode()
     def score(
         self, prompts: PromptLike | Sequence[PromptLike], answers: str | Sequence[str | Sequence[int]]
@@ -320,6 +323,7 @@ class RewardGuidedDecoder:
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
+    @without_autocast
     @torch.inference_mode()
     def _steps(self, run: _Run) -> Iterator[list[Row]]:
         """One iteration per token; the host may look at it `ahead` steps late. Gives the rows that it advanced."""

@@ -111,7 +111,7 @@ class TextReward(Reward):
             return values.to(torch.promote_types(values.dtype, torch.float32))
         # Chats and plain texts are formatted differently and never share a forward: a row's reward must not depend on
         # what else is in the batch.
-        rewards = torch.empty(len(rows), device=device)
+        rewards = torch.empty(len(rows), dtype=torch.float32, device=device)
         chats = [i for i, row in enumerate(rows) if row.prompt.messages is not None]
         texts = [i for i, row in enumerate(rows) if row.prompt.messages is None]
         for kind in (chats, texts):

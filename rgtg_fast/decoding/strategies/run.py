@@ -17,6 +17,7 @@ from rgtg_fast.decoding.strategies.ends import Ends
 from rgtg_fast.decoding.strategies.sampler import Sampler
 from rgtg_fast.decoding.strategies.segments import SegmentDecoder
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.autocast import without_autocast
 from rgtg_fast.models.backbone import Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.memory import free_bytes
@@ -91,6 +92,7 @@ def check_strategy(strategy: Strategy, guide: Reward | None) -> None:
         )
 
 
+@without_autocast
 @torch.inference_mode()
 def run_strategy(strategy: Strategy, call: Call) -> Iterator[GeneratedRow]:
     """The rows of a call as they finish, decoded by a strategy instead of token by token."""

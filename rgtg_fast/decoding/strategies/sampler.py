@@ -86,7 +86,7 @@ class Sampler:
         def each(values: list[int], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor([values[slot] for slot in slots], dtype=dtype, device=logits.device)
 
-        none = torch.zeros(len(slots), device=logits.device)
+        none = torch.zeros(len(slots), dtype=torch.float32, device=logits.device)
         choice, _ = resample(
             logprobs,
             torch.zeros_like(logprobs),
