@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import names, read_json, safetensors_header
+from rgtg_fast.models.keys import wrapper_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -196,7 +197,11 @@ class Adapter:
         return self.misfit(model)
 
     def misfit(self, model: PreTrainedModel) -> str | None:
-        """Which of the adapter's shapes does not fit a model, in words; None where all do."""
+        """Which of the adapter's shapes does not fit a model, in words; None where all do.
+
+        Raises:
+            RGTGError: the adapter's file lacks factors that its configuration names.
+        """
         layers = decoder_layers(model)
         for (layer, name), pair in self.low_rank.items():
             where = f"layer {layer} {name}"
@@ -209,7 +214,10 @@ class Adapter:
                 return f"{self.name} is {shape} at {where}, where {_title(model)} has {linear_shape(module)}"
         lacking = self._lacking(layers)
         if lacking:
-            return f"{self.name} adapts {', '.join(self.targets)} and lacks the factors of {names(lacking)}"
+            raise RGTGError(
+                f"{self.name} adapts {', '.join(self.targets)} and its file lacks the factors of {names(lacking)}: "
+                "save it again"
+            )
         width = model.config.get_text_config().hidden_size
         if self.head is not None and self.head.in_features != width:
             return (
@@ -378,6 +386,9 @@ def _sorted(
             continue
         parts = name.replace("modules_to_save.", "").split(".")
         if len(parts) != 2 or parts[0] not in HEADS or parts[1] not in ("weight", "bias"):
+            wrapped = wrapper_of([key])
+            if wrapped is not None:
+                raise RGTGError(f"{path} holds {key[:120]!r}: it was saved from {wrapped[1]}")
             raise RGTGError(
                 f"{path} holds {key!r}: beside linear layers' factors only a head ({' or '.join(HEADS)}) can be "
                 "served; merge it into a full model"
@@ -388,10 +399,14 @@ def _sorted(
 
 def _pattern(config: dict[str, Any], name: str, module: str, usual: Any) -> Any:
     """A setting of one module: what the first pattern that fits its name says, else the usual one."""
-    for pattern, own in (config.get(name) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return own
-    return usual
+    patterns = config.get(name) or {}
+    try:
+        fitting = (own for pattern, own in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        return next(fitting, usual)
+    except (AttributeError, re.error) as error:
+        raise RGTGError(
+            f"{name}={patterns!r} of an adapter's {CONFIG} is no mapping of patterns: put it back"
+        ) from error
 
 
 def _scale(config: dict[str, Any], module: str, rank: int, path: Path) -> float:
@@ -402,12 +417,21 @@ def _scale(config: dict[str, Any], module: str, rank: int, path: Path) -> float:
 
 
 def _head(tensors: dict[str, torch.Tensor], path: Path) -> nn.Linear | None:
-    names = sorted({key.split(".")[0] for key in tensors})
-    if not names:
+    held = sorted({key.split(".")[0] for key in tensors})
+    if not held:
         return None
-    if len(names) > 1 or f"{names[0]}.weight" not in tensors:
+    if len(held) > 1 or f"{held[0]}.weight" not in tensors:
         raise RGTGError(f"{path} holds {', '.join(sorted(tensors))}: save one head with its weight")
-    weight, bias = tensors[f"{names[0]}.weight"], tensors.get(f"{names[0]}.bias")
+    weight, bias = tensors[f"{held[0]}.weight"], tensors.get(f"{held[0]}.bias")
+    shapes = [list(x.shape) for x in (weight, bias) if x is not None]
+    if (
+        weight.ndim != 2
+        or (bias is not None and bias.shape != weight.shape[:1])
+        or not weight.is_floating_point()
+    ):
+        raise RGTGError(
+            f"{path} holds a head of {weight.dtype} and the shapes {shapes}: save a linear layer as its head"
+        )
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     head.weight = nn.Parameter(weight.float(), requires_grad=False)
     if bias is not None:

@@ -117,9 +117,9 @@ class Difference:
                 "holds an adapter that is not merged",
                 "save model.merge_and_unload(), or name the adapter's folder",
             )
-        for wrapper, origin in _WRAPPERS.items():
-            if any(key.startswith(wrapper) or f".{wrapper}" in key for key in self.unexpected):
-                return f"has names that begin with {wrapper!r}", f"it was saved from {origin}"
+        wrapped = wrapper_of(self.unexpected)
+        if wrapped is not None:
+            return f"has names that begin with {wrapped[0]!r}", f"it was saved from {wrapped[1]}"
         prefixes = _other_prefix(self.missing, self.unexpected)
         if prefixes is not None:
             theirs, ours = prefixes
@@ -199,6 +199,15 @@ class Difference:
             "holds weights that the model has no place for",
             "put back the config.json that belongs to them, or save it again",
         )
+
+
+def wrapper_of(keys: Iterable[str]) -> tuple[str, str] | None:
+    """The prefix that a wrapper has put before some of the names, and what it is with the way out; None for none."""
+    held = list(keys)
+    for prefix, origin in _WRAPPERS.items():
+        if any(key.startswith(prefix) or f".{prefix}" in key for key in held):
+            return prefix, origin
+    return None
 
 
 def head_name(model: PreTrainedModel) -> str:

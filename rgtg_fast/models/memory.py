@@ -39,7 +39,7 @@ def too_large(title: str, parameters: int | None, dtype: torch.dtype, free: int 
         free: bytes free, None where that is not known.
     """
     name = str(dtype).removeprefix("torch.")
-    smaller = "" if dtype.itemsize <= 2 else "dtype='bfloat16'"
+    smaller = "" if dtype.itemsize <= 2 else "dtype bfloat16"
     if parameters is None:
         need = f"the weights of {title} as {name} do not fit the free memory"
     else:

@@ -140,7 +140,7 @@ def test_every_loader_gives_the_same_rewards(tmp_path: Path, fork: int) -> None:
 def test_what_cannot_be_a_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RGTGError, match="num_labels=1"):
         load_base((make_rm(num_labels=2), None))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(RGTGError, match="cannot be loaded"):
+    with pytest.raises(RGTGError, match="nowhere' does not exist: check the path"):
         load_base(tmp_path / "nowhere")
     with pytest.raises(RGTGError, match=r"no adapter_config\.json"):
         merge(tmp_path, tmp_path / "out")

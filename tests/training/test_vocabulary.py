@@ -242,7 +242,7 @@ def test_a_new_head_is_zero_and_leaves_the_embeddings_alone(tmp_path: Path, tied
 
 
 def test_what_cannot_be_a_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RGTGError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(RGTGError, match="nowhere' does not exist: check the path"):
         load_causal(tmp_path / "nowhere")
     config = Gemma2Config(
         vocab_size=64,
