@@ -12,6 +12,7 @@ import torch
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward, bundled
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
+from tests.conftest import make_lm, make_tokenizer
 
 GUIDES = ("bundled:args", "bundled:pargs")
 OBJECTIVES = {"bundled:args": "full_bt", "bundled:pargs": "partial_bt"}
@@ -50,6 +51,22 @@ def test_they_differ_in_the_objective_alone() -> None:
     assert recipes[0]["data_sha256"] == recipes[1]["data_sha256"]
     same = [{k: v for k, v in r["recipe"].items() if k != "objective"} for r in recipes]
     assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("reward", [*GUIDES, "rad:bundled:args", "mixture:0.5*bundled:pargs+0.5*contrastive"])
+def test_beside_another_model_they_say_whose_they_are(reward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *place: pytest.fail("no hub is asked"))
+    with pytest.raises(RGTGError) as error:
+        RewardGuidedDecoder.from_pretrained((make_lm(), make_tokenizer()), reward=reward)
+    message = str(error.value)
+    assert "adapters of SmolLM2-135M-Instruct, the default language model" in message
+    assert "leave out lm, or use reward='contrastive'" in message
+
+
+@pytest.mark.parametrize("prefix", ["text", "farma", "genarm"])
+def test_they_are_sequence_rewards_alone(prefix: str) -> None:
+    with pytest.raises(RGTGError, match=r"adapters of SmolLM2-135M-Instruct.*name it alone as the reward"):
+        RewardGuidedDecoder.from_pretrained((make_lm(), make_tokenizer()), reward=f"{prefix}:bundled:pargs")
 
 
 @pytest.mark.model

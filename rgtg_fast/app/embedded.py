@@ -122,13 +122,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.eos_token = EOS_TOKEN
     if tokenizer.eos_token_id != EOS_ID:
         raise RGTGError(f"{gguf} is not {NAME}: {EOS_TOKEN} has id {tokenizer.eos_token_id}, not {EOS_ID}")
-    quantised, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.float32,
         trust_remote_code=False,
         output_loading_info=True,
     )
+    quantised, info = loaded
     Difference.of(quantised, info).refuse(quantised, gguf, "default model")
     # A model read from GGUF calls itself quantised and refuses to be saved, so its
     # values move to a plain one.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import Tensors, check_model, check_tokenizer
 from rgtg_fast.models.keys import Difference
 from rgtg_fast.models.memory import free_bytes, is_out_of_memory, too_large
+
+# What libraries print to a terminal in bold or in colour.
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[a-zA-Z]|[\x00-\x08\x0e-\x1f\x7f]")
 
 Source = str | os.PathLike[str]
 
@@ -168,7 +172,7 @@ def _one_line(
 
 def _why(source: Source, error: BaseException) -> str:
     """What a loader's error means, and the way out."""
-    path, text = Path(source), " ".join(str(error).split())
+    path, text = Path(source), " ".join(_ESCAPES.sub("", str(error)).split())
     detail = f"({text[:160]})" if text else f"({type(error).__name__})"
     if not path.exists():
         if len(path.parts) > 2 or path.is_absolute():

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.checkpoint import names, safetensors_header
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
 from rgtg_fast.training.packing import (
     PackedBatch,
@@ -359,7 +360,9 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
         model, _ = load_causal(base, new_head=own_head)
     else:
         model, _ = load_base(base)
-    merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()  # pyright: ignore[reportCallIssue]
+    adapted: Any = PeftModel.from_pretrained(model, str(source))
+    _check_adapter(adapted, source)
+    merged = adapted.merge_and_unload()
     tokenizer = read_tokenizer(source, "adapter")
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -369,6 +372,22 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
     except OSError as error:
         raise RGTGError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def _check_adapter(adapted: Any, folder: Path) -> None:
+    """Refuses an adapter's file that holds other names than its model, which PEFT ignores or fills at random."""
+    from peft import get_peft_model_state_dict
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return
+    held = set(safetensors_header(path))
+    own = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if not any("lora_" in name for name in held):
+        own = {name for name in own if "lora_" not in name}  # a head alone (`drop_zero_adapters`)
+    if own != held:
+        found = f"{names(held - own)} not in the model" if held - own else f"{names(own - held)} missing"
+        raise RGTGError(f"the adapter {str(folder)!r} does not fit its base ({found}): save it again")
 
 
 def trained_parameters(model: nn.Module) -> Sequence[tuple[str, nn.Parameter]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rgtg_fast import RGTGError
+from rgtg_fast import RewardGuidedDecoder, RGTGError
 from rgtg_fast.models.adapter import Adapter, decoder_layers, fingerprint, is_adapter, linear_shape
 from rgtg_fast.models.loading import language_backbone
-from tests.conftest import make_lm
+from tests.conftest import make_lm, make_tokenizer
 from tests.models.adapters import write_adapter
 from tests.models.test_families import FAMILIES
 
@@ -222,3 +223,75 @@ def test_without_a_fingerprint_the_name_decides(tmp_path: Path) -> None:
     assert adapter.mismatch(lm) is None
     lm.config._name_or_path = "somebody/other"
     assert "was trained on somebody/model, not on somebody/other" in str(adapter.mismatch(lm))
+
+
+FIRST, SECOND = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{factor}.weight" for factor in "AB")
+SCORE = "base_model.model.score.weight"
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+BROKEN: dict[str, tuple[Change, str]] = {
+    "compiled": (lambda t: {f"_orig_mod.{key}": x for key, x in t.items()}, "torch.compile"),
+    "distributed": (lambda t: {f"module.{key}": x for key, x in t.items()}, "DistributedDataParallel"),
+    "unknown": (lambda t: {**t, "foo": torch.ones(1)}, "holds 'foo'"),
+    "half a pair": (
+        lambda t: {k: x for k, x in t.items() if k != FIRST},
+        "only one of its two factors (lora_B)",
+    ),
+    "no pair": (
+        lambda t: {k: x for k, x in t.items() if "1.self_attn.q" not in k},
+        "lacks the factors of 'layer 1",
+    ),
+    "another rank": (
+        lambda t: {**t, FIRST: t[FIRST][:2], SECOND: t[SECOND][:, :2]},
+        "rank 2 in its file and r=4",
+    ),
+    "two ranks": (lambda t: {**t, FIRST: t[FIRST][:2]}, "A [2, 32] and B [32, 4]"),
+    "no rank": (lambda t: {**t, FIRST: t[FIRST][:0], SECOND: t[SECOND][:, :0]}, "A [0, 32] and B [32, 0]"),
+    "a vector": (lambda t: {**t, FIRST: t[FIRST][0]}, "A [32] and B [32, 4]"),
+    "integers": (lambda t: {**t, FIRST: t[FIRST].int()}, "torch.int32"),
+    "another width": (lambda t: {**t, FIRST: t[FIRST][:, :30]}, "is (32, 30) at layer 1 self_attn.q_proj"),
+    "another layer": (lambda t: {k.replace("s.1.", "s.7."): x for k, x in t.items()}, "changes layer 7"),
+    "a flat head": (lambda t: {**t, SCORE: torch.ones(32)}, "shapes [[32]]"),
+    "a wide head": (lambda t: {**t, SCORE: torch.ones(1, 30)}, "a head on 30 numbers"),
+    "an integer head": (lambda t: {**t, SCORE: torch.ones(1, 32).int()}, "a head of torch.int32"),
+    "another bias": (lambda t: {**t, SCORE.replace("weight", "bias"): torch.ones(3)}, "[[1, 32], [3]]"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_files_that_do_not_hold_their_adapter(case: str, tmp_path: Path) -> None:
+    change, words = BROKEN[case]
+    lm = make_lm()
+    file = write_adapter(tmp_path, lm) / "adapter_model.safetensors"
+    save_file({key: x.clone().contiguous() for key, x in change(load_file(file)).items()}, file)
+    with pytest.raises(RGTGError) as error:
+        RewardGuidedDecoder.from_pretrained((lm, make_tokenizer()), reward=str(tmp_path))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"r": 8}, "rank 4 in its file and r=8"),
+        ({"lora_alpha": "much"}, "lora_alpha='much'"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern="),
+        ({"rank_pattern": 5}, "rank_pattern=5"),
+        ({"modules_to_save": ["lm_head"]}, "its file holds none"),
+    ],
+)
+def test_configurations_that_are_not_the_adapters(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RGTGError) as error:
+        Adapter.load(write_adapter(tmp_path, make_lm(), **settings))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "rgtg_fast.json"])
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"", b"{bad", b"[1]"])
+def test_files_that_are_none(name: str, content: bytes, tmp_path: Path) -> None:
+    (write_adapter(tmp_path, make_lm()) / name).write_bytes(content)
+    with pytest.raises(RGTGError) as error:
+        Adapter.load(tmp_path)
+    assert f"its {name}" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -172,9 +172,7 @@ def test_every_way_to_load_refuses_them(saved: Path, tmp_path: Path) -> None:
         lambda: load_causal(part, new_head=True),
     ]
     for way in ways:
-        with pytest.raises(
-            RGTGError, match="layers.1.mlp.down_proj.weight' missing from its files|lacks weights"
-        ):
+        with pytest.raises(RGTGError, match="lacks weights, which would be random"):
             way()
 
 
@@ -202,11 +200,9 @@ def test_masks_of_older_files_are_no_difference(family: str, tmp_path: Path) -> 
     tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
     make_tokenizer().save_pretrained(tmp_path / family)
     inner = "transformer.h.0.attn." + ("attention." if family == "gpt_neo" else "")
-    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    masks = {f"{inner}bias": torch.ones(1, 1, 8, 8).bool(), f"{inner}masked_bias": torch.tensor(-1e4)}
     (tmp_path / "to").mkdir()
-    folder = edited(
-        tmp_path, family, tmp_path / "to", lambda t: {**t, f"{inner}bias": mask, f"{inner}masked_bias": -mask.float()[0, 0, 0]}
-    )  # fmt: skip
+    folder = edited(tmp_path, family, tmp_path / "to", lambda tensors: {**tensors, **masks})
     read_pretrained(tf.AutoModelForCausalLM, folder, "language model", torch.float32)
 
 
@@ -275,10 +271,9 @@ def test_flipped_bits_of_a_header(saved: Path, tmp_path: Path) -> None:
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
             model, _, _ = read_pretrained(tf.AutoModelForCausalLM, folder, "language model", torch.float32)
-        except RGTGError as error:
-            assert "\n" not in str(error)
-        else:
-            assert all(torch.equal(model.state_dict()[name], value) for name, value in own.items())
+        except RGTGError:
+            continue
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in own.items())
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
