@@ -51,7 +51,7 @@ class _OneLineErrors(TyperGroup):
             code = _fail(str(error))
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError, ImportError) as error:
             if not _is_out_of_memory(error):
                 raise
             code = _fail("out of memory: use a smaller --max-batch, --max-length or --k, or --dtype bfloat16")
@@ -68,9 +68,10 @@ def _command(error: Any) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch has a class of its own for CUDA alone; its CPU allocator raises a RuntimeError."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    """torch has a class of its own for CUDA alone; others raise a RuntimeError, an OSError or an ImportError."""
+    text = str(error).lower()
+    texts = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(part in text for part in texts)
 
 
 def _fail(message: str) -> int:
