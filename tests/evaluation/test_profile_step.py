@@ -19,7 +19,7 @@ def event(key: str, kind: str, count: int, us: float = 0.0) -> SimpleNamespace:
 def test_kernels_and_waits_are_counted() -> None:
     events = [
         event("gemm", "CUDA", 64, 3000.0),
-        event("split_kernel", "CUDA", 32, 500.0),
+        event("tree_attention_kernel", "CUDA", 32, 500.0),
         event("aten::mm", "CPU", 64, 3000.0),
         event("cudaStreamSynchronize", "CPU", 2),
         event("cudaEventSynchronize", "CPU", 9),
