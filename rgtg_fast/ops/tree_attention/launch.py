@@ -16,8 +16,8 @@ def reason_against(D: int = 1) -> str:
 
 
 # A row's prefix is summed up leaf by leaf. Leaves are folded within a span of slots, then span by span, whichever
-# programs do it: so the cut never changes a bit. A leaf of a short row is a half or a quarter of `LEAF`, where `TOGETHER` of
-# those hold the row, and never less than twice a block's query rows: their partial sums would outweigh the prefix.
+# programs do it: so the cut never changes a bit. A leaf of a short row is a half or a quarter of `LEAF`, where as many
+# as `TOGETHER` hold the row, and at least twice a block's query rows: their partial sums would outweigh the prefix.
 LEAF = 256
 TOGETHER = 8
 SPAN = LEAF * TOGETHER
