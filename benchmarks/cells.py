@@ -25,60 +25,48 @@ SHARED = (
     Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
 )
 
-# The same on a GPU, and compiled in a cell of its own.
-SHARED_GPU = (
-    Cell(512, 10, 1, "bfloat16", TRUNK, repeats=3, seconds_per_run=8),
-    Cell(
-        *(512, 10, 1, "bfloat16"),
-        ("shared_trunk", "shared_compiled", "ours_unguided", "ours_unguided_compiled"),
-        repeats=3,
-        seconds_per_run=8,
+# The cells of a round on a GPU by name: sizes of the models, then what is timed together. What is compiled takes tens
+# of seconds at first and has a cell of its own. A peer's run is cut to the tokens that fit `seconds_per_run`.
+ROUND: dict[str, tuple[str, Cell]] = {
+    "8b": (
+        "llama-8b",
+        Cell(
+            *(512, 10, 1, "bfloat16"),
+            ("ours", "args_replicated", "unguided", "ours_unguided"),
+            repeats=3,
+            seconds_per_run=2,
+        ),
     ),
-    Cell(128, 10, 1, "bfloat16", TRUNK, repeats=3, seconds_per_run=8),
-    Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=8),
-)
-
-# Where a GPU's time goes first, (P, k, B): the headline, then batch, length and k.
-GPU_PLACES = ((512, 10, 1), (512, 10, 32), (4096, 10, 1), (128, 10, 1), (512, 10, 8), (512, 40, 1))
-
-
-def _gpu_methods(prompt_length: int, k: int, batch: int) -> tuple[str, ...]:
-    """What is timed in a cell on a GPU; nothing again that does not depend on k, or that a batch does not change."""
-    methods = ["ours", "ours_eager", "args_replicated"]
-    if k == 10:
-        if batch == 1:
-            methods.append("pargs_serial")
-        if batch in (1, 32):
-            methods += ["genarm_published", "ours_genarm"]
-        methods += ["unguided", "ours_unguided"]
-    return tuple(methods)
-
-
-def _gpu_cells() -> tuple[Cell, ...]:
-    """P of 128, 512, 4096, k of 10, 40, B of 1, 8, 32 in bfloat16, what matters most first, and one cell in float32."""
-    first, rest = [], []
-    for prompt_length, k, batch in GPU_PLACES:
-        methods = _gpu_methods(prompt_length, k, batch)
-        first.append(Cell(prompt_length, k, batch, "bfloat16", methods, repeats=3, seconds_per_run=8))
-    # Compiling takes tens of seconds a cell: in cells of its own, what needs none of it is written by then.
-    compiled = [
-        Cell(*place, "bfloat16", ("ours", "ours_compiled"), repeats=3, seconds_per_run=8)
-        for place in GPU_PLACES[:2]
-    ]
-    # In float32 the tokens must be equal.
-    rest.append(Cell(512, 10, 1, "float32", ("ours", "args_replicated"), repeats=1, seconds_per_run=4))
-    for k in (10, 40):
-        for prompt_length in (512, 4096, 128):
-            for batch in (1, 8, 32):
-                if (prompt_length, k, batch) not in GPU_PLACES:
-                    methods = _gpu_methods(prompt_length, k, batch)
-                    rest.append(
-                        Cell(prompt_length, k, batch, "bfloat16", methods, repeats=1, seconds_per_run=4)
-                    )
-    return (first[0], compiled[0], first[1], compiled[1], *first[2:], *rest)
-
-
-GPU = _gpu_cells()
+    "8b-shared": (
+        "llama-8b",
+        Cell(
+            512,
+            10,
+            1,
+            "bfloat16",
+            ("shared_trunk", "two_models", "ours_unguided"),
+            repeats=3,
+            seconds_per_run=2,
+        ),
+    ),
+    "8b-compiled": (
+        "llama-8b",
+        Cell(512, 10, 1, "bfloat16", ("ours", "ours_compiled"), repeats=3, seconds_per_run=2),
+    ),
+    "8b-rows": (
+        "llama-8b",
+        Cell(512, 10, 32, "bfloat16", ("ours", "args_replicated"), repeats=2, seconds_per_run=2),
+    ),
+    "1b": (
+        "llama-1b",
+        Cell(
+            *(512, 10, 1, "bfloat16"),
+            ("ours", "args_replicated", "unguided", "ours_unguided", "ours_compiled"),
+            repeats=3,
+            seconds_per_run=2,
+        ),
+    ),
+}
 
 
 # Further lines of the CPU's tables, out of the sweep.
@@ -92,7 +80,7 @@ HALF = (
 def shown_places(device: str) -> list[tuple[str, int, int, int]]:
     """The places that a table of this device shows, in its order."""
     if device == "cuda":
-        return [("bfloat16", batch, prompt_length, k) for prompt_length, k, batch in GPU_PLACES]
+        return list(dict.fromkeys(cell.place for _, cell in ROUND.values()))
     return list(dict.fromkeys(cell.place for cell in (*HEADLINES, *HALF)))
 
 

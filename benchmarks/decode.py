@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.cells import GPU, HEADLINES, SHARED, SHARED_GPU, sweep_cells
+from benchmarks.cells import HEADLINES, ROUND, SHARED, sweep_cells
 from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
 from rgtg_fast.app import embedded
 from rgtg_fast.errors import RGTGError
@@ -20,17 +20,23 @@ from rgtg_fast.evaluation.benchmark import SHAPES, machine, run_bench
 
 
 def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:
-    """Drop the rows of these cells: they are about to be measured again."""
-    names = {(model, device, *(str(getattr(cell, name)) for name in CELL[2:])) for cell in wanted}
+    """Drop the rows of these cells' methods: they are about to be measured again."""
+    names = {
+        (model, device, *(str(getattr(cell, name)) for name in CELL[2:]), method)
+        for cell in wanted
+        for method in cell.methods
+    }
     rows = read(path)
     path.unlink(missing_ok=True)
-    append(path, [row for row in rows if tuple(row[name] for name in CELL) not in names])
+    append(path, [row for row in rows if tuple(row[name] for name in (*CELL, "method")) not in names])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the README's lines only")
-    parser.add_argument("--gpu", action="store_true", help="the cells for a GPU")
+    parser.add_argument(
+        "--round", nargs="+", choices=list(ROUND), metavar="NAME", help=f"cells for a GPU: {', '.join(ROUND)}"
+    )
     parser.add_argument(
         "--shared", action="store_true", help="one forward for both models against two models"
     )
@@ -53,18 +59,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.csv")
     given = parser.parse_args(arguments)
 
-    shared, others = (SHARED_GPU, GPU) if given.gpu else (SHARED, HEADLINES)
-    wanted = list(shared if given.shared else others)
-    if not (given.gpu or given.quick or given.shared):
-        wanted = sweep_cells()
+    if given.round:
+        shapes, cells = zip(*(ROUND[name] for name in given.round), strict=True)
+        wanted, shape = list(cells), given.shape or shapes[0]
+        if not given.shape and len(set(shapes)) > 1:
+            parser.error(
+                f"--round {' '.join(given.round)} names models of several sizes: run them one by one"
+            )
+    else:
+        wanted, shape = (
+            list(SHARED if given.shared else HEADLINES if given.quick else sweep_cells()),
+            given.shape,
+        )
     if given.list:
         for cell in wanted:
             print(cell, *cell.methods)
         print(f"{len(wanted)} cells")
         return 0
     try:
-        if given.shape:
-            models, model = {"shape": given.shape}, f"{given.shape} (random weights)"
+        if shape:
+            models, model = {"shape": shape}, f"{shape} (random weights)"
         elif given.lm:
             models, model = {"lm": given.lm}, Path(given.lm).name
         else:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.cells import SHARED, shown_places
-from benchmarks.gpu_tables import STYLE, Results, by_gpu, draw_gpu, ops_block, targets_block
+from benchmarks.gpu_tables import STYLE, Results, by_gpu, draw_gpu, ops_block, predicted_block, targets_block
 from benchmarks.harness import PHASES, RESULTS, read
 from benchmarks.method_tables import cost_blocks, evidence_block
 from benchmarks.study.budgets import BUDGETS, budgets_block
@@ -16,12 +16,14 @@ from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy
 from rgtg_fast.evaluation.summary import PAIRWISE
 
 ROOT = Path(__file__).parent.parent
+# What was expected of a GPU before any had run this.
+PREDICTED = RESULTS / "predicted.csv"
 STUDY = ROOT / "benchmarks" / "study" / "results" / "summary.csv"
 CONTROL = STUDY.parent.parent / "control" / "summary.csv"
 # Names of the generated sections.
 DECODING, TRUNK, ACCURACY, COST = "benchmarks", "shared-trunk", "accuracy", "training-cost"
 FORK = "fork"
-GPU_TARGETS, GPU_DECODING, GPU_OPS = "gpu-targets", "gpu-decoding", "gpu-ops"
+GPU_TARGETS, GPU_DECODING, GPU_OPS, GPU_PREDICTED = "gpu-targets", "gpu-decoding", "gpu-ops", "gpu-predicted"
 METHOD_COSTS, EVIDENCE, TRAINED, CONTROLLED = "costs", "evidence", "study-training", "study-control"
 # Results of a GPU beside decode*.csv: the ops, and single steps.
 OF_GPU = ("gpu_ops", "profile")
@@ -385,6 +387,7 @@ def main(arguments: list[str] | None = None) -> int:
         (given.performance, phases_block(rows), DECODING),
         (given.performance, block(rows, "cuda"), GPU_DECODING),
         (given.performance, ops_block(gpus), GPU_OPS),
+        (given.performance, predicted_block(read(PREDICTED), gpus), GPU_PREDICTED),
         (given.training, accuracy_block(judged), ACCURACY),
         (given.training, cost_block(trained), COST),
         (given.trunk, fork_block(read(RESULTS / "fork.csv")), FORK),

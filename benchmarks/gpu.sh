@@ -1,38 +1,47 @@
 #!/usr/bin/env bash
-# One round on a machine with an NVIDIA GPU, within 9 minutes and without downloads: correctness first, then speed.
+# One round on a machine with an NVIDIA GPU, in two calls, without downloads: is it right, then how fast is it.
 #
-#   bash benchmarks/gpu.sh                                             everything, with models of Llama-3.2-1B's sizes
-#   SHAPE=llama-8b bash benchmarks/gpu.sh decode profile shared        only these parts, with models of another size
-#   DEVICE=cpu SHAPE=tiny bash benchmarks/gpu.sh decode profile        tries the script out where there is no GPU
+#   bash benchmarks/gpu.sh                          the first call: 9 minutes at most
+#   bash benchmarks/gpu.sh second                   the second: 3 minutes at most; RESUME names the first one's results
+#   bash benchmarks/gpu.sh gate ops                 only these parts
+#   DEVICE=cpu SHAPE=tiny bash benchmarks/gpu.sh    tries the script out where there is no GPU
 #
-# Parts: ops_tests steps_tests host_tests memcheck racecheck (side by side), ops decode profile shared counters (alone);
-# where it is named, also tune: other block shapes of tree_attention.
+# The first call's parts, the most valuable first: gate, tests and memcheck (side by side), ops, 8b, 8b-shared,
+# 8b-compiled, 8b-rows, 1b, profile, counters. Where the gate fails nothing else is run. The second's: tune, 8b-again,
+# races. What is measured runs alone; a row is written as soon as it is measured.
 # Results go to $OUT, or to benchmarks/results/gpu: CSV files to be copied to benchmarks/results, and round.log.
 # It needs torch with CUDA, which brings Triton, transformers and pytest; ncu and compute-sanitizer where they are to
 # watch. WHEELS=DIR installs the wheels of a folder beside it first. COMMIT names the commit where there is no git.
-# RESUME=DIR takes an earlier round's CSV files along: decoding goes on where they end.
+# SHAPE gives all decoding parts models of one size. RESUME=DIR takes an earlier call's results along. PATIENCE=N gives
+# every part N times its seconds, for slow machines.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
-shape=${SHAPE:-llama-1b}
 out=${OUT:-benchmarks/results/gpu}
-parts=${*:-ops_tests steps_tests host_tests memcheck racecheck ops decode profile shared counters}
-# Seconds of the parts that depend on the models' size, where they are not the only ones.
-case $shape in
-    llama-8b) decode=${DECODE:-230} profile=${PROFILE:-190} shared=${SHARED:-90} ;;
-    *) decode=${DECODE:-120} profile=${PROFILE:-90} shared=${SHARED:-60} ;;
+first="gate tests memcheck ops 8b 8b-shared 8b-compiled 8b-rows 1b profile counters"
+second="tune 8b-again races"
+limit_of_all=540
+case "${*:-first}" in
+    first) parts=$first ;;
+    second) parts=$second limit_of_all=180 ;;
+    *) parts=$* ;;
 esac
+for part in $parts; do
+    case " $first $second " in *" $part "*) ;; *) echo "there is no part $part: choose of $first $second" >&2; exit 2 ;; esac
+done
 
 mkdir -p "$out"
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+background=
+trap 'kill $background 2> /dev/null; rm -rf "$scratch"' EXIT
 export RGTG_COMMIT=${COMMIT:-} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 status=0
 running=()
 # Everything ends here, whatever the parts still want: the machine may be taken away soon after.
-end=$((SECONDS + ${LIMIT:-530}))
+patience=${PATIENCE:-1}
+end=$((SECONDS + ${LIMIT:-$limit_of_all} * patience))
 
 wanted() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
@@ -41,7 +50,7 @@ tell() {
     local name=$1 code=$2
     { echo "== $name: exit $code"; cat "$scratch/$name.log"; } >> "$out/round.log"
     tail -n "$([ "$code" -eq 0 ] && echo 12 || echo 40)" "$scratch/$name.log"
-    echo "== $name: exit $code after $((SECONDS - start)) s"
+    echo "== $name: exit $code after $((SECONDS - start)) s, $((end - SECONDS)) s are left" | tee -a "$out/round.log"
     [ "$code" -eq 0 ] || status=1
 }
 
@@ -49,15 +58,17 @@ tell() {
 share() {
     local left=$((end - SECONDS))
     [ "$left" -ge 10 ] || { echo "== $1: left out, no time" | tee -a "$out/round.log"; status=1; return 1; }
-    limit=$(($2 < left ? $2 : left))
+    limit=$(($2 * patience < left ? $2 * patience : left))
 }
 
 # Runs a part alone, for at most the given seconds.
 alone() {
-    local name=$1 start=$SECONDS limit
-    wanted "$name" && share "$name" "$2" || return
+    local name=$1 start=$SECONDS limit code
+    wanted "$name" && share "$name" "$2" || return 0
     timeout "$limit" "${@:3}" > "$scratch/$name.log" 2>&1
-    tell "$name" $?
+    code=$?
+    tell "$name" $code
+    return $code
 }
 
 # Begins a part that may share the machine: what it takes is mostly compiling, and nothing of it is timed.
@@ -65,15 +76,26 @@ beside() {
     local part=$1 name=$2 limit
     wanted "$part" && share "$name" "$3" || return
     (timeout "$limit" "${@:4}" > "$scratch/$name.log" 2>&1; echo $? > "$scratch/$name.code") &
-    running+=("$name")
+    running+=("$name:$!")
 }
 
 # Waits for all that was begun.
 together() {
-    local start=$1 name
-    wait
-    for name in "${running[@]}"; do tell "$name" "$(cat "$scratch/$name.code")"; done
+    local start=$1 entry
+    for entry in "${running[@]}"; do
+        wait "${entry##*:}"
+        tell "${entry%:*}" "$(cat "$scratch/${entry%:*}.code")"
+    done
     running=()
+}
+
+# Runs a tool of CUDA's, or says that it is not there.
+watched() {
+    local name=$1 tool=$2
+    wanted "$name" || return 0
+    command -v "$tool" > /dev/null && return 0
+    echo "== $name: $tool is not installed: the kernels are NOT watched" | tee -a "$out/round.log"
+    return 1
 }
 
 : > "$out/round.log"
@@ -89,7 +111,7 @@ fi
 import importlib.util, os, sys
 import torch, transformers
 print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}, {os.cpu_count()} cores")
-missing = [name for name in ("triton", "pytest", "hypothesis", "pybind11", "setuptools") if importlib.util.find_spec(name) is None]
+missing = [name for name in ("triton", "pytest", "hypothesis") if importlib.util.find_spec(name) is None]
 if missing:
     print("missing, parts that need them will fail (WHEELS=DIR brings them):", ", ".join(missing))
 if sys.argv[1] == "cuda":
@@ -99,46 +121,71 @@ if sys.argv[1] == "cuda":
 PY
 [ "${PIPESTATUS[0]}" -eq 0 ] || exit 2
 
+alone gate 60 "$python" -m benchmarks.ops.gate --device "$device" || {
+    echo "the gate is shut: nothing else is run" | tee -a "$out/round.log"
+    exit 1
+}
+
+# Decoding: NAME of a round's cells, at most so many seconds, and more arguments.
+decode() { alone "$1" "$3" "$python" -m benchmarks.decode --round "$2" ${SHAPE:+--shape "$SHAPE"} --device "$device" \
+    --output "$out/decode_gpu.csv" "${@:4}"; }
+
 # No plugins: the project's options name one that may be missing here, and others' may be slow or broken.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 tests=("$python" -m pytest -o addopts= -q -ra --strict-markers --import-mode=importlib)
 begun=$SECONDS
-for kernels in tree_attention topk_logprobs "not tree_attention and not topk_logprobs"; do
-    beside ops_tests "ops_tests_${kernels// /_}" 150 "${tests[@]}" tests/gpu/test_ops_cuda.py -k "$kernels"
+for dtype in float32 bfloat16 "float16 and not bfloat16"; do  # a name with bfloat16 in it has float16 in it
+    for kernels in tree_attention "not tree_attention"; do
+        name=ops_${dtype// /_}_${kernels// /_}
+        beside tests "$name" 130 "${tests[@]}" tests/gpu/test_ops_cuda.py -k "$dtype and $kernels"
+    done
 done
-beside steps_tests steps_tests 150 "${tests[@]}" -m "not slow" tests/gpu/test_steps_cuda.py tests/gpu/test_decoder_cuda.py
-beside steps_tests compiled_tests 150 "${tests[@]}" -m slow tests/gpu/test_steps_cuda.py
-beside steps_tests training_tests 150 "${tests[@]}" tests/gpu/test_packing_cuda.py tests/gpu/test_vocabulary_cuda.py
-# The C++ kernels need pybind11 and a compiler; without them the reference serves on the CPU.
-beside host_tests host_tests 150 bash -c '"$0" setup.py -q build_ext --inplace; exec "$@"' "$python" \
-    "${tests[@]}" -m "not slow" --continue-on-collection-errors tests/ops tests/decoding/test_ahead.py
+beside tests ops_others 130 "${tests[@]}" tests/gpu/test_ops_cuda.py -k "not float32 and not float16"
+beside tests steps 130 "${tests[@]}" -m "not slow" tests/gpu/test_steps_cuda.py tests/gpu/test_decoder_cuda.py
+beside tests training 130 "${tests[@]}" tests/gpu/test_packing_cuda.py tests/gpu/test_vocabulary_cuda.py
 # Every kernel under the sanitizer, and torch's own memory pool out of the way, so that each tensor has its own bounds.
-for tool in memcheck racecheck; do
-    if command -v compute-sanitizer > /dev/null; then
-        beside $tool $tool 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool $tool --error-exitcode 1 "$python" -m benchmarks.ops.sanitize
-    elif wanted $tool; then
-        echo "== $tool: compute-sanitizer is not installed: the kernels are NOT watched" | tee -a "$out/round.log"
+if watched memcheck compute-sanitizer; then
+    beside memcheck memcheck 130 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+        --report-api-errors no --error-exitcode 1 "$python" -m benchmarks.ops.sanitize
+fi
+# Meanwhile the compiler fills its cache on disk; what it measures here is thrown away, and it must not outlive the tests.
+if wanted tests && wanted 8b-compiled; then
+    timeout 130 "$python" -m benchmarks.decode --round 8b-compiled ${SHAPE:+--shape "$SHAPE"} --device "$device" \
+        --output "$scratch/warm.csv" > /dev/null 2>&1 &
+    background=$!
+fi
+together "$begun"
+[ -z "$background" ] || { kill "$background" 2> /dev/null; wait "$background" 2> /dev/null; background=; }
+
+if [ "$device" = cuda ]; then
+    alone ops 70 "$python" -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv" \
+        --ops tree_attention topk_logprobs linear commit advance reward_tail resample partial_bt_loss
+fi
+decode 8b 8b 60
+decode 8b-shared 8b-shared 45
+decode 8b-compiled 8b-compiled 80
+decode 8b-rows 8b-rows 50
+decode 1b 1b 70
+alone profile "${PROFILE:-60}" "$python" -m benchmarks.profile_step --shape "${SHAPE:-llama-8b}" --device "$device" --kernels 15 \
+    --output "$out/profile_gpu.csv"
+# What the hardware counted in one launch of every kernel, named by its op and shape.
+metrics=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
+metrics=$metrics,sm__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active
+if [ "$device" = cuda ] && watched counters ncu; then
+    alone counters 45 ncu --clock-control none --csv --log-file "$out/counters.csv" --metrics "$metrics" --nvtx \
+        --print-nvtx-rename kernel -k 'regex:(tree_attention|topk_)' \
+        "$python" -m benchmarks.ops.gpu_ops --once --ops tree_attention topk_logprobs
+fi
+
+# The second call: other block shapes, decoding again with what has been chosen since, and the kernels' races.
+if [ "$device" = cuda ]; then alone tune 80 "$python" -m benchmarks.ops.tune --output "$out/tune.csv"; fi
+decode 8b-again 8b 60 --fresh
+begun=$SECONDS
+for tool in racecheck initcheck; do
+    if watched races compute-sanitizer; then
+        beside races $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \
+            "$python" -m benchmarks.ops.sanitize
     fi
 done
 together "$begun"
-
-alone ops 80 "$python" -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv"
-alone decode "$decode" "$python" -m benchmarks.decode --gpu --shape "$shape" --device "$device" \
-    --seconds $((decode - 25)) --output "$out/decode_gpu_$shape.csv"
-alone profile "$profile" "$python" -m benchmarks.profile_step --shape "$shape" --device "$device" --kernels 15 \
-    --output "$out/profile_gpu_$shape.csv"
-alone shared "$shared" "$python" -m benchmarks.decode --gpu --shared --shape "$shape" --device "$device" \
-    --seconds $((shared - 15)) --output "$out/decode_gpu_$shape.csv"
-# What the hardware counted in one launch of every kernel at every size.
-counters=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
-counters=$counters,sm__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active
-if command -v ncu > /dev/null; then
-    alone counters 60 ncu --clock-control none --csv --log-file "$out/counters.csv" --metrics "$counters" \
-        -k 'regex:(split|merge|segment|resample|commit|reward_tail|pair|sum)_kernel' "$python" -m benchmarks.ops.gpu_ops --once
-elif wanted counters; then
-    echo "== counters: ncu is not installed: nothing was counted" | tee -a "$out/round.log"
-fi
-# Only where it is named: what other block shapes would bring.
-alone tune 240 "$python" -m benchmarks.ops.tune --output "$out/tune.csv"
 exit $status

@@ -195,7 +195,7 @@ def sweep(
 ) -> int:
     """Measure every cell that the file does not hold yet.
 
-    A method for which the device's memory does not suffice gets no row, which is reported, and the others do.
+    A method's row is written as soon as it is done. One that fails gets no row, which is reported, and the others do.
 
     Args:
         cells: what to measure, in this order.
@@ -237,6 +237,18 @@ def sweep(
         methods = [m for m in cell.methods if m in missing or (m in BESIDE and _agrees(m, missing))]
         say(f"[{number}/{len(cells)}] {cell}: {', '.join(methods)}")
         start, reason = time.perf_counter(), None
+        written: set[str] = set()
+
+        def write(
+            result: dict[str, Any], wanted: Sequence[str] = missing, written: set[str] = written
+        ) -> None:
+            rows = [row for row in flatten(result, model, wanted) if row["method"] not in written]
+            append(path, rows)
+            for row in rows:
+                written.add(row["method"])
+                note = f" (of {row['tokens_measured']} tokens, {row['rows_measured']} rows)"
+                say(f"    {row['method']:18} {float(row['tokens_per_second']):9.2f} tokens/s{note}")
+
         try:
             result = bench(
                 **models,
@@ -249,6 +261,7 @@ def sweep(
                 repeats=cell.repeats,
                 seconds_per_run=cell.seconds_per_run,
                 device=device,
+                each=write,
             )
         except RGTGError as error:
             reason = str(error)
@@ -265,13 +278,8 @@ def sweep(
             failed += 1
             print(f"[{number}/{len(cells)}] {cell}: {reason}", file=sys.stderr)
             continue
-        if result["out_of_memory"]:
-            names = ", ".join(result["out_of_memory"])
-            print(f"[{number}/{len(cells)}] {cell}: out of device memory: {names}", file=sys.stderr)
-        rows = flatten(result, model, missing)
-        append(path, rows)
-        for row in rows:
-            note = f" (of {row['tokens_measured']} tokens, {row['rows_measured']} rows)"
-            say(f"    {row['method']:18} {float(row['tokens_per_second']):9.2f} tokens/s{note}")
+        for name, why in result["left_out"].items():
+            print(f"[{number}/{len(cells)}] {cell}: {name} is left out: {why}", file=sys.stderr)
+        write(result)
         say(f"    {time.perf_counter() - start:.0f} s")
     return failed

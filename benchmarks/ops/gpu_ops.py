@@ -1,4 +1,4 @@
-"""Times every op on a GPU against what PyTorch composes, and attention against other libraries if installed.
+"""Times every op on a GPU against what PyTorch composes, attention against other libraries if installed, and products.
 
     python -m benchmarks.ops.gpu_ops                     # all cases into benchmarks/results/gpu_ops.csv
     python -m benchmarks.ops.gpu_ops --ops commit --list # what would be run; needs no GPU
@@ -6,6 +6,7 @@
 
 A measurement is one CUDA graph that runs the op once on each of several copies of its inputs, together larger than
 the second-level cache, so that every run finds it cold; time is by CUDA events, per run, as quantiles over replays.
+`linear` is PyTorch's own product of M rows with a layer's weights: what the rest of a step has to be measured by.
 Bytes and operations are those that any implementation needs; the ceilings are a device copy and a large product of
 bfloat16 matrices, measured in the same way.
 """
@@ -49,6 +50,16 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
 
 
+# Products of a layer of Llama-3.1-8B, q, k, v and gate, up joined, and the head's: outputs and inputs.
+LINEAR = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
+
+
 def cases() -> Iterator[Case]:
     """Shapes of Llama-3.1-8B (V=128256, H=32, G=8, D=128, L=32)."""
     for B in (1, 8, 32):
@@ -71,6 +82,10 @@ def cases() -> Iterator[Case]:
         yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
     for N in (16, 256):
         yield Case("partial_bt_loss", {"N": N, "T": 256, "mode": "hold"}, torch.float32)
+    # A row of the base model, ten and twenty candidates, forty, and ten of thirty-two rows.
+    for M in (1, 10, 20, 40, 320):
+        for layer, (N, K) in LINEAR.items():
+            yield Case("linear", {"M": M, "N": N, "K": K, "layer": layer})
 
 
 def moved_bytes(case: Case) -> int:
@@ -90,6 +105,8 @@ def moved_bytes(case: Case) -> int:
     if case.op == "partial_bt_loss":
         offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return int(offsets[-1]) * (size + 4) + 8 * len(offsets)
+    if case.op == "linear":
+        return size * (s["N"] * s["K"] + s["M"] * (s["N"] + s["K"]))
     return 4 * s["L"] * s["B"] * s["G"] * s["D"] * size
 
 
@@ -109,7 +126,7 @@ def operations(case: Case) -> int:
     if case.op == "partial_bt_loss":
         offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return 6 * int(offsets[-1])
-    return 0
+    return 2 * s["M"] * s["N"] * s["K"] if case.op == "linear" else 0
 
 
 def copies(footprint: int) -> int:
@@ -214,6 +231,13 @@ def torch_sdpa(a: dict[str, Any]) -> torch.Tensor:
     return F.scaled_dot_product_attention(a["q"], a["k"], a["v"], enable_gqa=True)
 
 
+def one_prefix(a: dict[str, Any]) -> dict[str, Any]:
+    """For SDPA: the candidates of a group's heads as query rows over one prefix, without the token itself."""
+    B, H, S, D = a["q"].shape
+    G = a["k"].shape[1]
+    return {"q": a["q"].reshape(B, G, H // G * S, D).contiguous(), "k": a["k_cache"], "v": a["v_cache"]}
+
+
 def packed(a: dict[str, Any]) -> dict[str, Any]:
     """For flash-attn: candidates as extra query heads over the prefix alone, without the token itself."""
     B, H, S, D = a["q"].shape
@@ -231,6 +255,8 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
         yield "torch softmax + multinomial", dict, torch_resample
     elif case.op == "reward_tail":
         yield "torch norm, linear, softmax + multinomial", dict, torch_tail
+    elif case.op == "linear":
+        yield "torch linear", dict, lambda a: F.linear(a["x"], a["weight"])
     elif case.op == "commit":
         yield "torch index_put", dict, lambda a: specs()["commit"].reference(**a)
     elif case.op == "advance":
@@ -238,7 +264,10 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
     elif case.op == "partial_bt_loss":
         yield "torch logsigmoid and autograd, padded", padded, torch_bt_loss
     elif case.op == "tree_attention":
-        yield "torch SDPA, replicated prefix", replicated, torch_sdpa
+        yield "torch SDPA, packed query rows, prefix only", one_prefix, torch_sdpa
+        # The published way; of forty candidates' copies nobody learns more than of ten's.
+        if case.shape["S"] <= 10:
+            yield "torch SDPA, replicated prefix", replicated, torch_sdpa
         if importlib.util.find_spec("flash_attn"):
             from flash_attn import flash_attn_with_kvcache
 
@@ -255,6 +284,10 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
 
 def inputs_of(case: Case) -> dict[str, Any]:
     """Inputs on the device that a run may be repeated with."""
+    if case.op == "linear":
+        M, N, K = (case.shape[name] for name in "MNK")
+        x = torch.randn(M, K, device="cuda", dtype=case.dtype)
+        return {"x": x, "weight": torch.randn(N, K, device="cuda", dtype=case.dtype)}
     inputs = specs()[case.op].make_inputs(case.shape, case.dtype, "cuda")
     if case.op in ("resample", "reward_tail"):
         inputs["temperature"].fill_(1.0)
@@ -267,7 +300,7 @@ def inputs_of(case: Case) -> dict[str, Any]:
 
 def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
     """Rows of one case: ours, then the rivals."""
-    contestants = [("ours", dict, ours(case.op)), *rivals(case)]
+    contestants = [*([("ours", dict, ours(case.op))] if case.op in specs() else []), *rivals(case)]
     need = moved_bytes(case)
     base = inputs_of(case)
     for who, prepare, function in contestants:
@@ -280,7 +313,7 @@ def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
         yield {
             "op": case.op,
             "who": who,
-            "shape": " ".join(f"{k}={v}" for k, v in case.shape.items() if k != "lengths"),
+            "shape": shape_text(case),
             "dtype": str(case.dtype).removeprefix("torch."),
             **{f"us_p{p}": round(t, 2) for p, t in zip((20, 50, 80), times, strict=True)},
             "bytes": need,
@@ -290,6 +323,11 @@ def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
         }
         del first, inputs
         torch.cuda.empty_cache()
+
+
+def shape_text(case: Case) -> str:
+    """The shape as the results files hold it."""
+    return " ".join(f"{k}={v}" for k, v in case.shape.items() if k != "lengths")
 
 
 def _clone(x: Any) -> Any:
@@ -313,12 +351,13 @@ def product_throughput() -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", choices=sorted(specs()), default=sorted(specs()))
+    names = list(dict.fromkeys(case.op for case in cases()))
+    parser.add_argument("--ops", nargs="+", choices=names, default=names, help="in this order (default: all)")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--once", action="store_true", help="run our kernels once each, and time nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    wanted = [case for case in cases() if case.op in given.ops]
+    wanted = [case for op in given.ops for case in cases() if case.op == op]
     if given.list:
         for case in wanted:
             print(case.op, case.shape, case.dtype, f"{moved_bytes(case)} bytes")
@@ -328,8 +367,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if given.once:
         with use_backend("triton"), torch.inference_mode():
+            wanted = [case for case in wanted if case.op in specs()]
             for case in wanted:
-                ours(case.op)(inputs_of(case))
+                inputs = inputs_of(case)
+                # A profiler names the launches by it.
+                with torch.cuda.nvtx.range(f"{case.op} {shape_text(case)}"):
+                    ours(case.op)(inputs)
         torch.cuda.synchronize()
         print(f"{len(wanted)} cases")
         return 0
@@ -340,6 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{where['gpu']}: a device copy moves {ceiling:.0f} GB/s, a product does {product:.0f} TFLOP/s")
     torch.cuda.empty_cache()
     given.output.parent.mkdir(parents=True, exist_ok=True)
+    failed = 0
     with given.output.open("w", newline="", encoding="utf-8") as file, torch.inference_mode():
         writer = csv.DictWriter(file, (*COLUMNS, *MACHINE), lineterminator="\n")
         writer.writeheader()
@@ -349,9 +393,11 @@ def main(arguments: list[str] | None = None) -> int:
                     writer.writerow({**row, **where})
                     file.flush()
                     print(*(row[name] for name in COLUMNS), sep="  ")
-            except torch.OutOfMemoryError:
-                print(f"{case.op} {case.shape}: out of memory, the rest of this case is left out")
-    return 0
+            except RuntimeError as error:  # out of memory, a capture that failed: the next case may do
+                reason = str(error).partition("\n")[0]
+                print(f"{case.op} {shape_text(case)}: the rest of this case is left out: {reason}")
+                failed += 1
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -150,10 +150,10 @@ def counts_of(op: str, kernel: str, signature: Mapping[str, str], arch: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Instructions of the Triton kernels of an op.")
-    parser.add_argument("op", choices=sorted({op for op, _, _ in signatures()}))
+    parser.add_argument("op", choices=sorted({op for op, _, _ in signatures(90)}))
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), default=90)
     arguments = parser.parse_args()
-    for op, kernel, signature in signatures():
+    for op, kernel, signature in signatures(arguments.arch):
         if op == arguments.op:
             counts = counts_of(op, kernel, signature, arguments.arch)
             loads = " ".join(f"{n}x{bits}" for bits, n in sorted(counts.loads.items()))

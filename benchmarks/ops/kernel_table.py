@@ -124,17 +124,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def signatures() -> Iterator[tuple[str, str, Mapping[str, str]]]:
-    """Every signature of every kernel of every op."""
+def signatures(arch: int) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """Every signature of every kernel of every op that an architecture launches."""
     for op, spec in specs().items():
         for kernel in spec.kernels:
-            for signature in kernel.signatures:
-                yield op, kernel.name, signature
+            if not kernel.archs or arch in kernel.archs:
+                for signature in kernel.signatures:
+                    yield op, kernel.name, signature
 
 
 def compile_all(archs: tuple[int, ...] = tuple(SHARED_LIMIT)) -> list[Compiled]:
     """Compiles everything, on as many processes as there are cores."""
-    jobs = [(*entry, arch) for entry in signatures() for arch in archs]
+    jobs = [(*entry, arch) for arch in archs for entry in signatures(arch)]
     # Children must compile, not interpret, whoever asks.
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
@@ -144,7 +145,7 @@ def compile_all(archs: tuple[int, ...] = tuple(SHARED_LIMIT)) -> list[Compiled]:
 def may_spill(row: Compiled) -> bool:
     """The one exception: 4-byte numbers with D = 256, whose queries alone fill the registers once split in two."""
     return (
-        row.kernel == "split_kernel"
+        row.kernel == "tree_attention_kernel"
         and row.signature["p_q"].startswith("*fp32")
         and row.signature["D"] == "256"
     )
@@ -170,7 +171,7 @@ def page(rows: list[Compiled]) -> str:
         "|---|---|---|" + "---|" * len(archs),
     ]
     for (op, kernel, what), by_arch in places.items():
-        cells = " | ".join(_cell(by_arch[arch]) for arch in archs)
+        cells = " | ".join(_cell(by_arch[arch]) if arch in by_arch else "–" for arch in archs)
         lines.append(f"| `{op}` | `{kernel}` | {what} | {cells} |")
     return "\n".join(lines) + "\n"
 

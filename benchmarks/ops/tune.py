@@ -61,13 +61,13 @@ def candidates(chosen: Settings) -> Iterator[Settings]:
 @contextmanager
 def launched_with(settings: Settings) -> Iterator[None]:
     """The kernels run with these block shapes."""
-    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
-    old = kernel.configuration
-    kernel.configuration = lambda *_: settings
+    choices = importlib.import_module("rgtg_fast.ops.tree_attention.launch")
+    old = choices.configuration
+    choices.configuration = lambda *_: settings
     try:
         yield
     finally:
-        kernel.configuration = old
+        choices.configuration = old
 
 
 def agrees(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance) -> bool:

@@ -60,8 +60,8 @@ def _show(result: dict[str, Any], console: Console) -> None:
     extended = [row["method"] for row in rows if row["extrapolated"]]
     if extended:
         console.print(f"measured on part of the job and extended: {', '.join(extended)}", style="dim")
-    if result["out_of_memory"]:
-        console.print(f"left out, the device's memory did not suffice: {', '.join(result['out_of_memory'])}")
+    for name, reason in result["left_out"].items():
+        console.print(f"left out: {name}: {reason}", markup=False)
 
 
 def _milliseconds(value: float | None) -> str:

@@ -381,7 +381,7 @@ class RewardGuidedDecoder:
             tensors = self._step(batch, run.trace, run.timer)
         else:
             with run.timer("step"):
-                tensors = run.graphs(batch, run.trace, tuple(self._eos_ids))
+                tensors = run.graphs(batch, run.trace)
         return _Flight(list(batch.rows), list(batch.guided), Arrival(tensors))
 
     def _in_flight(self, run: _Run, batch: Batch, flights: int) -> int:
@@ -723,6 +723,8 @@ class RewardGuidedDecoder:
         if self.lm.eos_ids != self._eos_ids:
             self._eos_ids = self.lm.eos_ids
             self._eos = to_device(sorted(self._eos_ids), torch.int64, backbone.device)
+            if self._graphs is not None:
+                self._graphs.forget()  # they read the tensor that was replaced
         if run.graphs is not None:
             run.graphs.begin(self._slots)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,7 +40,15 @@ class Recorder(Protocol):
         ...
 
     def record(self, step: Step, batch: Batch, trace: bool) -> Callable[[], Tensors]:
-        """Records a step; calling the result replays it and gives its tensors, always the same ones."""
+        """Records a step; calling the result replays it and gives its tensors, always the same ones.
+
+        Raises:
+            RuntimeError: the step cannot be recorded.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Nothing that was recorded will be replayed again."""
         ...
 
 
@@ -49,6 +58,10 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self._stream = torch.cuda.Stream(device)
+        self.forget()
+
+    def forget(self) -> None:
+        # A pool ends with its last graph; its handle must not be used again.
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Callable[[], object]) -> None:
@@ -60,9 +73,18 @@ class CudaRecorder:
 
     def record(self, step: Step, batch: Batch, trace: bool) -> Callable[[], Tensors]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = step(batch, trace)
+        # torch synchronises the current device before a capture.
+        with torch.cuda.device(self.device):
+            own = torch.cuda.current_stream()
+            try:
+                # Other threads may go on using the device meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    outputs = step(batch, trace)
+            finally:
+                # A capture that fails leaves its stream the current one.
+                torch.cuda.set_stream(own)
 
         def replay() -> Tensors:
             graph.replay()
@@ -91,6 +113,7 @@ class StepGraphs:
 
     The step must read and change nothing but tensors at fixed addresses, counters, and the host's count of lengths. A
     graph is for a number of rows and k (`Batch.shape`); lengths, tokens, seeds, β and temperatures are on the device.
+    Where a step cannot be recorded, a warning says so and steps run one operator after another from then on.
 
     Args:
         step: gives the tensors of a batch's decision, with those of a trace where asked for.
@@ -106,6 +129,7 @@ class StepGraphs:
         self.recorder = recorder or CudaRecorder(lm.device)
         self.seconds = 0.0
         self._recorded: dict[Hashable, _Recorded] = {}
+        self._failed = False
         self._layout: Hashable = None
         self._state: Tensors = []
 
@@ -113,8 +137,9 @@ class StepGraphs:
         return len(self._recorded)
 
     def forget(self) -> None:
-        """Drops what was recorded: the step has changed."""
+        """Drops what was recorded: the step has changed, or a tensor that it reads was replaced."""
         self._recorded.clear()
+        self.recorder.forget()
 
     def begin(self, slots: SlotState) -> None:
         """A call begins, all memory reserved: graphs over memory that has been replaced since are dropped."""
@@ -127,17 +152,13 @@ class StepGraphs:
             self.forget()
             self._layout = layout
 
-    def __call__(self, batch: Batch, trace: bool, key: Hashable = None) -> Tensors:
-        """What the step gives for this batch; valid until the next call.
-
-        Args:
-            key: what else the step depends on besides `batch.shape`.
-        """
-        place = (batch.shape, trace, key)
-        if place not in self._recorded:
-            start = time.perf_counter()
-            self._recorded[place] = self._record(batch, trace)
-            self.seconds += time.perf_counter() - start
+    def __call__(self, batch: Batch, trace: bool) -> Tensors:
+        """What the step gives for this batch; valid until the next call."""
+        place = (batch.shape, trace)
+        if place not in self._recorded and not self._failed:
+            self._try_to_record(batch, trace, place)
+        if self._failed:
+            return self.step(batch, trace)
         recorded = self._recorded[place]
         outputs = recorded.replay()
         for counter, (calls, tokens) in zip(self._counters(), recorded.counts, strict=True):
@@ -146,6 +167,21 @@ class StepGraphs:
         for model, rows in zip(self._models(), recorded.rows, strict=True):
             model.lengths = [length + (slot < rows) for slot, length in enumerate(model.lengths)]
         return outputs
+
+    def _try_to_record(self, batch: Batch, trace: bool, place: Hashable) -> None:
+        start = time.perf_counter()
+        try:
+            self._recorded[place] = self._record(batch, trace)
+        except RuntimeError as error:
+            self._failed = True
+            self.forget()
+            reason = " ".join(str(error).split())[:160]
+            warnings.warn(
+                f"a decoding step could not be recorded as a CUDA graph, decoding goes on without graphs: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.seconds += time.perf_counter() - start
 
     def _record(self, batch: Batch, trace: bool) -> _Recorded:
         """Warms the step up and records it; everything it has changed is put back."""
@@ -163,13 +199,17 @@ class StepGraphs:
                 model.lengths = old
 
         for _ in range(WARM_UP):
-            self.recorder.warm_up(lambda: self.step(batch, trace))
+            try:
+                self.recorder.warm_up(lambda: self.step(batch, trace))
+            finally:
+                put_back()
+        try:
+            replay = self.recorder.record(self.step, batch, trace)
+            pairs = zip(self._counters(), counts, strict=True)
+            gained = [(c.calls - calls, c.tokens - tokens) for c, (calls, tokens) in pairs]
+            rows = [sum(model.lengths) - sum(old) for model, old in zip(self._models(), lengths, strict=True)]
+        finally:
             put_back()
-        replay = self.recorder.record(self.step, batch, trace)
-        pairs = zip(self._counters(), counts, strict=True)
-        gained = [(c.calls - calls, c.tokens - tokens) for c, (calls, tokens) in pairs]
-        rows = [sum(model.lengths) - sum(old) for model, old in zip(self._models(), lengths, strict=True)]
-        put_back()
         undecided = [part.cache.k_new for model in self._models() for part in model.cache.parts]
         return _Recorded(replay, gained, rows, undecided)
 

@@ -259,24 +259,29 @@ class _Method:
 
 
 @dataclass
-class _Room:
-    """The device's memory: a method for which it does not suffice, beside the others' caches, is left out.
+class _Isolation:
+    """A method that fails, for memory or otherwise, is left out; the others are timed without it.
 
     Attributes:
-        left_out: their names.
+        left_out: names of such methods, and why in one line.
     """
 
     device: torch.device
     say: Callable[[str], None]
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         try:
             yield
         except (torch.OutOfMemoryError, MemoryTooSmallError):
-            self.say(f"{name} ran out of device memory and is left out")
-            self.left_out.append(name)
+            self._leave_out(name, "the device's memory does not suffice")
+        except RuntimeError as error:  # a capture or a compilation that failed, say
+            self._leave_out(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.say(f"{name} is left out: {reason}")
+        self.left_out[name] = reason
 
     def remaining(self, entries: Sequence[_Method]) -> list[_Method]:
         """The methods that still take part.
@@ -286,23 +291,36 @@ class _Room:
         """
         remaining = [entry for entry in entries if entry.name not in self.left_out]
         if not remaining:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items())
             raise RGTGError(
-                f"every method ran out of memory on {self.device}: use smaller models, fewer rows or shorter prompts"
+                f"every method failed on {self.device} ({reasons}): use smaller models, fewer rows or shorter prompts"
             )
         return remaining
 
 
 def memory_bandwidth(device: torch.device | str = "cpu") -> float:
-    """Bytes per second that the memory can be read with, measured: the best of six sums over 1 GiB."""
+    """Bytes per second that the memory can be read with, measured: the best of six sums over 1 GiB.
+
+    On CUDA by events over ten sums, so that no launch and no waiting is counted.
+    """
     device = torch.device(device)
     x = torch.ones(2**28, device=device)
     best = float("inf")
     for _ in range(6):
-        _synchronize(device)
-        start = time.perf_counter()
-        x.sum()
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                for _ in range(10):
+                    x.sum()
+                end.record()
+                end.synchronize()
+            seconds = begin.elapsed_time(end) / 1e4
+        else:
+            start = time.perf_counter()
+            x.sum()
+            seconds = time.perf_counter() - start
+        best = min(best, seconds)
     return x.nbytes / best
 
 
@@ -344,6 +362,7 @@ def run_bench(
     progress: Callable[[str], None] | None = None,
     device: str | None = None,
     seconds_per_run: float = 30.0,
+    each: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Time reward-guided decoding methods against each other, greedily, on the same prompts and models.
 
@@ -365,8 +384,8 @@ def run_bench(
 
     On CUDA, and for what is compiled, the warm-up has two rounds: the first compiles, captures and allocates, for our
     methods at full length, and the second alone tells how long a run takes. Every run's memory is counted, the
-    warm-up's included. A method for which the device's memory does not suffice, beside the caches that the others hold,
-    is left out and named, and the others are timed without it.
+    warm-up's included. A method that fails, or for which the device's memory does not suffice beside the caches that
+    the others hold, is left out and named, and the others are timed without it.
 
     Args:
         lm: path or hub id of the base model; or None with `shape`.
@@ -389,9 +408,11 @@ def run_bench(
         progress: is told in one line what happens next.
         device: "cpu" or "cuda"; None: CUDA where there is one.
         seconds_per_run: see above.
+        each: is given what is returned, with one method in it, as soon as that has had its last run and its outputs
+            have been compared.
 
     Returns:
-        {"methods": [...], "out_of_memory": [...], "config": {...}, "machine": {...}}, ready for JSON. Each method:
+        {"methods": [...], "left_out": {name: reason}, "config": {...}, "machine": {...}}, ready for JSON. Each method:
         `tokens_per_second`, `ms_per_token` (prefill included), `decode_ms_per_token` (without), `phases` (ms
         per token), bytes of the caches (between steps and within one), `weight_bytes` of the models it holds,
         `tokens` and `seconds` of the whole job, `reference`, `equal_to_reference`, and on CUDA
@@ -401,8 +422,8 @@ def run_bench(
         how many times that the decoding takes.
 
     Raises:
-        RGTGError: a value out of range, an unknown name, both or neither of `lm` and `shape`; no method that the
-            device's memory suffices for.
+        RGTGError: a value out of range, an unknown name, both or neither of `lm` and `shape`; no method that does not
+            fail.
         BenchmarkMismatchError: outputs that differ in float32.
     """
     say = progress or (lambda line: None)
@@ -431,48 +452,66 @@ def run_bench(
             guide.language_model = _second_language_model(base, seed)
         prompts = _prompts(tokenizer, base.config.vocab_size, batch, prompt_length, seed)
         guidance = Guidance(k=k, beta=beta, temperature=0.0)
-        room, entries = _Room(target, say), []
+        config = {
+            "lm": lm,
+            "rm": rm or f"the base model's trunk with a random {'adapter and ' if adapter else ''}head",
+            "shape": shape,
+            "prompt_length": prompt_length,
+            "k": k,
+            "batch": batch,
+            "new_tokens": new_tokens,
+            "dtype": dtype,
+            "device": str(target),
+            "beta": beta,
+            "seed": seed,
+            "repeats": repeats,
+            "seconds_per_run": seconds_per_run,
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        }
+        isolated, entries = _Isolation(target, say), []
         length = prompt_length + new_tokens
         for name in methods:
-            with room(name):
+            with isolated(name):
                 entries.append(_method(name, base, guide, tokenizer, guidance, batch, length, target))
-        entries = _warm_up(entries, room, prompts, batch, new_tokens, repeats, seconds_per_run, dtype)
-        for turn in range(repeats):
-            for entry in entries:
-                if turn < entry.repeats:
-                    say(f"run {turn + 1} of {entry.repeats}: {entry.name}")
-                    with room(entry.name):
-                        entry.runs.append(entry.run(prompts, entry.tokens))
-            entries = room.remaining(entries)
-        _compare(entries, [entry.runs for entry in entries], dtype)
+        entries = _warm_up(entries, isolated, prompts, batch, new_tokens, repeats, seconds_per_run, dtype)
         about = machine(target)
-        rows = [_row(entry, _reference(entry.name, entries), batch, new_tokens) for entry in entries]
-        for row in rows:
-            weights, stored = _held(row["method"], base, guide)
+
+        def finished(entry: _Method) -> dict[str, Any]:
+            row = _row(entry, _reference(entry.name, entries), batch, new_tokens)
+            weights, stored = _held(entry.name, base, guide)
             row["weight_bytes"] = weights
-            if row["method"] in OURS:
+            if entry.name in OURS:
                 bandwidth = about["memory_bandwidth_gb_s"]
                 floor = _floor(weights, stored, prompt_length, new_tokens, batch, bandwidth)
                 row["floor"] = floor | {
                     "achieved_over_floor": round(row["decode_ms_per_token"] / floor["floor_ms_per_token"], 3)
                 }
-    config = {
-        "lm": lm,
-        "rm": rm or f"the base model's trunk with a random {'adapter and ' if adapter else ''}head",
-        "shape": shape,
-        "prompt_length": prompt_length,
-        "k": k,
-        "batch": batch,
-        "new_tokens": new_tokens,
-        "dtype": dtype,
-        "device": str(target),
-        "beta": beta,
-        "seed": seed,
-        "repeats": repeats,
-        "seconds_per_run": seconds_per_run,
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-    }
-    return {"methods": rows, "out_of_memory": room.left_out, "config": config, "machine": about}
+            return row
+
+        told: set[str] = set()
+
+        def tell() -> None:
+            """Reports the methods that are done, as soon as there is a run to compare theirs with."""
+            for entry in entries:
+                reference = _reference(entry.name, entries) or entry
+                done = len(entry.runs) >= max(entry.repeats, 1) and entry.name not in isolated.left_out
+                if each is not None and done and reference.runs and entry.name not in told:
+                    told.add(entry.name)
+                    _compare([entry], entries, dtype)
+                    each({"methods": [finished(entry)], "left_out": {}, "config": config, "machine": about})
+
+        for turn in range(repeats):
+            for entry in entries:
+                if turn < entry.repeats:
+                    say(f"run {turn + 1} of {entry.repeats}: {entry.name}")
+                    with isolated(entry.name):
+                        entry.runs.append(entry.run(prompts, entry.tokens))
+                tell()
+            entries = isolated.remaining(entries)
+        tell()
+        _compare(entries, entries, dtype)
+        rows = [finished(entry) for entry in entries]
+    return {"methods": rows, "left_out": isolated.left_out, "config": config, "machine": about}
 
 
 def _check(
@@ -752,7 +791,7 @@ def _reference(name: str, entries: Sequence[_Method]) -> _Method | None:
 
 def _warm_up(
     entries: Sequence[_Method],
-    room: _Room,
+    isolated: _Isolation,
     prompts: Sequence[Sequence[int]],
     batch: int,
     new_tokens: int,
@@ -763,26 +802,36 @@ def _warm_up(
     """Run every method for a few tokens, compare them, and plan the timed runs; those that take part in them."""
     trials: dict[str, list[BaselineRun]] = {}
     for entry in entries:
-        room.say(f"warm-up and comparison of outputs: {entry.name}")
+        isolated.say(f"warm-up and comparison of outputs: {entry.name}")
         tokens = min(new_tokens, _WARM_UP_TOKENS.get(entry.name, _WARM_UP_TOKENS_OTHERS))
         rounds = [tokens]
-        if room.device.type == "cuda" or entry.name in COMPILED:
+        if isolated.device.type == "cuda" or entry.name in COMPILED:
             # A longer run later would allocate larger caches and capture its steps anew.
             rounds = [new_tokens if entry.name in OURS else tokens, tokens]
-        with room(entry.name):
+        with isolated(entry.name):
             trials[entry.name] = [entry.run(prompts, tokens) for tokens in rounds]
-    entries = room.remaining(entries)
-    _compare(entries, [trials[entry.name] for entry in entries], dtype)
+    entries = isolated.remaining(entries)
+    _compare(entries, entries, dtype, trials)
     for entry in entries:
         entry.plan(trials[entry.name][-1], batch, new_tokens, repeats, limit)
     return entries
 
 
-def _compare(entries: Sequence[_Method], runs: Sequence[Sequence[BaselineRun]], dtype: str) -> None:
-    """Compare every run with its reference's first, note the first difference, and refuse one in float32."""
-    runs_of = {entry.name: own for entry, own in zip(entries, runs, strict=True)}
+def _compare(
+    entries: Sequence[_Method],
+    beside: Sequence[_Method],
+    dtype: str,
+    trials: dict[str, list[BaselineRun]] | None = None,
+) -> None:
+    """Compare every run with its reference's first, note the first difference, and refuse one in float32.
+
+    Args:
+        entries: whose runs are compared. beside: where their references are.
+        trials: the warm-up's runs by method; None: the timed ones.
+    """
+    runs_of = {entry.name: entry.runs for entry in beside} if trials is None else trials
     for entry in entries:
-        reference, own = _reference(entry.name, entries), runs_of[entry.name]
+        reference, own = _reference(entry.name, beside), runs_of[entry.name]
         if reference is None:
             continue
         truth = runs_of[reference.name][0]

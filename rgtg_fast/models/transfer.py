@@ -19,7 +19,7 @@ class Arrival:
     """Tensors on their way to the host, as they are now: later writes on the device do not reach them.
 
     Args:
-        tensors: all on one device. On CUDA the copies follow what the current stream has been given so far.
+        tensors: all on one device. On CUDA the copies follow what that device's current stream has been given so far.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
@@ -31,7 +31,8 @@ class Arrival:
             torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors
         ]
         self._event = torch.cuda.Event()
-        self._event.record()
+        # The copies run on the tensors' device, which need not be the current one.
+        self._event.record(torch.cuda.current_stream(tensors[0].device))
 
     def get(self) -> list[torch.Tensor]:
         """The tensors on the host; waits for these copies alone, not for what the device was given after them."""

@@ -43,10 +43,12 @@ class KernelSpec:
         signatures: by name of the argument, its type as Triton's ahead-of-time compiler writes it (`"*bf16:16"`
             a pointer aligned to 16 bytes, `"i64:16"` a multiple of 16, `"None"` nothing, a number a constant),
             and the options of the launch.
+        archs: compute capabilities, such as 90, that launch these; empty for all.
     """
 
     name: str
     signatures: tuple[Mapping[str, str], ...]
+    archs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,28 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability of a device, ten times the major plus the minor; 90 where there is only the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# By device and stream. What graphs have recorded is kept when a launch needs more: it goes on being used by them.
+_tickets: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+
+
+def tickets(device: torch.device, count: int) -> torch.Tensor:
+    """At least `count` int32 zeros that the launches of the current stream share, each leaving them at 0."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    held = _tickets.setdefault((device, stream), [])
+    if not held or len(held[-1]) < count:
+        held.append(torch.zeros(max(4096, power_of_two(count)), dtype=torch.int32, device=device))
+    return held[-1]
+
+
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is not below `n` nor `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())

@@ -179,7 +179,7 @@ def test_bench(run: Callable, lm: str, rm: str) -> None:
     methods = ["ours", "args_replicated", "pargs_serial", "unguided"]
     assert [row["method"] for row in result["methods"]] == methods
     assert all(row["tokens_per_second"] > 0 for row in result["methods"])
-    assert result["out_of_memory"] == []
+    assert result["left_out"] == {}
     text = run(*args, "--methods", "ours,unguided").out
     assert "ours" in text
     assert "tokens/s" in text

@@ -81,6 +81,9 @@ class EagerRecorder:
     def __init__(self, decoder: RewardGuidedDecoder):
         self.decoder = decoder
 
+    def forget(self) -> None:
+        pass
+
     def warm_up(self, step: Callable[[], object]) -> None:
         step()
 

@@ -65,7 +65,7 @@ def test_the_result_is_json_and_names_its_machine(result):
     assert {"cpu", "cores", "threads", "memory_bandwidth_gb_s", "python", "torch", "commit"} <= set(
         measured["machine"]
     )
-    assert measured["out_of_memory"] == []
+    assert measured["left_out"] == {}
     assert {row["method"]: row["reference"] for row in measured["methods"]} == {
         name: None if name == "unguided" else "args_replicated" for name in ALL
     }
@@ -360,20 +360,27 @@ def test_a_cpu_has_no_such_memory(with_genarm):
     assert {row["memory_beyond_weights_bytes"] for row in with_genarm["methods"]} == {None}
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryTooSmallError])
-def test_a_method_that_runs_out_of_memory_is_left_out_and_the_others_are_timed(monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError, "the device's memory does not suffice"),
+        (MemoryTooSmallError, "the device's memory does not suffice"),
+        (RuntimeError, "RuntimeError: no room in a capture"),
+    ],
+)
+def test_a_method_that_fails_is_left_out_and_the_others_are_timed(monkeypatch, error, reason):
     def full(*args, **kwargs):
-        raise error("no room")
+        raise error("no room\nin a capture")
 
     monkeypatch.setattr(baselines, "args_replicated", full)
     told = []
     names = ("ours", "args_replicated", "unguided")
     result = run_bench(**{**TINY, "repeats": 1}, methods=names, progress=told.append)
-    assert result["out_of_memory"] == ["args_replicated"]
+    assert result["left_out"] == {"args_replicated": reason}
     assert list(methods(result)) == ["ours", "unguided"]
     assert methods(result)["ours"]["reference"] == "ours"
-    assert "args_replicated ran out of device memory and is left out" in told
-    with pytest.raises(RGTGError, match="every method ran out of memory"):
+    assert f"args_replicated is left out: {reason}" in told
+    with pytest.raises(RGTGError, match=r"every method failed on cpu \(args_replicated: "):
         run_bench(**TINY, methods=("args_replicated",))
 
 
@@ -389,8 +396,41 @@ def test_a_method_may_run_out_of_memory_in_a_timed_run(monkeypatch):
     unguided = baselines.unguided
     monkeypatch.setattr(baselines, "unguided", later)
     result = run_bench(**TINY, methods=("ours", "unguided"))
-    assert (result["out_of_memory"], list(methods(result))) == (["unguided"], ["ours"])
+    assert (list(result["left_out"]), list(methods(result))) == (["unguided"], ["ours"])
     assert methods(result)["ours"]["runs"] == 2
+
+
+def test_each_method_is_reported_when_it_is_done_and_has_been_compared(monkeypatch):
+    """What a run that is killed has measured is not lost: fewer repeats are done earlier."""
+    told, events = [], []
+
+    def each(result):
+        (row,) = result["methods"]
+        told.append(row)
+        events.append(row["method"])
+
+    plan = benchmark._Method.plan
+
+    def shorter(self, *given):
+        plan(self, *given)
+        self.repeats = 1 if self.name == "args_replicated" else 2
+
+    monkeypatch.setattr(benchmark._Method, "plan", shorter)
+    names = ("ours", "args_replicated", "unguided")
+    result = run_bench(**TINY, methods=names, each=each, progress=events.append)
+    runs = [event.removeprefix("run ") for event in events if not event.startswith(("warm-up", "loading"))]
+    assert runs == [
+        "1 of 2: ours",
+        "1 of 1: args_replicated",
+        "args_replicated",
+        "1 of 2: unguided",
+        "2 of 2: ours",
+        "ours",
+        "2 of 2: unguided",
+        "unguided",
+    ]
+    assert sorted(told, key=lambda row: names.index(row["method"])) == result["methods"]
+    assert {row["reference"] for row in told} == {"args_replicated", None}
 
 
 def rounds_of(monkeypatch, device):
@@ -410,8 +450,8 @@ def rounds_of(monkeypatch, device):
 
     # the first run takes a minute, for compiling; the second a tenth of a second
     entries = [entry("ours", (60, 0.1)), entry("args_replicated", (60, 0.1))]
-    room = benchmark._Room(torch.device(device), lambda line: None)
-    benchmark._warm_up(entries, room, [[1]], 1, 64, 3, 10.0, "float32")
+    isolated = benchmark._Isolation(torch.device(device), lambda line: None)
+    benchmark._warm_up(entries, isolated, [[1]], 1, 64, 3, 10.0, "float32")
     return asked, entries
 
 

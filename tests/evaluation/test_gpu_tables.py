@@ -16,6 +16,7 @@ from benchmarks.gpu_tables import (
     by_gpu,
     draw_gpu,
     ops_block,
+    predicted_block,
     targets_block,
 )
 from benchmarks.harness import COLUMNS, RESULTS, read
@@ -35,7 +36,13 @@ def decoded(model: str, method: str, speed: float, batch: int = 1, **more: objec
         "prompt_length": 512,
         "k": 10,
     }
-    known |= {"tokens_per_second": speed, "gpu": GPU, "device": "cuda", "time_is": "measured"}
+    known |= {
+        "tokens_per_second": speed,
+        "decode_ms_per_token": 1e3 / speed,
+        "gpu": GPU,
+        "device": "cuda",
+        "time_is": "measured",
+    }
     return {**dict.fromkeys(COLUMNS, ""), **{name: str(value) for name, value in (known | more).items()}}
 
 
@@ -74,10 +81,13 @@ DECODE = [
     decoded(SMALL, "args_replicated", 40),
 ]
 OPS = [
-    attention("ours", 10, 0.5, 4096),
-    attention("torch SDPA, replicated prefix", 40, 0.1, 4096),
-    attention("ours", 20, 0.9, 8192),
-    attention("torch SDPA, replicated prefix", 160, 0.1, 8192),
+    attention("ours", 7, 0.3, 4096),
+    attention("ours", 10, 0.5, 4096, B=8),
+    attention("torch SDPA, packed query rows, prefix only", 8, 0.6, 4096, B=8),
+    attention("torch SDPA, replicated prefix", 40, 0.1, 4096, B=8),
+    attention("ours", 20, 0.9, 8192, B=8),
+    attention("torch SDPA, packed query rows, prefix only", 60, 0.3, 8192, B=8),
+    attention("torch SDPA, replicated prefix", 160, 0.1, 8192, B=8),
     attention("ours", 2, 0.01, 512),
     attention("ours", 9, 0.02, 4096, S=1),
     timed("topk_logprobs", "ours", 10, 0.4, B=32, V=128256, k=10),
@@ -108,9 +118,9 @@ def test_every_goal_is_taken_from_the_rows_that_it_is_about(found: dict[str, Res
     lines = targets_block(found).splitlines()
     assert lines[0] == f"| bfloat16, k = 10 | goal | {GPU} |"
     measured = [line.rsplit("| ", 2)[-1].strip(" |") for line in lines[2:]]
-    # Floor over time when compiled; 120 / 20; 500 / 40; 2000 / 20; 190 / 200; the worst long prefix; 40.5 / 10.5,
-    # the smaller lead of two; 60.5 / 10.5; the worst captured mode; 10 of 100 bytes, of the later row.
-    assert measured == ["0.89", "6.0", "12.5", "100", "0.95", "0.50", "3.9", "5.8", "0.5", "0.10"]
+    # Floor over time of the later row, and compiled; 120 / 20; 500 / 40; 2000 / 20; 190 / 200; the worst long prefix of
+    # eight rows; 8.5 / 10.5, the smaller lead of two; 60.5 / 10.5; the worst captured mode; 10 of 100 bytes.
+    assert measured == ["0.80", "0.89", "6.0", "12.5", "100", "0.95", "0.50", "0.81", "5.8", "0.5", "0.10"]
     assert len(measured) == len(TARGETS)
 
 
@@ -131,11 +141,27 @@ def test_ops_stand_beside_their_peers(found: dict[str, Results]) -> None:
         f"{GPU}, driver 1.2, torch 2, triton 3, rgtg-fast abc; a device copy moves 4000 GB/s"
     )
     assert (
-        "| `tree_attention` | B=1 H=32 G=8 S=10 T=4096 D=128 | bfloat16 | ours | 10.5 (10.2 to 10.8) | 0.50 | 1.00 |"
+        "| `tree_attention` | B=8 H=32 G=8 S=10 T=4096 D=128 | bfloat16 | ours | 10.5 (10.2 to 10.8) | 0.50 | 1.00 |"
         in lines
     )
     assert lines[-3].endswith("| torch log_softmax + topk | 60.5 (60.2 to 60.8) | 0.10 | 5.76 |")
     assert len([line for line in lines if line.startswith("| `")]) == len(OPS)
+
+
+def test_predictions_stand_beside_what_was_measured(found: dict[str, Results]) -> None:
+    predicted = read(figures.PREDICTED)
+    assert [row["what"] for row in predicted] == list(gpu_tables.MEASURED), (
+        "each has a line and a measurement"
+    )
+    assert all(float(row["predicted"]) > 0 and float(row["floor"]) > 0 for row in predicted)
+    lines = predicted_block(predicted, found).splitlines()
+    assert lines[0].endswith(f"| unit | floor | predicted | {GPU} |")
+    assert "| tree_attention B=8 T=4096 S=10 | us | 45 | 49 | 10.5 |" in lines
+    assert "| topk_logprobs B=32 k=10 | us | 2.7 | 8 | 10.5 |" in lines
+    assert predicted_block(predicted, {}).count(NOT_YET) == len(predicted)
+    page = ROOT / "docs" / "performance.md"
+    gpus = figures.gpu_results(figures.all_rows())
+    assert figures.current_block(page, figures.GPU_PREDICTED) == predicted_block(predicted, gpus)
 
 
 def test_figures_are_drawn_once_there_are_rows(found: dict[str, Results], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import decode, figures, harness
-from benchmarks.cells import GPU, HEADLINES, SHARED, SHARED_GPU, shown_places, sweep_cells
+from benchmarks.cells import HEADLINES, ROUND, SHARED, shown_places, sweep_cells
 from benchmarks.harness import COLUMNS, Cell
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation import benchmark
@@ -82,7 +82,7 @@ def fake_bench(**given):
     config = {
         name: given[name] for name in ("prompt_length", "k", "batch", "new_tokens", "dtype", "device")
     } | {"beta": 1.0, "seed": 0, "omp_wait_policy": None}
-    return {"methods": rows, "out_of_memory": [], "config": config, "machine": MACHINE}
+    return {"methods": rows, "left_out": {}, "config": config, "machine": MACHINE}
 
 
 def sweep(cells, path, bench=fake_bench, machine=MACHINE, said=None, seconds=None):
@@ -161,24 +161,43 @@ def test_a_cell_that_fails_on_the_device_is_told_and_the_rest_goes_on(tmp_path, 
     assert [row["prompt_length"] for row in harness.read(tmp_path / "decode.csv")] == ["2"]
 
 
-def test_a_method_that_ran_out_of_memory_is_told_and_asked_for_again(tmp_path, capsys):
+def test_a_method_that_was_left_out_is_told_and_asked_for_again(tmp_path, capsys):
     asked = []
 
     def bench(**given):
         asked.append(given["methods"])
         names = [name for name in given["methods"] if name != "args_replicated"]
-        return fake_bench(**{**given, "methods": names}) | {"out_of_memory": ["args_replicated"]}
+        return fake_bench(**{**given, "methods": names}) | {"left_out": {"args_replicated": "no memory"}}
 
     path, cells = (
         tmp_path / "decode.csv",
         [Cell(1, 10, 1, "float32", ("ours", "args_replicated", "unguided"))],
     )
     assert sweep(cells, path, bench) == 0
-    assert "out of device memory: args_replicated" in capsys.readouterr().err
+    assert "args_replicated is left out: no memory" in capsys.readouterr().err
     assert [row["method"] for row in harness.read(path)] == ["ours", "unguided"]
     sweep(cells, path, bench)
     assert asked[1] == ["ours", "args_replicated"]
     assert len(harness.read(path)) == 2
+
+
+def test_a_method_is_written_as_soon_as_it_is_done(tmp_path):
+    """A cell that fails later keeps what it has measured, and only the rest is asked for again."""
+    asked, path = [], tmp_path / "decode.csv"
+
+    def bench(each, **given):
+        asked.append(given["methods"])
+        each(fake_bench(**{**given, "methods": ["ours"]}))
+        assert [row["method"] for row in harness.read(path)] == ["ours"]
+        if len(asked) == 1:
+            raise RGTGError("the rest fails")
+        return fake_bench(**given)
+
+    cells = [Cell(1, 10, 1, "bfloat16", ("ours", "unguided"))]
+    assert sweep(cells, path, bench) == 1
+    assert sweep(cells, path, bench) == 0
+    assert asked == [["ours", "unguided"], ["unguided"]]
+    assert [row["method"] for row in harness.read(path)] == ["ours", "unguided"]
 
 
 def test_each_cell_gives_its_memory_back(tmp_path, monkeypatch):
@@ -260,48 +279,28 @@ def test_the_sweep_covers_what_it_promises():
         for k in (5, 10, 40)
     }
     assert promised <= set(places)
-    assert all("ours" in cell.methods for cell in (*cells, *GPU))
+    assert all("ours" in cell.methods for cell in cells)
 
 
-def test_the_cells_for_a_gpu_cover_the_grid_and_repeat_nothing():
-    first = [(512, 10, 1), (512, 10, 32), (4096, 10, 1), (128, 10, 1), (512, 10, 8), (512, 40, 1)]
-    places = [(cell.prompt_length, cell.k, cell.batch) for cell in GPU if "ours_compiled" not in cell.methods]
-    assert places[:6] == first
-    # The compiled headline comes early, after what needs no compiling.
-    assert [cell.methods for cell in (GPU[1], GPU[3])] == [("ours", "ours_compiled")] * 2
-    assert shown_places("cuda") == [("bfloat16", batch, length, k) for length, k, batch in first]
-    assert all((cell.repeats, cell.seconds_per_run) == (3, 8) for cell in GPU[:8])
-    timed = [(cell.place, method) for cell in GPU for method in cell.methods]
-    twice = {entry for entry in timed if timed.count(entry) > 1}
-    assert twice == {(GPU[0].place, "ours"), (GPU[2].place, "ours")}  # beside the compiled blocks
-
-    grid = {("bfloat16", b, p, k) for b in (1, 8, 32) for p in (128, 512, 4096) for k in (10, 40)}
-
-    def where(method):
-        return {place for place, name in timed if name == method and place[0] == "bfloat16"}
-
-    for method in ("ours", "ours_eager", "args_replicated"):
-        assert where(method) == grid
-    for method in ("unguided", "ours_unguided"):
-        assert where(method) == {place for place in grid if place[3] == 10}
-    assert where("pargs_serial") == {place for place in grid if place[1] == 1 and place[3] == 10}
-    for method in ("genarm_published", "ours_genarm"):
-        assert where(method) == {place for place in grid if place[1] != 8 and place[3] == 10}
-    assert where("ours_compiled") == {GPU[0].place, GPU[2].place}
-    (exact,) = (cell for cell in GPU if cell.dtype == "float32")
-    assert (exact.place, exact.methods) == (("float32", 1, 512, 10), ("ours", "args_replicated"))
-    assert all((cell.repeats, cell.seconds_per_run) == (1, 4) for cell in GPU[8:])
-
-
-def test_the_shared_trunk_on_a_gpu_is_compiled_in_a_cell_of_its_own():
-    assert {cell.place for cell in SHARED_GPU} <= {cell.place for cell in SHARED}, "the table shows these"
-    first, compiled = SHARED_GPU[:2]
-    assert first.place == compiled.place == ("bfloat16", 1, 512, 10)
-    assert [name for name in compiled.methods if name.endswith("compiled")] == [
-        "shared_compiled",
-        "ours_unguided_compiled",
-    ]
-    assert not [name for cell in (first, *SHARED_GPU[2:]) for name in cell.methods if "compiled" in name]
+def test_a_round_on_a_gpu_measures_every_goal_and_compiles_apart():
+    timed = {(shape, cell.batch): set() for shape, cell in ROUND.values()}
+    for shape, cell in ROUND.values():
+        assert (cell.prompt_length, cell.k, cell.dtype) == (512, 10, "bfloat16")
+        timed[shape, cell.batch] |= set(cell.methods)
+    assert timed["llama-8b", 1] >= {
+        "ours",
+        "ours_compiled",
+        "args_replicated",
+        "shared_trunk",
+        "ours_unguided",
+    }
+    assert timed["llama-8b", 32] >= {"ours", "args_replicated"}
+    assert timed["llama-1b", 1] >= {"ours", "ours_compiled", "args_replicated"}
+    for name, (shape, cell) in ROUND.items():
+        if shape == "llama-8b":
+            assert any("compiled" in method for method in cell.methods) is (name == "8b-compiled")
+    assert shown_places("cuda") == [("bfloat16", 1, 512, 10), ("bfloat16", 32, 512, 10)]
+    assert ROUND["8b-shared"][1].place in {cell.place for cell in SHARED}, "the table shows these"
 
 
 def test_the_readme_block_shows_every_headline_and_hides_no_difference(results):
@@ -376,7 +375,8 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     )
     readme.write_text("\n".join([f"{BEGIN}{END}", *others]), encoding="utf-8")
     page = tmp_path / "performance.md"
-    others = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in (figures.GPU_DECODING, figures.GPU_OPS))
+    names = (figures.GPU_DECODING, figures.GPU_OPS, figures.GPU_PREDICTED)
+    others = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in names)
     page.write_text("\n".join([f"{BEGIN}{END}", *others]), encoding="utf-8")
     arguments = ["--results", str(output), "--readme", str(readme), "--performance", str(page)]
     training = tmp_path / "training.md"

@@ -12,7 +12,7 @@ import torch
 
 from rgtg_fast import ops
 from rgtg_fast.ops import backend_of, specs, tree_attention, use_backend
-from rgtg_fast.ops.tree_attention.launch import LEAF, SPAN
+from rgtg_fast.ops.tree_attention.launch import SPAN
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels are NOT run on a GPU"
@@ -133,12 +133,34 @@ def test_a_row_has_the_same_bits_in_any_batch(name, dtype):
 def test_the_cut_of_the_prefix_changes_no_bit(dtype, S, monkeypatch):
     shape = {"B": 2, "H": 8, "G": 2, "S": S, "T": 2 * SPAN + 300, "D": 128, "lengths": [2 * SPAN + 290, 700]}
     arguments = moved(SPECS["tree_attention"].make_inputs(shape, dtype))
-    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
+    launch = importlib.import_module("rgtg_fast.ops.tree_attention.launch")
     results = []
-    for slots in (LEAF, SPAN):
-        monkeypatch.setattr(kernel, "span_of", lambda *_, slots=slots: slots)
+    for programs in (1, 1000):
+        cut = launch.cut(programs, 4 * S, shape["T"], launch.least_leaf(16), 132)
+        monkeypatch.setattr(launch, "cut", lambda *_, cut=cut: cut)
         results.append(tree_attention(**arguments))
+        monkeypatch.undo()
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("S", [1, 10, 40])
+def test_the_last_program_reads_what_all_have_written(S):
+    """Thousands of launches over one buffer of tickets and partial sums that the allocator hands out again."""
+    shape = {
+        "B": 8,
+        "H": 32,
+        "G": 8,
+        "S": S,
+        "T": 1000,
+        "D": 128,
+        "lengths": [1000, 999, 640, 513, 512, 65, 64, 0],
+    }
+    arguments = moved(SPECS["tree_attention"].make_inputs(shape, torch.bfloat16))
+    want = tree_attention(**arguments)
+    differ = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(2000):
+        differ += (tree_attention(**arguments) != want).any()
+    assert differ.item() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

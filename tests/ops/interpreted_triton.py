@@ -27,7 +27,8 @@ from rgtg_fast.ops import (
     tree_attention,
     use_backend,
 )
-from rgtg_fast.ops.tree_attention.launch import LEAF, SPAN
+from rgtg_fast.ops._triton import _tickets, tickets
+from rgtg_fast.ops.tree_attention.launch import SPAN
 from tests.decoding.support import prompts_of
 from tests.decoding.test_ahead import as_numbers, make_decoder
 
@@ -53,7 +54,7 @@ SHAPES = {
     "tree_attention": tuple(
         shape
         for shape in SPECS["tree_attention"].shapes
-        if shape["B"] * shape["H"] * shape["S"] * shape["T"] < 200_000 or shape["T"] < LEAF
+        if shape["B"] * shape["H"] * shape["S"] * shape["T"] < 200_000 or shape["T"] < 256
     ),
     "resample": tuple(shape for shape in SPECS["resample"].shapes if shape["B"] <= 8),
     "commit": SPECS["commit"].shapes,
@@ -287,25 +288,47 @@ def test_k_beyond_the_kernel_is_the_reference_and_never_silent():
 
 
 @pytest.mark.parametrize("mask", [None, "causal", "tree"])
-def test_the_cut_of_the_prefix_changes_no_bit(mask, monkeypatch, triton):
-    """A split per leaf and a split per span are the same sums in the same order."""
-    shape = {"B": 2, "H": 2, "G": 1, "S": 3, "T": 2 * SPAN + 300, "D": 16, "mask": mask}
-    arguments = SPECS["tree_attention"].make_inputs(
-        {**shape, "lengths": [2 * SPAN + 290, 700]}, torch.float32
-    )
-    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
+@pytest.mark.parametrize(
+    ("T", "lengths"),
+    [
+        pytest.param(1500, [0, 64, 300, 700, 1100, 1500], id="leaves merged by their last program"),
+        pytest.param(
+            2 * SPAN + 300, [2 * SPAN + 290, 700], id="leaves by a kernel, spans by their last program"
+        ),
+    ],
+)
+def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask, monkeypatch, triton):
+    """A program per leaf and a program per span are the same sums in the same order; tickets are taken back."""
+    shape = {"B": len(lengths), "H": 2, "G": 1, "S": 3, "T": T, "D": 16, "mask": mask}
+    arguments = SPECS["tree_attention"].make_inputs({**shape, "lengths": lengths}, torch.float32)
+    launch = importlib.import_module("rgtg_fast.ops.tree_attention.launch")
     results = []
-    for slots in (LEAF, SPAN):
-        monkeypatch.setattr(kernel, "span_of", lambda *_, slots=slots: slots)
+    for programs in (1, 1000, 1):
+        cut = launch.cut(programs, 6, T, 64, 132)
+        assert (cut[0] == 0) is (programs == 1)
+        monkeypatch.setattr(launch, "cut", lambda *_, cut=cut: cut)
         results.append(tree_attention(**arguments))
-    assert torch.equal(*results)
+        monkeypatch.undo()
+        assert not tickets(torch.device("cpu"), 1).any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
     # Nor does the room in the cache.
+    row = lengths.index(700)
     for name in ("k_cache", "v_cache"):
-        arguments[name] = arguments[name][1:, :, :700]
+        arguments[name] = arguments[name][:, :, :700]
     short = {
-        key: x[1:] if isinstance(x, torch.Tensor) and x.shape[0] == 2 else x for key, x in arguments.items()
+        key: x[row : row + 1] if isinstance(x, torch.Tensor) and x.shape[0] == len(lengths) else x
+        for key, x in arguments.items()
     }
-    assert torch.equal(tree_attention(**short), results[0][1:])
+    assert torch.equal(tree_attention(**short), results[0][row : row + 1])
+
+
+def test_tickets_that_graphs_have_recorded_stay_when_more_are_needed():
+    few = tickets(torch.device("cpu"), 10)
+    many = tickets(torch.device("cpu"), len(few) + 1)
+    assert len(many) > len(few)
+    assert any(held is few for held in _tickets[torch.device("cpu"), 0])
+    assert tickets(torch.device("cpu"), 10) is many
 
 
 def test_block_shapes_are_tried_and_those_that_differ_are_left_out(monkeypatch, capsys):
@@ -327,7 +350,7 @@ def test_block_shapes_are_tried_and_those_that_differ_are_left_out(monkeypatch, 
     # Only the launch's own settings change what is launched, and only within.
     assert {row["block_n"] for row in rows} == {32, 64}
     kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
-    assert kernel.configuration is tune.configuration
+    assert kernel.choices.configuration is tune.configuration
 
     def broken(*_: Any) -> bool:
         return False

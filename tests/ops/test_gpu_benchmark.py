@@ -11,7 +11,11 @@ from rgtg_fast.ops import specs, topk_logprobs, tree_attention
 
 def test_every_op_has_cases_and_bytes():
     found = list(gpu_ops.cases())
-    assert {case.op for case in found} == set(specs())
+    assert {case.op for case in found} == {*specs(), "linear"}
+    # A product reads its weights and rows once; it has no kernel of ours beside it.
+    (product,) = (case for case in found if case.shape == {"M": 10, "N": 6144, "K": 4096, "layer": "qkv"})
+    assert gpu_ops.moved_bytes(product) == 2 * (6144 * 4096 + 10 * (6144 + 4096))
+    assert [who for who, *_ in gpu_ops.rivals(product)] == ["torch linear"]
     assert all(gpu_ops.moved_bytes(case) > 0 for case in found)
     case = gpu_ops.Case("tree_attention", {"B": 1, "H": 8, "G": 2, "S": 1, "T": 10, "D": 4, "lengths": [10]})
     assert gpu_ops.moved_bytes(case) == 2 * (2 * 2 * 10 * 4 + 2 * 10 * 4)
@@ -44,6 +48,10 @@ def test_the_rivals_compute_the_same():
     got = gpu_ops.torch_sdpa(gpu_ops.replicated(arguments))  # [B·S, H, 1, D]
     torch.testing.assert_close(got[:, :, 0].view(2, 3, 4, 8).transpose(1, 2), tree_attention(**arguments))
     assert gpu_ops.packed(arguments)["q"].shape == (2, 1, 12, 8)
+    # Over the prefix alone, as tokens that see no new one.
+    one = gpu_ops.torch_sdpa(gpu_ops.one_prefix(arguments)).unflatten(2, (2, 3)).flatten(1, 2)  # [B, H, S, D]
+    nothing_new = torch.zeros(2, 3, dtype=torch.int64)
+    torch.testing.assert_close(one, tree_attention(**{**arguments, "ancestors": nothing_new}))
     logits = {"logits": torch.randn(2, 50), "k": 5, "guidance": None, "beta": None}
     for ours, theirs in zip(topk_logprobs(**logits)[:2], gpu_ops.torch_topk(logits), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -40,7 +40,9 @@ def compiled() -> list[kernel_table.Compiled]:
 @pytest.mark.slow
 @needs_triton
 def test_every_signature_compiles_for_every_architecture(compiled):
-    assert len(compiled) == len(list(kernel_table.signatures())) * len(kernel_table.SHARED_LIMIT)
+    assert len(compiled) == sum(
+        len(list(kernel_table.signatures(arch))) for arch in kernel_table.SHARED_LIMIT
+    )
     for row in compiled:
         assert 0 < row.registers <= 255
         assert row.shared <= kernel_table.SHARED_LIMIT[row.arch], (
@@ -61,7 +63,7 @@ def test_nothing_spills(compiled):
 @pytest.mark.slow
 @needs_triton
 def test_attention_runs_on_tensor_cores(compiled):
-    rows = [row for row in compiled if row.kernel == "split_kernel"]
+    rows = [row for row in compiled if row.kernel == "tree_attention_kernel"]
     assert {row.label.split()[0] for row in rows} == {"bf16", "fp16", "fp32"}
     for row in rows:
         assert row.tensor_cores, f"{row.label} sm_{row.arch}"
@@ -72,6 +74,58 @@ def test_attention_runs_on_tensor_cores(compiled):
         wide = [row for row in rows if row.arch == arch and int(row.signature["BLOCK_M"]) >= 64]
         assert wide
         assert all(own in row.tensor_cores for row in wide)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_two_programs_of_attention_share_a_multiprocessor(compiled):
+    """On sm_90, for 10 candidates of a head of 128: one's loads and scores go on while the other waits."""
+    registers, shared = (
+        65536,
+        228 * 1024,
+    )  # of a multiprocessor (CUDA C++ programming guide, compute capability 9.0)
+    rows = [
+        row
+        for row in compiled
+        if (row.kernel, row.arch) == ("tree_attention_kernel", 90)
+        and row.label.startswith("bf16")
+        and (row.signature["D"], row.signature["BLOCK_M"]) == ("128", "64")
+    ]
+    assert {row.signature["LEAVES"] for row in rows} == {"0", "1"}
+    for row in rows:
+        threads = 32 * int(row.signature["num_warps"])
+        # Registers are given to warps by eights a thread; every program takes 1 KiB more of shared memory.
+        assert 2 * threads * -(-row.registers // 8) * 8 <= registers, row.label
+        assert 2 * (row.shared + 1024) <= shared, row.label
+
+
+def test_a_leaf_never_has_partial_sums_that_outweigh_the_prefix():
+    """Bytes of a leaf's sums (float32) stay below those of its keys and values (2 bytes each) for up to 128 rows."""
+    for block_m in (16, 32, 64, 128):
+        least = tree_attention.least_leaf(block_m)
+        for length in (1, 500, 513, 1024, 1025, 2048, 4096, 10**6):
+            leaf = tree_attention.leaf_of(length, least)
+            assert 64 <= least <= leaf <= tree_attention.LEAF
+            assert block_m * 4 <= leaf * 2 * 2 / 2
+            assert -(-length // leaf) <= max(tree_attention.TOGETHER, -(-length // tree_attention.LEAF))
+    assert [tree_attention.leaf_of(n, 64) for n in (1, 512, 513, 1024, 1025)] == [64, 64, 128, 128, 256]
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "cut"),
+    [
+        (1, 512, (0, 4)),
+        (1, 576, (0, 5)),
+        (1, 4096, (0, 16)),
+        (8, 512, (0, 4)),
+        (8, 4096, (2048, 2)),
+        (32, 576, (2048, 1)),
+        (32, 4096, (2048, 2)),
+    ],
+)
+def test_the_prefix_is_cut_where_programs_would_leave_multiprocessors_idle(B, T, cut):
+    """Of the 8B model with 10 candidates on 132 multiprocessors: 8 heads, 40 query rows in blocks of 64."""
+    assert tree_attention.cut(B * 8, 40, T, tree_attention.least_leaf(64), 132) == cut
 
 
 @pytest.fixture
@@ -119,7 +173,9 @@ def test_launches_compile_as_they_are_called(name, no_gpu, monkeypatch):
 
 def test_the_page_lists_every_kernel_and_signature():
     text = kernel_table.PAGE.read_text(encoding="utf-8")
-    for op, kernel, signature in kernel_table.signatures():
+    for op, kernel, signature in (
+        x for arch in kernel_table.SHARED_LIMIT for x in kernel_table.signatures(arch)
+    ):
         assert f"`{op}`" in text
         assert f"`{kernel}`" in text
         assert kernel_table.label(signature) in text, "run: python -m benchmarks.ops.kernel_table"
@@ -157,10 +213,14 @@ def test_nothing_makes_the_host_wait(path):
             )
 
 
-def known(op: str, kernel: str, configuration: dict[str, object]) -> None:
-    signatures = next(k for k in specs()[op].kernels if k.name == kernel).signatures
+def known(op: str, kernel: str, configuration: dict[str, object], arch: int = 90) -> None:
+    own = (k for k in specs()[op].kernels if k.name == kernel and (not k.archs or arch in k.archs))
     want = {name: str(value) for name, value in configuration.items()}
-    assert any(want.items() <= signature.items() for signature in signatures), (op, kernel, want)
+    assert any(want.items() <= signature.items() for k in own for signature in k.signatures), (
+        op,
+        kernel,
+        want,
+    )
 
 
 def test_topk_says_what_it_takes():
@@ -175,14 +235,18 @@ def test_what_is_launched_is_compiled():
     """The configurations that the launches choose, from one end to the other, are among the signatures."""
     for D in (64, 128, 256):
         known("commit", "commit_kernel", commit.configuration(D))
-        known("tree_attention", "merge_kernel", tree_attention.merge_configuration(D, tree_attention.LEAF))
-        known("tree_attention", "merge_kernel", tree_attention.merge_configuration(128, tree_attention.SPAN))
-        for rows in (1, 16, 17, 40, 64, 65, 160, 1024):
-            for mode in tree_attention.MODES:
-                settings = tree_attention.configuration(D, rows, mode, torch.bfloat16)
-                known("tree_attention", "split_kernel", settings)
-            settings = tree_attention.configuration(D, rows, tree_attention.ALONE, torch.float32)
-            known("tree_attention", "split_kernel", settings)
+        known("tree_attention", "tree_attention_merge_kernel", tree_attention.merge_configuration(D, 1))
+        known("tree_attention", "tree_attention_merge_kernel", tree_attention.merge_configuration(128, 0))
+        for arch in (75, 80, 89, 90, 100, 120):
+            table = max((known for known in tree_attention.TILES if known <= arch), default=80)
+            for rows in (1, 16, 17, 40, 64, 65, 160, 1024):
+                for mode in tree_attention.MODES:
+                    settings = tree_attention.configuration(D, rows, mode, torch.bfloat16, arch)
+                    known("tree_attention", "tree_attention_kernel", settings | {"LEAVES": 0}, table)
+                settings = tree_attention.configuration(D, rows, tree_attention.ALONE, torch.bfloat16, arch)
+                known("tree_attention", "tree_attention_kernel", settings | {"LEAVES": 1}, table)
+                settings = tree_attention.configuration(D, rows, tree_attention.ALONE, torch.float32, arch)
+                known("tree_attention", "tree_attention_kernel", settings, table)
     for K in (1, 10, 64, 65, 512, 513, 256000):
         known("resample", "resample_kernel", resample.configuration(K))
     for K in (1, 4, 5, 40, 65, 512, 513, 2000):
@@ -195,21 +259,21 @@ def test_what_is_launched_is_compiled():
         known("advance", "advance_kernel", advance.configuration(K))
     known("partial_bt_loss", "sum_kernel", partial_bt_loss.sum_configuration())
     for V in (1, 100, 32000, 128256, 151936, 262144, 262208, 600000, topk_logprobs.MAX_V):
-        known("topk_logprobs", "segment_kernel", topk_logprobs.segment_configuration(V))
+        known("topk_logprobs", "topk_segment_kernel", topk_logprobs.segment_configuration(V))
         for k in (1, 10, 40, 100, 256):
             few = min(k, topk_logprobs.most(V), V)
-            known("topk_logprobs", "merge_kernel", topk_logprobs.merge_configuration(V, few))
+            known("topk_logprobs", "topk_merge_kernel", topk_logprobs.merge_configuration(V, few))
 
 
 @pytest.mark.slow
 @needs_triton
 def test_the_kernels_of_topk_are_cheap_by_their_machine_code():
     """What their speed rests on: no barrier in the pass over the logits, few instructions, wide loads."""
-    for op, kernel, signature in kernel_table.signatures():
+    for op, kernel, signature in kernel_table.signatures(90):
         if op != "topk_logprobs" or signature.get("num_warps") != "1":
             continue
         counts = instructions.counts_of(op, kernel, signature, 90)
-        if kernel == "segment_kernel":
+        if kernel == "topk_segment_kernel":
             bits = 128 if signature["p_guidance"] == "None" else 32
             assert not counts.loops
             assert counts.straight.barriers == 0
@@ -225,7 +289,7 @@ def test_the_kernels_of_topk_are_cheap_by_their_machine_code():
 @needs_triton
 def test_topk_keeps_nan_when_it_compares():
     """The interpreter's maxima keep NaN whatever the kernel says; the instruction must say it."""
-    for op, kernel, signature in kernel_table.signatures():
-        if (op, kernel, signature.get("p_guidance")) == ("topk_logprobs", "segment_kernel", "None"):
+    for op, kernel, signature in kernel_table.signatures(90):
+        if (op, kernel, signature.get("p_guidance")) == ("topk_logprobs", "topk_segment_kernel", "None"):
             found = re.findall(r"\bmax\.(\S+)", kernel_table.build(op, kernel, signature, 90).asm["ptx"])
             assert set(found) == {"NaN.f32", "s32"}, signature

@@ -15,23 +15,26 @@ from .reference import reference
 def make_inputs(
     shape: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """Ragged rows, the second of which stands still; slots past a row's length hold NaN."""
-    L, B, G, S, T, D = (shape[name] for name in "LBGSTD")
-    random = torch.Generator().manual_seed(seed)
-    row = torch.arange(B)
-    lengths = (row * 7) % T
-    empty = (torch.arange(T) >= lengths[:, None])[None, :, None, :, None]
+    """Ragged rows, the second of which stands still; slots past a row's length hold NaN.
 
-    def cache() -> torch.Tensor:
-        return torch.randn(L, B, G, T, D, generator=random).masked_fill(empty, float("nan")).to(device, dtype)
+    Numbers are drawn on the device, which has its own for a seed.
+    """
+    L, B, G, S, T, D = (shape[name] for name in "LBGSTD")
+    random = torch.Generator(device).manual_seed(seed)
+    row = torch.arange(B, device=device)
+    lengths = (row * 7) % T
+    empty = (torch.arange(T, device=device) >= lengths[:, None])[None, :, None, :, None]
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=random, device=device)
 
     return {
-        "k_new": torch.randn(L, B, G, S, D, generator=random).to(device, dtype),
-        "v_new": torch.randn(L, B, G, S, D, generator=random).to(device, dtype),
-        "k_cache": cache(),
-        "v_cache": cache(),
-        "lengths": lengths.to(device),
-        "choice": torch.where(row == 1, -1, (row * 3) % S).to(device),
+        "k_new": normal(L, B, G, S, D).to(dtype),
+        "v_new": normal(L, B, G, S, D).to(dtype),
+        "k_cache": normal(L, B, G, T, D).masked_fill(empty, float("nan")).to(dtype),
+        "v_cache": normal(L, B, G, T, D).masked_fill(empty, float("nan")).to(dtype),
+        "lengths": lengths,
+        "choice": torch.where(row == 1, -1, (row * 3) % S),
     }
 
 

@@ -44,7 +44,7 @@ def _larger_of_pairs(b_x):
 
 # What changes from call to call must not compile the kernel anew when it happens to be 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["bits"])
-def segment_kernel(
+def topk_segment_kernel(
     p_logits,
     p_guidance,
     p_beta,
@@ -139,7 +139,7 @@ def _places(b_mask, THREADS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["segments", "k", "bits"])
-def merge_kernel(
+def topk_merge_kernel(
     p_logits,
     p_guidance,
     p_beta,
@@ -272,7 +272,7 @@ def launch(
     if B == 0:
         return logprobs, chosen, entropy
     with on_device(logits):
-        segment_kernel[(B, segments)](
+        topk_segment_kernel[(B, segments)](
             logits,
             guidance,
             beta,
@@ -285,7 +285,7 @@ def launch(
             0 if guidance is None else guidance.stride(0),
             **settings,
         )
-        merge_kernel[(B,)](
+        topk_merge_kernel[(B,)](
             logits,
             guidance,
             beta,

@@ -107,7 +107,7 @@ _SIZES = sorted({(V, min(k, most(V))) for V in (1, 131073, 262145, 524289, 10485
 
 KERNELS = (
     KernelSpec(
-        "segment_kernel",
+        "topk_segment_kernel",
         (
             _segment(torch.float16, 1024),
             _segment(torch.float32, 1024),
@@ -116,7 +116,7 @@ KERNELS = (
         ),
     ),
     KernelSpec(
-        "merge_kernel",
+        "topk_merge_kernel",
         (
             _merge(torch.float16, 1, 16, guided=True),
             _merge(torch.float32, 262145, MAX_K, guided=True),

@@ -15,13 +15,16 @@ from .reference import reference
 def make_inputs(
     shape: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """Logits with the spread of a language model's; `guided` adds guidance and one row with beta = 0."""
+    """Logits with the spread of a language model's; `guided` adds guidance and one row with beta = 0.
+
+    Numbers are drawn on the device, which has its own for a seed.
+    """
     B, V = shape["B"], shape["V"]
-    random = torch.Generator().manual_seed(seed)
-    logits = (4 * torch.randn(B, V, generator=random)).to(device, dtype)
+    random = torch.Generator(device).manual_seed(seed)
+    logits = (4 * torch.randn(B, V, generator=random, device=device)).to(dtype)
     guidance = beta = None
     if shape.get("guided", False):
-        guidance = torch.randn(B, V, generator=random).to(device)
+        guidance = torch.randn(B, V, generator=random, device=device)
         beta = torch.linspace(0, 2, B).to(device)
     return {"logits": logits, "k": shape["k"], "guidance": guidance, "beta": beta}
 

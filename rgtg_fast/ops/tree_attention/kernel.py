@@ -1,4 +1,4 @@
-"""Triton kernels of tree_attention: splits of the prefix for all queries of a group, then their merge."""
+"""Triton kernels of tree_attention: splits of the prefix for all queries of a group, and their merge."""
 
 from __future__ import annotations
 
@@ -7,63 +7,74 @@ import triton
 import triton.language as tl
 
 from .._extension import dense
-from .._triton import multiprocessors, on_device
-from .launch import ALONE, CAUSAL, MASKED, configuration, merge_configuration, span_of
+from .._triton import architecture, multiprocessors, on_device, tickets
+from . import launch as choices
 
-M_ALONE, M_MASKED, M_CAUSAL = tl.constexpr(ALONE), tl.constexpr(MASKED), tl.constexpr(CAUSAL)
+ALONE, MASKED, CAUSAL = (tl.constexpr(mode) for mode in choices.MODES)
+LEAF, TOGETHER = tl.constexpr(choices.LEAF), tl.constexpr(choices.TOGETHER)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _weight(peak, other):
-    """Factor of a sum taken against `other` when it is added to one against `peak`, both in units of log 2."""
-    # A sum over nothing has the peak −inf and weighs nothing, also beside another one.
-    return tl.exp2(other - tl.where(peak == -float("inf"), 0.0, peak))
+def _weight(m, other):
+    """Factor of a sum taken against `other` when it is added to one against `m`, both in units of log 2."""
+    # A sum over nothing has the maximum −inf and weighs nothing, also beside another one.
+    return tl.exp2(other - tl.where(m == -float("inf"), 0.0, m))
 
 
 @triton.jit
-def _fold(b_peak, b_total, b_sums, b_peak_new, b_total_new, b_sums_new, ROWS: tl.constexpr):
+def _fold(b_m, b_l, b_acc, b_m_new, b_l_new, b_acc_new, ROWS: tl.constexpr):
     """Adds one softmax sum to another; rounded the same in every kernel, so products are fused by hand."""
-    b_high = tl.maximum(b_peak, b_peak_new)
-    b_old, b_new = _weight(b_high, b_peak), _weight(b_high, b_peak_new)
-    b_total = tl.fma(b_total_new, b_new, b_total * b_old)
+    b_high = tl.maximum(b_m, b_m_new)
+    b_old, b_new = _weight(b_high, b_m), _weight(b_high, b_m_new)
+    b_l = tl.fma(b_l_new, b_new, b_l * b_old)
     if ROWS:
         b_old, b_new = b_old[:, None], b_new[:, None]
-    b_sums = tl.fma(b_sums_new, b_new + tl.zeros_like(b_sums), b_sums * b_old)
-    return b_high, b_total, b_sums
+    b_acc = tl.fma(b_acc_new, b_new + tl.zeros_like(b_acc), b_acc * b_old)
+    return b_high, b_l, b_acc
 
 
 @triton.jit
-def _quotient(b_sums, b_total):
+def _quotient(b_acc, b_l):
     """Sums over totals; a row that sees nothing is 0."""
-    return b_sums / tl.where(b_total == 0, 1.0, b_total)
+    return b_acc / tl.where(b_l == 0, 1.0, b_l)
 
 
 @triton.jit
-def _block(b_q, b_k, b_v, m_mn, factor, b_peak, b_total, b_sums):
+def _block(b_q, b_k, b_v, m_mn, factor, b_m, b_l, b_acc):
     """One block of keys and values by the running softmax."""
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * factor
     b_score = tl.where(m_mn, b_score, -float("inf"))
-    b_high = tl.maximum(b_peak, tl.max(b_score, 1))
-    b_old = _weight(b_high, b_peak)
+    b_high = tl.maximum(b_m, tl.max(b_score, 1))
+    b_old = _weight(b_high, b_m)
     b_p = _weight(b_high[:, None], b_score)
-    b_total = b_total * b_old + tl.sum(b_p, 1)
-    b_sums = tl.dot(b_p.to(b_v.dtype), b_v, b_sums * b_old[:, None], input_precision="tf32x3")
-    return b_high, b_total, b_sums
+    b_l = b_l * b_old + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None], input_precision="tf32x3")
+    return b_high, b_l, b_acc
+
+
+@triton.jit
+def _leaf(length, least):
+    """Slots of a leaf in a row of `length`: `launch.leaf_of`."""
+    few = tl.where(
+        length <= LEAF // 4 * TOGETHER, LEAF // 4, tl.where(length <= LEAF // 2 * TOGETHER, LEAF // 2, LEAF)
+    )
+    return tl.maximum(few, least)
 
 
 # Sizes that change from call to call must not compile the kernel anew when they happen to be 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["G", "S", "T", "R", "span"])
-def split_kernel(
+@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "least"])
+def tree_attention_kernel(
     p_q,
     p_k,
     p_v,
     p_k_cache,
     p_v_cache,
     p_out,
-    p_sums,
-    p_peaks,
-    p_totals,
+    p_acc,
+    p_m,
+    p_l,
+    p_tickets,
     p_lengths,
     p_ancestors,
     scale,
@@ -72,6 +83,7 @@ def split_kernel(
     T,
     R,
     span,
+    least,
     q_b,
     q_h,
     q_s,
@@ -95,7 +107,7 @@ def split_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LEAF: tl.constexpr,
+    LEAVES: tl.constexpr,
 ):
     # Blocks of query rows are neighbours, so that those after the first find the prefix in the cache.
     blocks = tl.cdiv(S * R, BLOCK_M)
@@ -103,6 +115,9 @@ def split_kernel(
     splits = tl.num_programs(1)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    leaf = _leaf(length, least)
+    if LEAVES:
+        span = leaf
     start = i_t * span
     # The first split has the new tokens and is there for every row.
     if (start < length) | (i_t == 0):
@@ -119,21 +134,21 @@ def split_kernel(
         o_q = i_b * q_b + (i_g * R + o_r) * q_h + o_s64 * q_s
         b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
 
-        b_peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        b_total = tl.zeros([BLOCK_M], tl.float32)
-        b_sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        b_l = tl.zeros([BLOCK_M], tl.float32)
+        b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if i_t == 0:
             p_k += i_b * k_b + i_g * k_h
             p_v += i_b * v_b + i_g * v_h
-            if MODE == M_ALONE:
+            if MODE == ALONE:
                 # A candidate meets no other: each row has its own key and value, and a NaN stays in its row.
                 o_k, o_v = o_s64[:, None] * k_s + o_d[None, :], o_s64[:, None] * v_s + o_d[None, :]
                 b_own = tl.load(p_k + o_k, mask=m_md, other=0.0).to(tl.float32)
-                b_peak = tl.sum(b_q.to(tl.float32) * b_own, 1) * factor
-                b_total += 1.0
-                b_sums = tl.load(p_v + o_v, mask=m_md, other=0.0).to(tl.float32)
+                b_m = tl.sum(b_q.to(tl.float32) * b_own, 1) * factor
+                b_l += 1.0
+                b_acc = tl.load(p_v + o_v, mask=m_md, other=0.0).to(tl.float32)
             else:
-                if MODE == M_MASKED:
+                if MODE == MASKED:
                     b_seen = tl.load(p_ancestors + i_b * S + o_s, mask=m_m, other=0)
                     last = S
                 else:
@@ -144,26 +159,27 @@ def split_kernel(
                     o_j64 = o_j.to(tl.int64)[:, None]
                     b_k = tl.load(p_k + o_j64 * k_s + o_d[None, :], mask=m_nd, other=0.0)
                     b_v = tl.load(p_v + o_j64 * v_s + o_d[None, :], mask=m_nd, other=0.0)
-                    if MODE == M_MASKED:
+                    if MODE == MASKED:
                         m_mn = ((b_seen[:, None] >> o_j.to(tl.int64)[None, :]) & 1) != 0
                         m_mn = m_mn & (o_j < S)[None, :]
                     else:
                         m_mn = (o_j[None, :] <= o_s[:, None]) & (o_j < S)[None, :]
-                    b_peak, b_total, b_sums = _block(b_q, b_k, b_v, m_mn, factor, b_peak, b_total, b_sums)
+                    b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_mn, factor, b_m, b_l, b_acc)
 
-        b_peak_all = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        b_total_all = tl.zeros([BLOCK_M], tl.float32)
-        b_sums_all = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         p_k_cache += i_b * k_cache_b + i_g * k_cache_h
         p_v_cache += i_b * v_cache_b + i_g * v_cache_h
+        if not LEAVES:
+            b_m_all = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            b_l_all = tl.zeros([BLOCK_M], tl.float32)
+            b_acc_all = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for first in range(start, tl.minimum(start + span, length), BLOCK_N):
-            if (first > start) & (first % LEAF == 0):
-                b_peak_all, b_total_all, b_sums_all = _fold(
-                    b_peak_all, b_total_all, b_sums_all, b_peak, b_total, b_sums, True
-                )
-                b_peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-                b_total = tl.zeros([BLOCK_M], tl.float32)
-                b_sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            # Two branches: the outer one is the compiler's.
+            if not LEAVES:  # noqa: SIM102
+                if (first > start) & (first % leaf == 0):
+                    b_m_all, b_l_all, b_acc_all = _fold(b_m_all, b_l_all, b_acc_all, b_m, b_l, b_acc, True)
+                    b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+                    b_l = tl.zeros([BLOCK_M], tl.float32)
+                    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             o_t = first + o_n
             # What lies past the length may be NaN: it is not even loaded.
             m_t = o_t < length
@@ -171,27 +187,47 @@ def split_kernel(
             o_t64 = o_t.to(tl.int64)[:, None]
             b_k = tl.load(p_k_cache + o_t64 * k_cache_s + o_d[None, :], mask=m_td, other=0.0)
             b_v = tl.load(p_v_cache + o_t64 * v_cache_s + o_d[None, :], mask=m_td, other=0.0)
-            b_peak, b_total, b_sums = _block(b_q, b_k, b_v, m_t[None, :], factor, b_peak, b_total, b_sums)
-        b_peak_all, b_total_all, b_sums_all = _fold(
-            b_peak_all, b_total_all, b_sums_all, b_peak, b_total, b_sums, True
-        )
+            b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_t[None, :], factor, b_m, b_l, b_acc)
+        if not LEAVES:
+            b_m, b_l, b_acc = _fold(b_m_all, b_l_all, b_acc_all, b_m, b_l, b_acc, True)
 
+        o_out = i_b * out_b + (i_g * R + o_r) * out_h + o_s64 * out_s
         if splits == 1:
-            b_out = _quotient(b_sums_all, b_total_all[:, None])
-            o_out = i_b * out_b + (i_g * R + o_r) * out_h + o_s64 * out_s
+            b_out = _quotient(b_acc, b_l[:, None])
             tl.store(p_out + o_out[:, None] + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_md)
         else:
-            o_part = (i_bg.to(tl.int64) * S * R + o_m) * splits + i_t
-            tl.store(p_sums + o_part[:, None] * D + o_d[None, :], b_sums_all, mask=m_md)
-            tl.store(p_peaks + o_part, b_peak_all, mask=m_m)
-            tl.store(p_totals + o_part, b_total_all, mask=m_m)
+            o_row = (i_bg.to(tl.int64) * S * R + o_m) * splits
+            tl.store(p_acc + (o_row + i_t)[:, None] * D + o_d[None, :], b_acc, mask=m_md)
+            tl.store(p_m + o_row + i_t, b_m, mask=m_m)
+            tl.store(p_l + o_row + i_t, b_l, mask=m_m)
+            if splits <= TOGETHER:
+                # The last program of these rows merges what all have written. Its ticket is taken once all threads
+                # of the program have stored, and read with theirs; the next launch finds the tickets at 0 again.
+                tl.debug_barrier()
+                parts = tl.maximum(1, tl.cdiv(length, span))
+                if tl.atomic_add(p_tickets + tl.program_id(0), 1, sem="acq_rel") == parts - 1:
+                    tl.store(p_tickets + tl.program_id(0), 0)
+                    b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+                    b_l = tl.zeros([BLOCK_M], tl.float32)
+                    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                    for i in range(parts):
+                        # Others have written these: the first-level cache may hold what was there before.
+                        p_part = p_acc + (o_row + i)[:, None] * D + o_d[None, :]
+                        b_part = tl.load(p_part, mask=m_md, other=0.0, cache_modifier=".cg")
+                        b_m_part = tl.load(p_m + o_row + i, mask=m_m, other=0.0, cache_modifier=".cg")
+                        b_l_part = tl.load(p_l + o_row + i, mask=m_m, other=0.0, cache_modifier=".cg")
+                        b_m, b_l, b_acc = _fold(b_m, b_l, b_acc, b_m_part, b_l_part, b_part, True)
+                    b_out = _quotient(b_acc, b_l[:, None])
+                    tl.store(
+                        p_out + o_out[:, None] + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_md
+                    )
 
 
-@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "splits"])
-def merge_kernel(
-    p_sums,
-    p_peaks,
-    p_totals,
+@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "least", "splits"])
+def tree_attention_merge_kernel(
+    p_acc,
+    p_m,
+    p_l,
     p_lengths,
     p_out,
     G,
@@ -199,6 +235,7 @@ def merge_kernel(
     T,
     R,
     span,
+    least,
     splits,
     out_b,
     out_h,
@@ -206,45 +243,42 @@ def merge_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LEAVES: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
     i_m, i_bg = tl.program_id(0) % (S * R), tl.program_id(0) // (S * R)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    if LEAVES:
+        span = _leaf(length, least)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
 
-    peak_all = tl.full((), -float("inf"), tl.float32)
-    total_all = tl.full((), 0.0, tl.float32)
-    b_sums_all = tl.zeros([BLOCK_D], tl.float32)
+    m_all = tl.full((), -float("inf"), tl.float32)
+    l_all = tl.full((), 0.0, tl.float32)
+    b_acc_all = tl.zeros([BLOCK_D], tl.float32)
     p_part = (i_bg.to(tl.int64) * S * R + i_m) * splits
     # Splits past the length have written nothing.
     parts = tl.maximum(1, tl.cdiv(length, span))
     for first in range(0, parts, TOGETHER):
-        peak = tl.full((), -float("inf"), tl.float32)
-        total = tl.full((), 0.0, tl.float32)
-        b_sums = tl.zeros([BLOCK_D], tl.float32)
+        m_span = tl.full((), -float("inf"), tl.float32)
+        l_span = tl.full((), 0.0, tl.float32)
+        b_acc = tl.zeros([BLOCK_D], tl.float32)
         # Without branches, so that all are on their way before the first is folded.
         for i in tl.static_range(TOGETHER):
             i_t = first + i
             # Numbers of the part: none where there is no such part.
             size = tl.where(i_t < parts, D, 0)
-            b_part = tl.load(p_sums + (p_part + i_t) * D + o_d, mask=o_d < size, other=0.0)
-            peak_part = tl.load(p_peaks + p_part + i_t, mask=size > 0, other=-float("inf"))
-            total_part = tl.load(p_totals + p_part + i_t, mask=size > 0, other=0.0)
+            b_part = tl.load(p_acc + (p_part + i_t) * D + o_d, mask=o_d < size, other=0.0)
+            m_part = tl.load(p_m + p_part + i_t, mask=size > 0, other=-float("inf"))
+            l_part = tl.load(p_l + p_part + i_t, mask=size > 0, other=0.0)
             if LEAVES:
-                peak, total, b_sums = _fold(peak, total, b_sums, peak_part, total_part, b_part, False)
+                m_span, l_span, b_acc = _fold(m_span, l_span, b_acc, m_part, l_part, b_part, False)
             else:
-                peak_all, total_all, b_sums_all = _fold(
-                    peak_all, total_all, b_sums_all, peak_part, total_part, b_part, False
-                )
+                m_all, l_all, b_acc_all = _fold(m_all, l_all, b_acc_all, m_part, l_part, b_part, False)
         if LEAVES:
-            peak_all, total_all, b_sums_all = _fold(
-                peak_all, total_all, b_sums_all, peak, total, b_sums, False
-            )
+            m_all, l_all, b_acc_all = _fold(m_all, l_all, b_acc_all, m_span, l_span, b_acc, False)
     o_s, o_r = (i_m // R).to(tl.int64), (i_m % R).to(tl.int64)
     o_out = i_b * out_b + (i_g * R + o_r) * out_h + o_s * out_s
-    b_out = _quotient(b_sums_all, total_all)
+    b_out = _quotient(b_acc_all, l_all)
     tl.store(p_out + o_out + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
 
 
@@ -268,26 +302,28 @@ def launch(
     q, k, v, k_cache, v_cache = dense(q), dense(k), dense(v), dense(k_cache), dense(v_cache)
     lengths = lengths.contiguous()
     ancestors = None if ancestors is None else ancestors.contiguous()
-    mode = CAUSAL if causal else ALONE if ancestors is None else MASKED
-    settings = configuration(D, S * R, mode, q.dtype)
+    mode = choices.CAUSAL if causal else choices.ALONE if ancestors is None else choices.MASKED
+    settings = choices.configuration(D, S * R, mode, q.dtype, architecture(q.device))
     programs = B * G * triton.cdiv(S * R, settings["BLOCK_M"])
-    span = span_of(programs, S * R, T, multiprocessors(q.device))
-    splits = max(1, triton.cdiv(T, span))
+    least = choices.least_leaf(settings["BLOCK_M"])
+    span, splits = choices.cut(programs, S * R, T, least, multiprocessors(q.device))
+    leaves = int(span == 0)
     # A single split writes the result itself.
     parts = (B * G * S * R, splits) if splits > 1 else (0, 0)
-    peaks, totals = torch.empty((2, *parts), dtype=torch.float32, device=q.device)
-    sums = torch.empty((*parts, D), dtype=torch.float32, device=q.device)
+    m_parts, l_parts = torch.empty((2, *parts), dtype=torch.float32, device=q.device)
+    acc_parts = torch.empty((*parts, D), dtype=torch.float32, device=q.device)
     with on_device(q):
-        split_kernel[(programs, splits)](
+        tree_attention_kernel[(programs, splits)](
             q,
             k,
             v,
             k_cache,
             v_cache,
             out,
-            sums,
-            peaks,
-            totals,
+            acc_parts,
+            m_parts,
+            l_parts,
+            tickets(q.device, programs),
             lengths,
             ancestors,
             scale,
@@ -296,6 +332,7 @@ def launch(
             T,
             R,
             span,
+            least,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -303,12 +340,13 @@ def launch(
             *v_cache.stride()[:3],
             *out.stride()[:3],
             **settings,
+            LEAVES=leaves,
         )
-        if splits > 1:
-            merge_kernel[(B * G * S * R,)](
-                sums,
-                peaks,
-                totals,
+        if splits > choices.TOGETHER:
+            tree_attention_merge_kernel[(B * G * S * R,)](
+                acc_parts,
+                m_parts,
+                l_parts,
                 lengths,
                 out,
                 G,
@@ -316,8 +354,9 @@ def launch(
                 T,
                 R,
                 span,
+                least,
                 splits,
                 *out.stride()[:3],
-                **merge_configuration(D, span),
+                **choices.merge_configuration(D, leaves),
             )
     return out

@@ -15,15 +15,19 @@ from .reference import reference
 def make_inputs(
     shape: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """Ragged prefixes from T down to about T/2 (`lengths` overrides); slots past a row's length hold NaN."""
+    """Ragged prefixes from T down to about T/2 (`lengths` overrides); slots past a row's length hold NaN.
+
+    Numbers are drawn on the device, which has its own for a seed.
+    """
     B, H, G, S, T, D = (shape[name] for name in "BHGSTD")
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=random)
+        return torch.randn(*size, generator=random, device=device)
 
     lengths = torch.tensor(shape.get("lengths", [T - b * T // (2 * B) for b in range(B)]), dtype=torch.int64)
-    empty = (torch.arange(T) >= lengths[:, None])[:, None, :, None]
+    lengths = lengths.to(device)
+    empty = (torch.arange(T, device=device) >= lengths[:, None])[:, None, :, None]
     k_cache = normal(B, G, T, D).masked_fill(empty, float("nan"))
     v_cache = normal(B, G, T, D).masked_fill(empty, float("nan"))
     mask = shape.get("mask")
@@ -39,12 +43,12 @@ def make_inputs(
         ancestors = torch.tensor([m - (1 << 64) if m >> 63 else m for m in masks]).repeat(B, 1)
         ancestors[0, -1] = 0
     return {
-        "q": normal(B, H, S, D).to(device, dtype),
-        "k": normal(B, G, S, D).to(device, dtype),
-        "v": normal(B, G, S, D).to(device, dtype),
-        "k_cache": k_cache.to(device, dtype),
-        "v_cache": v_cache.to(device, dtype),
-        "lengths": lengths.to(device),
+        "q": normal(B, H, S, D).to(dtype),
+        "k": normal(B, G, S, D).to(dtype),
+        "v": normal(B, G, S, D).to(dtype),
+        "k_cache": k_cache.to(dtype),
+        "v_cache": v_cache.to(dtype),
+        "lengths": lengths,
         "ancestors": None if ancestors is None else ancestors.to(device),
         "scale": D**-0.5,
         "causal": mask == "causal",
