@@ -20,7 +20,7 @@ from rgtg_fast.decoding.graphs import StepGraphs, bucket
 from rgtg_fast.decoding.memory import check_fits, free_bytes
 from rgtg_fast.decoding.results import GeneratedRow, GenerationResult, Piece, Stats
 from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_strategy, run_strategy
-from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
+from rgtg_fast.decoding.text import as_stops, before_stop, shown_text
 from rgtg_fast.decoding.trace import Seen, seen, write_trace
 from rgtg_fast.errors import RewardNaNError, RGTGError
 from rgtg_fast.models.backbone import Backbone
@@ -49,7 +49,6 @@ class _Run:
     max_new_tokens: int
     stops: list[str]
     trace: bool
-    live_text: bool  # texts are needed after every token, for stop strings or a stream
     number: int
     timer: PhaseTimer
     ahead: int  # steps that may be on the device before the host looks at their decisions
@@ -285,7 +284,6 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 f"stream takes one prompt and got {len(run.rows)}: use generate or iterate for several"
             )
-        run.live_text = True
         return self._pieces(run)
 
     @torch.inference_mode()
@@ -302,7 +300,7 @@ class RewardGuidedDecoder:
         """
         if self.reward is None:
             raise RGTGError("this decoder has no reward to score with: pass reward=... to from_pretrained")
-        given = as_prompts(prompts)
+        given = as_prompts(prompts, self.tokenizer)
         texts = [answers] if isinstance(answers, str) else list(answers)
         if len(texts) != len(given):
             raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
@@ -486,13 +484,13 @@ class RewardGuidedDecoder:
                 row.finish_reason = "eos"
             else:
                 row.answer.append(decision.token)
-            if run.live_text or row.finish_reason is not None:
-                row.text = self.lm.text(row.answer)
-            stop_at = find_stop(row.text, run.stops)
-            if stop_at >= 0:
-                row.text, row.finish_reason = row.text[:stop_at], "stop"
+            before = before_stop(self.lm, row.answer, run.stops)
+            if before is not None:
+                row.finish_reason = "stop"
             elif row.finish_reason is None and len(row.answer) == run.max_new_tokens:
-                row.text, row.finish_reason = self.lm.text(row.answer), "length"
+                row.finish_reason = "length"
+            if row.finish_reason is not None:
+                row.text = self.lm.text(row.answer) if before is None else before
         run.stats.tokens += len(slots)
         run.stats.guided_tokens += 0 if self.reward is None else sum(flight.guided[slot] for slot in slots)
         run.stats.steps += 1
@@ -594,10 +592,11 @@ class RewardGuidedDecoder:
         row, shown = run.rows[0], 0
         for _ in self._steps(run):
             self._count(run)
-            end = len(row.text) if row.finish_reason is not None else safe_length(row.text, run.stops)
+            ended = row.finish_reason is not None
+            text = row.text if ended else shown_text(self.lm, row.answer, run.stops)
             candidates = row.trace[-1].candidates if run.trace else []
-            yield Piece(row.text[shown:end], row.last_token, candidates, row.finish_reason)
-            shown = max(shown, end)
+            yield Piece(text[shown:], row.last_token, candidates, row.finish_reason)
+            shown = max(shown, len(text))
 
     # ---- before the loop ------------------------------------------------------------------------------------------
 
@@ -615,7 +614,7 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1: use for example 128"
             )
-        given = as_prompts(prompts)
+        given = as_prompts(prompts, self.tokenizer)
         settings = list(guidance) if isinstance(guidance, Sequence) else [guidance] * len(given)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(given)
         for name, values in (("guidance", settings), ("seed", seeds)):
@@ -646,7 +645,7 @@ class RewardGuidedDecoder:
         # Phases inside a graph could not be told apart.
         graphs = self._graphs if free and not (timer.spans or timer.synchronize) else None
         ahead = self.ahead if free else 0
-        return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs, timer, ahead, graphs)
+        return _Run(rows, max_new_tokens, stops, trace, self._runs, timer, ahead, graphs)
 
     def _check_guidance(self, guidance: Guidance) -> None:
         if not isinstance(guidance, Guidance):
