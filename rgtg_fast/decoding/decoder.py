@@ -31,7 +31,7 @@ from rgtg_fast.models.loading import (
     load_causal_lm,
     resolve_dtype,
 )
-from rgtg_fast.models.prompts import PromptLike, as_prompts
+from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
 from rgtg_fast.models.transfer import Arrival, to_device
 from rgtg_fast.ops import advance, resample, topk_logprobs
 from rgtg_fast.ops.advance import FINE, NO_CANDIDATE
@@ -300,20 +300,17 @@ class RewardGuidedDecoder:
         """
         if self.reward is None:
             raise RGTGError("this decoder has no reward to score with: pass reward=... to from_pretrained")
-        given = as_prompts(prompts, self.tokenizer)
-        texts = [answers] if isinstance(answers, str) else list(answers)
+        given, texts = as_prompts(prompts, self.tokenizer), as_answers(answers, self.tokenizer)
         if len(texts) != len(given):
             raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
-        scores = []
-        for prompt, text in zip(given, texts, strict=True):
-            ids = self._answer_ids(text) if isinstance(text, str) else [int(token) for token in text]
-            if not ids:
-                raise RGTGError(f"answer {prompt.index} is empty: pass at least one token")
+        rows = []
+        for prompt, ids in zip(given, texts, strict=True):
+            check_known(ids, self.lm.vocabulary, f"answer {prompt.index}")
             row = Row(prompt, prompt.ids(self.tokenizer))
             row.encoded = self.reward.encode(prompt)
             self._check_length(row, len(ids))
-            scores.append(self.reward.score_answer(row, ids))
-        return scores
+            rows.append(row)
+        return [self.reward.score_answer(row, ids) for row, ids in zip(rows, texts, strict=True)]
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -678,12 +675,8 @@ class RewardGuidedDecoder:
     def _check_length(self, row: Row, new_tokens: int) -> None:
         if not row.prompt_ids:
             raise RGTGError(f"prompt {row.prompt.index} is empty: pass at least one token")
-        outside = [token for token in row.prompt_ids if not 0 <= token < self.lm.backbone.head.out_features]
-        if outside:
-            raise RGTGError(
-                f"prompt {row.prompt.index} has token id {outside[0]}, outside the vocabulary "
-                f"(V={self.lm.backbone.head.out_features}): use the base model's tokenizer"
-            )
+        known = min(self.lm.backbone.head.out_features, self.lm.backbone.embeddings)
+        check_known(row.prompt_ids, known, f"prompt {row.prompt.index}")
         limits = [("base model", len(row.prompt_ids), self.lm.backbone.limit)]
         limit = None if self.reward is None else self.reward.limit
         if limit is not None:
@@ -751,11 +744,6 @@ class RewardGuidedDecoder:
     def _cache_bytes(self) -> dict[str, int]:
         guide = 0 if self.reward is None else self.reward.cache_bytes()
         return {"lm": self.lm.backbone.cache.nbytes(), "reward": guide}
-
-    def _answer_ids(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
     def _count(self, run: _Run) -> None:
         """Brings the run's statistics up to date."""

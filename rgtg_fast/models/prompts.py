@@ -170,6 +170,48 @@ def as_prompts(
     return [Prompt(_kept(prompt), index) for index, prompt in enumerate(many)]
 
 
+def as_answers(
+    answers: str | Sequence[str | Sequence[int]], tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int]]:
+    """The token ids of given answers, each a text or ids.
+
+    Raises:
+        RGTGError: an empty answer, or something that is no answer.
+    """
+    whole, found = _plain(answers), []
+    if isinstance(whole, Iterator) or (_is_list(whole) and not _are_ids(whole)):
+        many = [_plain(answer) for answer in cast("Sequence[object]", whole)]
+    else:
+        many = [whole]
+    for index, answer in enumerate(many):
+        if isinstance(answer, str):
+            if tokenizer is None:
+                raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
+            found.append(text_ids(tokenizer, answer, f"answer {index}"))
+        elif _is_list(answer) and (_are_ids(answer) or not len(cast("Sequence[object]", answer))):
+            found.append(list(cast("Sequence[int]", answer)))
+        else:
+            raise RGTGError(
+                f"answer {index} is {type(answer).__name__}: pass a string or a list of token ids"
+            )
+        if not found[-1]:
+            raise RGTGError(f"answer {index} is empty: pass at least one token")
+    return found
+
+
+def check_known(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    """Refuses token ids that a model does not know.
+
+    Raises:
+        RGTGError: naming the first.
+    """
+    outside = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if outside is not None:
+        raise RGTGError(
+            f"{what} has token id {outside}, outside the vocabulary (V={vocabulary}): use the model's own tokenizer"
+        )
+
+
 def _plain(value: object) -> object:
     """Tensors, arrays and columns as lists, by themselves or one level deep."""
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
@@ -190,10 +232,12 @@ def _is_one(prompt: object) -> bool:
         return True
     if not _is_list(prompt) or not len(cast("Sequence[object]", prompt)):
         return False
-    ids = all(
-        isinstance(item, int) and not isinstance(item, bool) for item in cast("Sequence[object]", prompt)
-    )
-    return ids or _is_chat(prompt)
+    return _are_ids(prompt) or _is_chat(prompt)
+
+
+def _are_ids(value: object) -> bool:
+    items = cast("Sequence[object]", value)
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
 
 
 def _is_chat(prompt: object) -> bool:
