@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -132,13 +133,18 @@ class Classifier:
             together = self._forward(rows)
         except RGTGError:
             together = torch.full_like(alone, torch.nan)
-        # Low precision rounds by the shape of a batch.
-        rounding = min(256 * torch.finfo(self.model.dtype).eps, 0.1)
-        self._together = bool(((together - alone).abs() <= rounding * alone.abs().clamp_min(1)).all())
-        if self._head is not None and not self._together:
-            raise RGTGError(
-                f"{self.title} does not score a text by its `score` head at the last token: use another reward model"
-            )
+        # Rounding depends on the shape of a batch: how far it may reach, relative to what the model says.
+        eps = max(torch.finfo(self.model.dtype).eps, torch.finfo(torch.float32).eps)
+        off = float((together - alone).abs().max() / alone.abs().max().clamp_min(0.1))
+        # An encoder-decoder pools at the last end of text, of which all texts of a batch need equally many.
+        self._together = off <= min(1024 * eps, 0.25) and not self.model.config.is_encoder_decoder
+        if self._head is not None:
+            self._together = True
+            if not off <= max(1024 * eps, 0.01):
+                raise RGTGError(
+                    f"{self.title} does not read a text at its last token by its `score` head: "
+                    "use another reward model"
+                )
 
     def _plain_probe(self, tokens: Tokens) -> Tokens:
         """A causal model's probe without the padding token, by which the model's own forward finds the last token."""
@@ -151,7 +157,10 @@ class Classifier:
 
     @property
     def _embeddings(self) -> int:
-        table: Any = self.model.get_input_embeddings()
+        try:
+            table: Any = self.model.get_input_embeddings()
+        except NotImplementedError:  # a model of characters, which has no table
+            return sys.maxsize
         return int(table.weight.shape[0])
 
     def _padding_id(self) -> int:
@@ -238,7 +247,8 @@ class Classifier:
 
 def usable_positions(model: PreTrainedModel) -> int | None:
     """Tokens of a text for which the model has positions, None where positions are relative and any length works."""
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and (
