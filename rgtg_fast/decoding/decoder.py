@@ -31,7 +31,7 @@ from rgtg_fast.models.loading import (
     load_causal_lm,
     resolve_dtype,
 )
-from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
+from rgtg_fast.models.prompts import Prompt, PromptLike, as_answers, as_prompts, check_known
 from rgtg_fast.models.transfer import Arrival, to_device
 from rgtg_fast.ops import advance, resample, topk_logprobs
 from rgtg_fast.ops.advance import FINE, NO_CANDIDATE
@@ -241,7 +241,8 @@ class RewardGuidedDecoder:
                 by its own settings and takes no guidance.
 
         Raises:
-            RGTGError: a bad argument. RewardNaNError: a NaN reward; carries the rows finished before it.
+            RGTGError: a bad argument, or a prompt that cannot be answered, which it names before any is decoded.
+            RewardNaNError: a NaN reward; carries the rows finished before it.
 
         Example:
             >>> result = decoder.generate("The sky is", max_new_tokens=8)  # doctest: +SKIP
@@ -306,7 +307,7 @@ class RewardGuidedDecoder:
         rows = []
         for prompt, ids in zip(given, texts, strict=True):
             check_known(ids, self.lm.vocabulary, f"answer {prompt.index}")
-            row = Row(prompt, prompt.ids(self.tokenizer))
+            row = Row(prompt, self._prompt_ids(prompt))
             row.encoded = self.reward.encode(prompt)
             self._check_length(row, len(ids))
             rows.append(row)
@@ -624,8 +625,9 @@ class RewardGuidedDecoder:
             self._check_guidance(setting)
             if not isinstance(number, int) or not -(2**63) <= number < 2**63:
                 raise RGTGError(f"seed={number!r} is not a 64-bit whole number: use for example 0")
-            ids = prompt.ids(self.tokenizer)
-            row = Row(prompt, ids, weights=setting.weights, guidance=setting, seed=number)
+            row = Row(
+                prompt, self._prompt_ids(prompt), weights=setting.weights, guidance=setting, seed=number
+            )
             row.encoded = [] if self.reward is None else self.reward.encode(prompt)
             self._check_length(row, max_new_tokens)
             rows.append(row)
@@ -672,11 +674,15 @@ class RewardGuidedDecoder:
                     "pass one weight per guide of a MixtureReward"
                 )
 
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        ids = prompt.ids(self.tokenizer)
+        known = min(self.lm.backbone.head.out_features, self.lm.backbone.embeddings)
+        check_known(ids, known, f"prompt {prompt.index}")
+        return ids
+
     def _check_length(self, row: Row, new_tokens: int) -> None:
         if not row.prompt_ids:
             raise RGTGError(f"prompt {row.prompt.index} is empty: pass at least one token")
-        known = min(self.lm.backbone.head.out_features, self.lm.backbone.embeddings)
-        check_known(row.prompt_ids, known, f"prompt {row.prompt.index}")
         limits = [("base model", len(row.prompt_ids), self.lm.backbone.limit)]
         limit = None if self.reward is None else self.reward.limit
         if limit is not None:

@@ -146,7 +146,7 @@ def as_prompts(
     Tensors and arrays of ids are lists of ids, a column of a table is a list of prompts.
 
     Args:
-        tokenizer: the base model's, by whose padding token a padded tensor is known.
+        tokenizer: the base model's, by whose padding token padded rows are known.
 
     Raises:
         RGTGError: nothing given, an empty prompt, or something that is no prompt.
@@ -165,7 +165,7 @@ def as_prompts(
             raise RGTGError(f"prompt {index} is empty: pass at least one token")
         if not _is_one(prompt):
             raise RGTGError(f"prompt {index} is {_named(prompt)}")
-    if getattr(prompts, "ndim", 1) > 1:
+    if all(_is_list(prompt) and _are_ids(prompt) for prompt in many):
         _check_unpadded(cast("list[list[int]]", many), tokenizer)
     return [Prompt(_kept(prompt), index) for index, prompt in enumerate(many)]
 
@@ -268,9 +268,9 @@ def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _check_unpadded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuses a tensor of rows that are padded: which of its tokens are text, only the attention mask says."""
+    """Refuses rows of one length that are padded: which of their tokens are text, only the attention mask says."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
-    if tokenizer is None or pad is None:
+    if tokenizer is None or pad is None or len(rows) == 1 or len(set(map(len, rows))) > 1:
         return
     # Where padding is also the beginning or end of a text, a column of nothing else is that.
     borders = pad in (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -306,7 +306,9 @@ def _named(value: object) -> str:
     if _is_list(value):
         kinds = dict.fromkeys(type(item).__name__ for item in cast("Sequence[object]", value))
         return f"a list of {' and '.join(list(kinds)[:3])}: {_PASS}"
-    return f"{_short(value) if value is None else type(value).__name__}: {_PASS}"
+    if hasattr(value, "columns") or hasattr(value, "column_names"):
+        return f"a table ({type(value).__name__}): pass the column that holds the prompts, as in list(rows['prompt'])"
+    return f"{value if value is None else type(value).__name__}: {_PASS}"
 
 
 def _short(value: object, show: Any = repr) -> str:
