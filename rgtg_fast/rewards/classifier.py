@@ -52,9 +52,9 @@ class Classifier:
         self._head = None if model.config.is_encoder_decoder else head
         self._pad = self._padding_id()
         self._types = self._reads_types()
-        self._cut = False
-        self._together = True
+        self._cut = self._together = True
         self._verify()
+        self._cut = False  # whether a text was cut and that was said; of the probes it is not
 
     def encode(self, texts: Sequence[str], seconds: Sequence[str] | None, special: bool) -> list[Tokens]:
         """Token ids of texts, without padding; of a long one its end, which is said once.
