@@ -20,7 +20,7 @@ from rgtg_fast.decoding.graphs import StepGraphs, bucket
 from rgtg_fast.decoding.memory import check_fits
 from rgtg_fast.decoding.results import GeneratedRow, GenerationResult, Piece, Stats
 from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_strategy, run_strategy
-from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
+from rgtg_fast.decoding.text import as_stops, before_stop, shown_text
 from rgtg_fast.decoding.trace import Seen, seen, write_trace
 from rgtg_fast.errors import RewardNaNError, RGTGError
 from rgtg_fast.models.autocast import without_autocast
@@ -33,7 +33,7 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.memory import free_bytes
-from rgtg_fast.models.prompts import PromptLike, as_prompts
+from rgtg_fast.models.prompts import Prompt, PromptLike, as_answers, as_prompts, check_known
 from rgtg_fast.models.transfer import Arrival, to_device
 from rgtg_fast.ops import advance, resample, topk_logprobs
 from rgtg_fast.ops.advance import FINE, NO_CANDIDATE
@@ -51,7 +51,6 @@ class _Run:
     max_new_tokens: int
     stops: list[str]
     trace: bool
-    live_text: bool  # texts are needed after every token, for stop strings or a stream
     number: int
     timer: PhaseTimer
     ahead: int  # steps that may be on the device before the host looks at their decisions
@@ -245,7 +244,8 @@ class RewardGuidedDecoder:
                 by its own settings and takes no guidance.
 
         Raises:
-            RGTGError: a bad argument. RewardNaNError: a NaN reward; carries the rows finished before it.
+            RGTGError: a bad argument, or a prompt that cannot be answered, which it names before any is decoded.
+            RewardNaNError: a NaN reward; carries the rows finished before it.
 
         Example:
             >>> result = decoder.generate("The sky is", max_new_tokens=8)  # doctest: +SKIP
@@ -288,7 +288,6 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 f"stream takes one prompt and got {len(run.rows)}: use generate or iterate for several"
             )
-        run.live_text = True
         return self._pieces(run)
 
     @without_autocast
@@ -306,20 +305,17 @@ class RewardGuidedDecoder:
         """
         if self.reward is None:
             raise RGTGError("this decoder has no reward to score with: pass reward=... to from_pretrained")
-        given = as_prompts(prompts)
-        texts = [answers] if isinstance(answers, str) else list(answers)
+        given, texts = as_prompts(prompts, self.tokenizer), as_answers(answers, self.tokenizer)
         if len(texts) != len(given):
             raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
-        scores = []
-        for prompt, text in zip(given, texts, strict=True):
-            ids = self._answer_ids(text) if isinstance(text, str) else [int(token) for token in text]
-            if not ids:
-                raise RGTGError(f"answer {prompt.index} is empty: pass at least one token")
-            row = Row(prompt, prompt.ids(self.tokenizer))
+        rows = []
+        for prompt, ids in zip(given, texts, strict=True):
+            check_known(ids, self.lm.vocabulary, f"answer {prompt.index}")
+            row = Row(prompt, self._prompt_ids(prompt))
             row.encoded = self.reward.encode(prompt)
             self._check_length(row, len(ids))
-            scores.append(self.reward.score_answer(row, ids))
-        return scores
+            rows.append(row)
+        return [self.reward.score_answer(row, ids) for row, ids in zip(rows, texts, strict=True)]
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -491,13 +487,13 @@ class RewardGuidedDecoder:
                 row.finish_reason = "eos"
             else:
                 row.answer.append(decision.token)
-            if run.live_text or row.finish_reason is not None:
-                row.text = self.lm.text(row.answer)
-            stop_at = find_stop(row.text, run.stops)
-            if stop_at >= 0:
-                row.text, row.finish_reason = row.text[:stop_at], "stop"
+            before = before_stop(self.lm, row.answer, run.stops)
+            if before is not None:
+                row.finish_reason = "stop"
             elif row.finish_reason is None and len(row.answer) == run.max_new_tokens:
-                row.text, row.finish_reason = self.lm.text(row.answer), "length"
+                row.finish_reason = "length"
+            if row.finish_reason is not None:
+                row.text = self.lm.text(row.answer) if before is None else before
         run.stats.tokens += len(slots)
         run.stats.guided_tokens += 0 if self.reward is None else sum(flight.guided[slot] for slot in slots)
         run.stats.steps += 1
@@ -599,10 +595,11 @@ class RewardGuidedDecoder:
         row, shown = run.rows[0], 0
         for _ in self._steps(run):
             self._count(run)
-            end = len(row.text) if row.finish_reason is not None else safe_length(row.text, run.stops)
+            ended = row.finish_reason is not None
+            text = row.text if ended else shown_text(self.lm, row.answer, run.stops)
             candidates = row.trace[-1].candidates if run.trace else []
-            yield Piece(row.text[shown:end], row.last_token, candidates, row.finish_reason)
-            shown = max(shown, end)
+            yield Piece(text[shown:], row.last_token, candidates, row.finish_reason)
+            shown = max(shown, len(text))
 
     # ---- before the loop ------------------------------------------------------------------------------------------
 
@@ -620,7 +617,7 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1: use for example 128"
             )
-        given = as_prompts(prompts)
+        given = as_prompts(prompts, self.tokenizer)
         settings = list(guidance) if isinstance(guidance, Sequence) else [guidance] * len(given)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(given)
         for name, values in (("guidance", settings), ("seed", seeds)):
@@ -633,8 +630,9 @@ class RewardGuidedDecoder:
             self._check_guidance(setting)
             if not isinstance(number, int) or not -(2**63) <= number < 2**63:
                 raise RGTGError(f"seed={number!r} is not a 64-bit whole number: use for example 0")
-            ids = prompt.ids(self.tokenizer)
-            row = Row(prompt, ids, weights=setting.weights, guidance=setting, seed=number)
+            row = Row(
+                prompt, self._prompt_ids(prompt), weights=setting.weights, guidance=setting, seed=number
+            )
             row.encoded = [] if self.reward is None else self.reward.encode(prompt)
             self._check_length(row, max_new_tokens)
             rows.append(row)
@@ -651,7 +649,7 @@ class RewardGuidedDecoder:
         # Phases inside a graph could not be told apart.
         graphs = self._graphs if free and not (timer.spans or timer.synchronize) else None
         ahead = self.ahead if free else 0
-        return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs, timer, ahead, graphs)
+        return _Run(rows, max_new_tokens, stops, trace, self._runs, timer, ahead, graphs)
 
     def _check_guidance(self, guidance: Guidance) -> None:
         if not isinstance(guidance, Guidance):
@@ -681,15 +679,15 @@ class RewardGuidedDecoder:
                     "pass one weight per guide of a MixtureReward"
                 )
 
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        ids = prompt.ids(self.tokenizer)
+        known = min(self.lm.backbone.head.out_features, self.lm.backbone.embeddings)
+        check_known(ids, known, f"prompt {prompt.index}")
+        return ids
+
     def _check_length(self, row: Row, new_tokens: int) -> None:
         if not row.prompt_ids:
             raise RGTGError(f"prompt {row.prompt.index} is empty: pass at least one token")
-        outside = [token for token in row.prompt_ids if not 0 <= token < self.lm.backbone.head.out_features]
-        if outside:
-            raise RGTGError(
-                f"prompt {row.prompt.index} has token id {outside[0]}, outside the vocabulary "
-                f"(V={self.lm.backbone.head.out_features}): use the base model's tokenizer"
-            )
         limits = [("base model", len(row.prompt_ids), self.lm.backbone.limit)]
         limit = None if self.reward is None else self.reward.limit
         if limit is not None:
@@ -759,11 +757,6 @@ class RewardGuidedDecoder:
     def _cache_bytes(self) -> dict[str, int]:
         guide = 0 if self.reward is None else self.reward.cache_bytes()
         return {"lm": self.lm.backbone.cache.nbytes(), "reward": guide}
-
-    def _answer_ids(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
     def _count(self, run: _Run) -> None:
         """Brings the run's statistics up to date."""

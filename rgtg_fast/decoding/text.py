@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.language_model import LanguageModel
 
 
 def as_stops(stop: str | Sequence[str] | None) -> list[str]:
@@ -26,12 +28,46 @@ def find_stop(text: str, stops: Sequence[str]) -> int:
     return min(found, default=-1)
 
 
-def safe_length(text: str, stops: Sequence[str]) -> int:
-    """How much of a growing text can be shown: no unfinished character, no beginning of a stop string at its end."""
-    end = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+def before_stop(lm: LanguageModel, answer: Sequence[int], stops: Sequence[str]) -> str | None:
+    """An answer's text before its earliest stop string, None where it has none.
+
+    Stop strings are looked for in the text with its special tokens, which a stop string may name, hold or be.
+    """
+    if not stops:
+        return None
+    full = lm.text(answer, special=True)
+    at = find_stop(full, stops)
+    return None if at < 0 else _before(lm, answer, full, at)
+
+
+def shown_text(lm: LanguageModel, answer: Sequence[int], stops: Sequence[str]) -> str:
+    """What of a growing text can be shown: no unfinished character, no beginning of a stop string at its end."""
+    text = lm.text(answer).rstrip("\N{REPLACEMENT CHARACTER}")
+    if not stops:
+        return text
+    full = lm.text(answer, special=True)
+    return min(text, _before(lm, answer, full, _settled(full, stops)), key=len)
+
+
+def _settled(text: str, stops: Sequence[str]) -> int:
+    """How much of a text no stop string can reach that begins in it and ends in what follows."""
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    sizes = [len(text)]
     for stop in stops:
-        for size in range(min(len(stop) - 1, end), 0, -1):
-            if text.endswith(stop[:size], 0, end):
-                end -= size
-                break
-    return end
+        begun = (size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size]))
+        sizes.append(len(text) - next(begun, 0))
+    return min(sizes)
+
+
+def _before(lm: LanguageModel, answer: Sequence[int], full: str, at: int) -> str:
+    """The text that an answer shows before character `at` of its text with special tokens, `full`."""
+    if lm.text(answer) == full:
+        return full[:at]
+
+    # Tokens that end before the place, then what the next one shows of it: nothing where it is special.
+    def reach(count: int) -> int:
+        return len(lm.text(answer[:count], special=True))
+
+    whole = bisect.bisect_right(range(1, len(answer) + 1), at, key=reach)
+    shown, cut = lm.text(answer[:whole]), lm.text(answer[: whole + 1])
+    return shown if cut == shown else cut[: len(cut) - (reach(whole + 1) - at)]

@@ -26,7 +26,7 @@ from rgtg_fast.models.loading import (
     context_length,
     load_sequence_classifier,
 )
-from rgtg_fast.models.prompts import Prompt, PromptLike
+from rgtg_fast.models.prompts import Prompt, PromptLike, text_ids
 from rgtg_fast.rewards import SequenceReward, named_guide
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.rewards.named import CONTRASTIVE, PREFIXES
@@ -125,7 +125,7 @@ class Judge:
         Raises:
             RGTGError: an answer over the context, or a reward that is NaN.
         """
-        ids = [self._answer_ids(answer) for answer in answers]
+        ids = [self._answer_ids(index, answer) for index, answer in enumerate(answers)]
         packed = isinstance(self.scorer, PreTrainedModel)
         for index, rating in self._packed(prompts, ids) if packed else self._one_by_one(prompts, ids):
             if math.isnan(rating.ended) or math.isnan(rating.unended):
@@ -186,13 +186,13 @@ class Judge:
             ended = self.scorer.answer_reward(rewards)
             yield index, Rating(ended, self.scorer.answer_reward(rewards[:-1]) if rewards[1:] else ended)
 
-    def _answer_ids(self, text: str) -> list[int]:
+    def _answer_ids(self, index: int, text: str) -> list[int]:
         eos = cast("int | None", self.tokenizer.eos_token_id)
         if eos is None:
             raise RGTGError(
                 f"the tokenizer of the judge {self.name} has no EOS token: set tokenizer.eos_token"
             )
-        return [*cast("list[int]", self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]), eos]
+        return [*text_ids(self.tokenizer, text.strip(), f"answer {index}"), eos]
 
 
 @functools.lru_cache(maxsize=64)

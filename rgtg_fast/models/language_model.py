@@ -36,10 +36,13 @@ class LanguageModel:
             return frozenset()
         return frozenset(map(int, ids if isinstance(ids, list) else [ids]))
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """The text of answer tokens, special tokens left out; without a tokenizer, the ids."""
+    def text(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of answer tokens, with the special ones among them or without; without a tokenizer, the ids."""
         if self.tokenizer is None:
             return " ".join(map(str, tokens))
+        if special:
+            # Some tokenizers would put spaces around special tokens, which no model has written.
+            return str(self.tokenizer.decode(list(tokens), spaces_between_special_tokens=False))
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def token_text(self, token: int) -> str:

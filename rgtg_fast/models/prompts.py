@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,13 +13,15 @@ from rgtg_fast.errors import RGTGError
 
 PromptLike = str | Sequence[int] | Sequence[dict[str, Any]]
 
+_PASS = "pass a string, a list of chat messages, a list of token ids, or a list of these"
+
 
 @dataclass(frozen=True)
 class Prompt:
     """One prompt: a text, chat messages or token ids, and its index in the call.
 
     A text goes to the tokenizer as it is, chat messages through the chat template with the generation prompt, ids
-    nowhere.
+    nowhere. An answer follows: the end of text that some tokenizers append is left out.
     """
 
     given: PromptLike
@@ -36,49 +39,278 @@ class Prompt:
 
         Args:
             template: a Jinja chat template in place of the tokenizer's own.
+
+        Raises:
+            RGTGError: no tokenizer or chat template for it, or one that does not take it.
         """
-        messages = self.messages
+        messages, what = self.messages, f"prompt {self.index}"
         if messages is None and not isinstance(self.given, str):
             return [int(token) for token in self.given]  # pyright: ignore[reportArgumentType]
         if tokenizer is None:
-            raise RGTGError(
-                f"prompt {self.index} is text and the model came without a tokenizer: pass token ids"
-            )
+            raise RGTGError(f"{what} is text and the model came without a tokenizer: pass token ids")
         if messages is None:
-            return tokenizer(self.given)["input_ids"]  # pyright: ignore[reportArgumentType, reportReturnType]
+            return text_ids(tokenizer, cast("str", self.given), what, special=True)
         if tokenizer.chat_template is None and template is None:
             raise RGTGError(
-                f"prompt {self.index} is a chat and the tokenizer of {tokenizer.name_or_path} has no chat template: "
+                f"{what} is a chat and the tokenizer of {tokenizer.name_or_path} has no chat template: "
                 "pass a plain string"
             )
+        return text_ids(tokenizer, rendered(tokenizer, messages, what, template, answer_follows=True), what)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, special: bool = False) -> list[int]:
+    """The token ids of a text that other text may follow.
+
+    Args:
+        what: names the text in an error. special: with what the tokenizer puts before a text. The end of text
+            that some append is left out, and so is a beginning of text where the text itself begins with one.
+
+    Raises:
+        RGTGError: a text that is no Unicode.
+    """
+    check_text(text, what)
+    if not special:
+        return list(cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"]))
+    encoded = cast("dict[str, list[int]]", tokenizer(text, return_special_tokens_mask=True))
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    bos, end = tokenizer.bos_token_id, len(ids)
+    # A text without tokens keeps its beginning of text.
+    while end and added[end - 1] and (ids[end - 1] != bos or bos == tokenizer.eos_token_id):
+        end -= 1
+    twice = ids[:2] == [bos, bos] and added[0] and not added[1]
+    return ids[1 if twice else 0 : end]
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuses a text that holds half of a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        RGTGError: naming the character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RGTGError(
+            f"{what} holds half of a surrogate pair, {text[error.start]!a}, at character {error.start}: "
+            "put the whole character there or take it out"
+        ) from error
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    what: str,
+    template: str | None = None,
+    *,
+    answer_follows: bool,
+) -> str:
+    """A chat as the chat template writes it.
+
+    Args:
+        what: names the chat in an error. template: in place of the tokenizer's own.
+        answer_follows: with the generation prompt.
+
+    Raises:
+        RGTGError: a message without role or text, or a template that does not take the chat.
+    """
+    for at, message in enumerate(messages):
+        _check_message(message, f"message {at} of {what}")
+    title = f"the chat template of {tokenizer.name_or_path or type(tokenizer).__name__}"
+    try:
         text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, chat_template=template
+            [dict(message) for message in messages],
+            add_generation_prompt=answer_follows,
+            tokenize=False,
+            chat_template=template,
         )
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType, reportReturnType]
+    except Exception as error:  # a template is a program of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RGTGError(
+            f"{what} is a chat that {title} does not take ({reason}): pass one that it takes, or a plain string"
+        ) from error
+    for message in messages:
+        for part in _parts(message) if message["role"] != "tool" else []:
+            raw = str(dict(part)), json.dumps(dict(part), ensure_ascii=False)
+            if part["text"].strip() not in text or any(shown in text for shown in raw):
+                raise RGTGError(
+                    f"{what} has content in parts and {title} reads strings: pass each content as one string"
+                )
+    return str(text)
 
 
-def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
+def as_prompts(
+    prompts: PromptLike | Sequence[PromptLike], tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Prompt]:
     """One prompt or many as a list.
+
+    Tensors and arrays of ids are lists of ids, a column of a table is a list of prompts.
+
+    Args:
+        tokenizer: the base model's, by whose padding token padded rows are known.
 
     Raises:
         RGTGError: nothing given, an empty prompt, or something that is no prompt.
     """
-    many = [prompts] if _is_one(prompts) else list(prompts)  # pyright: ignore[reportArgumentType]
+    whole = _plain(prompts)
+    if _is_one(whole):
+        many: list[object] = [whole]
+    elif isinstance(whole, Iterator) or _is_list(whole):
+        many = [_plain(prompt) for prompt in cast("Sequence[object]", whole)]
+    else:
+        raise RGTGError(f"the prompt is {_named(prompts)}")
     if not many:
         raise RGTGError("there is no prompt: pass a string, chat messages, token ids or a list of these")
     for index, prompt in enumerate(many):
         if isinstance(prompt, Sequence) and not len(prompt):
             raise RGTGError(f"prompt {index} is empty: pass at least one token")
-        if not _is_one(prompt):  # pyright: ignore[reportArgumentType]
+        if not _is_one(prompt):
+            raise RGTGError(f"prompt {index} is {_named(prompt)}")
+    if all(_is_list(prompt) and _are_ids(prompt) for prompt in many):
+        _check_unpadded(cast("list[list[int]]", many), tokenizer)
+    return [Prompt(_kept(prompt), index) for index, prompt in enumerate(many)]
+
+
+def as_answers(
+    answers: str | Sequence[str | Sequence[int]], tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int]]:
+    """The token ids of given answers, each a text or ids.
+
+    Raises:
+        RGTGError: an empty answer, or something that is no answer.
+    """
+    whole, found = _plain(answers), []
+    if isinstance(whole, Iterator) or (_is_list(whole) and not _are_ids(whole)):
+        many = [_plain(answer) for answer in cast("Sequence[object]", whole)]
+    else:
+        many = [whole]
+    for index, answer in enumerate(many):
+        if isinstance(answer, str):
+            if tokenizer is None:
+                raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
+            found.append(text_ids(tokenizer, answer, f"answer {index}"))
+        elif _is_list(answer) and (_are_ids(answer) or not len(cast("Sequence[object]", answer))):
+            found.append(list(cast("Sequence[int]", answer)))
+        else:
             raise RGTGError(
-                f"prompt {index} is {type(prompt).__name__}: pass a string, a list of chat messages or of token ids"
+                f"answer {index} is {type(answer).__name__}: pass a string or a list of token ids"
             )
-    return [Prompt(prompt, index) for index, prompt in enumerate(many)]  # pyright: ignore[reportArgumentType]
+        if not found[-1]:
+            raise RGTGError(f"answer {index} is empty: pass at least one token")
+    return found
+
+
+def check_known(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    """Refuses token ids that a model does not know.
+
+    Raises:
+        RGTGError: naming the first.
+    """
+    outside = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if outside is not None:
+        raise RGTGError(
+            f"{what} has token id {outside}, outside the vocabulary (V={vocabulary}): use the model's own tokenizer"
+        )
+
+
+def _plain(value: object) -> object:
+    """Tensors, arrays and columns as lists, by themselves or one level deep."""
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
+        return value
+    if hasattr(value, "tolist"):
+        return cast("Any", value).tolist()
+    if _is_list(value) and any(hasattr(item, "tolist") for item in cast("Sequence[object]", value)):
+        return [_plain(item) for item in cast("Sequence[object]", value)]
+    return value
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def _is_one(prompt: object) -> bool:
     if isinstance(prompt, str):
         return True
-    if not isinstance(prompt, Sequence) or not len(prompt):
+    if not _is_list(prompt) or not len(cast("Sequence[object]", prompt)):
         return False
-    return all(isinstance(item, int) for item in prompt) or all(isinstance(item, dict) for item in prompt)
+    return _are_ids(prompt) or _is_chat(prompt)
+
+
+def _are_ids(value: object) -> bool:
+    items = cast("Sequence[object]", value)
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
+
+
+def _is_chat(prompt: object) -> bool:
+    """Whether it is a list of mappings of which one is a chat message."""
+    if not _is_list(prompt):
+        return False
+    items = cast("Sequence[object]", prompt)
+    return all(isinstance(item, Mapping) for item in items) and any(
+        "role" in cast("Any", item) for item in items
+    )
+
+
+def _check_message(message: Mapping[str, Any], what: str) -> None:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise RGTGError(f'{what} has no role: a message is {{"role": ..., "content": ...}}')
+    if isinstance(content, str) or role == "tool" or (content is None and message.get("tool_calls")):
+        return
+    if not _parts(message) or not all(isinstance(part.get("text"), str) for part in _parts(message)):
+        raise RGTGError(f"{what} has content={_short(content)}: pass a string as content")
+
+
+def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parts of a message's content, none where it is no list of parts."""
+    content = message.get("content")
+    parts = list(cast("Sequence[Any]", content)) if _is_list(content) else []
+    return parts if all(isinstance(part, Mapping) for part in parts) else []
+
+
+def _check_unpadded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuses rows of one length that are padded: which of their tokens are text, only the attention mask says."""
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    if tokenizer is None or pad is None or len(rows) == 1 or len(set(map(len, rows))) > 1:
+        return
+    # Where padding is also the beginning or end of a text, a column of nothing else is that.
+    borders = pad in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    for side in (0, -1):
+        padded = [row[side] == pad for row in rows]
+        if any(padded) and not (borders and all(padded)):
+            raise RGTGError(
+                f"prompt {padded.index(True)} is padded with token {pad}: pass lists of ids without padding, or texts"
+            )
+
+
+def _kept(prompt: object) -> PromptLike:
+    """The prompt as it was given, in plain types."""
+    if _is_chat(prompt):
+        return [dict(message) for message in cast("Sequence[Mapping[str, Any]]", prompt)]
+    return cast("PromptLike", prompt if isinstance(prompt, str | list | tuple) else list(cast("Any", prompt)))
+
+
+def _named(value: object) -> str:
+    """What was given in place of a prompt, and what to pass instead."""
+    if isinstance(value, Mapping):
+        if "role" in value:
+            return "one chat message and a chat is a list of messages: pass [message]"
+        if "input_ids" in value:
+            return "a tokenizer's mapping: pass its input_ids without padding, or the text or the chat itself"
+        keys = ", ".join(map(str, value)) or "none"
+        return (
+            f"a mapping with the keys {_short(keys, str)}: pass what holds the prompt, as in "
+            "[row['prompt'] for row in rows]"
+        )
+    if isinstance(value, bytes | bytearray | memoryview):
+        return "bytes: pass a string, as in prompt.decode()"
+    if _is_list(value):
+        kinds = dict.fromkeys(type(item).__name__ for item in cast("Sequence[object]", value))
+        return f"a list of {' and '.join(list(kinds)[:3])}: {_PASS}"
+    if hasattr(value, "columns") or hasattr(value, "column_names"):
+        return f"a table ({type(value).__name__}): pass the column that holds the prompts, as in list(rows['prompt'])"
+    return f"{value if value is None else type(value).__name__}: {_PASS}"
+
+
+def _short(value: object, show: Any = repr) -> str:
+    text = show(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,9 +6,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.models.backbone import Backbone
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
-from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.models.prompts import Prompt, check_known, text_ids
 
 # Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
@@ -19,16 +20,22 @@ def guide_ids(
     base: PreTrainedTokenizerBase | None,
     own: PreTrainedTokenizerBase | None,
     chat_template: str | None,
+    model: Backbone,
 ) -> list[int]:
     """A prompt's token ids in a guide's own format.
 
     Args:
         base, own: the base model's tokenizer and the guide's. chat_template: given for the guide; where neither it nor
-            the guide's tokenizer has one, a chat reads as it does under the base model.
+            the guide's tokenizer has one, a chat reads as it does under the base model. model: the guide's.
+
+    Raises:
+        RGTGError: a prompt that the tokenizer or its template does not take, or a token that the model does not know.
     """
     if prompt.messages is not None and (own is None or not (chat_template or own.chat_template)):
         own = base
-    return prompt.ids(own or base, chat_template)
+    ids = prompt.ids(own or base, chat_template)
+    check_known(ids, model.embeddings, f"prompt {prompt.index} for the reward model")
+    return ids
 
 
 def place_adapter(
@@ -73,7 +80,7 @@ def other_prompts(
     template = chat_template or own.chat_template
     if template is not None and template != base.chat_template:
         return f"{name} has another chat template than the base model"
-    if own(_PROBE)["input_ids"] != base(_PROBE)["input_ids"]:
+    if text_ids(own, _PROBE, name, special=True) != text_ids(base, _PROBE, name, special=True):
         return f"{name} begins its prompts with other special tokens than the base model"
     return None
 
@@ -96,7 +103,7 @@ def check_same_tokenizer(
                 f"the tokenizers of {lm_name} and {rm_name} differ: token {index} is {token!r} in the first and "
                 f"{token!r} has id {theirs.get(token)} in the second; {way_out}"
             )
-    if lm(_PROBE, add_special_tokens=False)["input_ids"] != rm(_PROBE, add_special_tokens=False)["input_ids"]:
+    if text_ids(lm, _PROBE, lm_name) != text_ids(rm, _PROBE, rm_name):
         raise RGTGError(
             f"the tokenizers of {lm_name} and {rm_name} split the same text differently; {way_out}"
         )

@@ -99,8 +99,16 @@ class ContrastiveReward(Reward):
         if messages is not None:
             rest = [message for message in messages if message.get("role") != "system"]
             changed: Any = [{"role": "system", "content": instruction}, *rest]
-            return Prompt(changed, prompt.index).ids(tokenizer)
+            try:
+                return Prompt(changed, prompt.index).ids(tokenizer)
+            except RGTGError as error:
+                raise RGTGError(
+                    f"{error}; ContrastiveReward gives its instructions as system messages: use another guide, or none"
+                ) from error
         paragraph = f"{instruction}\n\n"
         if isinstance(prompt.given, str):
             return Prompt(paragraph + prompt.given, prompt.index).ids(tokenizer)
-        return Prompt(paragraph, prompt.index).ids(tokenizer) + prompt.ids(tokenizer)
+        begun, ids = Prompt(paragraph, prompt.index).ids(tokenizer), prompt.ids(tokenizer)
+        bos = None if tokenizer is None else tokenizer.bos_token_id
+        # One beginning of text, at the beginning.
+        return begun + (ids[1:] if bos is not None and begun[:1] == ids[:1] == [bos] else ids)

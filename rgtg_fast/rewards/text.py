@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,8 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import ModelAndTokenizer, load_sequence_classifier
+from rgtg_fast.models.prompts import Prompt, rendered
 from rgtg_fast.rewards.base import Prefix, Reward
+from rgtg_fast.rewards.classifier import Classifier
 
+_FIELDS = re.compile(r"(\{prompt\}|\{answer\})")
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
@@ -28,8 +33,14 @@ class TextReward(Reward):
         template: how prompt and answer become one text, with `{prompt}` and `{answer}`; without it a chat goes through
             the reward model's own chat template where it has one, and everything else becomes the text pair
             (prompt, answer) of its tokenizer.
-        batch_size: texts per forward. max_length: tokens per text, longer ones lose their beginning; by default the
-            reward model's context.
+        batch_size: texts per forward. max_length: tokens per text, by default as many as the reward model has
+            positions. Longer texts lose their beginning (of a pair, the longer text does), which a warning says once.
+
+    A causal model is read at a text's last token, whatever padding its tokenizer and configuration name; an encoder
+    pools as it does alone.
+
+    Raises:
+        RGTGError: at binding: several labels, no tokenizer, or a `max_length` beyond the model's positions.
     """
 
     def __init__(
@@ -48,7 +59,7 @@ class TextReward(Reward):
         self.batch_size, self.max_length = batch_size, max_length
         self._function: TextFunction | None = None
         self._model: PreTrainedModel | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._classifier: Classifier | None = None
         self._lm: LanguageModel | None = None
         self._rows: dict[int, Prefix] = {}
 
@@ -62,19 +73,25 @@ class TextReward(Reward):
         model, tokenizer = load_sequence_classifier(self.source, lm.backbone.model, dtype)
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
-        self._model, self._tokenizer = model, tokenizer
-        tokenizer.truncation_side = "left"
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        if self.max_length is None:
-            self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._model = model
+        self._classifier = Classifier(model, tokenizer, self.name, self.max_length)
+        self.max_length = self._classifier.max_length
 
     @property
     def name(self) -> str:
         if self._model is None:
             return f"TextReward({getattr(self.source, '__name__', self.source)})"
         return f"TextReward({self._model.config._name_or_path or type(self._model).__name__})"
+
+    def encode(self, prompt: Prompt) -> list[list[int]]:
+        # A chat that this guide cannot read is refused before anything is decoded.
+        if prompt.messages is not None:
+            tokenizer = None if self._classifier is None else self._classifier.tokenizer
+            if tokenizer is not None and self._by_chat_template(tokenizer, prompt):
+                self._texts(tokenizer, [Prefix(prompt, [])], ["a"])
+            else:
+                self._prompt_text(Prefix(prompt, []))
+        return []
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         self._rows[slot] = prefix
@@ -121,50 +138,48 @@ class TextReward(Reward):
         return rewards
 
     def _forward(self, rows: list[Prefix], answers: list[str]) -> torch.Tensor:
-        assert self._model is not None
-        assert self._tokenizer is not None
-        texts, pairs = self._texts(rows, answers)
-        batch = self._tokenizer(
-            texts,
-            pairs,
-            padding=True,
-            truncation=self.max_length is not None,
-            max_length=self.max_length,
-            add_special_tokens=pairs is not None or self.template is not None,
-            return_tensors="pt",
-        ).to(self._model.device)
-        self.counter.calls += 1
-        self.counter.tokens += int(batch["attention_mask"].sum())
-        return self._model(**batch).logits.squeeze(-1).float()
+        assert self._classifier is not None
+        texts, pairs = self._texts(self._classifier.tokenizer, rows, answers)
+        special = pairs is not None or self.template is not None
+        return self._classifier.rewards(self._classifier.encode(texts, pairs, special), self.counter)
 
-    def _texts(self, rows: list[Prefix], answers: list[str]) -> tuple[list[str], list[str] | None]:
+    def _texts(
+        self, tokenizer: PreTrainedTokenizerBase, rows: list[Prefix], answers: list[str]
+    ) -> tuple[list[str], list[str] | None]:
         """Texts, and second texts where they go to the tokenizer as pairs."""
-        assert self._tokenizer is not None
-        if (
-            self.template is None
-            and self._tokenizer.chat_template is not None
-            and rows[0].prompt.messages is not None
-        ):
-            chats = [
-                [*(row.prompt.messages or []), {"role": "assistant", "content": answer}]
-                for row, answer in zip(rows, answers, strict=True)
-            ]
-            return [str(self._tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats], None
+        if self._by_chat_template(tokenizer, rows[0].prompt):
+            texts = []
+            for row, answer in zip(rows, answers, strict=True):
+                chat = [*(row.prompt.messages or []), {"role": "assistant", "content": answer}]
+                what = f"prompt {row.prompt.index} with an answer"
+                texts.append(rendered(tokenizer, chat, what, answer_follows=False))
+            return texts, None
         prompts = [self._prompt_text(row) for row in rows]
         if self.template is None:
             return prompts, answers
-        template = self.template
-        return [
-            template.replace("{prompt}", prompt).replace("{answer}", answer)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ], None
+        # In one pass: a prompt may itself hold the text "{answer}".
+        parts = _FIELDS.split(self.template)
+        fields = [{"{prompt}": p, "{answer}": a} for p, a in zip(prompts, answers, strict=True)]
+        return ["".join(values.get(part, part) for part in parts) for values in fields], None
+
+    def _by_chat_template(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> bool:
+        return self.template is None and tokenizer.chat_template is not None and prompt.messages is not None
 
     def _prompt_text(self, prefix: Prefix) -> str:
         """The prompt as text: itself, a chat's turns in lines, or ids decoded."""
         assert self._lm is not None
         messages = prefix.prompt.messages
         if messages is not None:
-            return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            return "\n\n".join(self._turn(message, prefix.prompt.index) for message in messages)
         if isinstance(prefix.prompt.given, str):
             return prefix.prompt.given
         return self._lm.text(prefix.prompt_ids)
+
+    def _turn(self, message: dict[str, Any], index: int) -> str:
+        content = message.get("content")
+        if not isinstance(content, str):
+            raise RGTGError(
+                f"prompt {index} has a message with content={str(content)[:40]} and {self.name} reads strings: "
+                "pass each content as one string"
+            )
+        return f"{message['role']}: {content}"

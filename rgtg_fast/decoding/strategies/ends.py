@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rgtg_fast.decoding.batch import Row
-from rgtg_fast.decoding.text import find_stop
+from rgtg_fast.decoding.text import before_stop
 from rgtg_fast.errors import RewardNaNError
 from rgtg_fast.models.language_model import LanguageModel
 
@@ -24,7 +24,7 @@ class Ends:
         """Why an answer ends with its last token, None where it goes on."""
         if answer[-1] in self.lm.eos_ids:
             return "eos"
-        if self.stops and find_stop(self.lm.text(answer), self.stops) >= 0:
+        if before_stop(self.lm, answer, self.stops) is not None:
             return "stop"
         return "length" if len(answer) >= self.max_new_tokens else None
 
@@ -44,7 +44,5 @@ class Ends:
         if reason is None:
             return
         row.finish_reason = reason
-        row.text = self.lm.text(row.answer)
-        stop_at = find_stop(row.text, self.stops)
-        if reason == "stop":
-            row.text = row.text[:stop_at]
+        before = before_stop(self.lm, row.answer, self.stops) if reason == "stop" else None
+        row.text = self.lm.text(row.answer) if before is None else before
