@@ -58,7 +58,7 @@ def framed(single: str, **special: str) -> PreTrainedTokenizerFast:
         (np.array(["w1", "w2"]), [[7], [8]]),
         (pd.Series(["w1", "w2"]), [[7], [8]]),
         (TABLE["prompt"], [[7], [8]]),
-        ((text for text in ("w1", "w2")), [[7], [8]]),
+        pytest.param((text for text in ("w1", "w2")), [[7], [8]], id="generator"),
         (CHAT, [[3, 7, 8, 4]]),
         (tuple(CHAT), [[3, 7, 8, 4]]),
         ([collections.UserDict(CHAT[0])], [[3, 7, 8, 4]]),
