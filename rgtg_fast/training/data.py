@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 from jinja2 import TemplateError
@@ -25,6 +25,7 @@ from rgtg_fast.training.layouts import (
     unread_columns,
     without_end,
 )
+from rgtg_fast.training.report import DataReport
 from rgtg_fast.training.sources import read_rows
 
 Layout: TypeAlias = Literal["auto", "plain", "dialogue", "tldr"]
@@ -78,145 +79,23 @@ class TokenizedPair:
     index: int
     ended: tuple[bool, bool] = (True, True)
 
-
-@dataclass
-class DataReport:
-    """How many rows came in, how many pairs were kept and why the others were not.
-
-    `earlier + later` is the report of two stages in a row (loading, then tokenising).
-
-    Attributes:
-        read: rows that came in. kept: pairs that went out.
-        malformed: rows without the fields of their layout.
-        different_prompts: dialogues that differ before the last answer, or from the row's own prompt.
-        empty: a prompt or an answer without text. identical: both answers the same.
-        duplicates: the same prompt and answers as an earlier row.
-        short: an answer below the least number of tokens. too_long: over the length limit.
-        end_inside: an end-of-sequence token inside an answer, where decoding would have stopped.
-        refused: prompts that the chat template refuses.
-        truncated: pairs that were kept and whose prompt lost its beginning.
-        end_texts: answers of kept pairs that ended with the text of an end token, which was taken off.
-        prompts_removed: kept pairs whose answers began with the prompt, which was taken off.
-        lower_score: kept pairs whose chosen answer has the lower score in the data.
-        cut: answers of kept pairs that did not end; they have no end token. unstated: answers of which the data do not
-            say whether they ended, which counts as ended. Both are known after tokenising.
-        first_malformed, first_refused: the first such row and what is wrong with it.
-        unread: columns of the first row that nothing reads.
-    """
-
-    read: int = 0
-    kept: int = 0
-    malformed: int = 0
-    different_prompts: int = 0
-    empty: int = 0
-    identical: int = 0
-    duplicates: int = 0
-    short: int = 0
-    too_long: int = 0
-    end_inside: int = 0
-    refused: int = 0
-    truncated: int = 0
-    end_texts: int = 0
-    prompts_removed: int = 0
-    lower_score: int = 0
-    cut: int = 0
-    unstated: int = field(default=0, compare=False)
-    first_malformed: str = field(default="", compare=False)
-    first_refused: str = field(default="", compare=False)
-    unread: tuple[str, ...] = field(default=(), compare=False)
-
     @property
-    def dropped(self) -> int:
-        """Pairs that came in and did not go out, by the reasons counted."""
-        return sum(getattr(self, name) for name in _DROPS)
+    def text_lengths(self) -> tuple[int, int]:
+        """Tokens of the answers' texts, EOS not counted."""
+        return len(self.chosen_ids) - self.ended[0], len(self.rejected_ids) - self.ended[1]
 
-    def count(self, name: str, by: int = 1) -> None:
-        """Adds to a counter."""
-        setattr(self, name, getattr(self, name) + by)
+    def read_whole(self, chosen: list[float], rejected: list[float]) -> tuple[list[float], list[float]]:
+        """The rewards of both answers by prefixes of their texts, and behind these that of the whole answer.
 
-    def drop(self, reason: UnusableError, row: int) -> None:
-        """Counts a row that gives no pair."""
-        self.count(reason.reason)
-        first = f"first_{reason.reason}"
-        if getattr(self, first, None) == "":
-            setattr(self, first, f"row {row}: {reason}")
-
-    def __add__(self, later: DataReport) -> DataReport:
-        counts = {name: getattr(self, name) + getattr(later, name) for name in (*_DROPS, *_NOTES)}
-        return DataReport(
-            read=self.read,
-            kept=later.kept,
-            **counts,
-            cut=later.cut,
-            unstated=later.unstated,
-            first_malformed=self.first_malformed or later.first_malformed,
-            first_refused=self.first_refused or later.first_refused,
-            unread=self.unread,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts by name."""
-        values = asdict(self) | {"unread": list(self.unread)}
-        for name in ("first_malformed", "first_refused", "unread"):
-            if not values[name]:
-                del values[name]
-        return values
-
-    def lines(self) -> list[str]:
-        """The counts as text, zeros left out."""
-        lines = [f"{self.kept} of {self.read} pairs kept"]
-        for name in _DROPS:
-            count = getattr(self, name)
-            if count:
-                first = getattr(self, f"first_{name}", "")
-                lines.append(f"{count} dropped: {_REASONS[name]}{f' (first: {first})' if first else ''}")
-        if self.unread:
-            lines.append(f"columns that are not read: {', '.join(self.unread)}")
-        lines += [f"{getattr(self, name)} {text}" for name, text in _NOTES.items() if getattr(self, name)]
-        return lines
-
-    def end_line(self) -> str:
-        """At which token the answers are read as wholes, known after tokenising."""
-        return ends_text(2 * self.kept - self.cut, self.cut, self.unstated)
-
-
-def ends_text(ended: int, cut: int, unstated: int = 0) -> str:
-    """At which token answers are read as wholes, in words.
-
-    Args:
-        ended, cut: how many answers ended, and how many were cut off. unstated: of those that ended, how many are only
-            taken to have ended.
-    """
-    said = "" if not unstated else f" ({unstated} of them without a finish_reason, taken to have ended)"
-    if not cut:
-        return f"whole answers are read at the end token, which stands behind all {ended}{said}"
-    if not ended:
-        return f"whole answers are read at their last text token: all {cut} were cut"
-    return (
-        f"whole answers are read at the end token of {ended} that ended{said} and at the last text token of {cut} that "
-        "were cut"
-    )
-
-
-_REASONS = {
-    "malformed": "not in the layout",
-    "different_prompts": "the dialogues differ before the last answer, or from the prompt",
-    "empty": "empty prompt or answer",
-    "identical": "identical answers",
-    "duplicates": "seen before",
-    "short": "answer too short",
-    "too_long": "too long",
-    "end_inside": "an end token inside an answer",
-    "refused": "the chat template refuses the prompt",
-}
-_NOTES = {
-    "end_texts": "answers ended with the text of an end token, which was taken off",
-    "prompts_removed": "kept with answers that began with the prompt, which was taken off",
-    "lower_score": "kept with a chosen answer of the lower score",
-    "truncated": "kept with the beginning of their prompt cut off",
-}
-_DROPS = tuple(_REASONS)
-assert {*_DROPS, *_NOTES} <= {f.name for f in fields(DataReport)}
+        Args:
+            chosen, rejected: rewards at every token. The whole of an answer that ended is read at its EOS, that of one
+                that was cut at the last token of its text, whose reward then comes twice.
+        """
+        both = [
+            rewards if end else [*rewards, rewards[-1]]
+            for rewards, end in zip((chosen, rejected), self.ended, strict=True)
+        ]
+        return both[0], both[1]
 
 
 def load_pairs(
@@ -281,6 +160,8 @@ def load_pairs(
                 raise UnusableError("malformed", f"a row is an object with fields, not {type(row).__name__}")
             reading = READERS[known](Row(row), chat, prefixed)
             pair, notes = _pair(reading, index, answers_ended)
+            if known == "plain" and not prefixed and begins_with_prompt(Row(row)):
+                notes.append("prompts_repeated")
             key = hashlib.sha256(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode()).hexdigest()
             if key in seen:
                 raise UnusableError("duplicates")
@@ -450,7 +331,7 @@ def tokenize_pairs(
         for i, (pair, prompt) in enumerate(zip(chunk, prompts, strict=True)):
             both = slice(2 * i, 2 * i + 2)
             try:
-                contents = [_without_eos(ids, eos) for ids in answer_ids[both]]
+                contents = [without_eos(ids, eos) for ids in answer_ids[both]]
                 _check_ids(contents[0], contents[1], eos, min_answer_tokens)
                 ended = (pair.ended[0] is not False, pair.ended[1] is not False)
                 chosen, rejected = (
@@ -473,7 +354,7 @@ def tokenize_pairs(
     return kept, report
 
 
-def _without_eos(ids: list[int], eos: int) -> list[int]:
+def without_eos(ids: list[int], eos: int) -> list[int]:
     """An answer's tokens without the EOS that its text or the tokenizer may have put behind them."""
     end = len(ids)
     while end and ids[end - 1] == eos:

@@ -139,11 +139,13 @@ def unread_columns(row: Mapping[Any, Any], layout: str) -> list[str]:
         read = (*read, "prompt" if "prompt" in names else "messages")
     used = {names[kind] for kind in names if kind in read or kind.endswith(("reason", "score", "reward"))}
     rest = {str(name): value for name, value in row.items() if str(name) not in used}
-    return [
+    empty = [
         name
         for name, value in rest.items()
-        if not (missing(value) or (hasattr(value, "__len__") and not len(value)))
+        if missing(value) or (hasattr(value, "__len__") and not len(value))
     ]
+    # The first column of what pandas writes has no name, and holds the rows' numbers.
+    return [name for name in rest if name not in empty and name.strip() and not name.startswith("Unnamed:")]
 
 
 # ---- Layouts
@@ -239,6 +241,24 @@ def _read(given: Text | None, row: Row, chat: bool, prefixed: bool, whole: bool)
     if not isinstance(chosen, str) and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     return _reading(with_system(prompt, _system(row), chat), answer, worse, row, notes)
+
+
+def row_prompt(row: Mapping[Any, Any], chat: bool) -> Text | None:
+    """The prompt of a row without answers, behind its system message; None where it has none.
+
+    Args:
+        chat: HH-RLHF's turns become chat messages, and a text does behind a system message.
+
+    Raises:
+        UnusableError: it is neither a text nor a chat.
+    """
+    value = row.get("prompt")
+    if missing(value):
+        return None
+    prompt = text_or_messages(value, "prompt")
+    if isinstance(prompt, str) and chat:
+        prompt = hh_messages(prompt) or prompt
+    return with_system(prompt, _system(Row(row)), chat)
 
 
 def _reading(prompt: Text, chosen: str, rejected: str, row: Row, notes: tuple[str, ...] = ()) -> Reading:
