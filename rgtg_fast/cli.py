@@ -232,8 +232,8 @@ MinAnswerTokens = Annotated[
 AnswersEnded = Annotated[
     str,
     typer.Option(
-        help="Whether answers ended: auto by the data's finish_reason (by default they did), or yes or no for all. What "
-        "was cut gets no end token and is read at its last text token.",
+        help="Whether answers ended: auto by the data's finish_reason (by default they did), or yes or no for all. One "
+        "that was cut gets no end token and is read at its last text token.",
         rich_help_panel=TRAINING_DATA,
     ),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,31 +95,31 @@ class LabelJudge:
             pairs = [pair for pair in pairs if pair.index in wanted]
             limit = context_length(self.model)
             tokenized, _ = tokenize_pairs(pairs, self.tokenizer, limit, truncate_prompt=True, chat=chat)
-            for done, labels in self._rewards(tokenized, known, budget):
+            missing, done = sum(pair.index not in known for pair in tokenized), 0
+            for labels in self._rewards(tokenized, known, budget):
                 with file.open("a", encoding="utf-8") as out:
                     for index, (chosen, rejected) in labels.items():
                         row = {"index": index, "chosen": chosen, "rejected": rejected}
                         out.write(json.dumps(row) + "\n")
                 known |= labels
-                say(f"{self.source} has rated the answers of {done} of {len(tokenized)} pairs")
-        missing = sorted(wanted - set(known))
-        if missing:
+                done += len(labels)
+                say(f"{self.source} has rated the answers of {done} of {missing} pairs")
+        unread = sorted(wanted - set(known))
+        if unread:
             raise RGTGError(
-                f"{self.source} cannot read the answers of row {missing[0]} (context {context_length(self.model)}): "
+                f"{self.source} cannot read the answers of row {unread[0]} (context {context_length(self.model)}): "
                 "use a smaller max_length, or another judge"
             )
         return {index: known[index] for index in wanted}
 
     @torch.no_grad()
-    def _rewards(self, pairs: Sequence[TokenizedPair], known: Targets, budget: int) -> Any:
-        """After each packed row: how many pairs are done, and the rewards of the row's pairs that were not known.
+    def _rewards(self, pairs: Sequence[TokenizedPair], known: Targets, budget: int) -> Iterator[Targets]:
+        """After each packed row, the rewards of its pairs that are not known.
 
         The rows are those of a run that knows nothing: a reward's last digits depend on what it is computed beside.
         """
         self.model.eval()
-        rows, done = pack(pairs, max(budget, *map(cost, pairs))), 0
-        for row in rows:
-            done += len(row)
+        for row in pack(pairs, max([budget, *map(cost, pairs)])):
             if all(pairs[i].index in known for i in row):
                 continue
             batch = collate(pairs, [row], 0).to(self.model.device)
@@ -131,7 +131,7 @@ class LabelJudge:
                 raise RGTGError(
                     f"{self.source} gives an answer of row {bad} a reward that is not finite: check the judge"
                 )
-            yield done, {index: rewards for index, rewards in labels.items() if index not in known}
+            yield {index: values for index, values in labels.items() if index not in known}
 
 
 def _read(file: Path) -> Targets:
