@@ -518,7 +518,7 @@ def test_tables_say_at_which_token_a_judge_read(named: dict[str, str], tmp_path:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "an end token, which is put behind all 5, the 2 that were cut included. Rewards" in text
     assert (
-        "at the end token of 3 that ended (1 of them without a finish_reason, taken to have ended) and"
+        "at the end token of 3 that ended (1 of them without a finish\\_reason, taken to have ended) and"
         in text
     )
     assert "At 100 %, whole answers are read at the end token of 1 that ended" in text
@@ -527,7 +527,7 @@ def test_tables_say_at_which_token_a_judge_read(named: dict[str, str], tmp_path:
         assert [row["finish"] for row in next(iter(again.answers.values()))] == expected
     rows[0]["finish_reason"] = "crashed"
     path.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(RGTGError, match="row 0 of .* finish_reason='crashed' is none of"):
+    with pytest.raises(RGTGError, match=r"row 0 of .* finish_reason='crashed' is none of"):
         run_study(study(tmp_path, named, judges=judges, methods=methods))
 
 

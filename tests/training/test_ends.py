@@ -193,9 +193,7 @@ def test_a_run_knows_which_answers_ended(base: Path, tmp_path: Path) -> None:
     assert all((len(chosen), len(rejected)) in lengths for chosen, rejected in seen)
     facts = json.loads((tmp_path / "out" / "rgtg_fast.json").read_text())
     assert facts["recipe"]["answers_ended"] == "auto"
-    with pytest.raises(
-        RGTGError, match="began with answers_ended=auto and this one has yes|began with other pairs"
-    ):
+    with pytest.raises(RGTGError, match="began with other pairs"):
         train_reward_model(
             base, data(), tmp_path / "out", recipe, answers_ended="yes", resume=True, device="cpu"
         )
@@ -213,7 +211,8 @@ def test_a_labelling_judge_reads_a_cut_answer_at_its_last_token(base: Path, tmp_
         expected = [naive_rewards(model, row, side)[-1].item() for side in ("chosen", "rejected")]
         assert list(found[index]) == pytest.approx(expected, abs=1e-5)
     always = judge.label(data(), wanted, tmp_path / "always.jsonl", 64, answers_ended="yes")
-    assert {i for i in wanted if always[i] != found[i]} == {i for i in wanted if "length" in REASONS[i % 5]}
+    moved = {i for i in wanted if math.dist(always[i], found[i]) > 1e-4}
+    assert moved == {i for i in wanted if "length" in REASONS[i % 5]}
 
 
 # Accuracy
