@@ -150,7 +150,8 @@ def load_pairs(
     if known == "auto" and first:
         known = _layout_of(first, name)
     report.unread = tuple(unread_columns(first, known))
-    prefixed = known == "plain" and _answers_repeat_prompt(rows)
+    repeated = _repeated_prompts(rows) if known == "plain" else [None] * len(rows)
+    prefixed = repeated.count(True) > repeated.count(False)
     for index, row in enumerate(rows):
         report.read += 1
         try:
@@ -160,7 +161,7 @@ def load_pairs(
                 raise UnusableError("malformed", f"a row is an object with fields, not {type(row).__name__}")
             reading = READERS[known](Row(row), chat, prefixed)
             pair, notes = _pair(reading, index, answers_ended)
-            if known == "plain" and not prefixed and begins_with_prompt(Row(row)):
+            if repeated[index] and not prefixed:
                 notes.append("prompts_repeated")
             key = hashlib.sha256(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode()).hexdigest()
             if key in seen:
@@ -197,11 +198,9 @@ def _layout_of(row: Mapping[Any, Any], name: str) -> Layout:
     return cast(Layout, found)
 
 
-def _answers_repeat_prompt(rows: Sequence[Any]) -> bool:
-    """Whether the answers of most rows begin with their prompt, as some data write them."""
-    told = [begins_with_prompt(Row(row)) for row in rows if isinstance(row, Mapping)]
-    known = [repeats for repeats in told if repeats is not None]
-    return 2 * sum(known) > len(known)
+def _repeated_prompts(rows: Sequence[Any]) -> list[bool | None]:
+    """Of each row, whether both answers begin with its prompt; None where it cannot tell."""
+    return [begins_with_prompt(Row(row)) if isinstance(row, Mapping) else None for row in rows]
 
 
 def _pair(reading: Reading, index: int, answers_ended: str) -> tuple[PreferencePair, list[str]]:
