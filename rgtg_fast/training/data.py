@@ -150,7 +150,7 @@ def load_pairs(
     if known == "auto" and first:
         known = _layout_of(first, name)
     report.unread = tuple(unread_columns(first, known))
-    repeated = _repeated_prompts(rows) if known == "plain" else [None] * len(rows)
+    repeated = _repeated_prompts(rows if known == "plain" else [None] * len(rows))
     prefixed = repeated.count(True) > repeated.count(False)
     for index, row in enumerate(rows):
         report.read += 1

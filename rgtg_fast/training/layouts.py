@@ -288,7 +288,7 @@ def has_ended(finish_reason: Any) -> bool | None:
     Raises:
         UnusableError: a value that says neither that it ended nor that it was cut.
     """
-    reason = "" if finish_reason is None else str(finish_reason).strip().lower()
+    reason = "" if missing(finish_reason) else str(finish_reason).strip().lower()
     if not reason:
         return None
     if reason in ENDED or reason in CUT:
