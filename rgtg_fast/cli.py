@@ -230,6 +230,14 @@ PairLength = Annotated[
 MinAnswerTokens = Annotated[
     int, typer.Option(help="Drop pairs with a shorter answer.", rich_help_panel=TRAINING_DATA)
 ]
+AnswersEnded = Annotated[
+    str,
+    typer.Option(
+        help="Whether answers ended: auto by the data's finish_reason (by default they did), or yes or no for all. One "
+        "that was cut gets no end token and is read at its last text token.",
+        rich_help_panel=TRAINING_DATA,
+    ),
+]
 LoraRank = Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=TRAINED)]
 LoraAlpha = Annotated[
     float, typer.Option(help="Adapters are scaled by alpha / rank.", rich_help_panel=TRAINED)
@@ -616,6 +624,7 @@ def train(
     ] = None,
     max_length: PairLength = 512,
     min_answer_tokens: MinAnswerTokens = 0,
+    answers_ended: AnswersEnded = "auto",
     objective: Annotated[
         str,
         typer.Option(
@@ -743,6 +752,7 @@ def train(
         "accumulation": accumulate,
         "max_length": max_length,
         "min_answer_tokens": min_answer_tokens,
+        "answers_ended": answers_ended,
         "held_out": held_out,
         "limit": limit,
         "bf16": bf16,
@@ -799,6 +809,7 @@ def train_policy(
     ] = None,
     max_length: PairLength = 512,
     min_answer_tokens: MinAnswerTokens = 0,
+    answers_ended: AnswersEnded = "auto",
     objective: Annotated[
         str, typer.Option(help="dpo, simpo, treg, treg_simpo or rloo.", rich_help_panel=OBJECTIVE)
     ] = "dpo",
@@ -888,6 +899,7 @@ def train_policy(
         "accumulation": accumulate,
         "max_length": max_length,
         "min_answer_tokens": min_answer_tokens,
+        "answers_ended": answers_ended,
         "held_out": held_out,
         "limit": limit,
         "samples": samples,
@@ -986,6 +998,7 @@ def accuracy(
             rich_help_panel=TRAINING_DATA,
         ),
     ] = 1024,
+    answers_ended: AnswersEnded = "auto",
     chat: Chat = True,
     lm: LM = None,
     dtype: Dtype = None,
@@ -1007,7 +1020,7 @@ def accuracy(
     """Judge guides by preference pairs: how often the chosen answer wins, by the share of it that is read."""
     from rgtg_fast.app import accuracy as judging
 
-    pairs = judging.Data(data, layout, limit, max_length, batch_tokens, chat, keep)
+    pairs = judging.Data(data, layout, limit, max_length, batch_tokens, chat, keep, answers_ended)
     models = {"lm": lm, "dtype": dtype, "device": device}
     judging.run(reward, pairs, fractions, models, figure, json)
 

@@ -37,6 +37,7 @@ class Data:
         max_length: tokens of a prompt and its longer answer.
         budget: tokens of a packed row.
         chat: texts become chat messages where there is a chat template.
+        answers_ended: as in `load_pairs`.
         keep: file that each pair's rewards are written to as they come; those in it are not computed again.
     """
 
@@ -47,6 +48,7 @@ class Data:
     budget: int = 2048
     chat: bool = True
     keep: Path | None = None
+    answers_ended: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def judge(
     from rgtg_fast.training.data import load_pairs
 
     # Before any model is loaded: what is wrong with the data should be told at once.
-    loaded = load_pairs(data.source, data.layout)  # pyright: ignore[reportArgumentType]
+    loaded = load_pairs(data.source, data.layout, answers_ended=data.answers_ended)  # pyright: ignore[reportArgumentType]
     bases: dict[str | None, Any] = {}
 
     def base(setup: Setup) -> Any:
@@ -189,7 +191,8 @@ def _judge(
     assert tokenizer is not None
     chat = data.chat and tokenizer.chat_template is not None
     if not chat:
-        loaded = load_pairs(data.source, data.layout, chat=False)  # pyright: ignore[reportArgumentType]
+        layout: Any = data.layout
+        loaded = load_pairs(data.source, layout, chat=False, answers_ended=data.answers_ended)
     pairs, report = loaded
     pairs = pairs[: data.limit]
     tokenized, fitted = tokenize_pairs(pairs, tokenizer, data.max_length, chat=chat)
@@ -272,6 +275,7 @@ def _report(judged: list[Judged], fractions: list[float], data: Data) -> dict[st
         "accuracy": guides[0]["accuracy"],
         "longer_wins": baseline,
         "data": {"file": data.source, **limited, **first.report.as_dict()},
+        "read_at": first.report.end_line(),
         "guides": guides,
         "differences": compared,
     }
@@ -300,6 +304,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
     table.add_section()
     table.add_row("longer wins", *[_interval(report["longer_wins"])] * len(report["guides"]))
     console.print(table)
+    console.print(report["read_at"], highlight=False, markup=False)
     for gap in report["differences"]:
         one, other = gap["rewards"]
         low, high = gap["ci95"]

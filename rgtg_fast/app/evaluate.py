@@ -77,6 +77,14 @@ def show(rows: list[dict[str, Any]], baseline: str, console: Console) -> None:
                     _number(row["tokens_per_second"], 0),
                 )
         console.print(table)
+        if judge is not None:
+            console.print(_read_at([row for row in rows if row["judge"] == judge]), highlight=False)
+
+
+def _read_at(rows: list[dict[str, Any]]) -> str:
+    """At which token a judge read the answers."""
+    cut, places = sum(row["cut"] for row in rows), sorted({row["read_at"] for row in rows})
+    return f"read at the {places[-1]}; {cut} of {sum(row['answers'] for row in rows)} answers were cut"
 
 
 def _name(row: dict[str, Any]) -> str:

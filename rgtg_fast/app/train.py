@@ -81,9 +81,17 @@ def run(
         return
     if accuracy.points:
         Console().print(_table(accuracy.points))
+        print_line(_read_at(result.data["eval"]))
     print_line(f"saved: {output}")
     guide = f"{_PREFIXES.get(chosen.objective, '')}{output}"
     print_line(f"try it: rgtg-fast generate --reward {guide} 'How do I get better at chess?'")
+
+
+def _read_at(counts: dict[str, Any]) -> str:
+    """At which token the held-out answers were read, of their counts."""
+    from rgtg_fast.training.report import ends_text
+
+    return ends_text(2 * counts["kept"] - counts["cut"], counts["cut"], counts["unstated"])
 
 
 def _table(points: list[Any]) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
-# Of each pair, the rewards of every prefix of the chosen and of the rejected answer; the last is with EOS.
+# Of each pair, the rewards of every prefix of the chosen and of the rejected answer's text, and behind them that of the
+# whole answer: with EOS, or for an answer that was cut at its last text token again (`TokenizedPair.read_whole`).
 PairScores: TypeAlias = "tuple[Sequence[float], Sequence[float]]"
 Scores: TypeAlias = "Sequence[PairScores]"
 
@@ -40,7 +41,7 @@ class FractionAccuracy:
     """Share of pairs whose chosen answer is preferred, both answers cut to one fraction.
 
     Attributes:
-        fraction: of the answer's text tokens that is read; 1 is the whole answer with EOS.
+        fraction: of the answer's text tokens that is read; 1 is the whole answer, with EOS where it ended.
         accuracy: ties count one half.
         ci95: Wilson's 95 % interval. n: pairs.
     """
@@ -84,7 +85,7 @@ def score_pairs(
     known: Mapping[int, PairScores] | None = None,
     found: Callable[[int, PairScores], None] = lambda position, scores: None,
 ) -> list[PairScores]:
-    """Rewards of every prefix of both answers of each pair.
+    """Rewards of every prefix of both answers' texts of each pair, and behind them those of the whole answers.
 
     Args:
         guide: a causal model with a score head and `use_packed_attention`, which scores packed rows; or a guide bound
@@ -100,52 +101,62 @@ def score_pairs(
         RGTGError: a reward that is NaN.
     """
     scores = dict(known or {})
-    missing = [position for position in range(len(pairs)) if position not in scores]
-    some = [pairs[position] for position in missing]
     if isinstance(guide, Reward):
-        given = None if prompts is None else [prompts[position] for position in missing]
-        scored = _one_by_one(guide, some, given)
+        scored = _one_by_one(guide, pairs, prompts, scores.keys())
     else:
-        scored = _packed(guide, some, budget)
+        scored = _packed(guide, pairs, budget, scores.keys())
     for index, answers in scored:
         if any(math.isnan(reward) for answer in answers for reward in answer):
             raise RGTGError(
-                f"a reward of pair {some[index].index} is NaN: check the guide's weights and dtype (float16 overflows: "
-                "try bfloat16 or float32)"
+                f"a reward of pair {pairs[index].index} is NaN: check the guide's weights and dtype (float16 "
+                "overflows: try bfloat16 or float32)"
             )
-        scores[missing[index]] = answers
-        found(missing[index], answers)
+        scores[index] = answers
+        found(index, answers)
     return [scores[position] for position in range(len(pairs))]
 
 
 def _packed(
-    model: nn.Module, pairs: Sequence[TokenizedPair], budget: int
+    model: nn.Module, pairs: Sequence[TokenizedPair], budget: int, known: Collection[int]
 ) -> Iterator[tuple[int, PairScores]]:
+    """The scores of the pairs that are not known.
+
+    Rows are packed as if none were: a reward's last digits depend on what it is computed beside.
+    """
     device = next(model.parameters()).device
+    missing = set(range(len(pairs))) - set(known)
     training = model.training
     model.eval()
     try:
         for row in pack(pairs, max([budget, *map(cost, pairs)])):
+            if missing.isdisjoint(row):
+                continue
             batch = collate(pairs, [row], pad_id=0).to(device)
             rewards, offsets = packed_rewards(model, batch)
             answers = [part.tolist() for part in rewards.split(offsets.diff().tolist())]
             for n, index in enumerate(batch.pairs):
-                yield index, (answers[2 * n], answers[2 * n + 1])
+                if index in missing:
+                    yield index, pairs[index].read_whole(answers[2 * n], answers[2 * n + 1])
     finally:
         model.train(training)
 
 
 def _one_by_one(
-    guide: Reward, pairs: Sequence[TokenizedPair], prompts: Sequence[PromptLike] | None
+    guide: Reward,
+    pairs: Sequence[TokenizedPair],
+    prompts: Sequence[PromptLike] | None,
+    known: Collection[int],
 ) -> Iterator[tuple[int, PairScores]]:
     for index, pair in enumerate(pairs):
+        if index in known:
+            continue
         prompt = Prompt(pair.prompt_ids if prompts is None else prompts[index], pair.index)
         answers = []
         for ids in (pair.chosen_ids, pair.rejected_ids):
             rewards = guide.score_answer(Prefix(prompt, pair.prompt_ids), ids)
             # Guides by token, such as log-ratios, add up to the reward of a prefix.
             answers.append([guide.answer_reward(rewards[: i + 1]) for i in range(len(rewards))])
-        yield index, (answers[0], answers[1])
+        yield index, pair.read_whole(answers[0], answers[1])
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
@@ -166,7 +177,8 @@ def check_fractions(fractions: Sequence[float]) -> None:
 def verdicts(scores: Scores, fraction: float) -> list[float]:
     """Of each pair, 1 where the chosen answer's prefix has the higher reward, ½ for a tie, else 0.
 
-    Each answer is cut to ⌈fraction · n⌉ of its own n text tokens; fraction 1 is the whole answer with EOS.
+    Each answer is cut to ⌈fraction · n⌉ of its own n text tokens; fraction 1 is the whole answer, with EOS where it
+    ended.
     """
     check_fractions([fraction])
     found = []
@@ -206,7 +218,9 @@ def longer_wins(pairs: Sequence[TokenizedPair]) -> FractionAccuracy:
 
 def length_verdicts(pairs: Sequence[TokenizedPair]) -> list[float]:
     """Of each pair, 1 where the chosen answer has more tokens, ½ for as many, else 0."""
-    lengths = [([float(len(pair.chosen_ids))], [float(len(pair.rejected_ids))]) for pair in pairs]
+    lengths = [
+        ([float(chosen)], [float(rejected)]) for chosen, rejected in (pair.text_lengths for pair in pairs)
+    ]
     return verdicts(lengths, 1.0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from rgtg_fast.decoding.results import GeneratedRow, Stats
 from rgtg_fast.errors import RewardNaNError, RGTGError
 from rgtg_fast.evaluation.journal import Journal
 from rgtg_fast.evaluation.judge import fingerprint, weights_of
-from rgtg_fast.evaluation.prompts import StudyPrompt, as_prompt, sample_seed
+from rgtg_fast.evaluation.prompts import StudyPrompt, as_prompt, given_prompt, sample_seed
 from rgtg_fast.evaluation.settings import Cell, Study, canonical
 from rgtg_fast.models.adapter import Adapter, is_adapter
 from rgtg_fast.models.language_model import LanguageModel
@@ -24,7 +24,9 @@ from rgtg_fast.models.loading import ModelAndTokenizer, adapter_model, load_caus
 from rgtg_fast.models.prompts import Prompt, PromptLike
 from rgtg_fast.rewards import SequenceReward, named_guide
 from rgtg_fast.rewards.base import Reward
-from rgtg_fast.training.data import read_rows
+from rgtg_fast.training.chats import UnusableError
+from rgtg_fast.training.layouts import has_ended, without_end
+from rgtg_fast.training.sources import read_rows
 
 ANSWERS = "answers.jsonl"
 FIELDS = ("method", "setting", "index", "seed", "prompt", "response", "tokens")
@@ -86,15 +88,15 @@ class Answers:
             if cell.outputs is not None:
                 rows |= self._imported(cell, setting, rows)
             else:
-                jobs = [(p, s) for p in self.by_key.values() for s in cell.seeds if (p.key, s) not in rows]
+                missing = len(self.by_key) * len(cell.seeds) - len(rows)
                 at = f"[{number}/{len(cells)}] {cell.label}"
-                self.say(f"{at}: {len(rows)} answers present, {len(jobs)} to decode")
-                if jobs:
+                self.say(f"{at}: {len(rows)} answers present, {missing} to decode")
+                if missing:
                     # Cells that differ in their settings alone share a decoder.
                     models = (cell.model, cell.reward, cell.dtype, needs_own_cache(cell))
                     if loaded is None or loaded[0] != models:
                         loaded = models, self._decoder(cell)
-                    rows |= self._decoded(cell, setting, loaded[1], jobs)
+                    rows |= self._decoded(cell, setting, loaded[1], rows)
             found[cell] = sorted(rows.values(), key=lambda row: (row["index"], row["seed"]))
             self._look_at(cell, found[cell])
         if foreign:
@@ -128,12 +130,19 @@ class Answers:
         return found, foreign
 
     def _key(self, given: Any) -> str:
-        return as_prompt(given, 0, self.study.chat and self.tokenizer.chat_template is not None).key
+        return as_prompt(given, 0, self._chat).key
+
+    @property
+    def _chat(self) -> bool:
+        """Whether texts become chat messages."""
+        return self.study.chat and self.tokenizer.chat_template is not None
 
     def _setting(self, cell: Cell) -> dict[str, Any]:
         """Everything that decides the answers of a cell, the weights of its models by fingerprint."""
         if cell.outputs is not None:
-            return {"outputs": cell.outputs, "sha256": _sha256(cell.outputs)}
+            setting = {"outputs": cell.outputs, "sha256": _sha256(cell.outputs)}
+            told = self.study.answers_ended
+            return setting if told == "auto" else setting | {"answers_ended": told}
         setting = self.common | cell.setting()
         if cell.reward is not None and (weights := weights_of(cell.reward)):
             setting["weights"] = sorted(weights.values())
@@ -156,13 +165,12 @@ class Answers:
         cell: Cell,
         setting: dict[str, Any],
         decoder: RewardGuidedDecoder,
-        jobs: Sequence[tuple[StudyPrompt, int]],
+        present: Mapping[Key, Answer],
     ) -> dict[Key, Answer]:
-        """Decodes in portions of two batches, so that a killed run loses at most one portion."""
+        """Decodes what is missing in portions of two batches, so that a killed run loses at most one portion."""
         found: dict[Key, Answer] = {}
-        portion, shown = 2 * self.study.batch_size, 0
-        for start in range(0, len(jobs), portion):
-            some = jobs[start : start + portion]
+        missing, shown = len(self.by_key) * len(cell.seeds) - len(present), 0
+        for some in self._portions(cell, present):
             try:
                 result = decoder.generate(
                     [prompt.given for prompt, _ in some],
@@ -178,15 +186,31 @@ class Answers:
                 raise RGTGError(f"{cell.label}: {error}") from error
             costs = answer_costs(result.rows, result.stats, cell.strategy is not None)
             for (prompt, seed), row, cost in zip(some, result.rows, costs, strict=True):
+                if (prompt.key, seed) in present:
+                    continue
                 answer = self._answer(cell, setting, prompt, seed, row) | cost
                 self.journal.add(answer)
                 found[prompt.key, seed] = answer
-            done = start + len(some)
-            if done * PROGRESS_LINES // len(jobs) > shown:
-                shown = done * PROGRESS_LINES // len(jobs)
+            if len(found) * PROGRESS_LINES // missing > shown:
+                shown = len(found) * PROGRESS_LINES // missing
                 speed = result.stats.tokens_per_second
-                self.say(f"{cell.label}: {done} of {len(jobs)} answers, {speed:.0f} tokens/s")
+                self.say(f"{cell.label}: {len(found)} of {missing} answers, {speed:.0f} tokens/s")
         return found
+
+    def _portions(self, cell: Cell, present: Mapping[Key, Answer]) -> Iterator[list[tuple[StudyPrompt, int]]]:
+        """The portions in which an answer is missing, each whole.
+
+        Answers share their portion's costs. A run that was killed cuts the same portions when it goes on, and decodes
+        again what it has of one, so that its numbers are those of a run that was not. Seeds that are new to a cell have
+        portions of their own.
+        """
+        size, old = 2 * self.study.batch_size, {seed for _, seed in present}
+        for seeds in ([s for s in cell.seeds if s in old], [s for s in cell.seeds if s not in old]):
+            jobs = [(prompt, seed) for prompt in self.by_key.values() for seed in seeds]
+            for start in range(0, len(jobs), size):
+                some = jobs[start : start + size]
+                if any((prompt.key, seed) not in present for prompt, seed in some):
+                    yield some
 
     def _answer(
         self, cell: Cell, setting: dict[str, Any], prompt: StudyPrompt, seed: int, row: GeneratedRow
@@ -232,22 +256,38 @@ class Answers:
             if given.get("prompt") is None or not isinstance(response, str):
                 why = row if isinstance(row, str) else "it needs a prompt, and a text under response"
                 raise RGTGError(f"row {number} of {cell.outputs} is no answer: {why}")
-            key = self._key(given["prompt"])
+            key = self._key(given_prompt(given, self._chat, f"row {number} of {cell.outputs} is no answer"))
             if key not in self.by_key:
                 strange += 1
                 continue
             seed = samples[key] = samples.get(key, -1) + 1
             if (key, seed) in present:
                 continue
-            ids = cast("list[int]", self.tokenizer(response, add_special_tokens=False)["input_ids"])
+            text, marked = without_end(response)
+            ids = cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
             prompt = self.by_key[key]
             answer = {"method": cell.method, "setting": setting, "index": prompt.index, "seed": seed}
             answer |= {"prompt": prompt.given, "response": response, "tokens": len(ids)}
+            finish = self._finish(given.get("finish_reason"), marked, f"row {number} of {cell.outputs}")
+            answer |= {} if finish is None else {"finish": finish}
             self.journal.add(answer)
             found[key, seed] = answer
         if strange:
             self.warnings.append(f"{cell.method}: {strange} answers belong to no prompt of the study")
         return found
+
+    def _finish(self, reason: Any, marked: bool, where: str) -> str | None:
+        """How an answer of another program finished, in this package's words; None where nobody says.
+
+        Args:
+            marked: the answer carries an end token. where: begins an error.
+        """
+        told = self.study.answers_ended
+        try:
+            stated = told == "yes" if told != "auto" else marked or has_ended(reason)
+        except UnusableError as error:
+            raise RGTGError(f"{where}: {error}: mend it, or set answers_ended to yes or no") from error
+        return None if stated is None else "eos" if stated else "length"
 
     def _look_at(self, cell: Cell, rows: Sequence[Answer]) -> None:
         empty = sum(not row["response"].strip() for row in rows)
@@ -302,7 +342,20 @@ def answer_costs(rows: Sequence[GeneratedRow], stats: Stats, strategy: bool) -> 
         For each row `decided` (tokens, the end token included), `seconds`, `lm_calls`, `rm_calls`, `lm_tokens`,
         `rm_tokens`.
     """
-    decided = [len(row.tokens) + (row.end_token is not None) for row in rows]
+    decided = [_decided(row) for row in rows]
+    if rows and rows[0].alternatives is not None:
+        # Best-of-n: every sample goes through both models once, each token of it through the base model alone.
+        guides = stats.reward_calls / sum(1 + len(row.alternatives or ()) for row in rows)
+        found = []
+        for row, count in zip(rows, decided, strict=True):
+            samples = [row, *(row.alternatives or ())]
+            tokens = sum(map(_decided, samples))
+            seconds = stats.seconds * tokens / stats.lm_tokens
+            of_guide = {"rm_calls": guides * len(samples), "rm_tokens": guides * tokens}
+            found.append(
+                {"decided": count, "seconds": seconds, "lm_calls": tokens, "lm_tokens": tokens, **of_guide}
+            )
+        return found
     total = sum(decided)
     # A strategy's base model takes one token of a row at a time, and its guide one row at a time.
     sums = {
@@ -316,6 +369,11 @@ def answer_costs(rows: Sequence[GeneratedRow], stats: Stats, strategy: bool) -> 
         {"decided": count, **{name: value * count / total for name, value in sums.items()}}
         for count in decided
     ]
+
+
+def _decided(row: GeneratedRow) -> int:
+    """Tokens that were decided for a row, the end-of-sequence token included."""
+    return len(row.tokens) + (row.end_token is not None)
 
 
 def _sha256(path: str) -> str:

@@ -30,8 +30,9 @@ from rgtg_fast.models.prompts import Prompt, PromptLike, text_ids
 from rgtg_fast.rewards import SequenceReward, named_guide
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.rewards.named import CONTRASTIVE, PREFIXES
-from rgtg_fast.training.data import TokenizedPair
-from rgtg_fast.training.packing import collate, cost, pack, packed_rewards, use_packed_attention
+from rgtg_fast.training.data import without_eos
+from rgtg_fast.training.layouts import without_end
+from rgtg_fast.training.packing import use_packed_attention
 
 WEIGHTS = "*.safetensors"
 _RECIPE = "rgtg_fast.json"
@@ -91,7 +92,7 @@ class Judge:
     Args:
         name: folder or hub id of a reward model, `bundled:NAME`, or a guide's name such as `text:PATH`.
         base: model and tokenizer: an adapter's base, or what a guide is bound to; its dtype is the judge's.
-        budget: tokens of a packed row.
+        budget: tokens of a packed row of preference pairs (`score_pairs`).
 
     Attributes:
         scorer: a causal model for packed rows, or a guide that is bound to the base model. tokenizer: its own.
@@ -117,7 +118,10 @@ class Judge:
         self.template = cast("str | None", self.tokenizer.chat_template or lent)
 
     def rate(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, Rating]]:
-        """Index and rating of each answer, as they become known.
+        """Index and rating of each answer, one after the other.
+
+        An answer's rating is the same to the last digit whatever else is rated with it, so that a study that goes on
+        after a kill has the numbers of one that was not.
 
         Args:
             prompts: as the decoder takes them, one per answer. answers: texts; an empty one is its end token alone.
@@ -125,9 +129,13 @@ class Judge:
         Raises:
             RGTGError: an answer over the context, or a reward that is NaN.
         """
-        ids = [self._answer_ids(index, answer) for index, answer in enumerate(answers)]
-        packed = isinstance(self.scorer, PreTrainedModel)
-        for index, rating in self._packed(prompts, ids) if packed else self._one_by_one(prompts, ids):
+        for index, (given, answer) in enumerate(zip(prompts, answers, strict=True)):
+            prompt = Prompt(given, index)
+            prompt_ids, ids = prompt.ids(self.tokenizer, self.template), self._answer_ids(index, answer)
+            if isinstance(self.scorer, Reward):
+                rating = self._by_guide(self.scorer, Prefix(prompt, prompt_ids), ids)
+            else:
+                rating = self._by_model(self.scorer, prompt_ids, ids, index)
             if math.isnan(rating.ended) or math.isnan(rating.unended):
                 raise RGTGError(
                     f"the judge {self.name} rates answer {index} with NaN: check its weights and dtype (float16 "
@@ -136,55 +144,27 @@ class Judge:
             yield index, rating
 
     @torch.inference_mode()
-    def _packed(
-        self, prompts: Sequence[PromptLike], answers: Sequence[list[int]]
-    ) -> Iterator[tuple[int, Rating]]:
-        assert isinstance(self.scorer, PreTrainedModel)
-        pairs, indices = self._pairs(prompts, answers, context_length(self.scorer))
-        for row in pack(pairs, max(self.budget, *(cost(pair) for pair in pairs))):
-            batch = collate(pairs, [row], pad_id=0).to(self.scorer.device)
-            rewards, offsets = packed_rewards(self.scorer, batch)
-            parts = [part.tolist() for part in rewards.split(offsets.diff().tolist())]
-            for n, i in enumerate(batch.pairs):
-                for index, of_prefixes in zip(indices[i], parts[2 * n : 2 * n + 2], strict=False):
-                    yield index, Rating(of_prefixes[-1], of_prefixes[-2:][0])
-
-    def _pairs(
-        self, prompts: Sequence[PromptLike], answers: Sequence[list[int]], context: int
-    ) -> tuple[list[TokenizedPair], list[list[int]]]:
-        """Answers two by two behind their prompt, which is then encoded once for both; and whose they are."""
-        groups: dict[str, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            groups.setdefault(json.dumps(prompt), []).append(index)
-        pairs, indices = [], []
-        for group in groups.values():
-            prompt_ids = Prompt(prompts[group[0]]).ids(self.tokenizer, self.template)
-            for start in range(0, len(group), 2):
-                two = group[start : start + 2]
-                ids = [answers[i] for i in two]
-                room = context - max(map(len, ids))
-                if room < 1:
-                    raise RGTGError(
-                        f"answer {two[0]} has {max(map(len, ids))} tokens for the judge {self.name}, whose context "
-                        f"holds {context}: judge shorter answers or use another judge"
-                    )
-                # An odd answer out stands beside one token that nobody asks about.
-                other = ids[1] if len(ids) == 2 else ids[0][-1:]
-                pairs.append(TokenizedPair(prompt_ids[-room:], ids[0], other, two[0]))
-                indices.append(two)
-        return pairs, indices
+    def _by_model(
+        self, model: PreTrainedModel, prompt_ids: Sequence[int], ids: Sequence[int], index: int
+    ) -> Rating:
+        """A prompt that does not fit the context beside the answer loses its beginning."""
+        context = context_length(model)
+        room = context - len(ids)
+        if room < 1:
+            raise RGTGError(
+                f"answer {index} has {len(ids)} tokens for the judge {self.name}, whose context holds {context}: judge "
+                "shorter answers or use another judge"
+            )
+        tokens = torch.tensor([[*prompt_ids[-room:], *ids]], device=model.device)
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        rewards = cast("list[float]", model.score(hidden[0, -min(2, len(ids)) :])[:, 0].float().tolist())  # pyright: ignore[reportCallIssue]
+        return Rating(rewards[-1], rewards[0])
 
     @torch.inference_mode()
-    def _one_by_one(
-        self, prompts: Sequence[PromptLike], answers: Sequence[list[int]]
-    ) -> Iterator[tuple[int, Rating]]:
-        assert isinstance(self.scorer, Reward)
-        for index, (given, ids) in enumerate(zip(prompts, answers, strict=True)):
-            prompt = Prompt(given, index)
-            prefix = Prefix(prompt, prompt.ids(self.tokenizer, self.template))
-            rewards = self.scorer.score_answer(prefix, ids)
-            ended = self.scorer.answer_reward(rewards)
-            yield index, Rating(ended, self.scorer.answer_reward(rewards[:-1]) if rewards[1:] else ended)
+    def _by_guide(self, guide: Reward, prefix: Prefix, ids: Sequence[int]) -> Rating:
+        rewards = guide.score_answer(prefix, ids)
+        ended = guide.answer_reward(rewards)
+        return Rating(ended, guide.answer_reward(rewards[:-1]) if rewards[1:] else ended)
 
     def _answer_ids(self, index: int, text: str) -> list[int]:
         eos = cast("int | None", self.tokenizer.eos_token_id)
@@ -192,7 +172,8 @@ class Judge:
             raise RGTGError(
                 f"the tokenizer of the judge {self.name} has no EOS token: set tokenizer.eos_token"
             )
-        return [*text_ids(self.tokenizer, text.strip(), f"answer {index}"), eos]
+        ids = text_ids(self.tokenizer, without_end(text)[0].strip(), f"answer {index}")
+        return [*without_eos(ids, eos), eos]
 
 
 @functools.lru_cache(maxsize=64)

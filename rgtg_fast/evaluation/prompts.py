@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.settings import Study
 from rgtg_fast.models.prompts import PromptLike
-from rgtg_fast.training.data import hh_messages, read_rows
+from rgtg_fast.training.chats import UnusableError, hh_messages
+from rgtg_fast.training.layouts import row_prompt
+from rgtg_fast.training.sources import read_rows
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,9 @@ def load_prompts(study: Study, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     found: dict[str, StudyPrompt] = {}
     empty = duplicates = 0
     for index, row in enumerate(rows):
-        value = row.get("prompt") if isinstance(row, Mapping) else None
-        if value is None:
-            why = row if isinstance(row, str) else "it has no field 'prompt'"
-            raise RGTGError(f"row {index} of {_source(study)} is no prompt: {why}")
-        prompt = as_prompt(value, index, chat)
+        prompt = as_prompt(
+            given_prompt(row, chat, f"row {index} of {_source(study)} is no prompt"), index, chat
+        )
         if not prompt.text.strip():
             empty += 1
         elif prompt.key in found:
@@ -72,6 +72,21 @@ def load_prompts(study: Study, tokenizer: PreTrainedTokenizerBase) -> tuple[list
 
 def _source(study: Study) -> str:
     return study.prompts if isinstance(study.prompts, str) else "prompts"
+
+
+def given_prompt(row: Any, chat: bool, where: str) -> Any:
+    """A row's prompt as the file has it, behind the message of its column `system`.
+
+    Raises:
+        RGTGError: it has none; `where` begins the message.
+    """
+    try:
+        value = row_prompt(row, chat) if isinstance(row, Mapping) else None
+    except UnusableError as error:
+        raise RGTGError(f"{where}: {error or 'it has two system messages'}") from error
+    if value is None:
+        raise RGTGError(f"{where}: {row if isinstance(row, str) else 'it has no field ' + repr('prompt')}")
+    return value
 
 
 def as_prompt(value: Any, index: int, chat: bool) -> StudyPrompt:

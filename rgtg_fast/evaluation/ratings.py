@@ -22,6 +22,7 @@ from rgtg_fast.evaluation.journal import Journal, plain
 from rgtg_fast.evaluation.judge import Judge, Rating, folders_of, weights_of
 from rgtg_fast.evaluation.settings import Cell, JudgeSettings, Study, canonical
 from rgtg_fast.training.data import PreferencePair, load_pairs, tokenize_pairs
+from rgtg_fast.training.report import ends_text
 
 SCORES, ACCURACY = "scores.jsonl", "accuracy.jsonl"
 SCORE_FIELDS = ("method", "setting", "index", "seed", "judge", "told", "answer", "ended", "unended")
@@ -130,6 +131,16 @@ def reward(rating: Rating, answer: Answer, judge: JudgeSettings) -> float:
     return rating.unended if cut else rating.ended
 
 
+def read_at(answers: Sequence[Answer], judge: JudgeSettings) -> str:
+    """At which token a judge read some answers, in words."""
+    finishes = [row.get("finish") for row in answers]
+    cut, unstated = finishes.count("length"), finishes.count(None)
+    if judge.ends == "finished":
+        return ends_text(len(answers) - cut, cut, unstated)
+    behind = f"whole answers are read at an end token, which is put behind all {len(answers)}"
+    return f"{behind}, the {cut} that were cut included" if cut else behind
+
+
 def identity(answer: Answer) -> str:
     """What a judge reads of an answer, as a hash: a text that comes twice is rated once."""
     read = json.dumps([answer["prompt"], answer["response"]], sort_keys=True)
@@ -146,6 +157,7 @@ class Agreement:
 
     Attributes:
         name: in the tables. model: guide or judge. judge: which of the two.
+        read_at: at which token it read whole answers, in words.
         accuracy: at each fraction of the answers, as `FractionAccuracy.as_dict` gives it.
         longer_wins: the same of the baseline that prefers the longer answer. above: accuracy minus that on the same
             pairs, as `Difference.as_dict` gives it.
@@ -157,6 +169,7 @@ class Agreement:
     accuracy: list[dict[str, Any]]
     longer_wins: dict[str, Any]
     above: list[dict[str, Any]]
+    read_at: str = ""
 
 
 def agreements(
@@ -176,9 +189,11 @@ def agreements(
     """
     if study.pairs is None:
         return []
-    pairs, _ = load_pairs(study.pairs)
+    pairs, _ = load_pairs(study.pairs, answers_ended=study.answers_ended)
     pairs = pairs[: study.pairs_limit]
-    content = json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs])
+    # Where all answers ended, as far as anybody says, the pairs are their texts alone.
+    parts = [[p.prompt, p.chosen, p.rejected, *([p.ended] if False in p.ended else [])] for p in pairs]
+    content = json.dumps(parts)
     data = hashlib.sha256(content.encode()).hexdigest()[:16]
     models: dict[str, str] = {}
     for name, settings in study.judges.items():
@@ -199,13 +214,14 @@ def agreements(
             row = {"told": told, **_agreement(Judge(model, bases(study.judge_dtype)), pairs, study)}
             journal.add(row)
         judge = name in study.judges
-        found.append(Agreement(name, model, judge, row["accuracy"], row["longer_wins"], row["above"]))
+        numbers = row["accuracy"], row["longer_wins"], row["above"]
+        found.append(Agreement(name, model, judge, *numbers, row.get("read_at", "")))
     return found
 
 
 def _agreement(judge: Judge, pairs: Sequence[PreferencePair], study: Study) -> dict[str, Any]:
     chat = study.chat and judge.template is not None
-    tokenized, _ = tokenize_pairs(pairs, judge.tokenizer, MAX_LENGTH, judge.template, chat=chat)
+    tokenized, fitted = tokenize_pairs(pairs, judge.tokenizer, MAX_LENGTH, judge.template, chat=chat)
     prompts = {pair.index: pair.prompt for pair in pairs}
     given: list[Any] = [prompts[pair.index] for pair in tokenized]
     if chat:
@@ -217,5 +233,6 @@ def _agreement(judge: Judge, pairs: Sequence[PreferencePair], study: Study) -> d
             "accuracy": [point.as_dict() for point in prefix_accuracy(scores)],
             "longer_wins": longer_wins(tokenized).as_dict(),
             "above": [paired_bootstrap(f, verdicts(scores, f), longer).as_dict() for f in FRACTIONS],
+            "read_at": fitted.end_line(),
         }
     )

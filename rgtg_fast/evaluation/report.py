@@ -12,6 +12,7 @@ from rgtg_fast.evaluation import page, plots
 from rgtg_fast.evaluation.comparison import Comparison
 from rgtg_fast.evaluation.metrics import rank_correlation
 from rgtg_fast.evaluation.page import Drawing, Notes, Part, Section, SideBySide, Table, Text
+from rgtg_fast.evaluation.ratings import read_at
 from rgtg_fast.evaluation.settings import Cell
 from rgtg_fast.evaluation.study import Results
 from rgtg_fast.evaluation.summary import (
@@ -73,7 +74,7 @@ def report(
     sections.append(Section("", (Text(_what(results)), *_facts(facts))))
     for judge in results.study.judges:
         own = [row for row in rows if row["judge"] == judge]
-        sections.append(Section(f"Rewards under the judge {judge}", _rewards(own, results)))
+        sections.append(Section(f"Rewards under the judge {judge}", _rewards(own, results, judge)))
         pairs = [one for one in compared if one.judge == judge]
         if pairs:
             parts = (_against_each_other(pairs), Text(_AGAINST))
@@ -131,7 +132,7 @@ _CHECKS = (
 )
 
 
-def _rewards(rows: Sequence[Row], results: Results) -> tuple[Part, ...]:
+def _rewards(rows: Sequence[Row], results: Results, judge: str) -> tuple[Part, ...]:
     head = ("method", "β", "k", "τ", "answers", "reward", "difference", "win rate", "difference, same length")
     lines = tuple(
         (
@@ -147,7 +148,9 @@ def _rewards(rows: Sequence[Row], results: Results) -> tuple[Part, ...]:
         )
         for row in rows
     )
-    return Table(head, lines), Text(_REWARDS)
+    answers = [row for found in results.answers.values() for row in found]
+    told = read_at(answers, results.study.judges[judge])
+    return Table(head, lines), Text(f"{told[:1].upper()}{told[1:]}. {_REWARDS}")
 
 
 def _against_each_other(pairs: Sequence[Comparison]) -> Table:
@@ -243,6 +246,7 @@ def _agreement(results: Results) -> tuple[Part, ...]:
         f"{title}. The longer answer is the chosen one in {_spread(longer['accuracy'], longer['ci95'], '.3f')} of "
         "them: what an accuracy has to be compared with."
     )
+    text += f" At 100 %, {found[0].read_at}." if found[0].read_at else ""
     svg = plots.accuracy_over_length(found, title)
     drawing = () if svg is None else (Drawing("accuracy", "Accuracy by the share of the answer read", svg),)
     return Text(text), Table(head, tuple(lines)), *drawing

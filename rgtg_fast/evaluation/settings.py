@@ -15,6 +15,7 @@ from rgtg_fast.config import Guidance
 from rgtg_fast.decoding.strategies import named_strategy
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.journal import plain
+from rgtg_fast.training.data import check_answers_ended
 
 NONE = "none"
 ENDS = ("always", "finished")
@@ -83,7 +84,8 @@ class Method:
         beta, top_k, temperature: as in `Guidance`. greedy: short for temperature 0.
         support, gate_entropy: as in `Guidance`.
         model: folder of another policy (DPO, …) instead of the study's model.
-        outputs: JSON Lines with `prompt` and `response`, answers of another program that are judged as they are.
+        outputs: JSON Lines with `prompt`, `response` and, where it is known, `finish_reason`: answers of another
+            program that are judged as they are.
         dtype: instead of the study's; float32 keeps what merging a policy's adapter in bfloat16 would round away.
         seeds: instead of the study's.
     """
@@ -199,6 +201,8 @@ class Study:
         chat: texts become chat messages where the model has a chat template.
         pairs: preference pairs that no model was trained on: accuracy of judges and guides by prefix length.
         pairs_limit: of them at most.
+        answers_ended: whether the answers of `pairs` and of `outputs` ended, as in `load_pairs`: "auto" by their
+            finish_reason, "yes" or "no" for all.
         examples: prompts whose answers the report shows side by side.
         text: of the file that the study was read from, kept beside the results.
 
@@ -224,6 +228,7 @@ class Study:
     chat: bool = True
     pairs: str | None = None
     pairs_limit: int | None = None
+    answers_ended: str = "auto"
     examples: int = 12
     text: str = field(default="", compare=False, repr=False)
 
@@ -234,6 +239,7 @@ class Study:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("examples", self.examples, 0)
+        check_answers_ended(self.answers_ended)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise RGTGError(
                 f"seeds={list(self.seeds)} are none or not all different: use for example [0, 1, 2]"

@@ -23,7 +23,9 @@ COLUMNS = (
     "temperature",
     "seeds",
     "answers",
+    "cut",
     "judge",
+    "read_at",
     "reward",
     "reward_se",
     "reward_diff",
@@ -63,6 +65,8 @@ def summarise(results: Results) -> list[Row]:
             row |= _setting(cell, results.answers[cell]) | measured[cell] | _costs(results.answers[cell])
             if judge is not None and results.answers[cell]:
                 row["judge"] = judge
+                finished = row["cut"] and results.study.judges[judge].ends == "finished"
+                row["read_at"] = "end token, or last token where cut" if finished else "end token"
                 row |= _rewards(results, judge, cell, baseline)
             rows.append(row)
     return rows
@@ -109,6 +113,7 @@ def _setting(cell: Cell, answers: Sequence[Mapping[str, Any]]) -> Row:
         "temperature": cell.temperature,
         "seeds": len({row["seed"] for row in answers}),
         "answers": len(answers),
+        "cut": sum(row.get("finish") == "length" for row in answers),
     }
 
 

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.training.chats import Messages, UnusableError, hh_messages, is_plain_text
+from rgtg_fast.training.layouts import (
+    READERS,
+    Reading,
+    Row,
+    begins_with_prompt,
+    has_ended,
+    layout_of,
+    unread_columns,
+    without_end,
+)
+from rgtg_fast.training.report import DataReport
+from rgtg_fast.training.sources import read_rows
 
-Messages: TypeAlias = list[dict[str, str]]
 Layout: TypeAlias = Literal["auto", "plain", "dialogue", "tldr"]
 LAYOUTS = ("auto", "plain", "dialogue", "tldr")
-
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-_FILES = (".jsonl", ".json", ".csv", ".parquet")
+# Whether answers ended: "auto" by what the data say of each, and by default they did; or one word for all.
+ANSWERS_ENDED = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,15 @@ class PreferencePair:
         prompt: a text or chat messages, as `RewardGuidedDecoder.generate` takes it.
         chosen, rejected: the answers' texts.
         index: row of the source, from 0.
+        ended: of the chosen and of the rejected answer, whether it ended by itself (True) or was cut off (False); None
+            where nobody says, which counts as ended.
     """
 
     prompt: str | Messages
     chosen: str
     rejected: str
     index: int
+    ended: tuple[bool | None, bool | None] = (None, None)
 
     @property
     def opening(self) -> str:
@@ -56,102 +64,38 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A pair as token ids; both answers end with the end-of-sequence token.
+    """A pair as token ids; answers that ended have the end-of-sequence token behind them.
 
     Attributes:
         prompt_ids: ids that the decoder would give the reward model for this prompt.
-        chosen_ids, rejected_ids: ids of the answers, the last one EOS.
+        chosen_ids, rejected_ids: ids of the answers, the last one EOS where the answer ended.
         index: row of the source, from 0.
+        ended: of the chosen and of the rejected answer.
     """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     index: int
-
-
-@dataclass
-class DataReport:
-    """How many rows came in, how many pairs were kept and why the others were not.
-
-    `earlier + later` is the report of two stages in a row (loading, then tokenising).
-
-    Attributes:
-        read: rows that came in. kept: pairs that went out.
-        malformed: rows without the fields of their layout.
-        different_prompts: dialogues that differ before the last answer.
-        empty: a prompt or an answer without text. identical: both answers the same.
-        duplicates: the same prompt and answers as an earlier row.
-        short: an answer below the least number of tokens. too_long: over the length limit.
-        truncated: pairs that were kept and whose prompt lost its beginning.
-        first_malformed: the first such row and what is wrong with it.
-    """
-
-    read: int = 0
-    kept: int = 0
-    malformed: int = 0
-    different_prompts: int = 0
-    empty: int = 0
-    identical: int = 0
-    duplicates: int = 0
-    short: int = 0
-    too_long: int = 0
-    truncated: int = 0
-    first_malformed: str = field(default="", compare=False)
+    ended: tuple[bool, bool] = (True, True)
 
     @property
-    def dropped(self) -> int:
-        """Pairs that came in and did not go out, by the reasons counted."""
-        return sum(getattr(self, name) for name in _DROPS)
+    def text_lengths(self) -> tuple[int, int]:
+        """Tokens of the answers' texts, EOS not counted."""
+        return len(self.chosen_ids) - self.ended[0], len(self.rejected_ids) - self.ended[1]
 
-    def __add__(self, later: DataReport) -> DataReport:
-        counts = {name: getattr(self, name) + getattr(later, name) for name in (*_DROPS, "truncated")}
-        first = self.first_malformed or later.first_malformed
-        return DataReport(read=self.read, kept=later.kept, **counts, first_malformed=first)
+    def read_whole(self, chosen: list[float], rejected: list[float]) -> tuple[list[float], list[float]]:
+        """The rewards of both answers by prefixes of their texts, and behind these that of the whole answer.
 
-    def as_dict(self) -> dict[str, Any]:
-        """The counts by name."""
-        values = asdict(self)
-        if not self.first_malformed:
-            del values["first_malformed"]
-        return values
-
-    def lines(self) -> list[str]:
-        """The counts as text, zeros left out."""
-        lines = [f"{self.kept} of {self.read} pairs kept"]
-        for name in _DROPS:
-            count = getattr(self, name)
-            if count:
-                detail = f" (first: {self.first_malformed})" if name == "malformed" else ""
-                lines.append(f"{count} dropped: {_REASONS[name]}{detail}")
-        if self.truncated:
-            lines.append(f"{self.truncated} kept with the beginning of their prompt cut off")
-        return lines
-
-
-_REASONS = {
-    "malformed": "not in the layout",
-    "different_prompts": "the dialogues differ before the last answer",
-    "empty": "empty prompt or answer",
-    "identical": "identical answers",
-    "duplicates": "seen before",
-    "short": "answer too short",
-    "too_long": "too long",
-}
-_DROPS = tuple(_REASONS)
-assert set(_DROPS) <= {f.name for f in fields(DataReport)}
-
-
-class _UnusableError(Exception):
-    """A row that gives no pair.
-
-    Attributes:
-        reason: the counter of the report.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(detail)
-        self.reason = reason
+        Args:
+            chosen, rejected: rewards at every token. The whole of an answer that ended is read at its EOS, that of one
+                that was cut at the last token of its text, whose reward then comes twice.
+        """
+        both = [
+            rewards if end else [*rewards, rewards[-1]]
+            for rewards, end in zip((chosen, rejected), self.ended, strict=True)
+        ]
+        return both[0], both[1]
 
 
 def load_pairs(
@@ -160,23 +104,31 @@ def load_pairs(
     *,
     split: str = "train",
     chat: bool = True,
+    answers_ended: str = "auto",
 ) -> tuple[list[PreferencePair], DataReport]:
     """Reads preference pairs and counts every row that gives none.
 
     Layouts:
 
-    - `plain`: `prompt`, `chosen`, `rejected`; each a text or a list of chat messages. A prompt in HH-RLHF's turns
-      ("\\n\\nHuman: …\\n\\nAssistant:") becomes chat messages.
+    - `plain`: `prompt`, `chosen`, `rejected`; each a text or a list of chat messages. Answers may be whole dialogues,
+      or texts that begin with the prompt. A prompt in HH-RLHF's turns ("\\n\\nHuman: …\\n\\nAssistant:") becomes chat
+      messages.
     - `dialogue`: `chosen`, `rejected`, whole dialogues that share all but the last answer, in HH-RLHF's turns or as
       chat messages.
     - `tldr`: comparisons of summaries: `info`, `summaries`, `choice`.
 
+    Chats may be texts in JSON or Python's own form. A column with a system message becomes the prompt's. Answers that
+    end with the text of an end token lose it.
+
     Args:
-        source: a .jsonl, .json, .csv (each also .gz) or .parquet file; a folder or hub id for `datasets`; a loaded
-            data set or any iterable of rows.
+        source: a .jsonl, .json, .csv (each also .gz), .parquet or .arrow file; a folder or hub id for `datasets`; a
+            loaded data set, a table of pandas, pyarrow or polars, or any iterable of rows.
         layout: one of the above, or "auto" to know it by the first row's fields.
         split: of a data set with several.
         chat: turns of HH-RLHF become chat messages; False keeps them as text, for models without a chat template.
+        answers_ended: "auto": by `finish_reason` (of both answers, or `chosen_finish_reason` and
+            `rejected_finish_reason`, or of the answer's message): eos, stop, end_turn and the like for an answer that
+            ended, length or max_tokens for one that was cut; "yes" or "no": all ended, or all were cut.
 
     Returns:
         The pairs in the order of the source, and the report.
@@ -186,34 +138,84 @@ def load_pairs(
     """
     if layout not in LAYOUTS:
         raise RGTGError(f"layout={layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
+    check_answers_ended(answers_ended)
     name = str(source) if isinstance(source, (str, os.PathLike)) else "the data"
     report = DataReport()
     pairs: list[PreferencePair] = []
     seen: set[str] = set()
-    read: Callable[[Mapping[str, Any], bool], tuple[str | Messages, str, str]] | None = None
-    for index, row in enumerate(read_rows(source, split)):
+    # Whether answers repeat their prompt shows in many rows, not in one.
+    rows = list(read_rows(source, split))
+    first = next((row for row in rows if isinstance(row, Mapping)), {})
+    known = layout
+    if known == "auto" and first:
+        known = _layout_of(first, name)
+    report.unread = tuple(unread_columns(first, known))
+    repeated = _repeated_prompts(rows if known == "plain" else [None] * len(rows))
+    prefixed = repeated.count(True) > repeated.count(False)
+    for index, row in enumerate(rows):
         report.read += 1
         try:
             if isinstance(row, str):
-                raise _UnusableError("malformed", row)
+                raise UnusableError("malformed", row)
             if not isinstance(row, Mapping):
-                raise _UnusableError("malformed", f"a row is an object with fields, not {type(row).__name__}")
-            read = read or _READERS[_layout_of(row, name) if layout == "auto" else layout]
-            prompt, chosen, rejected = read(row, chat)
-            _check(prompt, chosen, rejected)
-            key = hashlib.sha256(json.dumps([prompt, chosen, rejected]).encode()).hexdigest()
+                raise UnusableError("malformed", f"a row is an object with fields, not {type(row).__name__}")
+            reading = READERS[known](Row(row), chat, prefixed)
+            pair, notes = _pair(reading, index, answers_ended)
+            if repeated[index] and not prefixed:
+                notes.append("prompts_repeated")
+            key = hashlib.sha256(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode()).hexdigest()
             if key in seen:
-                raise _UnusableError("duplicates")
-        except _UnusableError as reason:
-            setattr(report, reason.reason, getattr(report, reason.reason) + 1)
-            if reason.reason == "malformed" and not report.first_malformed:
-                report.first_malformed = f"row {index}: {reason}"
+                raise UnusableError("duplicates")
+        except UnusableError as reason:
+            report.drop(reason, index)
             continue
         seen.add(key)
-        pairs.append(PreferencePair(prompt, chosen, rejected, index))
+        pairs.append(pair)
+        for note in notes:
+            report.count(note)
     report.kept = len(pairs)
     check_some_left(report, name)
     return pairs, report
+
+
+def check_answers_ended(value: str) -> None:
+    """Refuses what is no way to tell whether answers ended.
+
+    Raises:
+        RGTGError: not one of `ANSWERS_ENDED`.
+    """
+    if value not in ANSWERS_ENDED:
+        raise RGTGError(f"answers_ended={value!r} is unknown: use one of {', '.join(ANSWERS_ENDED)}")
+
+
+def _layout_of(row: Mapping[Any, Any], name: str) -> Layout:
+    found = layout_of(row)
+    if found is None:
+        raise RGTGError(
+            f"the rows of {name} have the fields {', '.join(map(repr, row)) or 'none'}: preference pairs have prompt, "
+            "chosen and rejected, or chosen and rejected dialogues, or info, summaries and choice"
+        )
+    return cast(Layout, found)
+
+
+def _repeated_prompts(rows: Sequence[Any]) -> list[bool | None]:
+    """Of each row, whether both answers begin with its prompt; None where it cannot tell."""
+    return [begins_with_prompt(Row(row)) if isinstance(row, Mapping) else None for row in rows]
+
+
+def _pair(reading: Reading, index: int, answers_ended: str) -> tuple[PreferencePair, list[str]]:
+    """A row as a pair with answers free of end tokens' texts, and the counters that it adds to."""
+    answers, ended, notes = [], [], list(reading.notes)
+    for text, reason in zip((reading.chosen, reading.rejected), reading.finish_reasons, strict=True):
+        answer, marked = without_end(text)
+        answers.append(answer)
+        notes += ["end_texts"] * marked
+        stated = has_ended(reason) if answers_ended == "auto" else answers_ended == "yes"
+        # An answer that carries an end token has ended, whatever a column says.
+        ended.append(True if marked and answers_ended == "auto" else stated)
+    pair = PreferencePair(reading.prompt, answers[0], answers[1], index, (ended[0], ended[1]))
+    _check(pair)
+    return pair, notes
 
 
 def check_some_left(report: DataReport, name: str) -> None:
@@ -228,28 +230,6 @@ def check_some_left(report: DataReport, name: str) -> None:
         raise RGTGError(f"{name} has no rows: name a file with preference pairs")
     reasons = "; ".join(line for line in report.lines()[1:])
     raise RGTGError(f"no pairs are left of the {report.read} in {name}: {reasons}")
-
-
-def hh_messages(text: str) -> Messages | None:
-    """HH-RLHF's turns as chat messages, or None where the text is not a dialogue that a human opens.
-
-    A last assistant turn without text, with which a prompt ends, is left out; turns of the same speaker in a row
-    become one message.
-    """
-    before, *turns = _TURN.split("\n\n" + text.lstrip())
-    if before.strip() or not turns or turns[0] != "Human":
-        return None
-    messages: Messages = []
-    for speaker, content in zip(turns[::2], turns[1::2], strict=True):
-        role = _ROLES[speaker]
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n\n" + content.strip()
-        else:
-            messages.append({"role": role, "content": content})
-    messages = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
-    if messages[-1] == {"role": "assistant", "content": ""}:
-        messages.pop()
-    return messages
 
 
 def split_by_prompt(
@@ -303,7 +283,9 @@ def tokenize_pairs(
     chat: bool = False,
     eos_token_id: int | None = None,
 ) -> tuple[list[TokenizedPair], DataReport]:
-    """Token ids of pairs: the prompt's are the decoder's own, each answer ends with EOS.
+    """Token ids of pairs: the prompt's are the decoder's own, each answer that ended has EOS behind it, and one alone.
+
+    An answer that was cut off has none, and its last token is the last one of its text.
 
     Args:
         max_length: tokens of the prompt and the longer answer at most.
@@ -333,6 +315,7 @@ def tokenize_pairs(
             f"the pairs are chats and the tokenizer of {title} has no chat template: "
             "pass chat_template, or load pairs in HH's turns with chat=False"
         )
+    end_text = cast(str, tokenizer.decode([eos])).strip() or "\0"
     report = DataReport(read=len(pairs))
     kept: list[TokenizedPair] = []
     for start in range(0, len(pairs), _CHUNK):
@@ -345,21 +328,49 @@ def tokenize_pairs(
             texts += [answer.strip() if prompt.messages is not None else answer for answer in answers]
         answer_ids = cast("list[list[int]]", tokenizer(texts, add_special_tokens=False)["input_ids"])
         for i, (pair, prompt) in enumerate(zip(chunk, prompts, strict=True)):
-            chosen, rejected = answer_ids[2 * i], answer_ids[2 * i + 1]
+            both = slice(2 * i, 2 * i + 2)
             try:
-                _check_ids(chosen, rejected, min_answer_tokens)
-                ids = prompt.ids(tokenizer, chat_template)
-                room = max_length - max(len(chosen), len(rejected)) - 1
+                contents = [without_eos(ids, eos) for ids in answer_ids[both]]
+                _check_ids(contents[0], contents[1], eos, min_answer_tokens)
+                ended = (pair.ended[0] is not False, pair.ended[1] is not False)
+                chosen, rejected = (
+                    [*ids, eos] if end else ids for ids, end in zip(contents, ended, strict=True)
+                )
+                ids = _prompt_ids(prompt, tokenizer, chat_template)
+                room = max_length - max(len(chosen), len(rejected))
                 if len(ids) > room and (not truncate_prompt or room < 1):
-                    raise _UnusableError("too_long")
-            except _UnusableError as reason:
-                setattr(report, reason.reason, getattr(report, reason.reason) + 1)
+                    raise UnusableError("too_long")
+            except UnusableError as reason:
+                report.drop(reason, pair.index)
                 continue
             report.truncated += len(ids) > room
-            kept.append(TokenizedPair(ids[-room:], [*chosen, eos], [*rejected, eos], pair.index))
+            report.end_texts += sum(text.rstrip().endswith(end_text) for text in texts[both])
+            report.cut += 2 - sum(ended)
+            report.unstated += pair.ended.count(None)
+            kept.append(TokenizedPair(ids[-room:], chosen, rejected, pair.index, ended))
     report.kept = len(kept)
     check_some_left(report, f"the pairs (max_length={max_length}, min_answer_tokens={min_answer_tokens})")
     return kept, report
+
+
+def without_eos(ids: list[int], eos: int) -> list[int]:
+    """An answer's tokens without the EOS that its text or the tokenizer may have put behind them."""
+    end = len(ids)
+    while end and ids[end - 1] == eos:
+        end -= 1
+    return ids[:end]
+
+
+def _prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> list[int]:
+    """A prompt's ids.
+
+    Raises:
+        UnusableError: the chat template refuses it, for instance a system message or two turns of one speaker.
+    """
+    try:
+        return prompt.ids(tokenizer, chat_template)
+    except (RGTGError, TemplateError) as error:
+        raise UnusableError("refused", " ".join(str(error).split())) from error
 
 
 # Pairs per call of the tokenizer.
@@ -372,254 +383,22 @@ def _prompt(pair: PreferencePair, wrap: bool) -> Prompt:
     return Prompt(pair.prompt, pair.index)
 
 
-def _check_ids(chosen: list[int], rejected: list[int], least: int) -> None:
+def _check_ids(chosen: list[int], rejected: list[int], eos: int, least: int) -> None:
     if not chosen or not rejected:
-        raise _UnusableError("empty")
+        raise UnusableError("empty")
+    if eos in chosen or eos in rejected:
+        raise UnusableError("end_inside")
     if chosen == rejected:
-        raise _UnusableError("identical")
+        raise UnusableError("identical")
     if min(len(chosen), len(rejected)) < least:
-        raise _UnusableError("short")
+        raise UnusableError("short")
 
 
-def _check(prompt: str | Messages, chosen: str, rejected: str) -> None:
-    text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
-    if not (text.strip() and chosen.strip() and rejected.strip()):
-        raise _UnusableError("empty")
-    if chosen.strip() == rejected.strip():
-        raise _UnusableError("identical")
-
-
-def _layout_of(row: Mapping[str, Any], name: str) -> str:
-    """The layout that has this row's fields."""
-    if {"info", "summaries", "choice"} <= set(row):
-        return "tldr"
-    if {"prompt", "chosen", "rejected"} <= set(row):
-        return "plain"
-    if {"chosen", "rejected"} <= set(row):
-        return "dialogue"
-    raise RGTGError(
-        f"the rows of {name} have the fields {', '.join(map(repr, row)) or 'none'}: preference pairs have prompt, "
-        "chosen and rejected, or chosen and rejected dialogues, or info, summaries and choice"
-    )
-
-
-def _field(row: Mapping[str, Any], name: str) -> Any:
-    if row.get(name) is None:
-        raise _UnusableError("malformed", f"no {name!r} (fields: {', '.join(map(repr, row)) or 'none'})")
-    return row[name]
-
-
-def _read_plain(row: Mapping[str, Any], chat: bool) -> tuple[str | Messages, str, str]:
-    prompt = _text_or_messages(row, "prompt")
-    chosen, rejected = _text_or_messages(row, "chosen"), _text_or_messages(row, "rejected")
-    if isinstance(prompt, str):
-        turns = hh_messages(prompt)
-        if turns is not None and chat:
-            prompt = turns
-        elif turns is not None:
-            # HH's turns as text: an answer follows the colon after one space.
-            chosen, rejected = _spaced(chosen), _spaced(rejected)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, chosen, rejected
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise _UnusableError("malformed", "one answer is a text and the other chat messages")
-    # Answers as messages: the answer alone, or the whole dialogue with the prompt before it.
-    before, answer = _split_last(chosen)
-    other, worse = _split_last(rejected)
-    if before != other:
-        raise _UnusableError("different_prompts")
-    if before:
-        return before, answer, worse
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, answer, worse
-
-
-def _read_dialogue(row: Mapping[str, Any], chat: bool) -> tuple[str | Messages, str, str]:
-    chosen, rejected = _text_or_messages(row, "chosen"), _text_or_messages(row, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _UnusableError("malformed", "one dialogue is a text and the other chat messages")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, answer = _cut_dialogue(chosen)
-        other, worse = _cut_dialogue(rejected)
-    else:
-        prompt, answer = _split_last(chosen)
-        other, worse = _split_last(rejected)
-    if prompt != other:
-        raise _UnusableError("different_prompts")
-    if not prompt:
-        raise _UnusableError("malformed", "the dialogue has no message before the answer")
-    if isinstance(prompt, str) and chat:
-        messages = hh_messages(prompt)
-        if messages is None:
-            raise _UnusableError("malformed", "the dialogue does not begin with 'Human:'")
-        prompt = messages
-    return (prompt, _spaced(answer), _spaced(worse)) if isinstance(prompt, str) else (prompt, answer, worse)
-
-
-def _read_tldr(row: Mapping[str, Any], chat: bool) -> tuple[str | Messages, str, str]:
-    info, summaries, choice = _field(row, "info"), _field(row, "summaries"), _field(row, "choice")
-    if not isinstance(info, Mapping):
-        raise _UnusableError("malformed", "'info' is not an object")
-    if str(choice) not in ("0", "1"):
-        raise _UnusableError("malformed", f"choice={choice!r} is neither 0 nor 1")
-    texts: Any = None
-    if isinstance(summaries, Mapping):
-        # `datasets` may turn a list of objects into an object of lists.
-        texts = summaries.get("text")
-    elif isinstance(summaries, list):
-        texts = [s.get("text") if isinstance(s, Mapping) else None for s in summaries]
-    if not isinstance(texts, list) or len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-        raise _UnusableError("malformed", "'summaries' are not two objects with a 'text'")
-    if info.get("post"):
-        heading = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post")]
-    else:
-        heading = [("TITLE: ", "title"), ("ARTICLE: ", "article")]
-    parts = [label + str(info[name]).strip() for label, name in heading if info.get(name)]
-    if not info.get("post") and not info.get("article"):
-        raise _UnusableError("malformed", "'info' has neither 'post' nor 'article'")
-    best = int(choice)
-    return "\n".join([*parts, "TL;DR:"]), _spaced(texts[best]), _spaced(texts[1 - best])
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any], bool], tuple[str | Messages, str, str]]] = {
-    "plain": _read_plain,
-    "dialogue": _read_dialogue,
-    "tldr": _read_tldr,
-}
-
-
-def _spaced(answer: Any) -> Any:
-    return " " + answer.strip() if isinstance(answer, str) and answer.strip() else answer
-
-
-def _text_or_messages(row: Mapping[str, Any], name: str) -> str | Messages:
-    value = _field(row, name)
-    if isinstance(value, str):
-        return value
-    good = isinstance(value, (list, tuple)) and all(
-        isinstance(message, Mapping) and all(isinstance(message.get(f), str) for f in ("role", "content"))
-        for message in value
-    )
-    if not good:
-        raise _UnusableError(
-            "malformed", f"{name!r} is neither a text nor a list of messages with role and content"
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _split_last(messages: Any) -> tuple[Messages, str]:
-    if not messages:
-        raise _UnusableError("empty")
-    if messages[-1]["role"] != "assistant":
-        raise _UnusableError("malformed", f"the last message is by {messages[-1]['role']!r}, not 'assistant'")
-    return messages[:-1], messages[-1]["content"]
-
-
-def _cut_dialogue(text: str) -> tuple[str, str]:
-    """A dialogue's text up to the last assistant's colon, and the answer after it."""
-    before, mark, answer = text.rpartition(_ASSISTANT)
-    if not mark or _HUMAN in answer:
-        raise _UnusableError("malformed", "the dialogue does not end with an assistant's turn")
-    return before + mark, answer.strip()
-
-
-def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
-    """The source's rows, as `load_pairs` takes them; one that cannot be parsed is a text that says why."""
-    if not isinstance(source, (str, os.PathLike)):
-        if isinstance(source, Mapping):
-            raise RGTGError(f"the data set has the splits {', '.join(map(repr, source))}: pass one of them")
-        return iter(source)
-    path = Path(source)
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-    if suffix in _FILES:
-        return _from_file(path, suffix)
-    if path.is_file():
-        raise RGTGError(f"{path} is in no known format: use {', '.join(_FILES)}, or .gz of them")
-    return _from_datasets(str(source), split)
-
-
-def _from_file(path: Path, suffix: str) -> Iterator[Any]:
-    try:
-        if suffix == ".parquet":
-            return iter(_parquet(path))
-        with path.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            content = file.read()
-    except (OSError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RGTGError(f"cannot read {path}: {reason}") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RGTGError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from error
-    if suffix == ".csv":
-        return _from_csv(text, path)
-    if suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            return iter(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise RGTGError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
-    return (_from_json(line) for line in text.split("\n") if line.strip())
-
-
-def _from_json(line: str) -> Any:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return f"not JSON ({error.msg if isinstance(error, json.JSONDecodeError) else 'nested too deeply'})"
-    return row if not isinstance(row, str) else "a row is an object with fields, not a text"
-
-
-def _from_csv(text: str, path: Path) -> Iterator[Any]:
-    # The csv module refuses fields over 128 KiB unless told otherwise.
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    try:
-        for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
-            yield {name: _cell(value) for name, value in row.items() if name is not None}
-    except csv.Error as error:
-        raise RGTGError(f"{path} is not CSV: {error}") from error
-
-
-def _cell(value: Any) -> Any:
-    """A CSV cell: chat messages and other structures are JSON in it, everything else is text."""
-    if isinstance(value, str) and value.lstrip()[:2] in ("[{", '{"'):
-        try:
-            return json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            return value
-    return value
-
-
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise RGTGError('Parquet files need pyarrow: pip install "rgtg-fast[train]"') from error
-    try:
-        return parquet.read_table(path).to_pylist()
-    except ArrowInvalid as error:
-        raise RGTGError(f"{path} is not Parquet: {' '.join(str(error).split())[:120]}") from error
-
-
-def _from_datasets(name: str, split: str) -> Iterator[Any]:
-    path = Path(name)
-    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.suffix):
-        raise RGTGError(f"the data {name!r} does not exist: check the path")
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise RGTGError(f'{name!r} is no file, and data sets need: pip install "rgtg-fast[train]"') from error
-    try:
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            loaded: Any = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, ConnectionError, DatasetsError) as error:
-        why = " ".join(str(error).split())[:160]
-        raise RGTGError(f"no data set {name!r} with a split {split!r} can be loaded: {why}") from error
-    if isinstance(loaded, Mapping):
-        if split not in loaded:
-            raise RGTGError(f"the data set {name!r} has the splits {', '.join(loaded)}, not {split!r}")
-        loaded = loaded[split]
-    return iter(loaded)
+def _check(pair: PreferencePair) -> None:
+    contents = [pair.prompt] if isinstance(pair.prompt, str) else [m["content"] for m in pair.prompt]
+    if not ("".join(contents).strip() and pair.chosen.strip() and pair.rejected.strip()):
+        raise UnusableError("empty")
+    if not is_plain_text([*contents, pair.chosen, pair.rejected]):
+        raise UnusableError("malformed", "half of a surrogate pair, which is no character")
+    if pair.chosen.strip() == pair.rejected.strip():
+        raise UnusableError("identical")

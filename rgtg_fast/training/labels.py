@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,21 @@ class LabelJudge:
         use_packed_attention(model)
 
     def label(
-        self, rows: Sequence[Any], wanted: set[int], file: Path, budget: int, say: Say = lambda message: None
+        self,
+        rows: Sequence[Any],
+        wanted: set[int],
+        file: Path,
+        budget: int,
+        say: Say = lambda message: None,
+        answers_ended: str = "auto",
     ) -> Targets:
-        """The rewards of the answers of some rows' pairs, each answer whole and with its EOS.
+        """The rewards of the answers of some rows' pairs, each whole: at its EOS, or its last token if it was cut.
 
         Args:
             rows: preference data as `load_pairs` takes them. wanted: indices of the rows to label.
             file: every packed row's rewards are appended to it; what it holds already is not computed again.
             budget: tokens of a packed row (more where a pair is longer).
+            answers_ended: as in `load_pairs`.
             say: receives a line now and then.
 
         Raises:
@@ -83,31 +90,38 @@ class LabelJudge:
         """
         known = _read(file)
         chat = self.tokenizer.chat_template is not None
-        pairs = [pair for pair in load_pairs(rows, chat=chat)[0] if pair.index in wanted - set(known)]
-        if pairs:
+        if not wanted <= set(known):
+            pairs = load_pairs(rows, chat=chat, answers_ended=answers_ended)[0]
+            pairs = [pair for pair in pairs if pair.index in wanted]
             limit = context_length(self.model)
             tokenized, _ = tokenize_pairs(pairs, self.tokenizer, limit, truncate_prompt=True, chat=chat)
-            for done, labels in self._rewards(tokenized, budget):
+            missing, done = sum(pair.index not in known for pair in tokenized), 0
+            for labels in self._rewards(tokenized, known, budget):
                 with file.open("a", encoding="utf-8") as out:
                     for index, (chosen, rejected) in labels.items():
                         row = {"index": index, "chosen": chosen, "rejected": rejected}
                         out.write(json.dumps(row) + "\n")
                 known |= labels
-                say(f"{self.source} has rated the answers of {done} of {len(tokenized)} pairs")
-        missing = sorted(wanted - set(known))
-        if missing:
+                done += len(labels)
+                say(f"{self.source} has rated the answers of {done} of {missing} pairs")
+        unread = sorted(wanted - set(known))
+        if unread:
             raise RGTGError(
-                f"{self.source} cannot read the answers of row {missing[0]} (context {context_length(self.model)}): "
+                f"{self.source} cannot read the answers of row {unread[0]} (context {context_length(self.model)}): "
                 "use a smaller max_length, or another judge"
             )
         return {index: known[index] for index in wanted}
 
     @torch.no_grad()
-    def _rewards(self, pairs: Sequence[TokenizedPair], budget: int) -> Any:
-        """After each packed row: how many pairs are done, and the row's rewards."""
+    def _rewards(self, pairs: Sequence[TokenizedPair], known: Targets, budget: int) -> Iterator[Targets]:
+        """After each packed row, the rewards of its pairs that are not known.
+
+        The rows are those of a run that knows nothing: a reward's last digits depend on what it is computed beside.
+        """
         self.model.eval()
-        rows, done = pack(pairs, max(budget, *map(cost, pairs))), 0
-        for row in rows:
+        for row in pack(pairs, max([budget, *map(cost, pairs)])):
+            if all(pairs[i].index in known for i in row):
+                continue
             batch = collate(pairs, [row], 0).to(self.model.device)
             rewards, offsets = packed_rewards(self.model, batch)
             last = rewards[offsets[1:] - 1].tolist()
@@ -117,8 +131,7 @@ class LabelJudge:
                 raise RGTGError(
                     f"{self.source} gives an answer of row {bad} a reward that is not finite: check the judge"
                 )
-            done += len(row)
-            yield done, labels
+            yield {index: values for index, values in labels.items() if index not in known}
 
 
 def _read(file: Path) -> Targets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops.partial_bt_loss import MODES, WEIGHTS, partial_bt_loss, partial_bt_terms
+from rgtg_fast.training.data import TokenizedPair
 
 OBJECTIVES = ("partial_bt", "full_bt", "cd_fudge", "rad", "farma", "genarm")
 
@@ -19,7 +21,8 @@ class Objective:
     """What a reward model learns from preference pairs.
 
     - `partial_bt` (PARGS, arXiv 2406.07780): −log σ(r(x, y^w_{1:i}) − r(x, y^l_{1:i})) for every prefix length i.
-    - `full_bt` (ARGS, 2402.01694, and judges): the same for the whole answers alone.
+    - `full_bt` (ARGS, 2402.01694, and judges): the same for the whole answers alone, read at the end token of an answer
+      that ended and at the last text token of one that was cut.
     - `cd_fudge` (2310.17022): ½ (r(x, y_{1:t}) − R)² for every prefix, R the reward of the whole answer.
     - `rad` (2310.09520): Σ_t t (r(x, y_{1:t}) − R)² / (n(n+1)/2) for every answer.
     - `farma` (2502.04517), with V(y_{1:i}) = head(h(x, y_<i))[y_i]: two passes over the data take turns. The first is
@@ -77,6 +80,30 @@ class Objective:
     def passes(self) -> int:
         """Passes over the data that belong together: two of farma's make a round, the second is the constraint."""
         return 2 if self.name == "farma" else 1
+
+    def check_ends(self, pairs: Sequence[TokenizedPair], head_fit: bool = False) -> None:
+        """Refuses what an objective would have to learn from end tokens that answers which were cut do not have.
+
+        Args:
+            head_fit: the head is fitted first (see `probe`).
+
+        Raises:
+            RGTGError: naming the first such pair.
+        """
+        for pair in pairs:
+            if all(pair.ended):
+                continue
+            if head_fit and self.name == "farma":
+                raise RGTGError(
+                    f"farma's head_fit fits the row of the end token, and an answer of row {pair.index} was cut: leave "
+                    "out head_fit"
+                )
+            lengths = len(pair.chosen_ids), len(pair.rejected_ids)
+            if self.eos_padding and lengths[0] != lengths[1] and not pair.ended[lengths.index(min(lengths))]:
+                raise RGTGError(
+                    f"mode='eos' puts end tokens behind the shorter answer, and that of row {pair.index} was cut: use "
+                    "mode='hold' or mode='truncate'"
+                )
 
     def terms(self, offsets: torch.Tensor, constraint: bool = False) -> float:
         """What the loss of a batch is divided by: its terms, pairs or answers.

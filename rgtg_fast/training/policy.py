@@ -21,6 +21,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
 from rgtg_fast.models.loading import context_length
 from rgtg_fast.training.answer_scores import AnswerFile, fill_reference
+from rgtg_fast.training.data import check_answers_ended
 from rgtg_fast.training.model import (
     Lora,
     check_fork_layer,
@@ -89,6 +90,7 @@ class PolicyRecipe:
         learning_rate: at its height; it warms up over `warmup` of the steps and falls along a cosine to 0.
         weight_decay: of all but biases and norms.
         batch_size: pairs (rloo: answers) of a forward. accumulation: forwards of an optimizer step on one process.
+        answers_ended: as in `Recipe`; answers that were cut have no end token to be learned (not rloo).
         max_length: tokens of a prompt and its longer answer. min_answer_tokens: shorter answers are dropped.
         held_out: share of the pairs, by prompt, to evaluate on where no evaluation data are named (not rloo).
         limit: pairs or prompts to take at most, from the beginning of the data.
@@ -114,6 +116,7 @@ class PolicyRecipe:
     warmup: float = 0.1
     batch_size: int = 4
     accumulation: int = 4
+    answers_ended: str = "auto"
     max_length: int = 512
     min_answer_tokens: int = 0
     held_out: float = 0.1
@@ -136,6 +139,7 @@ class PolicyRecipe:
             raise RGTGError(
                 f"objective={self.objective!r} is unknown: use one of {', '.join(POLICY_OBJECTIVES)}"
             )
+        check_answers_ended(self.answers_ended)
         Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
         for name in ("batch_size", "accumulation", "max_new_tokens", "iterations"):
             if getattr(self, name) < 1:

@@ -10,19 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.training.chats import UnusableError
 from rgtg_fast.training.data import (
     DataReport,
     Messages,
     PreferencePair,
     TokenizedPair,
-    hh_messages,
     load_pairs,
-    read_rows,
     split_by_prompt,
     tokenize_pairs,
 )
-
-_FIELDS = ("role", "content")
+from rgtg_fast.training.layouts import row_prompt
+from rgtg_fast.training.sources import read_rows
 
 
 class DataSettings(Protocol):
@@ -32,6 +31,8 @@ class DataSettings(Protocol):
     def limit(self) -> int | None: ...
     @property
     def held_out(self) -> float: ...
+    @property
+    def answers_ended(self) -> str: ...
     @property
     def max_length(self) -> int: ...
     @property
@@ -64,12 +65,12 @@ def load_preferences(
 ) -> PolicyData:
     """Preference pairs to train and to evaluate on, as in `train_policy`."""
     chat = tokenizer.chat_template is not None
-    pairs, loaded = load_pairs(data, chat=chat)
+    pairs, loaded = load_pairs(data, chat=chat, answers_ended=recipe.answers_ended)
     pairs = pairs[: recipe.limit]
     held: list[PreferencePair] = []
     eval_loaded: DataReport | None = None
     if eval_data is not None:
-        held, eval_loaded = load_pairs(eval_data, chat=chat)
+        held, eval_loaded = load_pairs(eval_data, chat=chat, answers_ended=recipe.answers_ended)
     elif recipe.held_out > 0:
         pairs, held = split_by_prompt(pairs, recipe.held_out, recipe.seed)
 
@@ -81,7 +82,7 @@ def load_preferences(
     train, fitted = tokens(pairs)
     evaluation, eval_fitted = tokens(held) if held else ([], DataReport())
     report: dict[str, Any] = {"loaded": loaded.as_dict(), "train": fitted.as_dict()}
-    lines = [f"data: {line}" for line in (*loaded.lines(), *fitted.lines()[1:])]
+    lines = [f"data: {line}" for line in (*loaded.lines(), *fitted.lines()[1:], fitted.end_line())]
     if held:
         report["eval"] = (eval_fitted if eval_loaded is None else eval_loaded + eval_fitted).as_dict()
         lines.append(f"evaluation: {eval_fitted.lines()[0]}")
@@ -128,14 +129,12 @@ def load_prompts(data: Any, recipe: DataSettings, tokenizer: PreTrainedTokenizer
 
 
 def _prompt_of(row: Any, chat: bool) -> str | Messages | None:
-    prompt = row.get("prompt") if isinstance(row, Mapping) else None
-    if isinstance(prompt, str) and prompt.strip():
-        if not chat:
-            return prompt
-        return hh_messages(prompt) or [{"role": "user", "content": prompt}]
-    if not (chat and isinstance(prompt, list) and prompt):
+    """A row's prompt, None where there is none that the model can take."""
+    try:
+        prompt = row_prompt(row, chat) if isinstance(row, Mapping) else None
+    except UnusableError:
         return None
-    messages = [
-        m for m in prompt if isinstance(m, Mapping) and all(isinstance(m.get(f), str) for f in _FIELDS)
-    ]
-    return [{f: m[f] for f in _FIELDS} for m in messages] if len(messages) == len(prompt) else None
+    if isinstance(prompt, str):
+        text = prompt.strip()
+        return [{"role": "user", "content": prompt}] if text and chat else prompt if text else None
+    return prompt if chat and prompt else None

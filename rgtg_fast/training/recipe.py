@@ -27,12 +27,14 @@ from rgtg_fast.training.data import (
     DataReport,
     PreferencePair,
     TokenizedPair,
+    check_answers_ended,
     load_pairs,
     read_rows,
     split_by_prompt,
     tokenize_pairs,
 )
 from rgtg_fast.training.labels import LABELS_FILE, LabelJudge, Targets, as_probabilities, spread
+from rgtg_fast.training.layouts import Row
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
     EXTRA,
@@ -83,6 +85,8 @@ class Recipe:
             of this strength (see `probe`); None begins with a head of zeros.
         weight_decay: of all but biases and norms.
         token_budget: tokens of a packed row. accumulation: rows of an optimizer step on one process.
+        answers_ended: see `load_pairs`: "auto" by the data's finish_reason, "yes" or "no" for all. An end token stands
+            behind answers that ended, and whole answers are read there; those that were cut at their last text token.
         max_length: tokens of a prompt and its longer answer. min_answer_tokens: shorter answers are dropped.
         held_out: share of the pairs, by prompt, to evaluate on where no evaluation data are named.
         limit: pairs to take at most, from the beginning of the data.
@@ -110,6 +114,7 @@ class Recipe:
     warmup: float = 0.05
     token_budget: int = 2048
     accumulation: int = 4
+    answers_ended: str = "auto"
     max_length: int = 512
     min_answer_tokens: int = 0
     held_out: float = 0.1
@@ -124,6 +129,7 @@ class Recipe:
             raise RGTGError("genarm trains no head of its own: leave out head_learning_rate")
         if self.judge is not None and not self.aim.regression:
             raise RGTGError(f"{self.objective} compares answers and needs no rewards: leave out the judge")
+        check_answers_ended(self.answers_ended)
         Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
         for name, least in (("token_budget", 2), ("accumulation", 1), ("max_length", 2), ("seed", 0)):
             value = getattr(self, name)
@@ -247,6 +253,8 @@ def train_reward_model(
     train, evaluation = found.train, found.evaluation
     for line in found.lines:
         say(line)
+    for part in (train, evaluation):
+        objective.check_ends(part, recipe.head_fit is not None)
     facts = {
         "recipe": asdict(recipe),
         "base_model": str(model),
@@ -356,7 +364,7 @@ def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokeni
     regression = recipe.aim.regression
     # Rows are read twice: for their pairs and for their rewards.
     rows = eval_rows = list(read_rows(data)) if regression else data
-    pairs, loaded, targets = _load(rows, chat, regression, recipe.judge)
+    pairs, loaded, targets = _load(rows, chat, recipe)
     cut = (
         []
         if recipe.limit is None or recipe.limit >= len(pairs)
@@ -367,7 +375,7 @@ def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokeni
     eval_loaded, eval_targets = DataReport(), targets
     if eval_data is not None:
         eval_rows = list(read_rows(eval_data)) if regression else eval_data
-        held, eval_loaded, eval_targets = _load(eval_rows, chat, regression, recipe.judge)
+        held, eval_loaded, eval_targets = _load(eval_rows, chat, recipe)
     elif recipe.held_out > 0:
         pairs, held = split_by_prompt(pairs, recipe.held_out, recipe.seed)
 
@@ -383,7 +391,7 @@ def _data(data: Any, eval_data: Any, recipe: Recipe, tokenizer: PreTrainedTokeni
     train, fitted = tokens(pairs)
     evaluation, eval_fitted = tokens(held) if held else ([], DataReport())
     report: dict[str, Any] = {"loaded": loaded.as_dict(), "train": fitted.as_dict()}
-    lines = [f"data: {line}" for line in (*loaded.lines(), *cut, *fitted.lines()[1:])]
+    lines = [f"data: {line}" for line in (*loaded.lines(), *cut, *fitted.lines()[1:], fitted.end_line())]
     if held:
         report["eval"] = (eval_loaded + eval_fitted if eval_data is not None else eval_fitted).as_dict()
         lines.append(f"evaluation: {eval_fitted.lines()[0]}")
@@ -396,7 +404,8 @@ def _labels(
     """The judge's rewards of the pairs to train on and of those to evaluate on."""
 
     def labels(pairs: list[TokenizedPair], rows: list[Any], file: str) -> Targets:
-        return judge.label(rows, {pair.index for pair in pairs}, folder / file, recipe.token_budget, say)
+        wanted = {pair.index for pair in pairs}
+        return judge.label(rows, wanted, folder / file, recipe.token_budget, say, recipe.answers_ended)
 
     targets = labels(found.train, found.rows, LABELS_FILE)
     mean, deviation = spread(targets)
@@ -410,16 +419,18 @@ def _labels(
     return targets, eval_targets
 
 
-def _load(
-    rows: Any, chat: bool, regression: bool, judge: str | None
-) -> tuple[list[PreferencePair], DataReport, Targets | None]:
+def _load(rows: Any, chat: bool, recipe: Recipe) -> tuple[list[PreferencePair], DataReport, Targets | None]:
     """Pairs, and for a regression without a judge the rewards that their rows give the answers, where they do."""
-    pairs, report = load_pairs(rows, chat=chat)
-    if not regression or judge or not any(name in rows[pairs[0].index] for name in REWARD_COLUMNS):
+    pairs, report = load_pairs(rows, chat=chat, answers_ended=recipe.answers_ended)
+    if (
+        not recipe.aim.regression
+        or recipe.judge
+        or set(REWARD_COLUMNS).isdisjoint(Row(rows[pairs[0].index]).names)
+    ):
         return pairs, report, None
     targets: Targets = {}
     for pair in pairs:
-        values = [rows[pair.index].get(name) for name in REWARD_COLUMNS]
+        values = [Row(rows[pair.index])[name] for name in REWARD_COLUMNS]
         try:
             chosen, rejected = map(float, values)  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError):

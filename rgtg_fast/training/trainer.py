@@ -123,7 +123,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         head_learning_rate: of the trained head, where it differs from the rest's.
         targets, eval_targets: by a pair's index, the rewards of its chosen and rejected answer (cd_fudge, rad); by
             default 1 and 0.
-        metrics: gives more metrics from the evaluation pairs' rewards.
+        metrics: gives more metrics from the evaluation pairs' rewards, as `TokenizedPair.read_whole` gives them.
         pad_id: token after a row's last pair.
         say: receives a line when something slow goes on.
 
@@ -157,6 +157,8 @@ class PartialRewardTrainer(CompleteCheckpoints):
         if not train_pairs:
             raise RGTGError("there are no pairs to train on: pass at least one")
         objective = objective or Objective()
+        for pairs in filter(None, (train_pairs, eval_pairs)):
+            objective.check_ends(pairs)
         check_fork_layer(model, fork_layer)
         _check_frozen(model, fork_layer)
         self.objective, self.head_learning_rate = objective, head_learning_rate
@@ -386,6 +388,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
             RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
         """
         check_strength(strength, self.objective)
+        self.objective.check_ends(self.train_pairs, head_fit=True)
         model = self.model
         assert model is not None
         model.to(self.args.device)  # pyright: ignore[reportArgumentType]
@@ -480,7 +483,8 @@ class PartialRewardTrainer(CompleteCheckpoints):
             "accuracy": right / len(scores),
         }
         if self._metrics is not None:
-            result |= self._metrics(scores)
+            whole = [pair.read_whole(*both) for pair, both in zip(self.eval_pairs, scores, strict=True)]
+            result |= self._metrics(whole)
         result["runtime"] = round(time.monotonic() - began, 3)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
         self.log(metrics)

@@ -84,6 +84,27 @@ def test_several_guides_and_a_figure(run: Run, lm: str, rm: str, data: Path, tmp
     assert "1 dropped: seen before" in table.err
 
 
+def test_the_table_says_which_token_was_read(run: Run, lm: str, rm: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    reasons = ("length", "eos", None)
+    rows = [{**row, "chosen_finish_reason": reasons[n % 3]} for n, row in enumerate(DIALOGUES)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("accuracy", "--reward", rm, "--lm", lm, "--data", path)
+    table = run(*arguments)
+    ended = "whole answers are read at the end token of 20 that ended (16 of them without a finish_reason"
+    assert ended in " ".join(table.out.split())
+    (report,) = run(*arguments, "--json").rows
+    assert report["read_at"].startswith(ended)
+    assert (report["data"]["cut"], report["data"]["unstated"]) == (4, 16)
+    (every,) = run(*arguments, "--answers-ended", "no", "--json").rows
+    assert every["read_at"] == "whole answers are read at their last text token: all 24 were cut"
+    # Prefixes of the text are what they were; whole answers are read elsewhere.
+    assert every["accuracy"][:-1] == report["accuracy"][:-1]
+    bad = run(*arguments, "--answers-ended", "perhaps")
+    assert bad.code == 2
+    assert "answers_ended='perhaps' is unknown: use one of auto, yes, no" in bad.err
+
+
 def test_an_interrupted_run_goes_on(run: Run, lm: str, rm: str, data: Path, tmp_path: Path) -> None:
     kept = tmp_path / "rewards.jsonl"
     arguments = ("accuracy", "--reward", rm, "--reward", "contrastive", "--lm", lm, "--data", data, "--json")

@@ -54,6 +54,21 @@ def test_ratings_are_those_of_the_model(named: dict[str, str], budget: int) -> N
     assert found[3].ended == found[3].unended
 
 
+def test_a_rating_does_not_depend_on_what_else_is_rated(named: dict[str, str]) -> None:
+    """To the last digit, so that a study that was interrupted gives the numbers of one that was not."""
+    judge = Judge(named["judge"], load_causal_lm(named["lm"], None, None))
+    together = rated(judge)
+    alone = [next(judge.rate([chat], [answer]))[1] for chat, answer in zip(CHATS, ANSWERS, strict=True)]
+    assert alone == together
+    assert dict(judge.rate(CHATS[::-1], ANSWERS[::-1])) == dict(enumerate(together[::-1]))
+
+
+def test_an_end_token_in_an_answer_is_not_doubled(named: dict[str, str]) -> None:
+    judge = Judge(named["judge"], load_causal_lm(named["lm"], None, None))
+    marked = ["w7 w8 <eos>", "w7 w8</s>", "w7 w8<|im_end|>\n", "w7 w8"]
+    assert len({rating for _, rating in judge.rate(CHATS[:1] * 4, marked)}) == 1
+
+
 def test_a_guide_of_any_kind_may_judge(named: dict[str, str]) -> None:
     base = load_causal_lm(named["lm"], None, None)
     found = rated(Judge(f"rad:{named['judge']}", base))

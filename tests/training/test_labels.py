@@ -123,7 +123,8 @@ def test_what_was_rated_is_not_rated_again(base: Path, tmp_path: Path) -> None:
     again = judge.label(data, wanted, file, 64, said.append)
     assert again.pop(first["index"])[0] == 123.0
     del whole[first["index"]]
-    assert {i: pytest.approx(v, abs=1e-5) for i, v in again.items()} == whole
+    # To the last digit, since training goes on from these numbers.
+    assert again == whole
     assert "of 13 pairs" in said[-1]
     said.clear()
     judge.label(data, wanted, file, 64, said.append)
