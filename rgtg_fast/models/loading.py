@@ -21,7 +21,9 @@ from transformers import (
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
+from rgtg_fast.models.attention import attentions, restore_attentions
 from rgtg_fast.models.backbone import Backbone
+from rgtg_fast.models.limits import limits, unknown_kind
 
 DTYPES = {
     "float32": torch.float32,
@@ -40,7 +42,6 @@ _RECURRENT = (
     "hawk",
     "xlstm",
     "lfm",
-    "minimax",
     "falcon_h1",
 )
 
@@ -87,26 +88,21 @@ def refusal(model: PreTrainedModel, length: int | None) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or [])
     if recurrent or model._is_stateful or kinds & {"linear_attention", "mamba", "recurrent", "conv"}:
         return "it keeps a recurrent state"
-    window = _window(config, kinds)
-    if window is not None and (length is None or length > window):
-        reach = "its whole context" if length is None else f"{length} tokens"
-        return f"it attends a sliding window of {window} tokens, the cache is for {reach} (max_length={window} works)"
     if not model._supports_attention_backend:
         return "its attention cannot be replaced"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it caps its attention logits"
     if getattr(config, "kv_lora_rank", None) is not None:
         return "its keys and values are compressed (multi-head latent attention)"
-    return None
-
-
-def _window(config: Any, kinds: set[str]) -> int | None:
-    if kinds:
-        sliding = bool(kinds & {"sliding_attention", "chunked_attention"})
-        return (config.sliding_window or config.attention_chunk_size) if sliding else None
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    return getattr(config, "sliding_window", None)
+    context = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context, int) or context < 1:
+        return f"its config has max_position_embeddings={context}, which is no length of a context"
+    reach = context if length is None else min(length, context)
+    nearest = min(limits(config), default=None)
+    if nearest is not None and nearest.tokens < reach:
+        cache = "its whole context" if length is None else f"{length} tokens"
+        return f"it {nearest.beyond}, the cache is for {cache} (max_length={nearest.tokens} works)"
+    return unknown_kind(config)
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -301,12 +297,25 @@ def reward_backbone(model: PreTrainedModel, engine: str, max_length: int | None)
 def _backbone(
     model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str
 ) -> Backbone:
-    reason = refusal(model, max_length)
-    if reason is not None:
-        raise RGTGError(f"{_title(model)} cannot serve as {role}: {reason}; tested families: {TESTED}")
-    limit = context_length(model)
-    backbone = Backbone(model.eval(), head, engine, limit if max_length is None else min(limit, max_length))
-    backbone.verify()
+    cannot = f"{_title(model)} cannot serve as {role}"
+    attention = attentions(model)
+    try:
+        reason = refusal(model, max_length)
+        if reason is not None:
+            raise RGTGError(f"{cannot}: {reason}; tested families: {TESTED}")
+        limit = context_length(model)
+        backbone = Backbone(
+            model.eval(), head, engine, limit if max_length is None else min(limit, max_length)
+        )
+        backbone.verify()
+    except Exception as error:
+        # The model stays its owner's, as it was.
+        restore_attentions(attention)
+        if isinstance(error, (RGTGError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        # A family's own code raises what it likes over a cache that it does not know.
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise RGTGError(f"{cannot}: its forward fails ({detail}); tested families: {TESTED}") from error
     return backbone
 
 
