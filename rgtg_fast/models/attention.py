@@ -20,24 +20,9 @@ from rgtg_fast.errors import RGTGError
 
 NAME = "rgtg_prefix"
 
-# Arguments of an attention that change nothing for a model in eval mode over a prefix cache; any other asks for
-# attention that is not plain softmax(QK^T)V. A window is compared with the cache.
-_HARMLESS = frozenset(
-    {
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "is_causal",
-        "dropout",
-        "sliding_window",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "deterministic",
-        "logits_to_keep",
-    }
-)
+# Numbers that a model hands to its attention and that change nothing in eval mode over a prefix cache; a window is
+# compared with the cache. Any other asks for attention that is not plain softmax(QK^T)V over the whole prefix.
+_HARMLESS = frozenset({"position_ids", "cache_position", "dropout", "sliding_window"})
 
 
 def prefix_attention(
@@ -57,7 +42,7 @@ def prefix_attention(
     if attention_mask is not None:
         _refuse(module, "a mask or bias of its own")
     for name, asked in kwargs.items():
-        if name not in _HARMLESS and asked is not None and asked is not False:
+        if isinstance(asked, (torch.Tensor, float)) and name not in _HARMLESS:
             _refuse(module, name)
     window = kwargs.get("sliding_window")
     if window is not None and window < prefix_cache.max_length:

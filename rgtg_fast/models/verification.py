@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 # What every forward of a trunk is to return, whatever its config says.
 OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 
-# How far, relative to their norm, states of two correct forwards may differ: a coarse bound for any model.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-# How far they differ at most where nothing but rounding is at work. No such number exists for half precision: a model
-# of many layers rounds as coarsely as a small mistake is large, and only a wider dtype tells the two apart.
-_CLEAR = {torch.float64: 1e-6, torch.float32: 2e-5}
-_CLEAR_WIDENED = {torch.float64: 1e-4, torch.float32: 2e-5}
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+# How far, relative to their norm, states of two correct forwards differ at most. For a half precision the bound is
+# coarse: a deep model rounds as much as a small mistake changes, and only a wider dtype tells the two apart.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+# The same of a half precision's weights in float32.
+_WIDENED = 2e-3
+# A rounding that sends a token to other experts changes its states by as much as these weigh: no half precision is
+# better, and only the comparison in a wider dtype can tell.
+_ROUTED = 0.5
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_HALF = (torch.float16, torch.bfloat16)
 # The head reads the same states on both sides, so that only its own rounding differs.
 _HEAD = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Errors of two correct forwards of one model, against the same forward in a wider dtype, are of one size.
@@ -96,24 +99,20 @@ def _states_error(backbone: Backbone, ids: list[int], own: torch.Tensor, variant
     dtype = backbone.dtype
     found = _cached_states(backbone, ids)[variant]
     error = _difference(found, own[-len(found) :])
-    if error <= _CLEAR.get(dtype, 0.0):
-        return None
-    wider = _WIDER.get(dtype)
-    if wider is None or not error <= _ROUNDING[dtype]:
+    if dtype not in _HALF:
+        # A GPU may compute float32 products in TF32.
+        rounding = _ROUNDING[dtype] * (10 if backbone.device.type == "cuda" else 1)
+        return None if error <= rounding else error
+    routed = any(getattr(backbone.model.config.get_text_config(), name, None) for name in _EXPERTS)
+    if not error <= (_ROUTED if routed else _ROUNDING[dtype]):
         return error
+    exact = _uncached_in_float32(backbone, ids, variant)[-len(found) :]
     if backbone.engine == "native":
-        exact = _uncached_states(backbone, ids, variant, wider)[-len(found) :]
         usual = max(_difference(own[-len(found) :], exact), torch.finfo(dtype).eps / 2)
         return None if _difference(found, exact) <= _SIMILAR * usual else error
-    # The same code in a wider dtype: what still differs is no rounding.
-    while wider is not None:
-        with _widened(backbone, wider):
-            found = _cached_states(backbone, ids)[variant]
-        error = _difference(found, _uncached_states(backbone, ids, variant, wider)[-len(found) :])
-        if error <= _CLEAR_WIDENED[wider]:
-            return None
-        wider = _WIDER.get(wider)
-    return error
+    with _in_float32(backbone):
+        error = _difference(_cached_states(backbone, ids)[variant], exact)
+    return None if error <= _WIDENED else error
 
 
 def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
@@ -135,9 +134,9 @@ def _cached_states(backbone: Backbone, ids: list[int]) -> torch.Tensor:
     return torch.cat(states, 1)
 
 
-def _uncached_states(backbone: Backbone, ids: list[int], variant: int, dtype: torch.dtype) -> torch.Tensor:
-    """States [T, E] by the model's own forward and attention, computed in a wider dtype from the same weights."""
-    with own_attention(backbone.model), _Widened(dtype):
+def _uncached_in_float32(backbone: Backbone, ids: list[int], variant: int) -> torch.Tensor:
+    """States [T, E] by the model's own forward and attention, computed in float32 from the same weights."""
+    with own_attention(backbone.model), _Float32():
         return backbone.hidden_uncached(ids, variant)
 
 
@@ -233,44 +232,46 @@ def _recorded(trunk: nn.Module) -> Iterator[_Recorder]:
             trunk.forward = patched
 
 
-# ---- a wider dtype ---------------------------------------------------------------------------------------------------
+# ---- float32 ---------------------------------------------------------------------------------------------------------
 
 
-class _Widened(TorchDispatchMode):
-    """Operations within read narrower floating tensors, the weights among them, as a wider dtype.
+class _Float32(TorchDispatchMode):
+    """Operations within read tensors of half precision, the weights among them, as float32, and make no others.
 
-    One tensor at a time is copied: a model need not fit the memory in that dtype.
+    One tensor at a time is copied: a model need not fit the memory in float32.
     """
 
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, schema = kwargs or {}, func._schema
         written = [
             arg
-            for arg, spec in zip(args, func._schema.arguments, strict=False)
+            for arg, spec in zip(args, schema.arguments, strict=False)
             if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, torch.Tensor)
         ]
-        # What is written keeps its dtype, and operands must have the same.
-        dtype = written[0].dtype if written else self.dtype
+        # A view is widened where it is read.
+        if not written and any(result.alias_info is not None for result in schema.returns):
+            return func(*args, **kwargs)
+        # What is written keeps its dtype, and the other operands must have the same.
+        dtype = written[0].dtype if written else torch.float32
 
         def widened(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor) or not x.is_floating_point() or any(x is w for w in written):
+            if isinstance(x, torch.dtype):
+                return torch.float32 if x in _HALF else x
+            floating = isinstance(x, torch.Tensor) and x.is_floating_point() and dtype.is_floating_point
+            if not floating or any(x is each for each in written) or (not written and x.dtype.itemsize >= 4):
                 return x
-            narrow = x.dtype.itemsize < dtype.itemsize or (written and dtype.is_floating_point)
-            return x.to(dtype) if narrow else x
+            return x.to(dtype)
 
-        return func(*pytree.tree_map(widened, args), **pytree.tree_map(widened, kwargs or {}))
+        return func(*pytree.tree_map(widened, args), **pytree.tree_map(widened, kwargs))
 
 
 @contextmanager
-def _widened(backbone: Backbone, dtype: torch.dtype) -> Iterator[None]:
-    """The backbone's forwards run in a wider dtype, over a cache of their own."""
+def _in_float32(backbone: Backbone) -> Iterator[None]:
+    """The backbone's forwards run in float32, over a cache of their own."""
     cache = backbone.cache
-    backbone.cache = backbone.new_cache(dtype)
+    backbone.cache = backbone.new_cache(torch.float32)
     try:
-        with _Widened(dtype):
+        with _Float32():
             yield
     finally:
         backbone.cache = cache
