@@ -87,7 +87,7 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
         restore_attentions(kept)
 
 
-def attentions(model: PreTrainedModel) -> list[tuple[PreTrainedModel, str]]:
+def attentions(model: PreTrainedModel) -> list[tuple[PreTrainedModel, str | None]]:
     """Each (sub)model and the attention it calls, the outermost first."""
     return [
         (each, each.config._attn_implementation)
@@ -96,7 +96,8 @@ def attentions(model: PreTrainedModel) -> list[tuple[PreTrainedModel, str]]:
     ]
 
 
-def restore_attentions(kept: list[tuple[PreTrainedModel, str]]) -> None:
+def restore_attentions(kept: list[tuple[PreTrainedModel, str | None]]) -> None:
     """(Sub)models call again what `attentions` found."""
     for model, name in kept:
-        model.set_attn_implementation(name)
+        if name is not None:
+            model.set_attn_implementation(name)

@@ -248,8 +248,9 @@ class _Float32(TorchDispatchMode):
             for arg, spec in zip(args, schema.arguments, strict=False)
             if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, torch.Tensor)
         ]
-        # A view is widened where it is read.
-        if not written and any(result.alias_info is not None for result in schema.returns):
+        # A view is widened where it is read; a cast may be a view.
+        cast = any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values()))
+        if not written and not cast and any(result.alias_info is not None for result in schema.returns):
             return func(*args, **kwargs)
         # What is written keeps its dtype, and the other operands must have the same.
         dtype = written[0].dtype if written else torch.float32

@@ -29,8 +29,8 @@ KINDS = {
 _PARAMETERS = 8_000_000
 
 _SIZES: dict[Any, str] = {
-    32: "hidden_size n_embd d_model dim embed_dim word_embed_proj_dim embedding_size input_embedding_size embedding_dim "
-    "emb_dim entity_emb_size lru_width dim_model",
+    32: "hidden_size n_embd d_model dim embed_dim word_embed_proj_dim embedding_size input_embedding_size "
+    "embedding_dim emb_dim entity_emb_size lru_width dim_model",
     48: "intermediate_size ffn_dim d_ff ffn_hidden_size moe_intermediate_size n_inner block_ff_dim dim_ff d_inner "
     "shared_expert_intermediate_size intermediate_size_mlp encoder_ffn_dim decoder_ffn_dim expert_ffn_hidden_size "
     "shared_intermediate_size moe_shared_expert_intermediate_size prefix_dense_intermediate_size",
@@ -47,7 +47,8 @@ _SIZES: dict[Any, str] = {
     "ssm_state_size mamba_d_state time_step_rank mamba_dt_rank linear_key_head_dim linear_value_head_dim "
     "mamba_head_dim mamba_d_head index_topk num_latents d_latents index_block_size lm_head_dim mamba_n_heads",
     64: "vocab_size vocab_size_per_layer_input n_words pronunciation_vocab_size shape_vocab_size entity_vocab_size "
-    "unpadded_vocab_size padded_vocab_size mamba_d_ssm max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length max_target_positions",
+    "unpadded_vocab_size padded_vocab_size mamba_d_ssm "
+    "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length max_target_positions",
     24: "sliding_window attention_window_size attention_chunk_size local_window_size window_size floor_scale",
     0.2: "initializer_range init_std initializer_factor",
     0: "pad_token_id",
