@@ -106,10 +106,21 @@ def _states_error(backbone: Backbone, ids: list[int], own: torch.Tensor, variant
     routed = any(getattr(backbone.model.config.get_text_config(), name, None) for name in _EXPERTS)
     if not error <= (_ROUTED if routed else _ROUNDING[dtype]):
         return error
+    try:
+        return _float32_error(backbone, ids, variant, found, own[-len(found) :])
+    except Exception:  # noqa: BLE001 - kernels of quantised weights may know no float32, and raise what they like
+        return None
+
+
+def _float32_error(
+    backbone: Backbone, ids: list[int], variant: int, found: torch.Tensor, own: torch.Tensor
+) -> float | None:
+    """As `_states_error` of states [n, E] in half precision, by what float32 gives for the same weights."""
     exact = _uncached_in_float32(backbone, ids, variant)[-len(found) :]
     if backbone.engine == "native":
-        usual = max(_difference(own[-len(found) :], exact), torch.finfo(dtype).eps / 2)
-        return None if _difference(found, exact) <= _SIMILAR * usual else error
+        error = _difference(found, exact)
+        usual = max(_difference(own, exact), torch.finfo(backbone.dtype).eps / 2)
+        return None if error <= _SIMILAR * usual else error
     with _in_float32(backbone):
         error = _difference(_cached_states(backbone, ids)[variant], exact)
     return None if error <= _WIDENED else error
@@ -248,9 +259,10 @@ class _Float32(TorchDispatchMode):
             for arg, spec in zip(args, schema.arguments, strict=False)
             if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, torch.Tensor)
         ]
-        # A view is widened where it is read; a cast may be a view.
+        # Rows of an embedding, like a view, are widened where they are read; a cast may be a view.
         cast = any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values()))
-        if not written and not cast and any(result.alias_info is not None for result in schema.returns):
+        view = not written and not cast and any(result.alias_info is not None for result in schema.returns)
+        if view or func is torch.ops.aten.embedding.default:
             return func(*args, **kwargs)
         # What is written keeps its dtype, and the other operands must have the same.
         dtype = written[0].dtype if written else torch.float32
@@ -258,8 +270,12 @@ class _Float32(TorchDispatchMode):
         def widened(x: Any) -> Any:
             if isinstance(x, torch.dtype):
                 return torch.float32 if x in _HALF else x
-            floating = isinstance(x, torch.Tensor) and x.is_floating_point() and dtype.is_floating_point
-            if not floating or any(x is each for each in written) or (not written and x.dtype.itemsize >= 4):
+            if not isinstance(x, torch.Tensor) or any(x is each for each in written):
+                return x
+            if (
+                x.dtype not in (_HALF if not written else (*_HALF, torch.float32))
+                or not dtype.is_floating_point
+            ):
                 return x
             return x.to(dtype)
 
