@@ -6,7 +6,9 @@ transformers' own SDPA attention and mask, so a model handed to us by its owner 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -18,8 +20,9 @@ from rgtg_fast.errors import RGTGError
 
 NAME = "rgtg_prefix"
 
-# Arguments by which a model asks for attention that is not plain softmax(QK^T)V over the whole prefix.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+# Numbers that a model hands to its attention and that change nothing in eval mode over a prefix cache; a window is
+# compared with the cache. Any other asks for attention that is not plain softmax(QK^T)V over the whole prefix.
+_HARMLESS = frozenset({"position_ids", "cache_position", "dropout", "sliding_window"})
 
 
 def prefix_attention(
@@ -36,15 +39,24 @@ def prefix_attention(
     if prefix_cache is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise RGTGError(
-                f"{type(module).__name__} asks for {name} in its attention, which the prefix cache does not compute: "
-                "use a model with plain attention (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
-            )
+    if attention_mask is not None:
+        _refuse(module, "a mask or bias of its own")
+    for name, asked in kwargs.items():
+        if isinstance(asked, (torch.Tensor, float)) and name not in _HARMLESS:
+            _refuse(module, name)
+    window = kwargs.get("sliding_window")
+    if window is not None and window < prefix_cache.max_length:
+        _refuse(module, f"a sliding window of {window} tokens")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     out = prefix_cache.attend(int(module.layer_idx), query, key, value, scale)  # pyright: ignore[reportArgumentType]
     return out.transpose(1, 2), None
+
+
+def _refuse(module: nn.Module, what: str) -> NoReturn:
+    raise RGTGError(
+        f"{type(module).__name__} asks for {what} in its attention, which the prefix cache does not compute: "
+        "use a model with plain attention (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
+    )
 
 
 def prefix_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -62,3 +74,30 @@ def use_prefix_attention(model: PreTrainedModel) -> None:
     for each in model.modules():
         if isinstance(each, PreTrainedModel) and each.config._attn_implementation != NAME:
             each.set_attn_implementation(NAME)
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model attends by its own code, which alone knows all that its family does."""
+    kept = attentions(model)
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        restore_attentions(kept)
+
+
+def attentions(model: PreTrainedModel) -> list[tuple[PreTrainedModel, str | None]]:
+    """Each (sub)model and the attention it calls, the outermost first."""
+    return [
+        (each, each.config._attn_implementation)
+        for each in model.modules()
+        if isinstance(each, PreTrainedModel)
+    ]
+
+
+def restore_attentions(kept: list[tuple[PreTrainedModel, str | None]]) -> None:
+    """(Sub)models call again what `attentions` found."""
+    for model, name in kept:
+        if name is not None:
+            model.set_attn_implementation(name)

@@ -21,11 +21,9 @@ from rgtg_fast.models.joined import join_products
 from rgtg_fast.models.low_rank import LowRankRows
 from rgtg_fast.models.native import NativeLayers
 from rgtg_fast.models.transfer import to_device
+from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
 
 ENGINES = ("auto", "native", "transformers")
-
-# How far, relative to their norm, logits of two correct forwards may differ.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 class Layers(Protocol):
@@ -108,6 +106,7 @@ def _run(
             past_key_values=cache,
             use_cache=True,
             prefix_cache=cache,
+            **OUTPUTS,
         )
     return out.last_hidden_state
 
@@ -214,11 +213,11 @@ class Backbone:
             int(getattr(config, "num_key_value_heads", None) or heads),
             int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         )
-        self.cache: PrefixCache | ForkedCache = PrefixCache(*self.geometry, self.dtype, self.device)
         self.counter = Counter()
         self.lookahead = self.compiled = False
         self.contexts = 1
         self._adapters: list[Adapter] = []
+        self.cache = self.new_cache(self.dtype)
         self._rows: LowRankRows | None = None
         # States [B, variants, S, E] of the last step's tokens, and with lookahead [slots, variants, E] of the newest.
         self._stepped = self._states = self._newest = torch.empty(0)
@@ -273,9 +272,20 @@ class Backbone:
         self._adapters.append(adapter)
         self._rows = LowRankRows(self.model, self._adapters, self.fork)
         self.layers.adapt(self._adapters, self._rows)
-        self.cache = ForkedCache(*self.geometry, self.dtype, self.device, self.fork, self.variants)
-        self._verify_variant(self.variants - 1)
+        self.cache = self.new_cache(self.dtype)
+        verify_variant(self, self.variants - 1, adapter.name)
         return Attached(self, self.variants - 1)
+
+    def new_cache(self, dtype: torch.dtype) -> PrefixCache | ForkedCache:
+        """An empty cache for the model's layers and the attached adapters'."""
+        if self.variants == 1:
+            return PrefixCache(*self.geometry, dtype, self.device)
+        return ForkedCache(*self.geometry, dtype, self.device, self.fork, self.variants)
+
+    @property
+    def stepped(self) -> torch.Tensor:
+        """States [B, variants, S, E] of the last step's tokens."""
+        return self._stepped
 
     def next_logits(self, rows: int) -> torch.Tensor:
         """The head's output [B, V] for the token after each of the first `rows` slots' newest.
@@ -451,57 +461,13 @@ class Backbone:
         """Compares a few cached steps with the model's own uncached forward, once at load time.
 
         What a family does beyond its blocks (scaled or capped logits, an unknown kind of attention) would otherwise
-        go unnoticed and change every result.
+        go unnoticed and change every result. A difference is told from a half precision's rounding by the same
+        comparison in float32.
 
         Raises:
             RGTGError: the two differ by more than the dtype's rounding.
         """
-        ids = self._probe()
-        state = self._cached_steps(ids)[0]
-        out = self.logits(state)
-        text = torch.tensor([ids], device=self.device)
-        own = self.model(input_ids=text, use_cache=False).logits.reshape(-1, out.shape[-1])[-1:].double()
-        # A single reward may be near 0 by chance: it is measured by what such a head gives to states as long as this.
-        usual = self.head.weight.double().norm() * state.double().norm() / state.shape[-1] ** 0.5
-        size = own.norm() if out.shape[-1] > 1 else torch.maximum(own.norm(), usual)
-        error = float((out.double() - own).norm() / size)
-        if not error <= _ROUNDING[self.dtype]:
-            raise RGTGError(
-                f"{type(self.model).__name__} cannot be served: its cached forward differs from its own by "
-                f"{error:.1%}, more than {self.dtype} rounds; use a tested family (Llama, Qwen2, Qwen3, "
-                "Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
-            )
-
-    def _verify_variant(self, variant: int) -> None:
-        """The same for an adapter's rows beside the model's own."""
-        ids = self._probe()
-        out = self._cached_steps(ids)[variant].double()
-        own = self.hidden_uncached(ids, variant)[-1:].double()
-        error = float((out - own).norm() / own.norm())
-        if not error <= _ROUNDING[self.dtype]:
-            raise RGTGError(
-                f"{self._adapters[variant - 1].name} cannot share the forward of {type(self.model).__name__}: cached "
-                f"and uncached differ by {error:.1%}, more than {self.dtype} rounds; use share_trunk=False"
-            )
-
-    def _probe(self) -> list[int]:
-        """A few tokens that this model surely knows."""
-        # The padding token stays out: a reward model's own forward would score the token before it. A short context, or
-        # a window as short, is not exceeded.
-        pad = self.model.config.get_text_config().pad_token_id
-        tokens = (number % self.embeddings for number in range(3, 59, 7))
-        return [token for token in tokens if token != pad][: min(6, self.limit)]
-
-    def _cached_steps(self, ids: list[int]) -> torch.Tensor:
-        """States [variants, 1, E] of the last of a few tokens: half of them prefilled, half decoded."""
-        self.reserve(1, len(ids))
-        self.prefill(0, ids[: len(ids) // 2])
-        for token in ids[len(ids) // 2 :]:
-            self.step(torch.tensor([[token]], device=self.device))
-            self.commit(torch.zeros(1, dtype=torch.int64, device=self.device))
-        states = self._stepped[0]
-        self.reserve(1, len(ids))
-        return states
+        verify(self)
 
     @property
     def embeddings(self) -> int:
@@ -513,7 +479,8 @@ class Backbone:
         """States [T, E] of a whole text by the model's own uncached forward, under an attached adapter where named."""
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
         with nullcontext() if self._rows is None else self._rows.only(variant):
-            return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+            out = self.model.base_model(input_ids=tokens, use_cache=False, **OUTPUTS)
+        return out.last_hidden_state[0]
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,10 @@ class FinalNorm:
         if family is None or not type(trunk).__module__.startswith(f"transformers.models.{family.package}."):
             return None
         decoder: Any = trunk
-        # A forward that somebody has put in the module's place is not to be passed over.
-        if "forward" in vars(decoder.norm):
+        norm = decoder.norm
+        # What somebody has put in the module's place, or hung on it, is not to be passed over.
+        hooked = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
+        if hooked or not type(norm).__module__.startswith(f"transformers.models.{family.package}."):
             return None
         return cls(decoder.norm, float(decoder.config.rms_norm_eps), family.norm_offset)
 

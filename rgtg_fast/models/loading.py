@@ -18,7 +18,9 @@ from transformers import (
 from rgtg_fast import bundled
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
+from rgtg_fast.models.attention import attentions, restore_attentions
 from rgtg_fast.models.backbone import Backbone
+from rgtg_fast.models.limits import Limit, limits, unknown_kind
 from rgtg_fast.models.pretrained import fits_in_memory, read_pretrained, read_tokenizer
 
 DTYPES = {
@@ -38,7 +40,6 @@ _RECURRENT = (
     "hawk",
     "xlstm",
     "lfm",
-    "minimax",
     "falcon_h1",
 )
 
@@ -79,32 +80,58 @@ def refusal(model: PreTrainedModel, length: int | None) -> str | None:
         length: tokens that a row may reach, None for the model's whole context.
     """
     config: Any = model.config.get_text_config()
+    reason, nearest = _structure(model, config), _exceeded(config, length)
+    if nearest is None:
+        return reason
+    cache = "its whole context" if length is None else f"{length} tokens"
+    way_out = f"max_length={nearest.tokens} works" if reason is None else f"besides, {reason}"
+    return f"it {nearest.beyond}, the cache is for {cache} ({way_out})"
+
+
+def _exceeded(config: Any, length: int | None) -> Limit | None:
+    """The first of the model's limits that a cache of `length` tokens exceeds."""
+    context = _context(config)
+    reach = min((tokens for tokens in (length, context) if tokens is not None), default=None)
+    nearest = min(limits(config), default=None)
+    return None if nearest is None or (reach is not None and reach <= nearest.tokens) else nearest
+
+
+def _structure(model: PreTrainedModel, config: Any) -> str | None:
+    """Why a model cannot work with a prefix cache of any length, or None."""
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     recurrent = [name for name in _RECURRENT if name in str(config.model_type)]
     kinds = set(getattr(config, "layer_types", None) or [])
     if recurrent or model._is_stateful or kinds & {"linear_attention", "mamba", "recurrent", "conv"}:
         return "it keeps a recurrent state"
-    window = _window(config, kinds)
-    if window is not None and (length is None or length > window):
-        reach = "its whole context" if length is None else f"{length} tokens"
-        return f"it attends a sliding window of {window} tokens, the cache is for {reach} (max_length={window} works)"
+    if model.base_model is model:
+        return "its trunk cannot be told from its head"
     if not model._supports_attention_backend:
         return "its attention cannot be replaced"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it caps its attention logits"
     if getattr(config, "kv_lora_rank", None) is not None:
         return "its keys and values are compressed (multi-head latent attention)"
-    return None
+    if _varied(config):
+        return "its layers differ in the size of their heads"
+    if _context(config) is None:
+        return "its config names no length of its context (max_position_embeddings)"
+    return unknown_kind(config)
 
 
-def _window(config: Any, kinds: set[str]) -> int | None:
-    if kinds:
-        sliding = bool(kinds & {"sliding_attention", "chunked_attention"})
-        return (config.sliding_window or config.attention_chunk_size) if sliding else None
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    return getattr(config, "sliding_window", None)
+def _varied(config: Any) -> bool:
+    try:
+        for name in ("head_dim", "num_key_value_heads"):
+            getattr(config, name, None)
+    except Exception:  # noqa: BLE001 - the class that transformers raises is private to it
+        return True
+    return False
+
+
+def _context(config: Any) -> int | None:
+    """Tokens of the context that a config names."""
+    context = getattr(config, "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else None
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -309,12 +336,38 @@ def reward_backbone(model: PreTrainedModel, engine: str, max_length: int | None)
 def _backbone(
     model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str
 ) -> Backbone:
-    reason = refusal(model, max_length)
-    if reason is not None:
-        raise RGTGError(f"{_title(model)} cannot serve as {role}: {reason}; tested families: {TESTED}")
-    limit = context_length(model)
-    backbone = Backbone(model.eval(), head, engine, limit if max_length is None else min(limit, max_length))
+    cannot = f"{_title(model)} cannot serve as {role}"
+    attention = attentions(model)
+    try:
+        return _verified(model.eval(), head, engine, max_length, cannot)
+    except Exception as error:
+        # The model stays its owner's, as it was.
+        restore_attentions(attention)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        if isinstance(error, RGTGError):
+            known = type(model).__name__ in str(error)
+            raise (error if known else RGTGError(f"{cannot}: {error}")) from error.__cause__
+        # A family's own code raises what it likes over a cache that it does not know.
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise RGTGError(f"{cannot}: its forward fails ({detail}); tested families: {TESTED}") from error
+
+
+def _verified(
+    model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, cannot: str
+) -> Backbone:
+    """A Backbone that computes what the model does, up to the length asked for."""
+    config: Any = model.config.get_text_config()
+    reason, nearest = refusal(model, max_length), _exceeded(config, max_length)
+    refused = None if reason is None else RGTGError(f"{cannot}: {reason}; tested families: {TESTED}")
+    if refused is not None and (nearest is None or _structure(model, config) is not None):
+        raise refused
+    limit = context_length(model) if max_length is None else min(context_length(model), max_length)
+    # A shorter length is only named as the way out where it is one.
+    backbone = Backbone(model, head, engine, limit if nearest is None else min(limit, nearest.tokens))
     backbone.verify()
+    if refused is not None:
+        raise refused
     return backbone
 
 

@@ -11,11 +11,10 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.models.limits import STATIC_ROPE
 from rgtg_fast.ops import _extension
 
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
-# Rope types whose frequencies are a function of the position alone; the others look at the longest row of a batch.
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ class NativeLayers:
         if getattr(config, "use_bidirectional_attention", False):
             return "its attention is bidirectional"
         rope = decoder.rotary_emb.rope_type
-        if rope not in ROPE_TYPES:
+        if rope not in STATIC_ROPE:
             return f"rope type {rope!r} depends on the longest row of the batch"
         if (
             decoder.rotary_emb.inv_freq.device.type != "cpu"

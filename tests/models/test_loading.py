@@ -10,6 +10,7 @@ import transformers as tf
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
 from rgtg_fast.models.loading import refusal, resolve_device, resolve_dtype, reward_backbone
+from rgtg_fast.models.verification import probe
 from tests.conftest import make_lm, make_rm, make_tokenizer, tiny_config
 
 BASE = {
@@ -182,7 +183,7 @@ def test_context_is_the_models() -> None:
 def test_a_reward_near_zero_is_no_reason_to_refuse(size: int) -> None:
     """The rounding of bfloat16 is no difference, whatever a head says about the tokens that are tried."""
     model = make_rm(dtype=torch.bfloat16)
-    ids = reward_backbone(model, "transformers", None)._probe()
+    ids = probe(reward_backbone(model, "transformers", None))
     with torch.inference_mode():
         state = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1].float()
         weight = size * model.score.weight.float()
