@@ -41,13 +41,14 @@ MODES = ALONE, MASKED, CAUSAL = 0, 1, 2
 # accumulators and a block of scores stay in registers (docs/kernels.md), and blocks of keys and values are on their way
 # meanwhile. Numbers of 4 bytes are split in two for the tensor cores and need twice the registers.
 _BY_D_64 = {16: (64, 4, 3), 64: (64, 4, 3), 128: (32, 8, 4)}
+_BY_D_256 = {16: (32, 8, 2), 32: (32, 8, 2)}
 _FLOAT32 = {64: {16: (32, 4, 2), 32: (32, 4, 2)}, 128: {16: (32, 4, 2)}, 256: {16: (16, 8, 1)}}
 TILES = {
     80: {
         2: {
             64: _BY_D_64,
-            128: {16: (64, 4, 3), 64: (32, 4, 3), 128: (32, 8, 3)},
-            256: {16: (32, 8, 2), 32: (32, 8, 2), 64: (32, 8, 2)},
+            128: {16: (64, 4, 3), 64: (64, 8, 3), 128: (32, 8, 3)},
+            256: _BY_D_256,
         },
         4: _FLOAT32,
     },
@@ -55,8 +56,10 @@ TILES = {
     90: {
         2: {
             64: _BY_D_64,
+            # Masks of a padded head take registers.
+            127: {16: (64, 4, 3), 64: (64, 8, 3)},
             128: {16: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
-            256: {16: (32, 8, 2), 32: (32, 8, 2), 64: (32, 8, 2)},
+            256: _BY_D_256,
         },
         4: _FLOAT32,
     },
@@ -65,7 +68,7 @@ TILES = {
         2: {
             64: _BY_D_64,
             128: {16: (64, 4, 3), 64: (64, 8, 3)},
-            256: {16: (32, 8, 2), 32: (32, 8, 2)},
+            256: _BY_D_256,
         },
         4: _FLOAT32,
     },
@@ -163,7 +166,7 @@ def _merge(dtype: torch.dtype, D: int, leaves: int = 1) -> dict[str, str]:
 def _signatures(arch: int) -> tuple[dict[str, str], ...]:
     """What is launched on an architecture: every block of query rows, walking over a leaf (1) and over a span (0)."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    half = [(D, rows) for D, tiles in TILES[arch][2].items() for rows in tiles]
+    half = [(D, rows) for D, tiles in TILES[arch][2].items() for rows in tiles if D != 127]
     return (
         *(_attention(bf16, D, rows, ALONE, leaves, arch) for D, rows in half for leaves in (1, 0)),
         *(_attention(bf16, D, rows, mode, 0, arch) for D, rows in half for mode in (MASKED, CAUSAL)),
