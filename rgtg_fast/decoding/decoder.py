@@ -7,13 +7,15 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rgtg_fast.config import Guidance, Strategy
+from rgtg_fast.config import Guidance, Strategy, whole
 from rgtg_fast.decoding.batch import Batch, Row, SlotState
 from rgtg_fast.decoding.decision import Decision, unpacked
 from rgtg_fast.decoding.graphs import StepGraphs, bucket
@@ -22,7 +24,8 @@ from rgtg_fast.decoding.results import GeneratedRow, GenerationResult, Piece, St
 from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_strategy, run_strategy
 from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
 from rgtg_fast.decoding.trace import Seen, seen, write_trace
-from rgtg_fast.errors import RewardNaNError, RGTGError
+from rgtg_fast.decoding.turns import Turns
+from rgtg_fast.errors import RewardNaNError, RGTGError, shown
 from rgtg_fast.models.backbone import Backbone
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
@@ -33,12 +36,14 @@ from rgtg_fast.models.loading import (
 )
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.models.transfer import Arrival, to_device
+from rgtg_fast.models.watched import Served
 from rgtg_fast.ops import advance, resample, topk_logprobs
 from rgtg_fast.ops.advance import FINE, NO_CANDIDATE
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 
-RewardLike = Reward | str | os.PathLike[str] | Callable[..., Any] | None
+RewardLike = Reward | str | os.PathLike[str] | ModelAndTokenizer | Callable[..., Any] | None
+_Item = TypeVar("_Item")
 
 
 @dataclass
@@ -50,7 +55,6 @@ class _Run:
     stops: list[str]
     trace: bool
     live_text: bool  # texts are needed after every token, for stop strings or a stream
-    number: int
     timer: PhaseTimer
     ahead: int  # steps that may be on the device before the host looks at their decisions
     graphs: StepGraphs | None
@@ -71,7 +75,8 @@ class RewardGuidedDecoder:
     """Decodes from π(v)·exp(β·r(v)) over the top k next tokens of a frozen language model.
 
     Build one with `from_pretrained`, then call `generate`, `iterate`, `stream` or `score`. A decoder holds one prefix
-    cache per model and decodes one call at a time.
+    cache per model and decodes one call at a time: threads wait for each other, and an iterator that is not through
+    ends with an error once a newer call has begun. Several decoders may have models and reward objects in common.
 
     Args:
         lm: the base language model. reward: the guide, already bound to it, or None.
@@ -95,10 +100,12 @@ class RewardGuidedDecoder:
         graphs: bool | None = None,
         pad_batch: bool = False,
     ):
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-            raise RGTGError(f"max_batch={max_batch!r} is not a whole number >= 1: use for example 8")
-        self.lm, self.reward, self.max_batch, self.pad_batch = lm, reward, max_batch, pad_batch
-        lm.backbone.contexts = self._contexts
+        self.lm, self.reward, self.pad_batch = lm, reward, pad_batch
+        self.max_batch = whole("max_batch", max_batch, 1, 8)
+        if reward is not None:
+            reward.used_by(self)
+        # As the guide was bound, to be bound again where another decoder has taken it over.
+        self._binding: dict[str, Any] = {"dtype": None, "engine": "auto", "max_length": None}
         self.phase_timer: Callable[[], PhaseTimer] = PhaseTimer
         reason = None if lm.backbone.device.type == "cuda" else f"the models are on {lm.backbone.device}"
         self.ahead = 1 if reason is None else 0
@@ -112,7 +119,11 @@ class RewardGuidedDecoder:
         self._slots = SlotState.empty(0, lm.backbone.device)
         self._eos_ids: frozenset[int] = frozenset()
         self._eos = torch.zeros(0, dtype=torch.int64, device=lm.backbone.device)
-        self._runs = 0
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise RGTGError(
+            "a decoder cannot be copied or sent to another process: make one there with from_pretrained"
+        )
 
     @classmethod
     def from_pretrained(
@@ -134,8 +145,8 @@ class RewardGuidedDecoder:
         Args:
             lm: path or hub id of a causal language model, or a (model, tokenizer) pair.
             reward: path or hub id of a reward model (a `SequenceReward`), after a method's name and a colon
-                (`"farma:path"`, see `named_guide`) for another guide, a reward object, a function
-                f(prefix_ids, candidate_ids) -> rewards, or None for the base model alone.
+                (`"farma:path"`, see `named_guide`) for another guide, a reward object, a (model, tokenizer) pair (a
+                `SequenceReward`), a function f(prefix_ids, candidate_ids) -> rewards, or None for the base model alone.
             device: by default CUDA where there is one, a loaded model's own.
             dtype: by default float32 on a CPU, bfloat16 on CUDA, a loaded model's own.
             max_batch: rows decoded at once.
@@ -154,16 +165,23 @@ class RewardGuidedDecoder:
         Raises:
             RGTGError: anything that cannot work, in one line.
         """
-        if max_length is not None and (isinstance(max_length, bool) or max_length < 2):
-            raise RGTGError(f"max_length={max_length!r} leaves no room: use 2 or more tokens, or None")
+        max_batch = whole("max_batch", max_batch, 1, 8)
+        if max_length is not None:
+            max_length = whole("max_length", max_length, 2, 512)
+        if not isinstance(compile, (bool, Mapping)):
+            raise RGTGError(f"compile={shown(compile)} is neither True, False nor torch.compile's options")
+        guide = _as_reward(reward)
         model, tokenizer = load_causal_lm(lm, device, dtype)
         backbone = language_backbone(model, engine, max_length)
-        language_model = LanguageModel(backbone, tokenizer, backbone.head.out_features)
-        guide = _as_reward(reward)
+        vocabulary = min(backbone.head.out_features, backbone.embeddings)
+        language_model = LanguageModel(backbone, tokenizer, vocabulary)
+        kind = None if dtype is None else resolve_dtype(dtype, model.device)
+        binding = {"dtype": kind, "engine": engine, "max_length": max_length}
         if guide is not None:
-            kind = None if dtype is None else resolve_dtype(dtype, model.device)
-            guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
+            guide = guide.for_decoder()
+            guide.bind(language_model, **binding)
         decoder = cls(language_model, guide, max_batch, graphs, pad_batch)
+        decoder._binding = binding
         if join_products or (join_products is None and backbone.device.type == "cuda"):
             for each in decoder._models():
                 each.join_products()
@@ -248,7 +266,12 @@ class RewardGuidedDecoder:
             >>> result = decoder.generate("The sky is", max_new_tokens=8)  # doctest: +SKIP
             >>> result[0].text, result.stats.tokens_per_second  # doctest: +SKIP
         """
-        run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
+        with self._turn():
+            return self._generated(prompts, max_new_tokens, guidance, seed, stop, trace, strategy)
+
+    def _generated(self, *request: Any) -> GenerationResult:
+        *plan, strategy = request
+        run = self._plan(*plan)
         rows = sorted(self._decoded(run, strategy), key=lambda row: row.index)
         return GenerationResult(rows, run.stats)
 
@@ -263,8 +286,10 @@ class RewardGuidedDecoder:
         strategy: Strategy | str | None = None,
     ) -> Iterator[tuple[int, GeneratedRow]]:
         """Like `generate`, giving (index, row) as soon as a row is finished."""
-        run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
-        return ((row.index, row) for row in self._decoded(run, strategy))
+        with self._turn():
+            run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
+            rows = self._decoded(run, strategy)
+        return ((row.index, row) for row in self._in_turns(run, rows))
 
     def stream(
         self,
@@ -280,15 +305,16 @@ class RewardGuidedDecoder:
         The pieces' texts join to the answer's text; text that may be the beginning of a stop string, or an unfinished
         character, waits for the next piece.
         """
-        run = self._plan(prompt, max_new_tokens, guidance, seed, stop, trace)
-        if len(run.rows) != 1:
+        given = as_prompts(prompt)
+        if len(given) != 1:
             raise RGTGError(
-                f"stream takes one prompt and got {len(run.rows)}: use generate or iterate for several"
+                f"stream takes one prompt and got {len(given)}: use generate or iterate for several"
             )
+        with self._turn():
+            run = self._plan(prompt, max_new_tokens, guidance, seed, stop, trace)
         run.live_text = True
-        return self._pieces(run)
+        return self._in_turns(run, self._pieces(run))
 
-    @torch.inference_mode()
     def score(
         self, prompts: PromptLike | Sequence[PromptLike], answers: str | Sequence[str | Sequence[int]]
     ) -> list[list[float]]:
@@ -302,24 +328,73 @@ class RewardGuidedDecoder:
         """
         if self.reward is None:
             raise RGTGError("this decoder has no reward to score with: pass reward=... to from_pretrained")
-        given = as_prompts(prompts)
-        texts = [answers] if isinstance(answers, str) else list(answers)
+        given, texts = as_prompts(prompts), _answers(answers)
         if len(texts) != len(given):
             raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
-        scores = []
-        for prompt, text in zip(given, texts, strict=True):
-            ids = self._answer_ids(text) if isinstance(text, str) else [int(token) for token in text]
-            if not ids:
-                raise RGTGError(f"answer {prompt.index} is empty: pass at least one token")
-            row = Row(prompt, prompt.ids(self.tokenizer))
-            row.encoded = self.reward.encode(prompt)
-            self._check_length(row, len(ids))
-            scores.append(self.reward.score_answer(row, ids))
-        return scores
+        with self._turn():
+            self._begin_models()
+            scores = []
+            for prompt, text in zip(given, texts, strict=True):
+                ids = self._answer_ids(prompt.index, text)
+                row = Row(prompt, prompt.ids(self.tokenizer))
+                row.encoded = self.reward.encode(prompt)
+                self._check_length(row, len(ids))
+                scores.append(self.reward.score_answer(row, ids))
+            return scores
+
+    # ---- whose turn it is ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self, served: Served | None = None) -> Iterator[None]:
+        """Within, this thread alone works with the decoder's models and its guide."""
+        with Turns(self._stateful(), self._shared()).taken(), (served or self._served())():
+            yield
+
+    def _in_turns(self, run: _Run, items: Iterator[_Item]) -> Iterator[_Item]:
+        """What a run gives, as long as no newer call begins; nothing is held between two items."""
+        served = self._served()
+        while True:
+            with self._turn(served):
+                # Before anything is written: the state may be another run's.
+                if not Turns(self._stateful(), ()).belongs_to(run):
+                    raise RGTGError(
+                        "this decoder was called again before the run was through, or another decoder with the same "
+                        "guide: finish or drop an iterator first"
+                    )
+                for model in self._models():
+                    model.check_run()
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def _stateful(self) -> list[object]:
+        return [self.lm.backbone, *([] if self.reward is None else self.reward.stateful())]
+
+    def _shared(self) -> list[object]:
+        own = [self.lm.backbone.model, *([] if self.tokenizer is None else [self.tokenizer])]
+        return [*own, *([] if self.reward is None else self.reward.loaded())]
+
+    def _served(self) -> Served:
+        models = [thing for thing in self._shared() if isinstance(thing, nn.Module)]
+        return Served(models, [each.model for each in self._models() if each.engine == "transformers"])
+
+    def _begin_models(self) -> None:
+        """The guide is bound to this decoder's base model, and the models are what they were when they were loaded."""
+        guide = self.reward
+        if guide is not None and any(part.bound_to is not self.lm for part in guide.stateful()):
+            if guide.models() or guide.trunk is not None:
+                raise RGTGError(
+                    f"{guide.name} was bound to another decoder's base model since: give each decoder a reward object "
+                    "of its own"
+                )
+            guide.bind(self.lm, **self._binding)
+        for model in self._models():
+            model.begin_run()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def _steps(self, run: _Run) -> Iterator[list[Row]]:
         """One iteration per token; the host may look at it `ahead` steps late. Gives the rows that it advanced."""
         phase, flights = run.timer, deque[_Flight]()
@@ -336,7 +411,7 @@ class RewardGuidedDecoder:
                 if rows:
                     yield rows
                 with phase("host"):
-                    self._retire(run, batch)
+                    self._retire(batch)
 
     def _step(self, batch: Batch, trace: bool, phase: PhaseTimer) -> list[torch.Tensor]:
         """Decides one token of every row: top-k → score → resample → commit.
@@ -512,9 +587,8 @@ class RewardGuidedDecoder:
             if fault != FINE:
                 raise RewardNaNError(row.prompt.index, len(row.answer), fault, self.lm.token_text(fault))
 
-    def _retire(self, run: _Run, batch: Batch) -> None:
+    def _retire(self, batch: Batch) -> None:
         """Finished rows leave their slots, which the last rows take."""
-        self._check_not_overtaken(run)
         finished = [slot for slot, row in enumerate(batch.rows) if row.finish_reason is not None]
         for slot in reversed(finished):
             source = batch.remove(slot)
@@ -541,21 +615,23 @@ class RewardGuidedDecoder:
 
         def sampled(prompts: list[PromptLike], guidance: Guidance, seeds: list[int]) -> GenerationResult:
             backbone = self.lm.backbone
-            guided = backbone.lookahead, backbone.contexts
+            lookahead = backbone.lookahead
             # No guide looks on: a step runs one token a row, whatever a guide that shares the forward would want.
             backbone.lookahead = False
             try:
                 unguided = RewardGuidedDecoder(self.lm, None, self.max_batch, graphs=False)
-                return unguided.generate(prompts, run.max_new_tokens, guidance, seeds, run.stops or None)
+                request = prompts, run.max_new_tokens, guidance, seeds, run.stops or None, False, None
+                return unguided._generated(*request)
             finally:
-                backbone.lookahead, backbone.contexts = guided
+                backbone.lookahead = lookahead
+                self._claim(run)
 
         ends = Ends(self.lm, run.max_new_tokens, run.stops)
         call = Call(self.lm, self.reward, run.rows, ends, self.max_batch, sampled, run.stats)
         return self._by_strategy(run, run_strategy(chosen, call))
 
     def _by_strategy(self, run: _Run, rows: Iterator[GeneratedRow]) -> Iterator[GeneratedRow]:
-        """The rows of a strategy, timed, as long as this decoder is not called again."""
+        """The rows of a strategy, timed."""
         done: list[GeneratedRow] = []
         try:
             for row in rows:
@@ -563,16 +639,9 @@ class RewardGuidedDecoder:
                 run.stats.cache_bytes = self._cache_bytes()
                 done.append(row)
                 yield row
-                self._check_not_overtaken(run)
         except RewardNaNError as error:
             error.finished = done
             raise
-
-    def _check_not_overtaken(self, run: _Run) -> None:
-        if run.number != self._runs:
-            raise RGTGError(
-                "this decoder was called again before the run was through: finish or drop an iterator first"
-            )
 
     def _finished(self, run: _Run) -> Iterator[GeneratedRow]:
         """Rows as they finish."""
@@ -611,23 +680,23 @@ class RewardGuidedDecoder:
         trace: bool,
     ) -> _Run:
         """Checks everything that can be checked before the first forward."""
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise RGTGError(
-                f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1: use for example 128"
-            )
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, 128)
         given = as_prompts(prompts)
         settings = list(guidance) if isinstance(guidance, Sequence) else [guidance] * len(given)
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(given)
+        listed: Any = seed.tolist() if hasattr(seed, "tolist") else seed
+        seeds = list(listed) if isinstance(listed, Sequence) else [listed] * len(given)
         for name, values in (("guidance", settings), ("seed", seeds)):
             if len(values) != len(given):
                 raise RGTGError(
                     f"{len(values)} values of {name} for {len(given)} prompts: pass one, or one per prompt"
                 )
+        self._begin_models()
         rows = []
         for prompt, setting, number in zip(given, settings, seeds, strict=True):
             self._check_guidance(setting)
-            if not isinstance(number, int) or not -(2**63) <= number < 2**63:
-                raise RGTGError(f"seed={number!r} is not a 64-bit whole number: use for example 0")
+            number = whole("seed", number, example=0)
+            if not -(2**63) <= number < 2**63:
+                raise RGTGError(f"seed={shown(number)} is not a 64-bit whole number: use for example 0")
             ids = prompt.ids(self.tokenizer)
             row = Row(prompt, ids, weights=setting.weights, guidance=setting, seed=number)
             row.encoded = [] if self.reward is None else self.reward.encode(prompt)
@@ -638,7 +707,6 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 "stop strings need text and the model came without a tokenizer: pass (model, tokenizer)"
             )
-        self._runs += 1
         timer = self.phase_timer()
         # A gate is opened by the host, step by step; so is a guide that reads the rows' answers there.
         gated = any(row.guidance.gate_entropy for row in rows)
@@ -646,11 +714,18 @@ class RewardGuidedDecoder:
         # Phases inside a graph could not be told apart.
         graphs = self._graphs if free and not (timer.spans or timer.synchronize) else None
         ahead = self.ahead if free else 0
-        return _Run(rows, max_new_tokens, stops, trace, bool(stops), self._runs, timer, ahead, graphs)
+        run = _Run(rows, max_new_tokens, stops, trace, bool(stops), timer, ahead, graphs)
+        self._claim(run)
+        return run
+
+    def _claim(self, run: _Run) -> None:
+        """The caches and the guide belong to a run from now on."""
+        Turns(self._stateful(), ()).claim(run)
+        self.lm.backbone.contexts = self._contexts
 
     def _check_guidance(self, guidance: Guidance) -> None:
         if not isinstance(guidance, Guidance):
-            raise RGTGError(f"guidance={guidance!r} is not a Guidance: pass Guidance(k=10, beta=1.0)")
+            raise RGTGError(f"guidance={shown(guidance)} is not a Guidance: pass Guidance(k=10, beta=1.0)")
         if guidance.support != "all" and guidance.k > self.lm.vocabulary:
             raise RGTGError(
                 f"k={guidance.k} exceeds the vocabulary (V={self.lm.vocabulary}): use k <= {self.lm.vocabulary}"
@@ -753,10 +828,23 @@ class RewardGuidedDecoder:
         guide = 0 if self.reward is None else self.reward.cache_bytes()
         return {"lm": self.lm.backbone.cache.nbytes(), "reward": guide}
 
-    def _answer_ids(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    def _answer_ids(self, index: int, answer: str | Sequence[int]) -> list[int]:
+        """Ids of a given answer, which the base model could have chosen."""
+        if isinstance(answer, str):
+            if self.tokenizer is None:
+                raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
+            found: Any = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ids = list(found)
+        else:
+            ids = [whole(f"answer {index}", token, 0, 5) for token in answer]
+        if not ids:
+            raise RGTGError(f"answer {index} is empty: pass at least one token")
+        if max(ids) >= self.lm.vocabulary:
+            raise RGTGError(
+                f"answer {index} has token id {max(ids)}, outside the vocabulary (V={self.lm.vocabulary}): use the "
+                "base model's tokenizer"
+            )
+        return ids
 
     def _count(self, run: _Run) -> None:
         """Brings the run's statistics up to date."""
@@ -777,4 +865,20 @@ def _as_reward(reward: RewardLike) -> Reward | None:
         return reward
     if isinstance(reward, str):
         return named_guide(reward)
-    return SequenceReward(reward) if isinstance(reward, os.PathLike) else FunctionReward(reward)
+    if isinstance(reward, (os.PathLike, tuple, list)):
+        return SequenceReward(reward)  # pyright: ignore[reportArgumentType]
+    return FunctionReward(reward)
+
+
+def _answers(answers: Any) -> list[Any]:
+    """Given answers as a list of texts and lists of ids."""
+    given = answers.tolist() if hasattr(answers, "tolist") else answers
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise RGTGError(f"answers={shown(answers)}: pass a text or a list of texts or of lists of token ids")
+    each = [answer.tolist() if hasattr(answer, "tolist") else answer for answer in given]
+    for index, answer in enumerate(each):
+        if not isinstance(answer, (str, Sequence)) or isinstance(answer, bytes):
+            raise RGTGError(f"answer {index} is {shown(answer)}: pass a text or a list of token ids")
+    return each

@@ -17,10 +17,11 @@ from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
 from rgtg_fast.models.cache import ForkedCache, PrefixCache
 from rgtg_fast.models.final_norm import FinalNorm
-from rgtg_fast.models.joined import join_products
+from rgtg_fast.models.joined import join_products, refresh_products
 from rgtg_fast.models.low_rank import LowRankRows
 from rgtg_fast.models.native import NativeLayers
 from rgtg_fast.models.transfer import to_device
+from rgtg_fast.models.watched import Watched
 
 ENGINES = ("auto", "native", "transformers")
 
@@ -47,6 +48,10 @@ class Layers(Protocol):
         """States [B · variants, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
         ...
 
+    def refresh(self) -> None:
+        """Takes over what has been written into the model's weights."""
+        ...
+
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         """Forwards have a variant for each adapter from now on; `rows` hooks the same into the model's own modules."""
         ...
@@ -65,6 +70,9 @@ class TransformersLayers:
         self.final_norm = FinalNorm.of(self.trunk)
         self._rows: LowRankRows | None = None
         self._compiled: Callable[..., torch.Tensor] | None = None
+
+    def refresh(self) -> None:
+        refresh_products(self.trunk)
 
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         self._rows = rows
@@ -122,6 +130,9 @@ class FusedLayers:
 
     def compile(self, options: Mapping[str, Any] | None) -> None:
         raise RGTGError("compile=True and engine='native', which is compiled: use engine='transformers'")
+
+    def refresh(self) -> None:
+        self.native.refresh()
 
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         self.native.adapt(adapters)
@@ -207,6 +218,9 @@ class Backbone:
         self.model, self.head, self.limit = model, head, limit
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self.engine, self.layers = choose_layers(model, engine)
+        self._watched = Watched(model, head)
+        if self.engine == "native" or self.device.type != "cpu":
+            self._watched.pin()
         config: Any = model.config.get_text_config()
         heads = config.num_attention_heads
         self.geometry = (
@@ -272,6 +286,8 @@ class Backbone:
             return Attached(self, 0)
         self._adapters.append(adapter)
         self._rows = LowRankRows(self.model, self._adapters, self.fork)
+        self._watched.pin()
+        self._watched.remember()
         self.layers.adapt(self._adapters, self._rows)
         self.cache = ForkedCache(*self.geometry, self.dtype, self.device, self.fork, self.variants)
         self._verify_variant(self.variants - 1)
@@ -293,6 +309,39 @@ class Backbone:
     def candidates(self, variant: int) -> torch.Tensor:
         """States [B, k, E] under a variant after each token of the last step."""
         return self._stepped[:: self.contexts, variant]
+
+    # ---- a model that its owner changes -----------------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        """Takes over what was written into the weights since the last run.
+
+        Raises:
+            RGTGError: the model was changed in another way, or its weights are no longer what a guide's adapter was
+                attached to.
+        """
+        change = self._watched.change()
+        if change is not None:
+            raise RGTGError(f"{self.name} was changed after it was loaded ({change}): make a new decoder")
+        if self._adapters:
+            if self._watched.written():
+                raise RGTGError(
+                    f"the weights of {self.name} changed after {self._adapters[0].name} was attached to them: make a "
+                    "new decoder with share_trunk=False, or train the adapter again"
+                )
+        else:
+            self._watched.remember()
+        self.layers.refresh()
+
+    def check_run(self) -> None:
+        """Between the steps of a run.
+
+        Raises:
+            RGTGError: weights were written to since it began.
+        """
+        if self._watched.written():
+            raise RGTGError(
+                f"the weights of {self.name} changed in the middle of a run: finish or drop an iterator first"
+            )
 
     # ---- forwards ---------------------------------------------------------------------------------------------------
 
@@ -421,6 +470,7 @@ class Backbone:
                 "join_products=True and engine='native', which needs no such thing: use engine='transformers'"
             )
         join_products(self.model.base_model)
+        self._watched.pin()
 
     def step_state(self) -> list[torch.Tensor]:
         """What a step changes besides keys and values: lengths, and with lookahead the newest states."""

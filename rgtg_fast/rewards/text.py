@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import ModelAndTokenizer, load_sequence_classifier
-from rgtg_fast.rewards.base import Prefix, Reward
+from rgtg_fast.rewards.base import Prefix, Reward, as_rewards
 
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -55,7 +55,7 @@ class TextReward(Reward):
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        self._lm = lm
+        self._lm, self._rows = lm, {}
         if callable(self.source):
             self._function = self.source
             return
@@ -75,6 +75,9 @@ class TextReward(Reward):
         if self._model is None:
             return f"TextReward({getattr(self.source, '__name__', self.source)})"
         return f"TextReward({self._model.config._name_or_path or type(self._model).__name__})"
+
+    def loaded(self) -> list[object]:
+        return [thing for thing in (self._model, self._tokenizer) if thing is not None]
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         self._rows[slot] = prefix
@@ -101,14 +104,8 @@ class TextReward(Reward):
         device = self._lm.backbone.device
         if self._function is not None:
             self.counter.calls += 1
-            values = torch.as_tensor(
-                self._function([self._prompt_text(row) for row in rows], answers), device=device
-            )
-            if values.shape != (len(answers),):
-                raise RGTGError(
-                    f"{self.name} returned shape {tuple(values.shape)} for {len(answers)} texts: return one reward each"
-                )
-            return values.to(torch.promote_types(values.dtype, torch.float32))
+            values = self._function([self._prompt_text(row) for row in rows], list(answers))
+            return as_rewards(values, (len(answers),), device, self.name, f"{len(answers)} texts")
         # Chats and plain texts are formatted differently and never share a forward: a row's reward must not depend on
         # what else is in the batch.
         rewards = torch.empty(len(rows), device=device)

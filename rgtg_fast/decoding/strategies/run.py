@@ -90,7 +90,6 @@ def check_strategy(strategy: Strategy, guide: Reward | None) -> None:
         )
 
 
-@torch.inference_mode()
 def run_strategy(strategy: Strategy, call: Call) -> Iterator[GeneratedRow]:
     """The rows of a call as they finish, decoded by a strategy instead of token by token."""
     guide = call.guide
