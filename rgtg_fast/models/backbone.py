@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
 from rgtg_fast.models.cache import ForkedCache, PrefixCache
@@ -171,8 +171,8 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
     Raises:
         RGTGError: an unknown engine, or `"native"` for a model that it cannot run (with the reason).
     """
-    if engine not in ENGINES:
-        raise RGTGError(f"engine={engine!r} is unknown: use one of {', '.join(map(repr, ENGINES))}")
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
     if engine != "transformers":
         reason = NativeLayers.supported(model.base_model)
         if reason is None:

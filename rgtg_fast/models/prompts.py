@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 
 PromptLike = str | Sequence[int] | Sequence[dict[str, Any]]
 
@@ -51,9 +52,14 @@ class Prompt:
                 f"prompt {self.index} is a chat and the tokenizer of {tokenizer.name_or_path} has no chat template: "
                 "pass a plain string"
             )
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, chat_template=template
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, chat_template=template
+            )
+        except jinja2.TemplateError as error:
+            raise RGTGError(
+                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses prompt {self.index}: {error}"
+            ) from error
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
@@ -63,6 +69,10 @@ def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
     Raises:
         RGTGError: nothing given, an empty prompt, or something that is no prompt.
     """
+    if not isinstance(prompts, (str, Iterable)):
+        raise RGTGError(
+            f"the prompt is {shown(prompts)}: pass a string, chat messages, token ids or a list of these"
+        )
     many = [prompts] if _is_one(prompts) else list(prompts)  # pyright: ignore[reportArgumentType]
     if not many:
         raise RGTGError("there is no prompt: pass a string, chat messages, token ids or a list of these")

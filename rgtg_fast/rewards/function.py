@@ -79,12 +79,12 @@ def check_function(function: object) -> None:
     """
     if isinstance(function, PreTrainedModel):
         raise RGTGError(
-            f"reward is a {type(function).__name__} alone: pass (model, tokenizer), or SequenceReward((model, tokenizer))"
+            f"the reward is a {type(function).__name__} alone: pass (model, tokenizer)"
         )
     if isinstance(function, PreTrainedTokenizerBase):
-        raise RGTGError(f"reward is a {type(function).__name__}: pass (model, tokenizer)")
+        raise RGTGError(f"the reward is a {type(function).__name__}: pass (model, tokenizer)")
     if isinstance(function, type) and issubclass(function, Reward):
-        raise RGTGError(f"reward is the class {function.__name__}: pass an object, {function.__name__}(...)")
+        raise RGTGError(f"the reward is the class {function.__name__}: pass an object, {function.__name__}(...)")
     if not callable(function):
         raise RGTGError(
             f"reward={shown(function)} is not callable: pass f(prefix_ids, candidate_ids) -> rewards, a path or hub id, "

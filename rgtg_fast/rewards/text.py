@@ -12,6 +12,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import ModelAndTokenizer, load_sequence_classifier
 from rgtg_fast.rewards.base import Prefix, Reward, as_rewards
+from rgtg_fast.rewards.function import check_function
 
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -44,6 +45,8 @@ class TextReward(Reward):
             raise RGTGError(f"template={template!r} lacks {{prompt}} or {{answer}}: name both")
         if batch_size < 1:
             raise RGTGError(f"batch_size={batch_size} is below 1: use for example 32")
+        if not isinstance(model, (str, os.PathLike, tuple, list)):
+            check_function(model)
         self.source, self.template = model, template
         self.batch_size, self.max_length = batch_size, max_length
         self._function: TextFunction | None = None
