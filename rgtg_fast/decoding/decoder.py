@@ -19,7 +19,7 @@ from rgtg_fast.config import Guidance, Strategy, whole
 from rgtg_fast.decoding.batch import Batch, Row, SlotState
 from rgtg_fast.decoding.decision import Decision, unpacked
 from rgtg_fast.decoding.graphs import StepGraphs, bucket
-from rgtg_fast.decoding.memory import check_fits, free_bytes
+from rgtg_fast.decoding.memory import check_candidates, check_fits, free_bytes
 from rgtg_fast.decoding.results import GeneratedRow, GenerationResult, Piece, Stats
 from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_strategy, run_strategy
 from rgtg_fast.decoding.text import as_stops, find_stop, safe_length
@@ -785,6 +785,8 @@ class RewardGuidedDecoder:
         free = free_bytes(backbone.device)
         held = sum(self._cache_bytes().values())
         check_fits(row_bytes, slots, max(lm_length, reward_length), None if free is None else free + held)
+        widest = max((row.guidance.k for row in run.rows if row.guidance.support != "all"), default=0)
+        check_candidates(self._candidate_bytes * slots, widest, slots, free)
         backbone.reserve(slots * self._contexts, lm_length)
         if reward is not None:
             reward.reserve(slots, reward_length)
@@ -819,6 +821,14 @@ class RewardGuidedDecoder:
 
     def _models(self) -> list[Backbone]:
         return [self.lm.backbone, *([] if self.reward is None else self.reward.models())]
+
+    @property
+    def _candidate_bytes(self) -> int:
+        """Bytes of a candidate while a step scores it, by the models that run candidates."""
+        lm, guides = self.lm.backbone, [] if self.reward is None else self.reward.stateful()
+        own = [model for guide in guides if not guide.parts and not guide.wide for model in guide.models()]
+        shared = lm.step_bytes_per_token * self._contexts if lm.lookahead else 0
+        return shared + sum(model.step_bytes_per_token for model in own)
 
     def _per_context(self, of_prompt: torch.Tensor) -> torch.Tensor:
         """What belongs to a prompt [B, ...], for each of its rows in the base model's batch."""

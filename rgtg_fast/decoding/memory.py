@@ -8,6 +8,11 @@ import torch
 
 from rgtg_fast.errors import MemoryTooSmallError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes free on the device, None where the system does not tell."""
@@ -15,20 +20,55 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + reserved)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
+    return min((free for free in (_of_machine(), _of_container(), _of_process()) if free is not None), default=None)
+
+
+def _of_machine() -> int | None:
+    for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
 
 
-def check_fits(bytes_per_row: int, rows: int, length: int, free: int | None) -> None:
+def _of_container() -> int | None:
+    """What the control group (version 2) leaves; pages of files can be given back."""
+    group = next((line[3:] for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")), "/")
+    folder = Path("/sys/fs/cgroup", group.strip("/"))
+    if not (folder / "memory.max").exists():
+        folder = Path("/sys/fs/cgroup")
+    limit, used = _lines(folder / "memory.max"), _lines(folder / "memory.current")
+    if not limit or not used or limit[0] == "max":
+        return None
+    cached = [line.split()[1] for line in _lines(folder / "memory.stat") if line.startswith("inactive_file ")]
+    return max(0, int(limit[0]) - int(used[0]) + int(*cached))
+
+
+def _of_process() -> int | None:
+    """What `ulimit -v` leaves."""
+    if resource is None:
+        return None
+    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], _lines(Path("/proc/self/statm"))
+    if limit == resource.RLIM_INFINITY or not used:
+        return None
+    return max(0, limit - int(used[0].split()[0]) * resource.getpagesize())
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file; none where there is no such file."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def check_fits(
+    bytes_per_row: int, rows: int, length: int, free: int | None, setting: str = "max_batch"
+) -> None:
     """Refuses a batch whose caches would not fit.
 
     Args:
         bytes_per_row: of all caches, for one row of `length` tokens. free: bytes free, None to skip the check.
+        setting: what has as many rows.
 
     Raises:
         MemoryTooSmallError: saying which batch would fit.
@@ -38,9 +78,52 @@ def check_fits(bytes_per_row: int, rows: int, length: int, free: int | None) -> 
         return
     fit = free // bytes_per_row
     way_out = (
-        f"max_batch={fit} would fit" if fit else "not even one row fits: use fewer tokens or a smaller dtype"
+        f"{setting}={fit} would fit"
+        if fit
+        else "not even one row fits: use fewer tokens or a smaller dtype"
     )
     raise MemoryTooSmallError(
         f"the KV caches of {rows} rows of {length} tokens need {needed / 2**30:.2f} GiB and "
         f"{free / 2**30:.2f} GiB are free: {way_out}"
+    )
+
+
+def check_candidates(bytes_of_one: int, k: int, rows: int, free: int | None) -> None:
+    """Refuses more candidates than a step could score.
+
+    Args:
+        bytes_of_one: of one candidate of every row. free: bytes free, None to skip the check.
+
+    Raises:
+        MemoryTooSmallError: saying how many would fit.
+    """
+    if free is None or bytes_of_one * k <= free:
+        return
+    raise MemoryTooSmallError(
+        f"scoring k={k} candidates of {rows} rows needs {bytes_of_one * k / 2**30:.2f} GiB and {free / 2**30:.2f} GiB "
+        f"are free: k={free // bytes_of_one} would fit"
+    )
+
+
+# Bytes on the host of an answer: objects and lists, and of each token, its id, log-probability and reward.
+_ANSWER, _TOKEN = 2500, 100
+
+
+def check_samples(samples: int, prompts: int, prompt_tokens: int, new_tokens: int, free: int | None) -> None:
+    """Refuses more answers to a prompt than the host's memory can keep until the best is known.
+
+    Args:
+        samples: of a prompt. prompts: whose samples are kept at once. prompt_tokens, new_tokens: of an answer at most.
+        free: bytes free on the host, None to skip the check.
+
+    Raises:
+        MemoryTooSmallError: saying how many would fit.
+    """
+    # A short answer ends early: its tokens are counted by the first alone, so that nothing is refused that fits.
+    each = prompts * (_ANSWER + 8 * prompt_tokens + _TOKEN * min(new_tokens, 1))
+    if free is None or samples * each <= free:
+        return
+    raise MemoryTooSmallError(
+        f"n={samples} answers per prompt need {samples * each / 2**30:.1f} GiB or more and {free / 2**30:.1f} GiB are "
+        f"free: n={free // each} would fit"
     )

@@ -254,6 +254,14 @@ class Backbone:
         stored = self.fork + (layers - self.fork) * self.variants
         return PrefixCache.bytes_per_token(stored, kv_heads, head_dim, self.dtype)
 
+    @property
+    def step_bytes_per_token(self) -> int:
+        """Bytes that an undecided token takes while a step runs: its keys and values, and about what a block computes."""
+        config: Any = self.model.config.get_text_config()
+        inner = int(getattr(config, "intermediate_size", None) or 4 * self.head.in_features)
+        numbers = 4 * self.head.in_features + 2 * inner
+        return self.cache_bytes_per_token + numbers * self.variants * max(4, self.dtype.itemsize)
+
     # ---- guides that share the forward ------------------------------------------------------------------------------
 
     @property

@@ -57,6 +57,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise RGTGError(f"device={shown(device)} is unknown to torch: use 'cpu' or 'cuda'") from error
     if resolved.type == "meta":
         raise RGTGError("device='meta' holds no weights: use 'cpu' or 'cuda', and load the model with its weights")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise RGTGError(
+            f"device={str(device)!r} was asked for and torch sees no CUDA device: use device='cpu'"
+        )
     try:
         torch.empty(0, device=resolved)
     except Exception as error:  # each backend fails in a way of its own
@@ -371,7 +375,7 @@ def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 @contextlib.contextmanager
