@@ -34,7 +34,7 @@ from rgtg_fast.models.loading import (
     load_causal_lm,
     resolve_dtype,
 )
-from rgtg_fast.models.prompts import PromptLike, as_prompts
+from rgtg_fast.models.prompts import PromptLike, as_prompts, check_ids
 from rgtg_fast.models.transfer import Arrival, to_device
 from rgtg_fast.models.watched import Served
 from rgtg_fast.ops import advance, resample, topk_logprobs
@@ -500,6 +500,8 @@ class RewardGuidedDecoder:
             self.lm.backbone.step(self._per_context(candidates))
         whole = batch.support == "all"
         rewards = self.reward.guidance() if whole else self.reward.score(candidates)
+        if not isinstance(rewards, torch.Tensor):
+            raise RGTGError(f"{self.reward.name} gave {shown(rewards)}: score must return a tensor [B, k]")
         if batch.closed is not None:
             rewards = rewards.masked_fill(batch.closed, 0)
         return rewards.to(logprobs.dtype)
@@ -754,12 +756,8 @@ class RewardGuidedDecoder:
     def _check_length(self, row: Row, new_tokens: int) -> None:
         if not row.prompt_ids:
             raise RGTGError(f"prompt {row.prompt.index} is empty: pass at least one token")
-        outside = [token for token in row.prompt_ids if not 0 <= token < self.lm.backbone.head.out_features]
-        if outside:
-            raise RGTGError(
-                f"prompt {row.prompt.index} has token id {outside[0]}, outside the vocabulary "
-                f"(V={self.lm.backbone.head.out_features}): use the base model's tokenizer"
-            )
+        for ids in [row.prompt_ids, *row.encoded[: self._contexts - 1]]:
+            check_ids(ids, self.lm.backbone.embeddings, row.prompt.index, "base model")
         limits = [("base model", len(row.prompt_ids), self.lm.backbone.limit)]
         limit = None if self.reward is None else self.reward.limit
         if limit is not None:

@@ -97,7 +97,8 @@ def check_candidates(bytes_of_one: int, k: int, rows: int, free: int | None) -> 
     Raises:
         MemoryTooSmallError: saying how many would fit.
     """
-    if free is None or bytes_of_one * k <= free:
+    # A rough figure, meant for absurd k: below a GiB nothing is refused by it.
+    if free is None or bytes_of_one * k <= max(free, 2**30):
         return
     raise MemoryTooSmallError(
         f"scoring k={k} candidates of {rows} rows needs {bytes_of_one * k / 2**30:.2f} GiB and {free / 2**30:.2f} GiB "

@@ -63,6 +63,22 @@ class Prompt:
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
+def check_ids(ids: Sequence[int], embeddings: int, index: int, role: str) -> None:
+    """Refuses ids that a model has no embedding for: looking them up would end in an error of another kind, or none.
+
+    Args:
+        embeddings: rows of the model's embedding. index: of the prompt. role: of the model, for messages.
+
+    Raises:
+        RGTGError: naming the first such id.
+    """
+    outside = next((token for token in ids if not 0 <= token < embeddings), None)
+    if outside is not None:
+        raise RGTGError(
+            f"prompt {index} has token id {outside}, outside the vocabulary (V={embeddings}): use the {role}'s tokenizer"
+        )
+
+
 def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
     """One prompt or many as a list.
 

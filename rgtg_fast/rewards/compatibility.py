@@ -8,7 +8,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer
-from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.models.prompts import Prompt, check_ids
 
 # Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
@@ -19,16 +19,23 @@ def guide_ids(
     base: PreTrainedTokenizerBase | None,
     own: PreTrainedTokenizerBase | None,
     chat_template: str | None,
+    embeddings: int,
 ) -> list[int]:
     """A prompt's token ids in a guide's own format.
 
     Args:
         base, own: the base model's tokenizer and the guide's. chat_template: given for the guide; where neither it nor
             the guide's tokenizer has one, a chat reads as it does under the base model.
+        embeddings: rows of the guide's embedding.
+
+    Raises:
+        RGTGError: an id that the guide has no embedding for.
     """
     if prompt.messages is not None and (own is None or not (chat_template or own.chat_template)):
         own = base
-    return prompt.ids(own or base, chat_template)
+    ids = prompt.ids(own or base, chat_template)
+    check_ids(ids, embeddings, prompt.index, "reward model")
+    return ids
 
 
 def place_adapter(

@@ -164,7 +164,9 @@ class SequenceReward(Reward):
         assert self._lm is not None
         if self._attached is not None:
             return []
-        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template)]
+        assert self.backbone is not None
+        known = self.backbone.embeddings
+        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template, known)]
 
     def reserve(self, slots: int, length: int) -> None:
         self.counter = Counter()

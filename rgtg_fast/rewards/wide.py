@@ -170,7 +170,9 @@ class Follower:
         assert self._lm is not None
         if self._attached is not None:
             return []
-        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template)]
+        assert self.backbone is not None
+        known = self.backbone.embeddings
+        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template, known)]
 
     def reserve(self, slots: int, length: int, counter: Counter) -> None:
         """Makes room for `slots` rows of `length` tokens; `counter` counts from here on."""
