@@ -231,7 +231,8 @@ def as_weights(weights: Sequence[float]) -> tuple[float, ...]:
     Raises:
         RGTGError: something else.
     """
-    given: Any = weights.tolist() if hasattr(weights, "tolist") else weights
+    given: Any = weights
+    given = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise RGTGError(f"weights={shown(weights)} is no list of numbers: use for example weights=(0.7, 0.3)")
     return tuple(number(f"weights[{j}]", weight) for j, weight in enumerate(given))

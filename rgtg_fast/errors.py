@@ -45,7 +45,7 @@ def shown(value: object, most: int = 80) -> str:
     """A value as a message shows it: its repr in one line of at most `most` characters, or what it is."""
     try:
         text = repr(value)
-    except Exception:
+    except Exception:  # noqa: BLE001 - of any object
         text = ""
     if isinstance(value, (str, bytes)) and len(text) > most:
         return f"{text[: most - 3]}..."

@@ -7,12 +7,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.config import Guidance, Strategy, whole
@@ -36,14 +34,12 @@ from rgtg_fast.models.loading import (
 )
 from rgtg_fast.models.prompts import PromptLike, as_prompts, check_ids
 from rgtg_fast.models.transfer import Arrival, to_device
-from rgtg_fast.models.watched import Served
 from rgtg_fast.ops import advance, resample, topk_logprobs
 from rgtg_fast.ops.advance import FINE, NO_CANDIDATE
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 
 RewardLike = Reward | str | os.PathLike[str] | ModelAndTokenizer | Callable[..., Any] | None
-_Item = TypeVar("_Item")
 
 
 @dataclass
@@ -266,7 +262,7 @@ class RewardGuidedDecoder:
             >>> result = decoder.generate("The sky is", max_new_tokens=8)  # doctest: +SKIP
             >>> result[0].text, result.stats.tokens_per_second  # doctest: +SKIP
         """
-        with self._turn():
+        with self._turns.taken():
             return self._generated(prompts, max_new_tokens, guidance, seed, stop, trace, strategy)
 
     def _generated(self, *request: Any) -> GenerationResult:
@@ -286,10 +282,10 @@ class RewardGuidedDecoder:
         strategy: Strategy | str | None = None,
     ) -> Iterator[tuple[int, GeneratedRow]]:
         """Like `generate`, giving (index, row) as soon as a row is finished."""
-        with self._turn():
+        with self._turns.taken():
             run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
             rows = self._decoded(run, strategy)
-        return ((row.index, row) for row in self._in_turns(run, rows))
+        return ((row.index, row) for row in self._turns.of(run, rows))
 
     def stream(
         self,
@@ -310,10 +306,10 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 f"stream takes one prompt and got {len(given)}: use generate or iterate for several"
             )
-        with self._turn():
+        with self._turns.taken():
             run = self._plan(prompt, max_new_tokens, guidance, seed, stop, trace)
         run.live_text = True
-        return self._in_turns(run, self._pieces(run))
+        return self._turns.of(run, self._pieces(run))
 
     def score(
         self, prompts: PromptLike | Sequence[PromptLike], answers: str | Sequence[str | Sequence[int]]
@@ -331,8 +327,8 @@ class RewardGuidedDecoder:
         given, texts = as_prompts(prompts), _answers(answers)
         if len(texts) != len(given):
             raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
-        with self._turn():
-            self._begin_models()
+        with self._turns.taken():
+            self._turns.begin()
             scores = []
             for prompt, text in zip(given, texts, strict=True):
                 ids = self._answer_ids(prompt.index, text)
@@ -341,57 +337,6 @@ class RewardGuidedDecoder:
                 self._check_length(row, len(ids))
                 scores.append(self.reward.score_answer(row, ids))
             return scores
-
-    # ---- whose turn it is ---------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _turn(self, served: Served | None = None) -> Iterator[None]:
-        """Within, this thread alone works with the decoder's models and its guide."""
-        with Turns(self._stateful(), self._shared()).taken(), (served or self._served())():
-            yield
-
-    def _in_turns(self, run: _Run, items: Iterator[_Item]) -> Iterator[_Item]:
-        """What a run gives, as long as no newer call begins; nothing is held between two items."""
-        served = self._served()
-        while True:
-            with self._turn(served):
-                # Before anything is written: the state may be another run's.
-                if not Turns(self._stateful(), ()).belongs_to(run):
-                    raise RGTGError(
-                        "this decoder was called again before the run was through, or another decoder with the same "
-                        "guide: finish or drop an iterator first"
-                    )
-                for model in self._models():
-                    model.check_run()
-                try:
-                    item = next(items)
-                except StopIteration:
-                    return
-            yield item
-
-    def _stateful(self) -> list[object]:
-        return [self.lm.backbone, *([] if self.reward is None else self.reward.stateful())]
-
-    def _shared(self) -> list[object]:
-        own = [self.lm.backbone.model, *([] if self.tokenizer is None else [self.tokenizer])]
-        return [*own, *([] if self.reward is None else self.reward.loaded())]
-
-    def _served(self) -> Served:
-        models = [thing for thing in self._shared() if isinstance(thing, nn.Module)]
-        return Served(models, [each.model for each in self._models() if each.engine == "transformers"])
-
-    def _begin_models(self) -> None:
-        """The guide is bound to this decoder's base model, and the models are what they were when they were loaded."""
-        guide = self.reward
-        if guide is not None and any(part.bound_to is not self.lm for part in guide.stateful()):
-            if guide.models() or guide.trunk is not None:
-                raise RGTGError(
-                    f"{guide.name} was bound to another decoder's base model since: give each decoder a reward object "
-                    "of its own"
-                )
-            guide.bind(self.lm, **self._binding)
-        for model in self._models():
-            model.begin_run()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -685,14 +630,15 @@ class RewardGuidedDecoder:
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, 128)
         given = as_prompts(prompts)
         settings = list(guidance) if isinstance(guidance, Sequence) else [guidance] * len(given)
-        listed: Any = seed.tolist() if hasattr(seed, "tolist") else seed
+        listed: Any = seed
+        listed = listed.tolist() if hasattr(listed, "tolist") else listed
         seeds = list(listed) if isinstance(listed, Sequence) else [listed] * len(given)
         for name, values in (("guidance", settings), ("seed", seeds)):
             if len(values) != len(given):
                 raise RGTGError(
                     f"{len(values)} values of {name} for {len(given)} prompts: pass one, or one per prompt"
                 )
-        self._begin_models()
+        self._turns.begin()
         rows = []
         for prompt, setting, number in zip(given, settings, seeds, strict=True):
             self._check_guidance(setting)
@@ -722,7 +668,7 @@ class RewardGuidedDecoder:
 
     def _claim(self, run: _Run) -> None:
         """The caches and the guide belong to a run from now on."""
-        Turns(self._stateful(), ()).claim(run)
+        self._turns.claim(run)
         self.lm.backbone.contexts = self._contexts
 
     def _check_guidance(self, guidance: Guidance) -> None:
@@ -811,6 +757,10 @@ class RewardGuidedDecoder:
         return self._step(batch, trace, PhaseTimer())
 
     # ---- small things -------------------------------------------------------------------------------------------
+
+    @property
+    def _turns(self) -> Turns:
+        return Turns(self.lm, self.reward, self._binding)
 
     @property
     def _contexts(self) -> int:

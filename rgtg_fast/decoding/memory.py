@@ -20,7 +20,9 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + reserved)
-    return min((free for free in (_of_machine(), _of_container(), _of_process()) if free is not None), default=None)
+    return min(
+        (free for free in (_of_machine(), _of_container(), _of_process()) if free is not None), default=None
+    )
 
 
 def _of_machine() -> int | None:
@@ -78,9 +80,7 @@ def check_fits(
         return
     fit = free // bytes_per_row
     way_out = (
-        f"{setting}={fit} would fit"
-        if fit
-        else "not even one row fits: use fewer tokens or a smaller dtype"
+        f"{setting}={fit} would fit" if fit else "not even one row fits: use fewer tokens or a smaller dtype"
     )
     raise MemoryTooSmallError(
         f"the KV caches of {rows} rows of {length} tokens need {needed / 2**30:.2f} GiB and "

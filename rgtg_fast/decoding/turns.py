@@ -10,12 +10,19 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.watched import Served
+from rgtg_fast.rewards.base import Reward
+
+Item = TypeVar("Item")
 
 
 class _Turn:
@@ -55,21 +62,33 @@ if hasattr(os, "register_at_fork"):
 
 
 class Turns:
-    """The right to use what a decoder works with.
+    """The right to use a base model and a guide.
 
     Args:
-        stateful: caches and guides, which hold the rows of one run. shared: models and tokenizers, which hold nothing
-            between two forwards and may serve several decoders.
+        lm: the base model. reward: the guide, bound to it. binding: how, for when another decoder has taken it over.
     """
 
-    def __init__(self, stateful: Sequence[object], shared: Sequence[object]):
-        self._stateful, self._shared = list(stateful), list(shared)
+    def __init__(self, lm: LanguageModel, reward: Reward | None, binding: dict[str, Any]):
+        self._lm, self._reward, self._binding = lm, reward, binding
+        self._backbones = [lm.backbone, *([] if reward is None else reward.models())]
+        # Caches and guides hold the rows of one run; models and tokenizers hold nothing between two forwards.
+        self._stateful = [lm.backbone, *([] if reward is None else reward.stateful())]
+        own = [lm.backbone.model, *([] if lm.tokenizer is None else [lm.tokenizer])]
+        self._shared = [*own, *([] if reward is None else reward.loaded())]
+
+    def served(self) -> Served:
+        """What makes the models compute what decoding needs."""
+        models = [thing for thing in self._shared if isinstance(thing, nn.Module)]
+        return Served(models, [each.model for each in self._backbones if each.engine == "transformers"])
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Within, no other thread uses any of it, and forwards are what inference computes.
+    def taken(self, served: Served | None = None) -> Iterator[None]:
+        """Within, no other thread uses any of it, and forwards compute what decoding needs.
 
         Other threads wait. Locks are taken in one order everywhere, so that two decoders cannot wait for each other.
+
+        Args:
+            served: as `served` gave it before; looked up anew by default.
 
         Raises:
             RGTGError: this thread is in the middle of a step already: a guide's own code has called the decoder.
@@ -87,13 +106,46 @@ class Turns:
                 turn.busy = True
                 stack.callback(setattr, turn, "busy", False)
             stack.enter_context(torch.inference_mode())
+            stack.enter_context((served or self.served())())
             yield
 
+    def begin(self) -> None:
+        """The guide is bound to this base model, and the models are what they were when they were loaded.
+
+        Raises:
+            RGTGError: it cannot be so.
+        """
+        guide = self._reward
+        if guide is not None and any(part.bound_to is not self._lm for part in guide.stateful()):
+            if guide.models() or guide.trunk is not None:
+                raise RGTGError(
+                    f"{guide.name} was bound to another decoder's base model since: give each decoder a reward object "
+                    "of its own"
+                )
+            guide.bind(self._lm, **self._binding)
+        for backbone in self._backbones:
+            backbone.begin_run()
+
     def claim(self, run: object) -> None:
-        """The state belongs to a run from now on; older ones are over."""
+        """The caches and the guide belong to a run from now on; older ones are over."""
         for thing in self._stateful:
             _turn(thing).run = run
 
-    def belongs_to(self, run: object) -> bool:
-        """Whether no newer run has claimed any of the state."""
-        return all(_turn(thing).run is run for thing in self._stateful)
+    def of(self, run: object, items: Iterator[Item]) -> Iterator[Item]:
+        """What a run gives, as long as no newer one begins; nothing is held between two items."""
+        served = self.served()
+        while True:
+            with self.taken(served):
+                # Before anything is written: the state may be another run's.
+                if any(_turn(thing).run is not run for thing in self._stateful):
+                    raise RGTGError(
+                        "this decoder was called again before the run was through, or another decoder with the same "
+                        "guide: finish or drop an iterator first"
+                    )
+                for backbone in self._backbones:
+                    backbone.check_run()
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item

@@ -256,7 +256,7 @@ class Backbone:
 
     @property
     def step_bytes_per_token(self) -> int:
-        """Bytes that an undecided token takes while a step runs: its keys and values, and about what a block computes."""
+        """Bytes that an undecided token takes in a step: its keys and values, and about what a block computes."""
         config: Any = self.model.config.get_text_config()
         inner = int(getattr(config, "intermediate_size", None) or 4 * self.head.in_features)
         numbers = 4 * self.head.in_features + 2 * inner

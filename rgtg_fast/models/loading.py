@@ -56,7 +56,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise RGTGError(f"device={shown(device)} is unknown to torch: use 'cpu' or 'cuda'") from error
     if resolved.type == "meta":
-        raise RGTGError("device='meta' holds no weights: use 'cpu' or 'cuda', and load the model with its weights")
+        raise RGTGError(
+            "device='meta' holds no weights: use 'cpu' or 'cuda', and load the model with its weights"
+        )
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise RGTGError(
             f"device={str(device)!r} was asked for and torch sees no CUDA device: use device='cpu'"
@@ -104,7 +106,7 @@ def as_source(source: Any, role: str) -> str | os.PathLike[str] | ModelAndTokeni
         )
     if model is source:
         raise RGTGError(
-            f"the {role} is a {type(model).__name__} alone: pass (model, tokenizer), or (model, None) for prompts of ids"
+            f"the {role} is a {type(model).__name__} alone: pass (model, tokenizer), or (model, None) for ids"
         )
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise RGTGError(

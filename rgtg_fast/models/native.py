@@ -106,9 +106,9 @@ class NativeLayers:
     """A transformers decoder whose layers run as one C++ call per pass.
 
     The model's weights are read where they are: matrices are neither copied nor packed, so in-place changes are seen,
-    while biases and norm weights (a few kilobytes) are copied to float32, anew by `refresh`. Activations are float32; with bfloat16
-    weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result is the same bits
-    in any batch and with any number of threads.
+    while biases and norm weights (a few kilobytes) are copied to float32, anew by `refresh`. Activations are float32;
+    with bfloat16 weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result is
+    the same bits in any batch and with any number of threads.
 
     Args:
         model: the decoder without its head: LlamaModel, MistralModel, Qwen2Model, Qwen3Model or GemmaModel.

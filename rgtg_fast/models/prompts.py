@@ -75,7 +75,8 @@ def check_ids(ids: Sequence[int], embeddings: int, index: int, role: str) -> Non
     outside = next((token for token in ids if not 0 <= token < embeddings), None)
     if outside is not None:
         raise RGTGError(
-            f"prompt {index} has token id {outside}, outside the vocabulary (V={embeddings}): use the {role}'s tokenizer"
+            f"prompt {index} has token id {outside}, outside the vocabulary (V={embeddings}): "
+            f"use the {role}'s tokenizer"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,7 +84,7 @@ class Served:
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             for model in self._configured:
-                own = model.config._attn_implementation
+                own: Any = model.config._attn_implementation
                 if own not in (NAME, PACKED):
                     model.set_attn_implementation(NAME)
                     stack.callback(model.set_attn_implementation, own)

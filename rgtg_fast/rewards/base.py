@@ -262,7 +262,5 @@ def as_rewards(
     if rewards.is_complex() or rewards.layout != torch.strided:
         raise RGTGError(f"{name} returned {rewards.dtype} ({rewards.layout}): return a dense real tensor")
     if rewards.shape != shape:
-        raise RGTGError(
-            f"{name} returned shape {tuple(rewards.shape)} for {asked}: return one reward each"
-        )
+        raise RGTGError(f"{name} returned shape {tuple(rewards.shape)} for {asked}: return one reward each")
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32))

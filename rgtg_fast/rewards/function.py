@@ -78,15 +78,15 @@ def check_function(function: object) -> None:
         RGTGError: saying what to pass instead.
     """
     if isinstance(function, PreTrainedModel):
-        raise RGTGError(
-            f"the reward is a {type(function).__name__} alone: pass (model, tokenizer)"
-        )
+        raise RGTGError(f"the reward is a {type(function).__name__} alone: pass (model, tokenizer)")
     if isinstance(function, PreTrainedTokenizerBase):
         raise RGTGError(f"the reward is a {type(function).__name__}: pass (model, tokenizer)")
     if isinstance(function, type) and issubclass(function, Reward):
-        raise RGTGError(f"the reward is the class {function.__name__}: pass an object, {function.__name__}(...)")
+        raise RGTGError(
+            f"the reward is the class {function.__name__}: pass an object, {function.__name__}(...)"
+        )
     if not callable(function):
         raise RGTGError(
-            f"reward={shown(function)} is not callable: pass f(prefix_ids, candidate_ids) -> rewards, a path or hub id, "
-            "a reward object, or None"
+            f"reward={shown(function)} is not callable: pass f(prefix_ids, candidate_ids) -> rewards, a path or "
+            "hub id, a reward object, or None"
         )

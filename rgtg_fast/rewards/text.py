@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +63,8 @@ class TextReward(Reward):
         if callable(self.source):
             self._function = self.source
             return
-        model, tokenizer = load_sequence_classifier(self.source, lm.backbone.model, dtype)
+        source: Any = self.source
+        model, tokenizer = load_sequence_classifier(source, lm.backbone.model, dtype)
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
         self._model, self._tokenizer = model, tokenizer

@@ -270,7 +270,7 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within the pairs of a packed batch; without `packing`, what `prefix_attention` does. Returns [R, S, H, D]."""
+    """Attention [R, S, H, D] within the pairs of a packed batch; without `packing`, what `prefix_attention` gives."""
     if packing is None:
         return prefix_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs

@@ -210,7 +210,9 @@ def test_wishes_without_bounds_are_refused_with_what_would_fit(
 def test_more_candidates_than_memory_for_a_step_are_refused(
     decoder: RewardGuidedDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rgtg_fast.models.backbone.Backbone.step_bytes_per_token", property(lambda self: 2**40))
+    monkeypatch.setattr(
+        "rgtg_fast.models.backbone.Backbone.step_bytes_per_token", property(lambda self: 2**40)
+    )
     refused(lambda: decoder.generate("w1", 2, GREEDY), "scoring k=8 candidates of 1 rows needs 8192.00 GiB")
 
 
@@ -222,7 +224,10 @@ def test_large_settings_that_cost_nothing_are_taken(decoder: RewardGuidedDecoder
     assert decoder.generate("w1", 4, strategy=Blocks(length=10**9))[0].tokens == blocks[0].tokens
     assert decoder.generate("w1", 4, strategy=Segments(longest=10**9, shortest=10**9))[0].tokens
     ignored = Guidance(k=10**30, support="all", temperature=0)
-    assert load().generate("w1", 4, ignored)[0].tokens == load().generate("w1", 4, Guidance(temperature=0))[0].tokens
+    assert (
+        load().generate("w1", 4, ignored)[0].tokens
+        == load().generate("w1", 4, Guidance(temperature=0))[0].tokens
+    )
     padded = load(max_batch=10**12, pad_batch=True)
     refused(lambda: padded.generate("w1", 4, GREEDY), "would fit")
 

@@ -319,7 +319,7 @@ def test_a_base_model_that_changes_under_its_adapter_is_refused(tmp_path: Path, 
     shared = decoder(lm, SequenceReward(write_adapter(tmp_path, lm, 1)), engine)
     shared.generate(PROMPTS[:1], 2)
     lm.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-    with pytest.raises(RGTGError, match="changed after .* was attached to them"):
+    with pytest.raises(RGTGError, match=r"changed after .* was attached to them"):
         shared.generate(PROMPTS[:1], 2)
 
 
@@ -333,4 +333,6 @@ def test_one_adapter_guides_two_decoders_of_its_base(tmp_path: Path, engine: str
     for other in (lm, base()):
         two = decoder(other, guide, engine)
         for each in (two, one):
-            assert [row.tokens for row in each.generate(PROMPTS, 6, guidance)] == [row.tokens for row in right]
+            assert [row.tokens for row in each.generate(PROMPTS, 6, guidance)] == [
+                row.tokens for row in right
+            ]

@@ -1,4 +1,4 @@
-"""What two users of one decoder, model or guide see of each other: right answers, or an error before anything is wrong."""
+"""What two users of one decoder, model or guide see of each other: right answers or an error."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_many_short_calls_of_two_threads_are_right() -> None:
         for _ in range(10):
             try:
                 found = tokens(decoder, PROMPTS[which], 3)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the test names it
                 wrong.append(error)
                 return
             if found != right[which]:
@@ -156,7 +156,7 @@ def test_a_rewards_own_code_may_call_another_decoder_but_not_its_own() -> None:
 def test_a_forked_process_decodes_though_another_thread_held_the_decoder() -> None:
     decoder = make_decoder(by_prefix)
     right = tokens(decoder)
-    with decoder._turn(), warnings.catch_warnings():
+    with decoder._turns.taken(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # about forks beside threads
         child = os.fork()
         if not child:
@@ -191,11 +191,11 @@ def test_best_of_n_goes_on_after_its_own_samples() -> None:
     ]
 
 
-# ---- one guide in two decoders ----------------------------------------------------------------------------------------
+# ---- one guide in two decoders --------------------------------------------------------------------------------------
 
 
 def side_by_side(reward: Any) -> None:
-    """Streams of two decoders with one reward object, a token each in turn, against each decoder with one of its own."""
+    """Streams of two decoders with one reward object, a token each in turn."""
     decoders = [make_decoder(reward, seed) for seed in (0, 5)]
     right = [tokens(decoder, prompt) for decoder, prompt in zip(decoders, PROMPTS, strict=True)]
     assert right[0] == tokens(decoders[0], PROMPTS[0])
@@ -279,7 +279,7 @@ def test_a_guide_whose_decoder_is_gone_is_used_again() -> None:
     assert make_decoder(guide).reward is guide
 
 
-# ---- a model that changes ---------------------------------------------------------------------------------------------
+# ---- a model that changes -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["native", "transformers"])

@@ -233,7 +233,11 @@ def test_one_model_is_scored_in_rows_and_decoded_with_in_any_order() -> None:
         (make_lm(), tokenizer), reward=SequenceReward((model, tokenizer)), engine="transformers"
     )
     right = decoder.generate("w1 w2", 6)[0]
-    for change in (lambda: None, lambda: use_packed_attention(model), lambda: model.set_attn_implementation("sdpa")):
+    for change in (
+        lambda: None,
+        lambda: use_packed_attention(model),
+        lambda: model.set_attn_implementation("sdpa"),
+    ):
         change()
         assert score_pairs(model, PAIRS) == scores
         row = decoder.generate("w1 w2", 6)[0]
