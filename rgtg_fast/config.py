@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 
 SUPPORTS = ("lm", "combined", "all")
+# Settings go to the device in float32.
+LARGEST = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -45,31 +49,25 @@ class Guidance:
     gate_entropy: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int):
-            raise RGTGError(f"k={self.k!r} is not a whole number: use k >= 1")
-        if self.k < 1:
+        k = whole("k", self.k)
+        if k < 1:
             raise RGTGError(
-                f"k={self.k} is below 1: use k >= 1 (k=1 with temperature=0 is the base model's greedy)"
+                f"k={k} is below 1: use k >= 1 (k=1 with temperature=0 is the base model's greedy)"
             )
-        object.__setattr__(self, "beta", _number("beta", self.beta))
-        object.__setattr__(self, "temperature", _number("temperature", self.temperature))
-        if not math.isfinite(self.beta):
-            raise RGTGError(f"beta={self.beta} is not finite: use a number such as 1.0 (0 is the base model)")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
+        object.__setattr__(self, "k", k)
+        object.__setattr__(self, "beta", number("beta", self.beta))
+        object.__setattr__(self, "temperature", _temperature(self.temperature))
+        if not isinstance(self.support, str) or self.support not in SUPPORTS:
             raise RGTGError(
-                f"temperature={self.temperature} is not a number >= 0: use 0 for greedy, 1 to sample"
-            )
-        if self.support not in SUPPORTS:
-            raise RGTGError(
-                f"support={self.support!r} is unknown: use one of {', '.join(map(repr, SUPPORTS))}"
+                f"support={shown(self.support)} is unknown: use one of {', '.join(map(repr, SUPPORTS))}"
             )
         if self.weights is not None:
             object.__setattr__(self, "weights", as_weights(self.weights))
         if self.gate_entropy is not None:
-            object.__setattr__(self, "gate_entropy", _number("gate_entropy", self.gate_entropy))
-            if not math.isfinite(self.gate_entropy) or self.gate_entropy < 0:
+            object.__setattr__(self, "gate_entropy", number("gate_entropy", self.gate_entropy))
+            if self.gate_entropy < 0:
                 raise RGTGError(
-                    f"gate_entropy={self.gate_entropy} is not a number >= 0: use nats such as 1.0, None for no gate"
+                    f"gate_entropy={self.gate_entropy} is below 0: use nats such as 1.0, None for no gate"
                 )
 
 
@@ -94,7 +92,7 @@ class BestOfN:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("n", self.n, 1)
+        _at_least(self, "n", 1)
         _sampling(self)
 
 
@@ -132,17 +130,14 @@ class Segments:
 
     def __post_init__(self) -> None:
         for name in ("target", "alpha", "beta", "entropy"):
-            value = _number(name, getattr(self, name))
-            object.__setattr__(self, name, value)
-            if not math.isfinite(value):
-                raise RGTGError(f"{name}={value} is not finite: use a number")
+            object.__setattr__(self, name, number(name, getattr(self, name)))
         if not 0 <= self.alpha <= 1:
             raise RGTGError(f"alpha={self.alpha} is outside of 0 to 1: use for example 0.5")
         if self.beta <= 0:
             raise RGTGError(f"beta={self.beta} is not above 0: use for example 0.7")
-        _at_least("shortest", self.shortest, 1)
-        _at_least("longest", self.longest, self.shortest)
-        _at_least("rejections", self.rejections, 0)
+        _at_least(self, "shortest", 1)
+        _at_least(self, "longest", self.shortest)
+        _at_least(self, "rejections", 0)
         _sampling(self)
 
 
@@ -164,45 +159,80 @@ class Blocks:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("k", self.k, 1)
-        _at_least("length", self.length, 1)
+        _at_least(self, "k", 1)
+        _at_least(self, "length", 1)
         _sampling(self)
 
 
 Strategy = BestOfN | Segments | Blocks
 
 
-def _at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RGTGError(f"{name}={value!r} is not a whole number >= {least}: use for example {max(least, 4)}")
+def whole(name: str, value: Any, least: int | None = None, example: int = 4) -> int:
+    """A setting that is a whole number: Python's, numpy's or torch's.
+
+    Raises:
+        RGTGError: something else, true and false among it, or a number below `least`.
+    """
+    plain = _scalar(value)
+    if not isinstance(plain, numbers.Integral) or (least is not None and plain < least):
+        bound = "" if least is None else f" >= {least}"
+        raise RGTGError(f"{name}={shown(value)} is not a whole number{bound}: use for example {example}")
+    return int(plain)
+
+
+def number(name: str, value: Any) -> float:
+    """A setting that is a number, as finite in float32 as the device needs it: Python's, numpy's or torch's.
+
+    Raises:
+        RGTGError: something else, true and false among it, NaN, or a number beyond float32.
+    """
+    plain = _scalar(value)
+    if not isinstance(plain, numbers.Real):
+        raise RGTGError(f"{name}={shown(value)} is not a number: use for example {name}=1.0")
+    try:
+        converted = float(plain)
+    except OverflowError:
+        converted = math.inf
+    if not math.isfinite(converted):
+        raise RGTGError(f"{name}={shown(value)} is not finite: use a number such as 1.0")
+    if abs(converted) > LARGEST:
+        raise RGTGError(f"{name}={converted:g} is beyond float32 ({LARGEST:.3g}): use a number such as 1.0")
+    return converted
+
+
+def _scalar(value: Any) -> Any:
+    """The number in an array without dimensions; None for what is no number."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, bool) else value
+
+
+def _at_least(strategy: Strategy, name: str, least: int) -> None:
+    value = whole(name, getattr(strategy, name), least, max(least, 4))
+    object.__setattr__(strategy, name, value)
+
+
+def _temperature(value: Any) -> float:
+    temperature = number("temperature", value)
+    if temperature < 0:
+        raise RGTGError(f"temperature={temperature} is not a number >= 0: use 0 for greedy, 1 to sample")
+    return temperature
 
 
 def _sampling(strategy: Strategy) -> None:
-    object.__setattr__(strategy, "temperature", _number("temperature", strategy.temperature))
-    if not math.isfinite(strategy.temperature) or strategy.temperature < 0:
-        raise RGTGError(f"temperature={strategy.temperature} is not a number >= 0: use 1 to sample")
+    object.__setattr__(strategy, "temperature", _temperature(strategy.temperature))
     if strategy.top_k is not None:
-        _at_least("top_k", strategy.top_k, 1)
+        _at_least(strategy, "top_k", 1)
 
 
 def as_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights of a mixture's guides as finite numbers.
+    """Weights of a mixture's guides as numbers that float32 holds.
 
     Raises:
         RGTGError: something else.
     """
-    if isinstance(weights, str) or not isinstance(weights, Sequence):
-        raise RGTGError(f"weights={weights!r} is no list of numbers: use for example weights=(0.7, 0.3)")
-    checked = tuple(_number(f"weights[{j}]", weight) for j, weight in enumerate(weights))
-    for j, weight in enumerate(checked):
-        if not math.isfinite(weight):
-            raise RGTGError(
-                f"weights[{j}]={weight} is not finite: use a number such as 1.0 (0 takes a guide out)"
-            )
-    return checked
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RGTGError(f"{name}={value!r} is not a number: use for example {name}=1.0")
-    return float(value)
+    given: Any = weights
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise RGTGError(f"weights={shown(weights)} is no list of numbers: use for example weights=(0.7, 0.3)")
+    return tuple(number(f"weights[{j}]", weight) for j, weight in enumerate(given))

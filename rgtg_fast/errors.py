@@ -8,6 +8,10 @@ from typing import Any
 class RGTGError(ValueError):
     """Raised for every input that cannot work; its message is one line that says what would."""
 
+    def __init__(self, message: str = ""):
+        # What a message quotes, such as another library's error, may have lines of its own.
+        super().__init__(" ".join(message.split("\n")) if "\n" in message else message)
+
 
 class MemoryTooSmallError(RGTGError):
     """Raised before anything is allocated: the prefix caches of a call would not fit the device's memory."""
@@ -29,5 +33,22 @@ class RewardNaNError(RGTGError):
             f"the reward of prompt {row}, step {step}, candidate token {token}{shown} is NaN or +inf: "
             "check the reward model's weights and dtype (float16 overflows: try bfloat16 or float32)"
         )
-        self.row, self.step, self.token = row, step, token
+        self.row, self.step, self.token, self.text = row, step, token, text
         self.finished: list[Any] = finished if finished is not None else []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process gets the error by its arguments, not by its message.
+        return type(self), (self.row, self.step, self.token, self.text, self.finished)
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as a message shows it: its repr in one line of at most `most` characters, or what it is."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - of any object
+        text = ""
+    if isinstance(value, (str, bytes)) and len(text) > most:
+        return f"{text[: most - 3]}..."
+    if not text or "\n" in text or len(text) > most:
+        return f"an object of class {type(value).__name__}"
+    return text

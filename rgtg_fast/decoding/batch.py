@@ -96,7 +96,9 @@ class SlotState:
         g = row.guidance
         # Only rows whose support is "combined" are selected by their guidance.
         selected = g.beta if g.support == "combined" else 0.0
-        values = (row.prompt_ids[-1], 0, limit, row.seed, g.k, g.beta, g.temperature, selected)
+        # Without meaning for support="all", where it may be beyond 64 bits.
+        k = 0 if g.support == "all" else g.k
+        values = (row.prompt_ids[-1], 0, limit, row.seed, k, g.beta, g.temperature, selected)
         for x, value in zip(self.tensors(), values, strict=True):
             x[slot].fill_(value)
 

@@ -8,21 +8,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rgtg_fast.config import Guidance, Strategy
+from rgtg_fast.config import Guidance, Strategy, whole
 from rgtg_fast.decoding.batch import Batch, Row, SlotState
 from rgtg_fast.decoding.decision import Decision, unpacked
 from rgtg_fast.decoding.graphs import StepGraphs, bucket
-from rgtg_fast.decoding.memory import check_fits
+from rgtg_fast.decoding.memory import check_candidates, check_fits
 from rgtg_fast.decoding.results import GeneratedRow, GenerationResult, Piece, Stats
 from rgtg_fast.decoding.strategies import Call, Ends, check_strategy, named_strategy, run_strategy
 from rgtg_fast.decoding.text import as_stops, before_stop, shown_text
 from rgtg_fast.decoding.trace import Seen, seen, write_trace
-from rgtg_fast.errors import RewardNaNError, RGTGError
+from rgtg_fast.decoding.turns import Turns
+from rgtg_fast.errors import RewardNaNError, RGTGError, shown
 from rgtg_fast.models.autocast import without_autocast
 from rgtg_fast.models.backbone import Backbone
 from rgtg_fast.models.language_model import LanguageModel
@@ -40,7 +41,7 @@ from rgtg_fast.ops.advance import FINE, NO_CANDIDATE
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 
-RewardLike = Reward | str | os.PathLike[str] | Callable[..., Any] | None
+RewardLike = Reward | str | os.PathLike[str] | ModelAndTokenizer | Callable[..., Any] | None
 
 
 @dataclass
@@ -51,7 +52,6 @@ class _Run:
     max_new_tokens: int
     stops: list[str]
     trace: bool
-    number: int
     timer: PhaseTimer
     ahead: int  # steps that may be on the device before the host looks at their decisions
     graphs: StepGraphs | None
@@ -72,7 +72,8 @@ class RewardGuidedDecoder:
     """Decodes from π(v)·exp(β·r(v)) over the top k next tokens of a frozen language model.
 
     Build one with `from_pretrained`, then call `generate`, `iterate`, `stream` or `score`. A decoder holds one prefix
-    cache per model and decodes one call at a time.
+    cache per model and decodes one call at a time: threads wait for each other, and an iterator that is not through
+    ends with an error once a newer call has begun. Several decoders may have models and reward objects in common.
 
     Args:
         lm: the base language model. reward: the guide, already bound to it, or None.
@@ -96,10 +97,12 @@ class RewardGuidedDecoder:
         graphs: bool | None = None,
         pad_batch: bool = False,
     ):
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-            raise RGTGError(f"max_batch={max_batch!r} is not a whole number >= 1: use for example 8")
-        self.lm, self.reward, self.max_batch, self.pad_batch = lm, reward, max_batch, pad_batch
-        lm.backbone.contexts = self._contexts
+        self.lm, self.reward, self.pad_batch = lm, reward, pad_batch
+        self.max_batch = whole("max_batch", max_batch, 1, 8)
+        if reward is not None:
+            reward.used_by(self)
+        # As the guide was bound, to be bound again where another decoder has taken it over.
+        self._binding: dict[str, Any] = {"dtype": None, "engine": "auto", "max_length": None}
         self.phase_timer: Callable[[], PhaseTimer] = PhaseTimer
         reason = None if lm.backbone.device.type == "cuda" else f"the models are on {lm.backbone.device}"
         self.ahead = 1 if reason is None else 0
@@ -113,7 +116,11 @@ class RewardGuidedDecoder:
         self._slots = SlotState.empty(0, lm.backbone.device)
         self._eos_ids: frozenset[int] = frozenset()
         self._eos = torch.zeros(0, dtype=torch.int64, device=lm.backbone.device)
-        self._runs = 0
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise RGTGError(
+            "a decoder cannot be copied or sent to another process: make one there with from_pretrained"
+        )
 
     @classmethod
     @without_autocast
@@ -136,8 +143,8 @@ class RewardGuidedDecoder:
         Args:
             lm: path or hub id of a causal language model, or a (model, tokenizer) pair.
             reward: path or hub id of a reward model (a `SequenceReward`), after a method's name and a colon
-                (`"farma:path"`, see `named_guide`) for another guide, a reward object, a function
-                f(prefix_ids, candidate_ids) -> rewards, or None for the base model alone.
+                (`"farma:path"`, see `named_guide`) for another guide, a reward object, a (model, tokenizer) pair (a
+                `SequenceReward`), a function f(prefix_ids, candidate_ids) -> rewards, or None for the base model alone.
             device: by default CUDA where there is one, a loaded model's own.
             dtype: by default float32 on a CPU, bfloat16 on CUDA, a loaded model's own.
             max_batch: rows decoded at once.
@@ -156,16 +163,23 @@ class RewardGuidedDecoder:
         Raises:
             RGTGError: anything that cannot work, in one line.
         """
-        if max_length is not None and (isinstance(max_length, bool) or max_length < 2):
-            raise RGTGError(f"max_length={max_length!r} leaves no room: use 2 or more tokens, or None")
+        max_batch = whole("max_batch", max_batch, 1, 8)
+        if max_length is not None:
+            max_length = whole("max_length", max_length, 2, 512)
+        if not isinstance(compile, (bool, Mapping)):
+            raise RGTGError(f"compile={shown(compile)} is neither True, False nor torch.compile's options")
+        guide = _as_reward(reward)
         model, tokenizer = load_causal_lm(lm, device, dtype)
         backbone = language_backbone(model, engine, max_length)
-        language_model = LanguageModel(backbone, tokenizer, backbone.head.out_features)
-        guide = _as_reward(reward)
+        vocabulary = min(backbone.head.out_features, backbone.embeddings)
+        language_model = LanguageModel(backbone, tokenizer, vocabulary)
+        kind = None if dtype is None else resolve_dtype(dtype, model.device)
+        binding = {"dtype": kind, "engine": engine, "max_length": max_length}
         if guide is not None:
-            kind = None if dtype is None else resolve_dtype(dtype, model.device)
-            guide.bind(language_model, dtype=kind, engine=engine, max_length=max_length)
+            guide = guide.for_decoder()
+            guide.bind(language_model, **binding)
         decoder = cls(language_model, guide, max_batch, graphs, pad_batch)
+        decoder._binding = binding
         if join_products or (join_products is None and backbone.device.type == "cuda"):
             for each in decoder._models():
                 each.join_products()
@@ -251,7 +265,12 @@ class RewardGuidedDecoder:
             >>> result = decoder.generate("The sky is", max_new_tokens=8)  # doctest: +SKIP
             >>> result[0].text, result.stats.tokens_per_second  # doctest: +SKIP
         """
-        run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
+        with self._turns.taken():
+            return self._generated(prompts, max_new_tokens, guidance, seed, stop, trace, strategy)
+
+    def _generated(self, *request: Any) -> GenerationResult:
+        *plan, strategy = request
+        run = self._plan(*plan)
         rows = sorted(self._decoded(run, strategy), key=lambda row: row.index)
         return GenerationResult(rows, run.stats)
 
@@ -266,8 +285,10 @@ class RewardGuidedDecoder:
         strategy: Strategy | str | None = None,
     ) -> Iterator[tuple[int, GeneratedRow]]:
         """Like `generate`, giving (index, row) as soon as a row is finished."""
-        run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
-        return ((row.index, row) for row in self._decoded(run, strategy))
+        with self._turns.taken():
+            run = self._plan(prompts, max_new_tokens, guidance, seed, stop, trace)
+            rows = self._decoded(run, strategy)
+        return ((row.index, row) for row in self._turns.of(run, rows))
 
     def stream(
         self,
@@ -283,15 +304,15 @@ class RewardGuidedDecoder:
         The pieces' texts join to the answer's text; text that may be the beginning of a stop string, or an unfinished
         character, waits for the next piece.
         """
-        run = self._plan(prompt, max_new_tokens, guidance, seed, stop, trace)
-        if len(run.rows) != 1:
+        given = as_prompts(prompt, self.tokenizer)
+        if len(given) != 1:
             raise RGTGError(
-                f"stream takes one prompt and got {len(run.rows)}: use generate or iterate for several"
+                f"stream takes one prompt and got {len(given)}: use generate or iterate for several"
             )
-        return self._pieces(run)
+        with self._turns.taken():
+            run = self._plan(given[0].given, max_new_tokens, guidance, seed, stop, trace)
+        return self._turns.of(run, self._pieces(run))
 
-    @without_autocast
-    @torch.inference_mode()
     def score(
         self, prompts: PromptLike | Sequence[PromptLike], answers: str | Sequence[str | Sequence[int]]
     ) -> list[list[float]]:
@@ -308,19 +329,19 @@ class RewardGuidedDecoder:
         given, texts = as_prompts(prompts, self.tokenizer), as_answers(answers, self.tokenizer)
         if len(texts) != len(given):
             raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
-        rows = []
-        for prompt, ids in zip(given, texts, strict=True):
-            check_known(ids, self.lm.vocabulary, f"answer {prompt.index}")
-            row = Row(prompt, self._prompt_ids(prompt))
-            row.encoded = self.reward.encode(prompt)
-            self._check_length(row, len(ids))
-            rows.append(row)
-        return [self.reward.score_answer(row, ids) for row, ids in zip(rows, texts, strict=True)]
+        with self._turns.taken():
+            self._turns.begin()
+            rows = []
+            for prompt, ids in zip(given, texts, strict=True):
+                check_known(ids, self.lm.vocabulary, f"answer {prompt.index}")
+                row = Row(prompt, self._prompt_ids(prompt))
+                row.encoded = self.reward.encode(prompt)
+                self._check_length(row, len(ids))
+                rows.append(row)
+            return [self.reward.score_answer(row, ids) for row, ids in zip(rows, texts, strict=True)]
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
-    @without_autocast
-    @torch.inference_mode()
     def _steps(self, run: _Run) -> Iterator[list[Row]]:
         """One iteration per token; the host may look at it `ahead` steps late. Gives the rows that it advanced."""
         phase, flights = run.timer, deque[_Flight]()
@@ -337,7 +358,7 @@ class RewardGuidedDecoder:
                 if rows:
                     yield rows
                 with phase("host"):
-                    self._retire(run, batch)
+                    self._retire(batch)
 
     def _step(self, batch: Batch, trace: bool, phase: PhaseTimer) -> list[torch.Tensor]:
         """Decides one token of every row: top-k → score → resample → commit.
@@ -426,6 +447,8 @@ class RewardGuidedDecoder:
             self.lm.backbone.step(self._per_context(candidates))
         whole = batch.support == "all"
         rewards = self.reward.guidance() if whole else self.reward.score(candidates)
+        if not isinstance(rewards, torch.Tensor):
+            raise RGTGError(f"{self.reward.name} gave {shown(rewards)}: score must return a tensor [B, k]")
         if batch.closed is not None:
             rewards = rewards.masked_fill(batch.closed, 0)
         return rewards.to(logprobs.dtype)
@@ -513,9 +536,8 @@ class RewardGuidedDecoder:
             if fault != FINE:
                 raise RewardNaNError(row.prompt.index, len(row.answer), fault, self.lm.token_text(fault))
 
-    def _retire(self, run: _Run, batch: Batch) -> None:
+    def _retire(self, batch: Batch) -> None:
         """Finished rows leave their slots, which the last rows take."""
-        self._check_not_overtaken(run)
         finished = [slot for slot, row in enumerate(batch.rows) if row.finish_reason is not None]
         for slot in reversed(finished):
             source = batch.remove(slot)
@@ -542,21 +564,23 @@ class RewardGuidedDecoder:
 
         def sampled(prompts: list[PromptLike], guidance: Guidance, seeds: list[int]) -> GenerationResult:
             backbone = self.lm.backbone
-            guided = backbone.lookahead, backbone.contexts
+            lookahead = backbone.lookahead
             # No guide looks on: a step runs one token a row, whatever a guide that shares the forward would want.
             backbone.lookahead = False
             try:
                 unguided = RewardGuidedDecoder(self.lm, None, self.max_batch, graphs=False)
-                return unguided.generate(prompts, run.max_new_tokens, guidance, seeds, run.stops or None)
+                request = prompts, run.max_new_tokens, guidance, seeds, run.stops or None, False, None
+                return unguided._generated(*request)
             finally:
-                backbone.lookahead, backbone.contexts = guided
+                backbone.lookahead = lookahead
+                self._claim(run)
 
         ends = Ends(self.lm, run.max_new_tokens, run.stops)
         call = Call(self.lm, self.reward, run.rows, ends, self.max_batch, sampled, run.stats)
         return self._by_strategy(run, run_strategy(chosen, call))
 
     def _by_strategy(self, run: _Run, rows: Iterator[GeneratedRow]) -> Iterator[GeneratedRow]:
-        """The rows of a strategy, timed, as long as this decoder is not called again."""
+        """The rows of a strategy, timed."""
         done: list[GeneratedRow] = []
         try:
             for row in rows:
@@ -564,16 +588,9 @@ class RewardGuidedDecoder:
                 run.stats.cache_bytes = self._cache_bytes()
                 done.append(row)
                 yield row
-                self._check_not_overtaken(run)
         except RewardNaNError as error:
             error.finished = done
             raise
-
-    def _check_not_overtaken(self, run: _Run) -> None:
-        if run.number != self._runs:
-            raise RGTGError(
-                "this decoder was called again before the run was through: finish or drop an iterator first"
-            )
 
     def _finished(self, run: _Run) -> Iterator[GeneratedRow]:
         """Rows as they finish."""
@@ -613,23 +630,24 @@ class RewardGuidedDecoder:
         trace: bool,
     ) -> _Run:
         """Checks everything that can be checked before the first forward."""
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise RGTGError(
-                f"max_new_tokens={max_new_tokens!r} is not a whole number >= 1: use for example 128"
-            )
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, 128)
         given = as_prompts(prompts, self.tokenizer)
         settings = list(guidance) if isinstance(guidance, Sequence) else [guidance] * len(given)
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(given)
+        listed: Any = seed
+        listed = listed.tolist() if hasattr(listed, "tolist") else listed
+        seeds = list(listed) if isinstance(listed, Sequence) else [listed] * len(given)
         for name, values in (("guidance", settings), ("seed", seeds)):
             if len(values) != len(given):
                 raise RGTGError(
                     f"{len(values)} values of {name} for {len(given)} prompts: pass one, or one per prompt"
                 )
+        self._turns.begin()
         rows = []
         for prompt, setting, number in zip(given, settings, seeds, strict=True):
             self._check_guidance(setting)
-            if not isinstance(number, int) or not -(2**63) <= number < 2**63:
-                raise RGTGError(f"seed={number!r} is not a 64-bit whole number: use for example 0")
+            number = whole("seed", number, example=0)
+            if not -(2**63) <= number < 2**63:
+                raise RGTGError(f"seed={shown(number)} is not a 64-bit whole number: use for example 0")
             row = Row(
                 prompt, self._prompt_ids(prompt), weights=setting.weights, guidance=setting, seed=number
             )
@@ -641,7 +659,6 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 "stop strings need text and the model came without a tokenizer: pass (model, tokenizer)"
             )
-        self._runs += 1
         timer = self.phase_timer()
         # A gate is opened by the host, step by step; so is a guide that reads the rows' answers there.
         gated = any(row.guidance.gate_entropy for row in rows)
@@ -649,11 +666,18 @@ class RewardGuidedDecoder:
         # Phases inside a graph could not be told apart.
         graphs = self._graphs if free and not (timer.spans or timer.synchronize) else None
         ahead = self.ahead if free else 0
-        return _Run(rows, max_new_tokens, stops, trace, self._runs, timer, ahead, graphs)
+        run = _Run(rows, max_new_tokens, stops, trace, timer, ahead, graphs)
+        self._claim(run)
+        return run
+
+    def _claim(self, run: _Run) -> None:
+        """The caches and the guide belong to a run from now on."""
+        self._turns.claim(run)
+        self.lm.backbone.contexts = self._contexts
 
     def _check_guidance(self, guidance: Guidance) -> None:
         if not isinstance(guidance, Guidance):
-            raise RGTGError(f"guidance={guidance!r} is not a Guidance: pass Guidance(k=10, beta=1.0)")
+            raise RGTGError(f"guidance={shown(guidance)} is not a Guidance: pass Guidance(k=10, beta=1.0)")
         if guidance.support != "all" and guidance.k > self.lm.vocabulary:
             raise RGTGError(
                 f"k={guidance.k} exceeds the vocabulary (V={self.lm.vocabulary}): use k <= {self.lm.vocabulary}"
@@ -713,6 +737,8 @@ class RewardGuidedDecoder:
         free = free_bytes(backbone.device)
         held = sum(self._cache_bytes().values())
         check_fits(row_bytes, slots, max(lm_length, reward_length), None if free is None else free + held)
+        widest = max((row.guidance.k for row in run.rows if row.guidance.support != "all"), default=0)
+        check_candidates(self._candidate_bytes * slots, widest, slots, free)
         backbone.reserve(slots * self._contexts, lm_length)
         if reward is not None:
             reward.reserve(slots, reward_length)
@@ -743,12 +769,24 @@ class RewardGuidedDecoder:
     # ---- small things -------------------------------------------------------------------------------------------
 
     @property
+    def _turns(self) -> Turns:
+        return Turns(self.lm, self.reward, self._binding)
+
+    @property
     def _contexts(self) -> int:
         """Rows of the base model's batch per prompt."""
         return 1 if self.reward is None else 1 + self.reward.contexts
 
     def _models(self) -> list[Backbone]:
         return [self.lm.backbone, *([] if self.reward is None else self.reward.models())]
+
+    @property
+    def _candidate_bytes(self) -> int:
+        """Bytes of a candidate while a step scores it, by the models that run candidates."""
+        lm, guides = self.lm.backbone, [] if self.reward is None else self.reward.stateful()
+        own = [model for guide in guides if not guide.parts and not guide.wide for model in guide.models()]
+        shared = lm.step_bytes_per_token * self._contexts if lm.lookahead else 0
+        return shared + sum(model.step_bytes_per_token for model in own)
 
     def _per_context(self, of_prompt: torch.Tensor) -> torch.Tensor:
         """What belongs to a prompt [B, ...], for each of its rows in the base model's batch."""
@@ -777,4 +815,20 @@ def _as_reward(reward: RewardLike) -> Reward | None:
         return reward
     if isinstance(reward, str):
         return named_guide(reward)
-    return SequenceReward(reward) if isinstance(reward, os.PathLike) else FunctionReward(reward)
+    if isinstance(reward, (os.PathLike, tuple, list)):
+        return SequenceReward(reward)  # pyright: ignore[reportArgumentType]
+    return FunctionReward(reward)
+
+
+def _answers(answers: Any) -> list[Any]:
+    """Given answers as a list of texts and lists of ids."""
+    given = answers.tolist() if hasattr(answers, "tolist") else answers
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise RGTGError(f"answers={shown(answers)}: pass a text or a list of texts or of lists of token ids")
+    each = [answer.tolist() if hasattr(answer, "tolist") else answer for answer in given]
+    for index, answer in enumerate(each):
+        if not isinstance(answer, (str, Sequence)) or isinstance(answer, bytes):
+            raise RGTGError(f"answer {index} is {shown(answer)}: pass a text or a list of token ids")
+    return each

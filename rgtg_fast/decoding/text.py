@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.language_model import LanguageModel
 
 
@@ -15,10 +15,13 @@ def as_stops(stop: str | Sequence[str] | None) -> list[str]:
     Raises:
         RGTGError: one that is empty or no string.
     """
-    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    given = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(given, Iterable):
+        raise RGTGError(f"stop={shown(stop)} is no stop string: pass a string or a list of strings")
+    stops = list(given)
     for text in stops:
         if not isinstance(text, str) or not text:
-            raise RGTGError(f"stop={text!r} is no stop string: pass non-empty strings")
+            raise RGTGError(f"stop={shown(text)} is no stop string: pass non-empty strings")
     return stops
 
 

@@ -1,7 +1,9 @@
 """The attention function that transformers' blocks call: our tree_attention over a PrefixCache.
 
 Registered under `NAME`. A model set to it still works outside the decoder: without a PrefixCache the call goes on to
-transformers' own SDPA attention and mask, so a model handed to us by its owner stays as useful as it was.
+transformers' own SDPA attention and mask, so a model handed to us by its owner stays as useful as it was. Training's
+packed rows have such a function too (`PACKED`). Each hands the other's forwards over, so that one loaded model can be
+decoded with and scored by both.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rgtg_fast.errors import RGTGError
 
-NAME = "rgtg_prefix"
+NAME, PACKED = "rgtg_prefix", "rgtg_packed"
 
 # Numbers that a model hands to its attention and that change nothing in eval mode over a prefix cache; a window is
 # compared with the cache. Any other asks for attention that is not plain softmax(QK^T)V over the whole prefix.
@@ -36,6 +38,9 @@ def prefix_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attends the new tokens to their row's prefix and to the new tokens they may see. Returns [B, S, H, D]."""
+    if kwargs.get("packing") is not None:
+        packed = ALL_ATTENTION_FUNCTIONS[PACKED]
+        return packed(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if prefix_cache is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -66,10 +71,12 @@ def prefix_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
+AttentionInterface.register(NAME, prefix_attention)
+AttentionMaskInterface.register(NAME, prefix_mask)
+
+
 def use_prefix_attention(model: PreTrainedModel) -> None:
     """Makes the model's blocks call `prefix_attention`."""
-    AttentionInterface.register(NAME, prefix_attention)
-    AttentionMaskInterface.register(NAME, prefix_mask)
     # A trunk may have a configuration of its own, to which some versions of transformers hand nothing on.
     for each in model.modules():
         if isinstance(each, PreTrainedModel) and each.config._attn_implementation != NAME:

@@ -12,16 +12,17 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
 from rgtg_fast.models.cache import ForkedCache, PrefixCache
 from rgtg_fast.models.final_norm import FinalNorm
-from rgtg_fast.models.joined import join_products
+from rgtg_fast.models.joined import join_products, refresh_products
 from rgtg_fast.models.low_rank import LowRankRows
 from rgtg_fast.models.native import NativeLayers
 from rgtg_fast.models.transfer import to_device
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
+from rgtg_fast.models.watched import Watched
 
 ENGINES = ("auto", "native", "transformers")
 
@@ -45,6 +46,10 @@ class Layers(Protocol):
         """States [B · variants, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
         ...
 
+    def refresh(self) -> None:
+        """Takes over what has been written into the model's weights."""
+        ...
+
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         """Forwards have a variant for each adapter from now on; `rows` hooks the same into the model's own modules."""
         ...
@@ -63,6 +68,9 @@ class TransformersLayers:
         self.final_norm = FinalNorm.of(self.trunk)
         self._rows: LowRankRows | None = None
         self._compiled: Callable[..., torch.Tensor] | None = None
+
+    def refresh(self) -> None:
+        refresh_products(self.trunk)
 
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         self._rows = rows
@@ -122,6 +130,9 @@ class FusedLayers:
     def compile(self, options: Mapping[str, Any] | None) -> None:
         raise RGTGError("compile=True and engine='native', which is compiled: use engine='transformers'")
 
+    def refresh(self) -> None:
+        self.native.refresh()
+
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
         self.native.adapt(adapters)
 
@@ -159,8 +170,8 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
     Raises:
         RGTGError: an unknown engine, or `"native"` for a model that it cannot run (with the reason).
     """
-    if engine not in ENGINES:
-        raise RGTGError(f"engine={engine!r} is unknown: use one of {', '.join(map(repr, ENGINES))}")
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
     if engine != "transformers":
         reason = NativeLayers.supported(model.base_model)
         if reason is None:
@@ -206,6 +217,9 @@ class Backbone:
         self.model, self.head, self.limit = model, head, limit
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self.engine, self.layers = choose_layers(model, engine)
+        self._watched = Watched(model, head)
+        if self.engine == "native" or self.device.type != "cpu":
+            self._watched.pin()
         config: Any = model.config.get_text_config()
         heads = config.num_attention_heads
         self.geometry = (
@@ -239,6 +253,14 @@ class Backbone:
         stored = self.fork + (layers - self.fork) * self.variants
         return PrefixCache.bytes_per_token(stored, kv_heads, head_dim, self.dtype)
 
+    @property
+    def step_bytes_per_token(self) -> int:
+        """Bytes that an undecided token takes in a step: its keys and values, and about what a block computes."""
+        config: Any = self.model.config.get_text_config()
+        inner = int(getattr(config, "intermediate_size", None) or 4 * self.head.in_features)
+        numbers = 4 * self.head.in_features + 2 * inner
+        return self.cache_bytes_per_token + numbers * self.variants * max(4, self.dtype.itemsize)
+
     # ---- guides that share the forward ------------------------------------------------------------------------------
 
     @property
@@ -271,6 +293,8 @@ class Backbone:
             return Attached(self, 0)
         self._adapters.append(adapter)
         self._rows = LowRankRows(self.model, self._adapters, self.fork)
+        self._watched.pin()
+        self._watched.remember()
         self.layers.adapt(self._adapters, self._rows)
         self.cache = self.new_cache(self.dtype)
         verify_variant(self, self.variants - 1, adapter.name)
@@ -303,6 +327,39 @@ class Backbone:
     def candidates(self, variant: int) -> torch.Tensor:
         """States [B, k, E] under a variant after each token of the last step."""
         return self._stepped[:: self.contexts, variant]
+
+    # ---- a model that its owner changes -----------------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        """Takes over what was written into the weights since the last run.
+
+        Raises:
+            RGTGError: the model was changed in another way, or its weights are no longer what a guide's adapter was
+                attached to.
+        """
+        change = self._watched.change()
+        if change is not None:
+            raise RGTGError(f"{self.name} was changed after it was loaded ({change}): make a new decoder")
+        if self._adapters:
+            if self._watched.written():
+                raise RGTGError(
+                    f"the weights of {self.name} changed after {self._adapters[0].name} was attached to them: make a "
+                    "new decoder with share_trunk=False, or train the adapter again"
+                )
+        else:
+            self._watched.remember()
+        self.layers.refresh()
+
+    def check_run(self) -> None:
+        """Between the steps of a run.
+
+        Raises:
+            RGTGError: weights were written to since it began.
+        """
+        if self._watched.written():
+            raise RGTGError(
+                f"the weights of {self.name} changed in the middle of a run: finish or drop an iterator first"
+            )
 
     # ---- forwards ---------------------------------------------------------------------------------------------------
 
@@ -431,6 +488,7 @@ class Backbone:
                 "join_products=True and engine='native', which needs no such thing: use engine='transformers'"
             )
         join_products(self.model.base_model)
+        self._watched.pin()
 
     def step_state(self) -> list[torch.Tensor]:
         """What a step changes besides keys and values: lengths, and with lookahead the newest states."""

@@ -62,6 +62,11 @@ class _Product:
         self._parts: tuple[torch.Tensor, ...] = ()
         self._left = 0
 
+    def refresh(self) -> None:
+        """Takes over what the biases hold now; the weights are views of the product's own."""
+        if self.bias is not None:
+            torch.cat([layer.bias.detach() for layer in self.layers if layer.bias is not None], out=self.bias)
+
     def separate(self) -> None:
         """Makes the layers plain again."""
         for layer in self.layers:
@@ -101,6 +106,13 @@ def join_products(model: nn.Module) -> int:
                 layer.joined, layer.place = product, place
             made += 1
     return made
+
+
+def refresh_products(model: nn.Module) -> None:
+    """Joined products take over what has been written into the layers' biases."""
+    products = {id(m.joined): m.joined for m in model.modules() if isinstance(m, JoinedLinear)}
+    for product in products.values():
+        product.refresh()
 
 
 def _alike(layers: Sequence[nn.Module]) -> bool:

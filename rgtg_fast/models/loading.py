@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rgtg_fast import bundled
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
 from rgtg_fast.models.attention import attentions, restore_attentions
 from rgtg_fast.models.backbone import Backbone
@@ -52,12 +52,22 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise RGTGError(f"device={device!r} is unknown to torch: use 'cpu' or 'cuda'") from error
+    except (RuntimeError, TypeError) as error:
+        raise RGTGError(f"device={shown(device)} is unknown to torch: use 'cpu' or 'cuda'") from error
+    if resolved.type == "meta":
+        raise RGTGError(
+            "device='meta' holds no weights: use 'cpu' or 'cuda', and load the model with its weights"
+        )
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise RGTGError(
             f"device={str(device)!r} was asked for and torch sees no CUDA device: use device='cpu'"
         )
+    try:
+        torch.empty(0, device=resolved)
+    except Exception as error:  # each backend fails in a way of its own
+        raise RGTGError(
+            f"device={str(device)!r} was asked for and torch has none ({_first_line(error)}): use device='cpu'"
+        ) from error
     return resolved
 
 
@@ -68,9 +78,40 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if isinstance(dtype, torch.dtype):
         if dtype in DTYPES.values():
             return dtype
-    elif dtype in DTYPES:
+    elif isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    raise RGTGError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    raise RGTGError(f"dtype={shown(dtype)} is unknown: use one of {', '.join(DTYPES)}")
+
+
+def as_source(source: Any, role: str) -> str | os.PathLike[str] | ModelAndTokenizer:
+    """Where a model comes from: a path or hub id, or a (model, tokenizer) pair.
+
+    Args:
+        role: of the model, for messages.
+
+    Raises:
+        RGTGError: something else, saying what to pass.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        if not str(source).strip():
+            raise RGTGError(f"the {role} has an empty name: pass a path, a hub id or (model, tokenizer)")
+        return source
+    model, tokenizer = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, None)
+    if hasattr(model, "merge_and_unload"):
+        raise RGTGError(f"the {role} is a {type(model).__name__}: pass what its merge_and_unload() returns")
+    if not isinstance(model, PreTrainedModel):
+        raise RGTGError(
+            f"the {role} is {shown(source)}: pass a path, a hub id or (model, tokenizer), a transformers model first"
+        )
+    if model is source:
+        raise RGTGError(
+            f"the {role} is a {type(model).__name__} alone: pass (model, tokenizer), or (model, None) for ids"
+        )
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise RGTGError(
+            f"the {role}'s tokenizer is {shown(tokenizer)}: pass a transformers tokenizer, or None for prompts of ids"
+        )
+    return model, tokenizer
 
 
 def refusal(model: PreTrainedModel, length: int | None) -> str | None:
@@ -161,9 +202,10 @@ def load_causal_lm(
     Raises:
         RGTGError: nothing there, or an adapter of a reward model or of another base.
     """
+    source = as_source(source, "language model")
     if isinstance(source, tuple):
         model, tokenizer = source
-        on = model.device if device is None else resolve_device(device)
+        on = resolve_device(model.device if device is None else device)
         return _placed(model, on, model.dtype if dtype is None else resolve_dtype(dtype, on)), tokenizer
     on = resolve_device(device)
     kind = resolve_dtype(dtype, on)
@@ -210,6 +252,7 @@ def load_sequence_classifier(
     Raises:
         RGTGError: nothing there, several labels, or no trained head in the files.
     """
+    source = as_source(source, "reward model")
     if isinstance(source, tuple):
         model, tokenizer = source
         _one_label(model.config, type(model).__name__)
@@ -293,6 +336,7 @@ def load_vocabulary_model(
     Raises:
         RGTGError: nothing there, or no vocabulary head in the files.
     """
+    source = as_source(source, "reward model")
     if isinstance(source, tuple):
         model, tokenizer = source
         return _placed(model, lm.device, dtype or model.dtype), tokenizer
@@ -394,3 +438,7 @@ def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
             raise RGTGError(
                 f"{_title(model)} cannot be moved to {device} as {dtype} ({str(error)[:120]}): use an unquantised model"
             ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]

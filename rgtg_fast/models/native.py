@@ -105,9 +105,9 @@ class NativeLayers:
     """A transformers decoder whose layers run as one C++ call per pass.
 
     The model's weights are read where they are: matrices are neither copied nor packed, so in-place changes are seen,
-    while biases and norm weights (a few kilobytes) are copied to float32. Activations are float32; with bfloat16
-    weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result is the same bits
-    in any batch and with any number of threads.
+    while biases and norm weights (a few kilobytes) are copied to float32, anew by `refresh`. Activations are float32;
+    with bfloat16 weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result is
+    the same bits in any batch and with any number of threads.
 
     Args:
         model: the decoder without its head: LlamaModel, MistralModel, Qwen2Model, Qwen3Model or GemmaModel.
@@ -142,6 +142,8 @@ class NativeLayers:
         self._cos = self._sin = torch.empty(0, 0)
         # Every tensor whose address the extension holds.
         self._tensors: list[torch.Tensor] = []
+        # The copies among them: of what, what is added, and the copy.
+        self._copies: list[tuple[torch.Tensor, float, torch.Tensor]] = []
         self._factors: list[torch.Tensor] = []
 
         def address(tensor: torch.Tensor | None) -> int:
@@ -151,7 +153,12 @@ class NativeLayers:
             return tensor.data_ptr()
 
         def vector(tensor: torch.Tensor | None, offset: float = 0.0) -> int:
-            return 0 if tensor is None else address(tensor.detach().float().add(offset).contiguous())
+            if tensor is None:
+                return 0
+            source = tensor.detach()
+            copy = source.float().add(offset).contiguous()
+            self._copies.append((source, offset, copy))
+            return address(copy)
 
         table = []
         for layer in layers:
@@ -229,6 +236,11 @@ class NativeLayers:
                 if not weight.is_contiguous():
                     return f"{where} is not contiguous"
         return None
+
+    def refresh(self) -> None:
+        """Takes over what biases and norm weights hold now; matrices are read where they are."""
+        for source, offset, copy in self._copies:
+            copy.copy_(source).add_(offset)
 
     def adapt(self, adapters: Sequence[Adapter]) -> None:
         """Rows may have these adapters' corrections from now on: see `variants` of `forward`.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.backbone import Backbone, Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
@@ -43,6 +47,12 @@ class Reward(ABC):
     that enters a slot, and per step `observe`, `guidance` (wide guides), `score` for the candidates, then `commit`.
     `move` follows a row to another slot. Rows occupy the slots 0..n-1.
 
+    A guide that is given to a second decoder works there as a copy (`for_decoder`), which shares nothing but settings
+    and loaded models.
+
+    Attributes:
+        bound_to: the base model of the last `bind`, None before it.
+
     Class attributes:
         wide: True where a step's rewards of the whole vocabulary are known at once, so that the support may be
             "combined" or "all": such a guide also has `guidance`.
@@ -59,9 +69,17 @@ class Reward(ABC):
     contexts = 0
     additive = False
     parts = 0
+    bound_to: LanguageModel | None = None
+    # The decoder that uses it.
+    _user: Callable[[], object] | None = None
 
     def __init__(self) -> None:
         self.counter = Counter()
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "bind" in vars(cls):
+            cls.bind = _noting(cls.bind)  # pyright: ignore[reportAttributeAccessIssue]
 
     @abstractmethod
     def bind(
@@ -73,6 +91,32 @@ class Reward(ABC):
             dtype: of the guide's model; None for the base model's, or a loaded model's own.
             engine, max_length: as in `RewardGuidedDecoder.from_pretrained`.
         """
+
+    def for_decoder(self) -> Reward:
+        """This guide where no decoder uses it, else a copy to be bound anew.
+
+        A subclass of somebody else's is never copied, since its state is not known: decoders take turns with it.
+        """
+        free = self._user is None or self._user() is None
+        return self if free or not type(self).__module__.startswith("rgtg_fast.") else self._copy()
+
+    def _copy(self) -> Reward:
+        """Another guide with the same settings, bound to nothing."""
+        made = copy.copy(self)
+        made.counter, made.bound_to, made._user = Counter(), None, None
+        return made
+
+    def used_by(self, decoder: object) -> None:
+        """Notes the decoder that uses the guide, for as long as that exists."""
+        self._user = weakref.ref(decoder)
+
+    def stateful(self) -> list[Reward]:
+        """The guide and those that it is made of: what holds the rows of a run."""
+        return [self]
+
+    def loaded(self) -> list[object]:
+        """Models and tokenizers that other guides and decoders may use too."""
+        return [backbone.model for backbone in self.models()]
 
     @property
     def name(self) -> str:
@@ -182,3 +226,41 @@ class Reward(ABC):
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
         """What decoding y gives its tokens, i = 1..n: the reward of each prefix y_{1:i}, or each token's own where the
         guide is `additive`."""
+
+
+def _noting(bind: Callable[..., None]) -> Callable[..., None]:
+    """`bind`, which also notes the base model."""
+
+    @functools.wraps(bind)
+    def noted(self: Reward, lm: LanguageModel, **settings: Any) -> None:
+        bind(self, lm, **settings)
+        self.bound_to = lm
+
+    return noted
+
+
+def as_rewards(
+    given: Any, shape: tuple[int, ...], device: torch.device, name: str, asked: str
+) -> torch.Tensor:
+    """What a user's function returned, as rewards in at least float32.
+
+    Args:
+        given: a tensor on any device, an array, or nested sequences of numbers. shape: that it must have.
+        name, asked: the guide and what it was asked to score, for messages.
+
+    Raises:
+        RGTGError: something else, or another shape.
+    """
+    try:
+        if isinstance(given, (list, tuple)) and any(isinstance(row, torch.Tensor) for row in given):
+            given = torch.stack([torch.as_tensor(row) for row in given])
+        rewards = torch.as_tensor(given, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RGTGError(
+            f"{name} returned {shown(given)}, which is no array of numbers, for {asked}: return one reward each"
+        ) from error
+    if rewards.is_complex() or rewards.layout != torch.strided:
+        raise RGTGError(f"{name} returned {rewards.dtype} ({rewards.layout}): return a dense real tensor")
+    if rewards.shape != shape:
+        raise RGTGError(f"{name} returned shape {tuple(rewards.shape)} for {asked}: return one reward each")
+    return rewards.to(torch.promote_types(rewards.dtype, torch.float32))

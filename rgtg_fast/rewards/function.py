@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.language_model import LanguageModel
-from rgtg_fast.rewards.base import Prefix, Reward
+from rgtg_fast.rewards.base import Prefix, Reward, as_rewards
 
 RewardFunction = Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor]
 
@@ -27,10 +28,7 @@ class FunctionReward(Reward):
 
     def __init__(self, function: RewardFunction):
         super().__init__()
-        if not callable(function):
-            raise RGTGError(
-                f"reward={function!r} is not callable: pass f(prefix_ids, candidate_ids) -> rewards"
-            )
+        check_function(function)
         self.function = function
         self._device = torch.device("cpu")
         self._rows: dict[int, Prefix] = {}
@@ -39,6 +37,7 @@ class FunctionReward(Reward):
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
         self._device = lm.backbone.device
+        self._rows = {}
 
     @property
     def name(self) -> str:
@@ -66,10 +65,28 @@ class FunctionReward(Reward):
         self.counter.calls += 1
         self.counter.tokens += candidates.numel()
         prefixes = [torch.tensor(row.ids, dtype=torch.int64, device=self._device) for row in rows]
-        rewards = torch.as_tensor(self.function(prefixes, candidates), device=self._device)
-        if rewards.shape != candidates.shape:
-            raise RGTGError(
-                f"{self.name} returned shape {tuple(rewards.shape)} for candidates of shape "
-                f"{tuple(candidates.shape)}: return one reward per candidate"
-            )
-        return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+        # A copy: what the function does to its arguments in place is nobody else's.
+        rewards = self.function(prefixes, candidates.clone())
+        shape = tuple(candidates.shape)
+        return as_rewards(rewards, shape, self._device, self.name, f"candidates of shape {shape}")
+
+
+def check_function(function: object) -> None:
+    """Refuses what is no function of prefixes and candidates, though some of it can be called.
+
+    Raises:
+        RGTGError: saying what to pass instead.
+    """
+    if isinstance(function, PreTrainedModel):
+        raise RGTGError(f"the reward is a {type(function).__name__} alone: pass (model, tokenizer)")
+    if isinstance(function, PreTrainedTokenizerBase):
+        raise RGTGError(f"the reward is a {type(function).__name__}: pass (model, tokenizer)")
+    if isinstance(function, type) and issubclass(function, Reward):
+        raise RGTGError(
+            f"the reward is the class {function.__name__}: pass an object, {function.__name__}(...)"
+        )
+    if not callable(function):
+        raise RGTGError(
+            f"reward={shown(function)} is not callable: pass f(prefix_ids, candidate_ids) -> rewards, a path or "
+            "hub id, a reward object, or None"
+        )

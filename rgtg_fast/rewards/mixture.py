@@ -53,6 +53,8 @@ class MixtureReward(Reward):
                 )
         if len({id(reward) for reward in self.rewards}) < len(self.rewards):
             raise RGTGError("a mixture has the same guide twice: add the two weights instead")
+        # In a list of its own, which the copies for other decoders share: setting weights sets those of all.
+        self._weights: list[tuple[float, ...]] = []
         self.weights = [1.0] * len(self.rewards) if weights is None else weights
         self.parts = len(self.rewards)
         self.on_device = all(reward.on_device for reward in self.rewards)
@@ -65,7 +67,7 @@ class MixtureReward(Reward):
     @property
     def weights(self) -> tuple[float, ...]:
         """The weights of requests that name none; settable between calls."""
-        return self._weights
+        return self._weights[0]
 
     @weights.setter
     def weights(self, weights: Sequence[float]) -> None:
@@ -74,11 +76,13 @@ class MixtureReward(Reward):
             raise RGTGError(
                 f"{len(checked)} weights for {len(self.rewards)} guides: pass one weight per guide"
             )
-        self._weights = checked
+        self._weights[:] = [checked]
 
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
+        # A guide of this mixture may also guide a decoder alone, or be part of another mixture.
+        self.rewards = [reward.for_decoder() for reward in self.rewards]
         for reward in self.rewards:
             reward.bind(lm, dtype=dtype, engine=engine, max_length=max_length)
         weight_dtype = torch.promote_types(lm.backbone.dtype, torch.float32)
@@ -110,6 +114,17 @@ class MixtureReward(Reward):
 
     def models(self) -> list[Backbone]:
         return [model for reward in self.rewards for model in reward.models()]
+
+    def loaded(self) -> list[object]:
+        return [thing for reward in self.rewards for thing in reward.loaded()]
+
+    def stateful(self) -> list[Reward]:
+        return [self, *self.rewards]
+
+    def used_by(self, decoder: object) -> None:
+        super().used_by(decoder)
+        for reward in self.rewards:
+            reward.used_by(decoder)
 
     def step_state(self) -> list[torch.Tensor]:
         return [self._by_slot, *(state for reward in self.rewards for state in reward.step_state())]

@@ -157,6 +157,9 @@ class SequenceReward(Reward):
     def models(self) -> list[Backbone]:
         return [] if self.backbone is None else [self.backbone]
 
+    def loaded(self) -> list[object]:
+        return [*super().loaded(), *([] if self._tokenizer is None else [self._tokenizer])]
+
     def encode(self, prompt: Prompt) -> list[list[int]]:
         assert self._lm is not None
         if self._attached is not None:

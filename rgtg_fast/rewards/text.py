@@ -14,8 +14,9 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import ModelAndTokenizer, load_sequence_classifier
 from rgtg_fast.models.prompts import Prompt, rendered
-from rgtg_fast.rewards.base import Prefix, Reward
+from rgtg_fast.rewards.base import Prefix, Reward, as_rewards
 from rgtg_fast.rewards.classifier import Classifier
+from rgtg_fast.rewards.function import check_function
 
 _FIELDS = re.compile(r"(\{prompt\}|\{answer\})")
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -55,6 +56,8 @@ class TextReward(Reward):
             raise RGTGError(f"template={template!r} lacks {{prompt}} or {{answer}}: name both")
         if batch_size < 1:
             raise RGTGError(f"batch_size={batch_size} is below 1: use for example 32")
+        if not isinstance(model, (str, os.PathLike, tuple, list)):
+            check_function(model)
         self.source, self.template = model, template
         self.batch_size, self.max_length = batch_size, max_length
         self._function: TextFunction | None = None
@@ -66,11 +69,12 @@ class TextReward(Reward):
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        self._lm = lm
+        self._lm, self._rows = lm, {}
         if callable(self.source):
             self._function = self.source
             return
-        model, tokenizer = load_sequence_classifier(self.source, lm.backbone.model, dtype)
+        source: Any = self.source
+        model, tokenizer = load_sequence_classifier(source, lm.backbone.model, dtype)
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
         self._model = model
@@ -92,6 +96,9 @@ class TextReward(Reward):
             else:
                 self._prompt_text(Prefix(prompt, []))
         return []
+
+    def loaded(self) -> list[object]:
+        return [] if self._model is None else [self._model]
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         self._rows[slot] = prefix
@@ -118,14 +125,8 @@ class TextReward(Reward):
         device = self._lm.backbone.device
         if self._function is not None:
             self.counter.calls += 1
-            values = torch.as_tensor(
-                self._function([self._prompt_text(row) for row in rows], answers), device=device
-            )
-            if values.shape != (len(answers),):
-                raise RGTGError(
-                    f"{self.name} returned shape {tuple(values.shape)} for {len(answers)} texts: return one reward each"
-                )
-            return values.to(torch.promote_types(values.dtype, torch.float32))
+            values = self._function([self._prompt_text(row) for row in rows], list(answers))
+            return as_rewards(values, (len(answers),), device, self.name, f"{len(answers)} texts")
         # Chats and plain texts are formatted differently and never share a forward: a row's reward must not depend on
         # what else is in the batch.
         rewards = torch.empty(len(rows), dtype=torch.float32, device=device)

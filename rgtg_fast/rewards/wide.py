@@ -6,6 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,6 +141,15 @@ class Follower:
                 f"the head of {self.name} gives {width} scores and the base model's vocabulary has {used} tokens: "
                 f"{self.guide} needs a model with one score for every token of the base model"
             )
+
+    def copy(self) -> Follower:
+        """Another one with the same settings, bound to nothing."""
+        return Follower(self.source, self.chat_template, self.share_trunk, self.guide)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's own, where it came with one."""
+        return self._tokenizer
 
     @property
     def name(self) -> str:
@@ -290,6 +300,15 @@ class WideReward(Reward):
 
     def models(self) -> list[Backbone]:
         return [follower.backbone for follower in self._followers if follower.backbone is not None]
+
+    def loaded(self) -> list[object]:
+        tokenizers = [follower.tokenizer for follower in self._followers if follower.tokenizer is not None]
+        return [*super().loaded(), *tokenizers]
+
+    def _copy(self) -> Reward:
+        made: Any = super()._copy()
+        made._followers = [follower.copy() for follower in self._followers]
+        return made
 
     def step_state(self) -> list[torch.Tensor]:
         return [follower.newest for follower in self._followers if follower.backbone is not None]

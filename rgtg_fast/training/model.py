@@ -311,9 +311,7 @@ def _packed_forward(
         return type(self).forward(self, *args, **kwargs)
     stored = {} if trunk_states is None else {"trunk_states": trunk_states}
     trunk: Any = self.base_model
-    hidden = trunk(
-        input_ids=batch.input_ids, **forward_arguments(batch, trunk.dtype), **stored
-    ).last_hidden_state
+    hidden = trunk(input_ids=batch.input_ids, **forward_arguments(trunk, batch), **stored).last_hidden_state
     return SequenceClassifierOutputWithPast(logits=(read or read_scores)(self, hidden, batch))
 
 

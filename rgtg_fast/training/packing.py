@@ -17,13 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.attention import NAME as PREFIX
+from rgtg_fast.models.attention import PACKED, prefix_attention, prefix_mask
 from rgtg_fast.training.data import TokenizedPair
-
-NAME = "rgtg_packed"
 
 # Arguments by which a model asks for attention that is not plain softmax(QK^T)V.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -272,10 +270,11 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within the pairs of a packed batch; without `packing`, transformers' own SDPA. Returns [R, S, H, D]."""
+    """Attention [R, S, H, D] within the pairs of a packed batch; without `packing`, what `prefix_attention` gives."""
     if packing is None:
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return prefix_attention(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise RGTGError(
@@ -294,6 +293,12 @@ def packed_attention(
     else:
         out = _per_pair(query, key, value, packing, scaling, dropout)
     return out.transpose(1, 2), None
+
+
+# Here, since `prefix_attention` too hands packed forwards over.
+AttentionInterface.register(PACKED, packed_attention)
+# For forwards without `packing`; a packed one passes its mask by (see `forward_arguments`).
+AttentionMaskInterface.register(PACKED, prefix_mask)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -415,11 +420,6 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention)  # pyright: ignore[reportReturnType]
 
 
-def packed_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """SDPA's mask, for a forward without `packing`; a packed forward passes its mask by (see `packed_hidden`)."""
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
-
-
 def use_packed_attention(model: nn.Module) -> None:
     """Makes the model's blocks call `packed_attention`; forwards without `packing` stay what they were.
 
@@ -429,9 +429,7 @@ def use_packed_attention(model: nn.Module) -> None:
     inner = pretrained(model)
     if not inner._supports_attention_backend:
         raise RGTGError(f"{type(inner).__name__} cannot run packed rows: its attention cannot be replaced")
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, packed_mask)
-    inner.set_attn_implementation(NAME)
+    inner.set_attn_implementation(PACKED)
 
 
 def pretrained(model: nn.Module) -> PreTrainedModel:
@@ -442,15 +440,18 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
     raise RGTGError(f"{type(model).__name__} holds no transformers model: pass one")
 
 
-def forward_arguments(batch: PackedBatch, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def forward_arguments(trunk: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
     """Keyword arguments of a trunk's forward over a packed batch, all but the tokens themselves.
 
     Add `input_ids`, or `inputs_embeds` for a trunk without its lower layers.
     """
+    # Another attention, which its owner may have set since, would not know of the pairs.
+    if trunk.config._attn_implementation not in (PACKED, PREFIX):
+        use_packed_attention(trunk)
     return {
         "position_ids": batch.position_ids,
         # Any 4-D mask is taken as made already, so that no [S, S] mask is built; packed_attention does not read it.
-        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=dtype, device=batch.input_ids.device),
+        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=trunk.dtype, device=batch.input_ids.device),
         "packing": Packing(batch.spans, (batch.input_ids.shape[0], batch.input_ids.shape[1])),
         "use_cache": False,
     }
@@ -462,9 +463,8 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     Args:
         model: with `use_packed_attention`; a wrapper around it may be passed.
     """
-    inner = pretrained(model)
-    arguments = forward_arguments(batch, inner.dtype)
-    return inner.base_model(input_ids=batch.input_ids, **arguments).last_hidden_state
+    trunk: Any = pretrained(model).base_model
+    return trunk(input_ids=batch.input_ids, **forward_arguments(trunk, batch)).last_hidden_state
 
 
 def packed_rewards(model: nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -232,7 +232,7 @@ class TrunkCache:
         training = trunk.training
         trunk.eval()
         with torch.autocast(trunk.device.type, torch.bfloat16, enabled=self._autocast):
-            arguments = forward_arguments(batch, trunk.dtype)
+            arguments = forward_arguments(trunk, batch)
             out = _output_of(layers[self._fork_layer - 1], trunk, input_ids=batch.input_ids, **arguments)
         trunk.train(training)
         hidden = out[0] if isinstance(out, tuple) else out

@@ -311,3 +311,28 @@ def test_smollm2_with_a_random_adapter(tmp_path: Path, smollm2: Path, fork: int)
         )
         texts.append([row.tokens for row in guided.generate(prompts, 24, guidance)])
     assert texts[0] == texts[1]
+
+
+@torch.no_grad()
+def test_a_base_model_that_changes_under_its_adapter_is_refused(tmp_path: Path, engine: str) -> None:
+    lm = base()
+    shared = decoder(lm, SequenceReward(write_adapter(tmp_path, lm, 1)), engine)
+    shared.generate(PROMPTS[:1], 2)
+    lm.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(RGTGError, match=r"changed after .* was attached to them"):
+        shared.generate(PROMPTS[:1], 2)
+
+
+def test_one_adapter_guides_two_decoders_of_its_base(tmp_path: Path, engine: str) -> None:
+    """Whether they have one model in common or each a model of its own with the same weights."""
+    lm = base()
+    guide = SequenceReward(write_adapter(tmp_path, lm, 1))
+    guidance = Guidance(k=8, beta=3.0, temperature=0)
+    one = decoder(lm, guide, engine)
+    right = one.generate(PROMPTS, 6, guidance)
+    for other in (lm, base()):
+        two = decoder(other, guide, engine)
+        for each in (two, one):
+            assert [row.tokens for row in each.generate(PROMPTS, 6, guidance)] == [
+                row.tokens for row in right
+            ]

@@ -220,3 +220,25 @@ def test_bad_input_is_named() -> None:
         model.model.embed_tokens.weight[24] = torch.nan
     with pytest.raises(RGTGError, match="a reward of pair 5 is NaN"):
         score_pairs(model, PAIRS)
+
+
+def test_one_model_is_scored_in_rows_and_decoded_with_in_any_order() -> None:
+    """Each sets the model's attention for itself; the owner may set another one in between."""
+    tokenizer = make_tokenizer()
+    alone = make_rm()
+    use_packed_attention(alone)
+    scores = score_pairs(alone, PAIRS)
+    model = make_rm()
+    decoder = RewardGuidedDecoder.from_pretrained(
+        (make_lm(), tokenizer), reward=SequenceReward((model, tokenizer)), engine="transformers"
+    )
+    right = decoder.generate("w1 w2", 6)[0]
+    for change in (
+        lambda: None,
+        lambda: use_packed_attention(model),
+        lambda: model.set_attn_implementation("sdpa"),
+    ):
+        change()
+        assert score_pairs(model, PAIRS) == scores
+        row = decoder.generate("w1 w2", 6)[0]
+        assert (row.tokens, row.rewards) == (right.tokens, right.rewards)

@@ -16,6 +16,14 @@ from rgtg_fast.rewards.base import Reward
 Generate = Callable[[list[PromptLike], Guidance, list[int]], GenerationResult]
 
 
+def prompts_at_once(rows: int, n: int) -> int:
+    """Prompts whose n samples are decoded in one call, for a batch of so many rows.
+
+    Long enough that slots are refilled, short enough that answers come while others are waiting.
+    """
+    return max(1, 4 * rows // n)
+
+
 def best_of_n(
     generate: Generate,
     guide: Reward,
@@ -37,8 +45,7 @@ def best_of_n(
     sampled = Guidance(beta=0, temperature=strategy.temperature, support="all")
     if strategy.top_k is not None:
         sampled = Guidance(strategy.top_k, beta=0, temperature=strategy.temperature)
-    # Long enough that slots are refilled, short enough that answers come while others are waiting.
-    prompts = max(1, 4 * at_once // strategy.n)
+    prompts = prompts_at_once(at_once, strategy.n)
     for first in range(0, len(rows), prompts):
         part = rows[first : first + prompts]
         seeds = [sample_seed(row.seed, j) for row in part for j in range(strategy.n)]

@@ -9,15 +9,14 @@ import torch
 
 from rgtg_fast.config import BestOfN, Blocks, Segments, Strategy
 from rgtg_fast.decoding.batch import Row
-from rgtg_fast.decoding.memory import check_fits
+from rgtg_fast.decoding.memory import check_fits, check_samples
 from rgtg_fast.decoding.results import GeneratedRow, Stats
-from rgtg_fast.decoding.strategies.best_of_n import Generate, best_of_n
+from rgtg_fast.decoding.strategies.best_of_n import Generate, best_of_n, prompts_at_once
 from rgtg_fast.decoding.strategies.blocks import BlockDecoder
 from rgtg_fast.decoding.strategies.ends import Ends
 from rgtg_fast.decoding.strategies.sampler import Sampler
 from rgtg_fast.decoding.strategies.segments import SegmentDecoder
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.autocast import without_autocast
 from rgtg_fast.models.backbone import Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.memory import free_bytes
@@ -92,13 +91,15 @@ def check_strategy(strategy: Strategy, guide: Reward | None) -> None:
         )
 
 
-@without_autocast
-@torch.inference_mode()
 def run_strategy(strategy: Strategy, call: Call) -> Iterator[GeneratedRow]:
     """The rows of a call as they finish, decoded by a strategy instead of token by token."""
     guide = call.guide
     assert guide is not None
     if isinstance(strategy, BestOfN):
+        prompt = max(len(row.prompt_ids) for row in call.rows)
+        free = free_bytes(torch.device("cpu"))
+        prompts = min(len(call.rows), prompts_at_once(call.max_batch, strategy.n))
+        check_samples(strategy.n, prompts, prompt, call.ends.max_new_tokens, free)
         yield from best_of_n(call.generate, guide, call.rows, strategy, call.ends, call.max_batch, call.stats)
         return
     sampler = Sampler(call.lm, strategy.temperature, strategy.top_k)
@@ -110,13 +111,14 @@ def run_strategy(strategy: Strategy, call: Call) -> Iterator[GeneratedRow]:
     else:
         prompts = min(max(1, call.max_batch // strategy.k), len(call.rows))
         # A block that has ended goes on repeating its last token until the others are through.
-        slots, room = prompts * strategy.k, strategy.length
+        slots, room = prompts * strategy.k, min(strategy.length, call.ends.max_new_tokens)
     backbone = call.lm.backbone
     free = free_bytes(backbone.device)
     held = backbone.cache.nbytes() + guide.cache_bytes()
-    per_prompt = backbone.cache_bytes_per_token * (longest + room) * (slots // prompts)
-    per_prompt += guide.cache_bytes_per_token * own
-    check_fits(per_prompt, prompts, longest + room, None if free is None else free + held)
+    per_row = backbone.cache_bytes_per_token * (longest + room)
+    per_row += -(-guide.cache_bytes_per_token * own * prompts // slots)
+    setting = "max_batch" if prompts > 1 or isinstance(strategy, Segments) else "k"
+    check_fits(per_row, slots, longest + room, None if free is None else free + held, setting)
     backbone.reserve(slots, longest + room)
     guide.reserve(prompts, own)
     if isinstance(strategy, Segments):
