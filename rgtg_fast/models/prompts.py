@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 
 PromptLike = str | Sequence[int] | Sequence[dict[str, Any]]
 
@@ -131,7 +131,7 @@ def rendered(
     for message in messages:
         for part in _parts(message) if message["role"] != "tool" else []:
             raw = str(dict(part)), json.dumps(dict(part), ensure_ascii=False)
-            if part["text"].strip() not in text or any(shown in text for shown in raw):
+            if part["text"].strip() not in text or any(given in text for given in raw):
                 raise RGTGError(
                     f"{what} has content in parts and {title} reads strings: pass each content as one string"
                 )
@@ -191,9 +191,7 @@ def as_answers(
         elif _is_list(answer) and (_are_ids(answer) or not len(cast("Sequence[object]", answer))):
             found.append(list(cast("Sequence[int]", answer)))
         else:
-            raise RGTGError(
-                f"answer {index} is {type(answer).__name__}: pass a string or a list of token ids"
-            )
+            raise RGTGError(f"answer {index} is {shown(answer)}: pass a string or a list of token ids")
         if not found[-1]:
             raise RGTGError(f"answer {index} is empty: pass at least one token")
     return found
@@ -257,7 +255,7 @@ def _check_message(message: Mapping[str, Any], what: str) -> None:
     if isinstance(content, str) or role == "tool" or (content is None and message.get("tool_calls")):
         return
     if not _parts(message) or not all(isinstance(part.get("text"), str) for part in _parts(message)):
-        raise RGTGError(f"{what} has content={_short(content)}: pass a string as content")
+        raise RGTGError(f"{what} has content={shown(content)}: pass a string as content")
 
 
 def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -297,10 +295,8 @@ def _named(value: object) -> str:
         if "input_ids" in value:
             return "a tokenizer's mapping: pass its input_ids without padding, or the text or the chat itself"
         keys = ", ".join(map(str, value)) or "none"
-        return (
-            f"a mapping with the keys {_short(keys, str)}: pass what holds the prompt, as in "
-            "[row['prompt'] for row in rows]"
-        )
+        keys = keys if len(keys) <= 60 else keys[:57] + "..."
+        return f"a mapping with the keys {keys}: pass what holds the prompt, as in [row['prompt'] for row in rows]"
     if isinstance(value, bytes | bytearray | memoryview):
         return "bytes: pass a string, as in prompt.decode()"
     if _is_list(value):
@@ -308,9 +304,4 @@ def _named(value: object) -> str:
         return f"a list of {' and '.join(list(kinds)[:3])}: {_PASS}"
     if hasattr(value, "columns") or hasattr(value, "column_names"):
         return f"a table ({type(value).__name__}): pass the column that holds the prompts, as in list(rows['prompt'])"
-    return f"{value if value is None else type(value).__name__}: {_PASS}"
-
-
-def _short(value: object, show: Any = repr) -> str:
-    text = show(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{shown(value)}: {_PASS}"

@@ -130,11 +130,11 @@ def test_settings_of_the_guidance(settings: dict[str, Any], words: str) -> None:
         (lambda d: d.generate("w1", 2, stop=5), "stop=5 is no stop string"),
         (lambda d: d.generate("w1", 2, strategy=5), "strategy=5 is none"),
         (lambda d: d.generate("w1", 2, Guidance(k=10**30)), "exceeds the vocabulary"),
-        (lambda d: d.score("w1", None), "answers=None"),
-        (lambda d: d.score("w1", [5]), "answer 0 is 5"),
+        (lambda d: d.score("w1", None), "answer 0 is None"),
+        (lambda d: d.score(["w1", "w2"], [5, 6]), "1 answers for 2 prompts"),
         (lambda d: d.score("w1", [[64]]), "answer 0 has token id 64, outside the vocabulary"),
-        (lambda d: d.score("w1", [[1.5]]), "answer 0=1.5 is not a whole number"),
-        (lambda d: d.score("w1", [[[3]]]), "answer 0=[3]"),
+        (lambda d: d.score("w1", [[1.5]]), "answer 0 is [1.5]"),
+        (lambda d: d.score("w1", [[[3]]]), "answer 0 is [[3]]"),
     ],
 )
 def test_arguments_of_a_call(decoder: RewardGuidedDecoder, call: Callable[[Any], Any], words: str) -> None:
@@ -153,7 +153,7 @@ def test_ids_outside_the_guides_own_embedding_are_refused_before_a_forward() -> 
     guided = load(reward=SequenceReward((RM, own), chat_template="w99"), engine="transformers")
     refused(
         lambda: guided.generate([{"role": "user", "content": "w1"}], 3),
-        "token id 64, outside the vocabulary (V=64): use the reward model's tokenizer",
+        "prompt 0 for the reward model has token id 64, outside the vocabulary (V=64): use the model's own tokenizer",
     )
 
 
