@@ -79,17 +79,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     x = x.float().contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
     out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
-    _extension.kernels().linear(
-        x.data_ptr(),
-        weight.data_ptr(),
-        _extension.pointer(bias),
-        out.data_ptr(),
-        rows,
-        inner,
-        weight.shape[0],
-        _extension.DTYPE_CODES[weight.dtype],
-        torch.get_num_threads(),
-    )
+    arrays = (_extension.array(x), _extension.array(weight), _extension.optional_array(bias), _extension.array(out))
+    _extension.kernels().linear(torch.get_num_threads(), *arrays)
     return out
 
 
@@ -145,21 +136,19 @@ class NativeLayers:
         self._tensors: list[torch.Tensor] = []
         self._factors: list[torch.Tensor] = []
 
-        def address(tensor: torch.Tensor | None) -> int:
-            if tensor is None:
-                return 0
+        def array(tensor: torch.Tensor) -> _extension.Array:
             self._tensors.append(tensor)
-            return tensor.data_ptr()
+            return _extension.array(tensor)
 
-        def vector(tensor: torch.Tensor | None, offset: float = 0.0) -> int:
-            return 0 if tensor is None else address(tensor.detach().float().add(offset).contiguous())
+        def vector(tensor: torch.Tensor | None, offset: float = 0.0) -> _extension.Array | None:
+            return None if tensor is None else array(tensor.detach().float().add(offset).contiguous())
 
         table = []
         for layer in layers:
             linears = _linears(layer)
             attention = layer.self_attn
             table.append(
-                [address(linears[name].weight.detach()) for name in MATRICES]  # type: ignore[operator]
+                [array(linears[name].weight.detach()) for name in MATRICES]  # type: ignore[operator]
                 + [vector(linears[name].bias) for name in MATRICES]  # type: ignore[arg-type]
                 + [
                     vector(layer.input_layernorm.weight, family.norm_offset),
@@ -172,19 +161,15 @@ class NativeLayers:
         self._native = _extension.kernels().DecoderLayers(
             table,
             vector(decoder.norm.weight, family.norm_offset),
-            address(embedding),
-            self.vocabulary,
+            array(embedding),
             float(scale),
-            self.hidden,
             self.heads,
             self.kv_heads,
             self.head_dim,
-            int(config.intermediate_size),
             self._cos.shape[1],
             float(config.rms_norm_eps),
             float(attention.scaling),
             ACTIVATIONS[config.hidden_act],
-            _extension.DTYPE_CODES[self.dtype],
         )
 
     @staticmethod
@@ -245,7 +230,7 @@ class NativeLayers:
                         f"{adapter.name} changes layer {layer} {name}, which the native engine does not run: "
                         "use engine='transformers'"
                     )
-        self._factors = []
+        factors: list[torch.Tensor] = []
         table = []
         for layer in range(self.layers):
             for name in MATRICES:
@@ -253,12 +238,14 @@ class NativeLayers:
                 for adapter in adapters:
                     pair = adapter.low_rank.get((layer, module))
                     if pair is None:
-                        table.append([0, 0, 0])
+                        table.append((None, None))
                         continue
                     a, b = pair.a.to(self.dtype).contiguous(), _panels(pair.b.float())
-                    self._factors += [a, b]
-                    table.append([a.data_ptr(), b.data_ptr(), len(a)])
+                    factors += [a, b]
+                    table.append((_extension.array(a), _extension.array(b)))
+        # It waits for a running forward, which still reads the factors of before.
         self._native.adapt(table)
+        self._factors = factors
 
     def _grow_tables(self, length: int) -> None:
         """Tables of cos and sin [length, rotary D] by the model's own rotary embedding, in float32."""
@@ -266,8 +253,8 @@ class NativeLayers:
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32), position_ids=positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
 
-    def _check(self, cache: torch.Tensor, name: str, layers: int, rows: int, tokens: int | None) -> list[int]:
-        """Address and strides of keys or values [L, B, G, T, D], after checking that they fit this model."""
+    def _check(self, cache: torch.Tensor, name: str, layers: int, rows: int, tokens: int | None) -> _extension.Array:
+        """Keys or values [L, B, G, T, D] for the extension, after checking that they fit this model."""
         expected = (
             layers,
             rows,
@@ -285,7 +272,7 @@ class NativeLayers:
             raise RGTGError(
                 f"the last dimension of {name} has stride {cache.stride(4)}: it must be contiguous"
             )
-        return [cache.data_ptr(), *cache.stride()[:4]]
+        return _extension.array(cache)
 
     def forward(
         self,
@@ -380,18 +367,12 @@ class NativeLayers:
             first,
             last,
             variants,
-            _extension.pointer(ids),
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            positions.data_ptr(),
+            _extension.optional_array(ids),
+            *(_extension.array(tensor) for tensor in (x, cos, sin, positions)),
             kv,
-            lengths.data_ptr(),
-            _extension.pointer(ancestors),
+            _extension.array(lengths),
+            _extension.optional_array(ancestors),
             causal,
-            rows,
-            tokens,
-            k_cache.shape[3],
             torch.get_num_threads(),
         )
         if not done and ids is not None:

@@ -53,7 +53,7 @@ register(
     "Tensor(c!) lengths, Tensor choice) -> ()",
     _fake,
     _check_values,
-    lambda *args: cpp(_check_values, *args),
+    cpp,
     MOVED,
     MOVED,
 )

@@ -60,7 +60,7 @@ register(
     "(Tensor rewards, Tensor offsets, str mode, str weight, Tensor? normalizer) -> (Tensor, Tensor)",
     _fake,
     _check_values,
-    lambda *args: cpp(_check_values, *args),
+    cpp,
     frozenset({torch.float64, *DTYPE_CODES}),
     frozenset(DTYPE_CODES),
 )

@@ -59,7 +59,7 @@ register(
     "float scale, bool causal=False) -> Tensor",
     _fake,
     _check_values,
-    lambda *args: cpp(_check_values, *args),
+    cpp,
     frozenset(DTYPE_CODES),
     frozenset(DTYPE_CODES),
     triton_against=reason_against,
