@@ -40,17 +40,22 @@ std::string listed(const Sizes& sizes) {
   return text + "]";
 }
 
+inline bool is_empty(const Array& a) {
+  for (int64_t n : shape(a)) {
+    if (n == 0) return true;
+  }
+  return false;
+}
+
 // Of so many dimensions, and at an address.
 inline void expect_rank(const Array& a, const char* name, size_t rank) {
   if (shape(a).size() != rank || std::get<3>(a).size() != rank) {
     refuse(std::string(name) + " has shape " + listed(shape(a)) + ": use " + std::to_string(rank) + " dimensions");
   }
-  bool empty = false;
   for (size_t d = 0; d < rank; ++d) {
     if (size(a, d) < 0 || stride(a, d) < 0) refuse(std::string(name) + " has a negative size or stride");
-    empty = empty || size(a, d) == 0;
   }
-  if (!empty && address(a) == 0) refuse(std::string(name) + " has no memory: its storage was freed");
+  if (!is_empty(a) && address(a) == 0) refuse(std::string(name) + " has no memory: its storage was freed");
 }
 
 inline void expect_dtype(const Array& a, const char* name, int code) {
@@ -68,10 +73,10 @@ inline void expect(const Array& a, const char* name, int code, std::initializer_
   }
 }
 
-// Numbers of the last dimension stand next to each other.
+// Numbers of the last dimension stand next to each other. The strides of an empty tensor mean nothing.
 inline void expect_dense(const Array& a, const char* name) {
   const size_t last = shape(a).size() - 1;
-  if (size(a, last) > 1 && stride(a, last) != 1) {
+  if (size(a, last) > 1 && stride(a, last) != 1 && !is_empty(a)) {
     refuse(std::string(name) + " has stride " + std::to_string(stride(a, last)) + " in its last dimension: use 1");
   }
 }
@@ -79,8 +84,8 @@ inline void expect_dense(const Array& a, const char* name) {
 // All numbers stand next to each other, in the order of their indices.
 inline void expect_contiguous(const Array& a, const char* name) {
   int64_t next = 1;
+  if (is_empty(a)) return;
   for (size_t d = shape(a).size(); d-- > 0;) {
-    if (size(a, d) == 0) return;
     if (size(a, d) > 1 && stride(a, d) != next) refuse(std::string(name) + " is not contiguous");
     next *= size(a, d);
   }
@@ -94,7 +99,7 @@ inline void expect_contiguous(const Array& a, const char* name, int code, std::i
 // No two numbers of it share their memory by a stride of 0: it is written.
 inline void expect_apart(const Array& a, const char* name) {
   for (size_t d = 0; d < shape(a).size(); ++d) {
-    if (size(a, d) > 1 && stride(a, d) == 0) refuse(std::string(name) + " is written and has a stride of 0");
+    if (size(a, d) > 1 && stride(a, d) == 0 && !is_empty(a)) refuse(std::string(name) + " is written and has a stride of 0");
   }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -97,10 +99,20 @@ class LowRank:
 
     Attributes:
         a: [r, inner] float32. b: [outer, r] float32, the scale α/r multiplied in.
+
+    Raises:
+        RGTGError: two factors that cannot be multiplied.
     """
 
     a: torch.Tensor
     b: torch.Tensor
+
+    def __post_init__(self) -> None:
+        a, b = tuple(self.a.shape), tuple(self.b.shape)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+            raise RGTGError(
+                f"a low-rank correction has factors A {list(a)} and B {list(b)}: use [r, inner] and [outer, r], r >= 1"
+            )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
         """The same correction elsewhere or in another dtype."""
@@ -143,14 +155,15 @@ class Adapter:
         if not (path / WEIGHTS).is_file():
             raise RGTGError(f"{str(folder)!r} holds no {WEIGHTS}: save the adapter with safetensors")
         recipe = _read(path / RECIPE) if (path / RECIPE).is_file() else {}
-        factors, heads = _sorted(load_file(path / WEIGHTS), path)
-        low_rank = {}
+        factors, heads = _sorted(_tensors(path / WEIGHTS), path)
+        low_rank: dict[tuple[int, str], LowRank] = {}
         for module, pair in factors.items():
             if set(pair) != {"A", "B"}:
                 raise RGTGError(f"{path}: {module} has only one of its two factors: save it again")
-            a, b = pair["A"].float(), pair["B"].float() * _scale(config, module, len(pair["A"]))
             layer, name = _LAYER.search(module).groups()  # pyright: ignore[reportOptionalMemberAccess]
-            low_rank[int(layer), name] = LowRank(a.contiguous(), b.contiguous())
+            if (int(layer), name) in low_rank:
+                raise RGTGError(f"{path} has two corrections of layer {layer} {name}: save one adapter in a folder")
+            low_rank[int(layer), name] = _correction(config, module, pair, path)
         return cls(
             name=str(folder),
             base_name=str(config.get("base_model_name_or_path") or ""),
@@ -190,7 +203,7 @@ class Adapter:
         layers = decoder_layers(model)
         for (layer, name), pair in self.low_rank.items():
             where = f"layer {layer} {name}"
-            parts = dict(layers[layer].named_modules()) if layer < len(layers) else {}
+            parts = dict(layers[layer].named_modules()) if 0 <= layer < len(layers) else {}
             module = parts.get(name)
             if module is None:
                 return f"{self.name} changes {where}, which {_title(model)} does not have"
@@ -260,9 +273,27 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RGTGError(f"{path} is not readable JSON: save the adapter again") from error
+    if not isinstance(value, dict):
+        raise RGTGError(f"{path} holds a {type(value).__name__}, not a JSON object: save the adapter again")
+    return value
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, all of them finite floating-point numbers."""
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RGTGError(f"{path} is not readable ({reason}): copy or save the adapter again") from error
+    for key, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise RGTGError(f"{path}: {key} has dtype {tensor.dtype}: save the adapter in a floating-point dtype")
+        if not tensor.float().isfinite().all():
+            raise RGTGError(f"{path}: {key} holds NaN or an infinity: the file or its training is broken")
+    return tensors
 
 
 def _refuse(config: dict[str, Any], path: Path) -> None:
@@ -308,13 +339,28 @@ def _sorted(
     return factors, heads
 
 
+def _correction(config: dict[str, Any], module: str, pair: dict[str, torch.Tensor], path: Path) -> LowRank:
+    a, b = pair["A"].float().contiguous(), pair["B"].float().contiguous()
+    try:
+        LowRank(a, b)  # its shapes, before a rank is divided by
+        return LowRank(a, b * _scale(config, module, len(a)))
+    except RGTGError as error:
+        raise RGTGError(f"{path}: {module}: {error}") from error
+
+
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = own
-            break
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
+    try:
+        for pattern, own in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = own
+                break
+        scale = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+        raise RGTGError(f"lora_alpha={alpha!r} or alpha_pattern={patterns!r} gives no scale ({error})") from error
+    if not math.isfinite(scale):
+        raise RGTGError(f"lora_alpha={alpha!r} gives the scale {scale}: use a finite number")
+    return scale
 
 
 def _head(tensors: dict[str, torch.Tensor], path: Path) -> nn.Linear | None:
@@ -324,10 +370,13 @@ def _head(tensors: dict[str, torch.Tensor], path: Path) -> nn.Linear | None:
     if len(names) > 1 or f"{names[0]}.weight" not in tensors:
         raise RGTGError(f"{path} holds {', '.join(sorted(tensors))}: save one head with its weight")
     weight, bias = tensors[f"{names[0]}.weight"], tensors.get(f"{names[0]}.bias")
+    if weight.ndim != 2 or 0 in weight.shape or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = f"{list(weight.shape)}" + ("" if bias is None else f" and a bias {list(bias.shape)}")
+        raise RGTGError(f"{path}: {names[0]} has a weight {shapes}: use [labels, E] and [labels]")
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    head.weight = nn.Parameter(weight.float(), requires_grad=False)
+    head.weight = nn.Parameter(weight.float().contiguous(), requires_grad=False)
     if bias is not None:
-        head.bias = nn.Parameter(bias.float(), requires_grad=False)
+        head.bias = nn.Parameter(bias.float().contiguous(), requires_grad=False)
     return head
 
 

@@ -55,6 +55,32 @@ def _linears(layer: nn.Module) -> dict[str, nn.Module]:
     return {name: getattr(parts.self_attn if name[0] in "qkvo" else parts.mlp, name) for name in MATRICES}
 
 
+def _shapes(decoder: Any) -> tuple[dict[str, tuple[int, int]], str]:
+    """The matrices' shapes by the configuration, and what in it the extension cannot run, empty where it can."""
+    config, layers = decoder.config, decoder.layers
+    sizes = {
+        name: int(getattr(config, name))
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    }
+    sizes["num_hidden_layers"] = min(int(config.num_hidden_layers), len(layers))
+    sizes["head_dim"] = int(layers[0].self_attn.head_dim) if len(layers) else 0
+    for name, value in sizes.items():
+        if value < 1:
+            return {}, f"its {name} is {value}"
+    hidden, inner, heads, groups, _, width = sizes.values()
+    if heads % groups:
+        return {}, f"{heads} attention heads cannot share {groups} key-value heads"
+    if width % 2:
+        return {}, f"its head_dim is {width}, which is odd"
+    embedding = tuple(decoder.embed_tokens.weight.shape)
+    if embedding[1:] != (hidden,):
+        return {}, f"its embedding is {embedding}, where the configuration says {hidden} columns"
+    outer = dict.fromkeys(MATRICES, hidden) | {"q_proj": heads * width, "gate_proj": inner, "up_proj": inner}
+    outer |= dict.fromkeys(("k_proj", "v_proj"), groups * width)
+    columns = dict.fromkeys(MATRICES, hidden) | {"o_proj": heads * width, "down_proj": inner}
+    return {name: (outer[name], columns[name]) for name in MATRICES}, ""
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = x weightᵀ + bias, in float32, every row the same bits in any batch and on any number of threads.
 
@@ -70,7 +96,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         RGTGError: a weight of another width, dtype, layout or device.
     """
     rows, inner = x.shape
-    if weight.shape[1] != inner or weight.dtype not in (torch.float32, torch.bfloat16):
+    if weight.ndim != 2 or weight.shape[1] != inner or inner < 1 or weight.dtype not in (torch.float32, torch.bfloat16):
         raise RGTGError(
             f"the weight is {tuple(weight.shape)} {weight.dtype}: it must be [V, {inner}] float32 or bfloat16"
         )
@@ -78,6 +104,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         raise RGTGError(f"the weight must be contiguous and on the CPU, not on {weight.device}")
     x = x.float().contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RGTGError(f"the bias is {tuple(bias.shape)}: it must be {tuple(weight.shape[:1])}")
     out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
     arrays = (_extension.array(x), _extension.array(weight), _extension.optional_array(bias), _extension.array(out))
     _extension.kernels().linear(torch.get_num_threads(), *arrays)
@@ -202,6 +230,9 @@ class NativeLayers:
         dtype = decoder.embed_tokens.weight.dtype
         if dtype not in (torch.float32, torch.bfloat16):
             return f"its weights are {dtype}, neither float32 nor bfloat16"
+        shapes, reason = _shapes(decoder)
+        if reason:
+            return reason
         for index, layer in enumerate(decoder.layers):
             for name, linear in _linears(layer).items():
                 where = f"layers.{index}.{name}"
@@ -214,6 +245,8 @@ class NativeLayers:
                     return f"{where} is on {weight.device}, not on the CPU"
                 if not weight.is_contiguous():
                     return f"{where} is not contiguous"
+                if tuple(weight.shape) != shapes[name]:
+                    return f"{where} is {tuple(weight.shape)}, where the configuration says {shapes[name]}"
         return None
 
     def adapt(self, adapters: Sequence[Adapter]) -> None:
