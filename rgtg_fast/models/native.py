@@ -186,19 +186,24 @@ class NativeLayers:
                 ]
             )
         self._grow_tables(64)
-        self._native = _extension.kernels().DecoderLayers(
-            table,
-            vector(decoder.norm.weight, family.norm_offset),
-            array(embedding),
-            float(scale),
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self._cos.shape[1],
-            float(config.rms_norm_eps),
-            float(attention.scaling),
-            ACTIVATIONS[config.hidden_act],
-        )
+        try:
+            self._native = _extension.kernels().DecoderLayers(
+                table,
+                vector(decoder.norm.weight, family.norm_offset),
+                array(embedding),
+                float(scale),
+                self.heads,
+                self.kv_heads,
+                self.head_dim,
+                self._cos.shape[1],
+                float(config.rms_norm_eps),
+                float(attention.scaling),
+                ACTIVATIONS[config.hidden_act],
+            )
+        except ValueError as error:
+            raise RGTGError(
+                f"{type(model).__name__} cannot run natively: {error}; use engine='transformers'"
+            ) from error
 
     @staticmethod
     def supported(model: nn.Module) -> str | None:
@@ -277,7 +282,10 @@ class NativeLayers:
                     factors += [a, b]
                     table.append((_extension.array(a), _extension.array(b)))
         # It waits for a running forward, which still reads the factors of before.
-        self._native.adapt(table)
+        try:
+            self._native.adapt(table)
+        except ValueError as error:
+            raise RGTGError(f"the adapters do not fit this model: {error}") from error
         self._factors = factors
 
     def _grow_tables(self, length: int) -> None:

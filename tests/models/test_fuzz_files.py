@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
+from rgtg_fast import RewardGuidedDecoder, RGTGError, SequenceReward
 from rgtg_fast.models.adapter import CONFIG, RECIPE, WEIGHTS, Adapter, LowRank
+from rgtg_fast.models.native import NativeLayers
 from tests.conftest import make_lm, make_tokenizer
 from tests.models.adapters import write_adapter
 
@@ -47,17 +48,24 @@ def _copy(original: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def _served(lm: Any, folder: Path) -> str | None:
-    """The refusal of an adapter in one line; None where it is served, with numbers as rewards."""
+def _refusal(lm: Any, folder: Path) -> str | None:
+    """What is said of an adapter, in one line; None where the native engine runs it and gives numbers."""
     try:
-        decoder = RewardGuidedDecoder.from_pretrained(
-            (lm, make_tokenizer()), reward=SequenceReward(folder, share_trunk=True)
-        )
-        row = decoder.generate([[9, 8, 7]], 2, Guidance(k=3, beta=1.0))[0]
+        adapter = Adapter.load(folder)
+        adapter.reward_head()
+        reason = adapter.misfit(lm) or NativeLayers.supported(lm.base_model)
+        if reason:
+            raise RGTGError(reason)
+        native = NativeLayers(lm.base_model)
+        native.adapt([adapter])
+        sizes = (native.layers, 2, native.kv_heads, 1, native.head_dim)
+        new = [torch.zeros(sizes) for _ in range(4)]
+        zero = torch.zeros(2, 1, dtype=torch.int64)
+        states = native.forward(zero + 5, zero, *new[:2], zero[:, 0], *new[2:], variants=2)
     except RGTGError as error:
         assert "\n" not in str(error)
         return str(error)
-    assert len(row.rewards) == len(row.tokens)
+    assert states.isfinite().all()
     return None
 
 
@@ -87,7 +95,7 @@ def test_factors_that_do_not_fit_are_refused(
     tensors = load_file(folder / WEIGHTS)
     tensors |= {f"{PREFIX}A.weight": torch.ones(a), f"{PREFIX}B.weight": torch.ones(b)}
     save_file(tensors, folder / WEIGHTS)
-    refusal = _served(lm, folder)
+    refusal = _refusal(lm, folder)
     assert refusal is not None
     assert "self_attn.q_proj" in refusal
 
@@ -105,7 +113,34 @@ def test_heads_that_do_not_fit_are_refused(
     if bias is not None:
         tensors["base_model.model.score.bias"] = torch.ones(bias)
     save_file(tensors, folder / WEIGHTS)
-    assert _served(lm, folder) is not None
+    assert _refusal(lm, folder) is not None
+
+
+def test_a_decoder_refuses_an_adapter_of_two_ranks(lm: Any, original: Path, tmp_path: Path) -> None:
+    folder = _copy(original, tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    tensors |= {f"{PREFIX}A.weight": torch.zeros(4, 32), f"{PREFIX}B.weight": torch.zeros(32, 3)}
+    save_file(tensors, folder / WEIGHTS)
+    for share_trunk in (None, True, False):
+        with pytest.raises(RGTGError, match=r"q_proj: a low-rank correction has factors A \[4, 32\] and B \[32, 3\]"):
+            RewardGuidedDecoder.from_pretrained(
+                (lm, make_tokenizer()), reward=SequenceReward(folder, share_trunk=share_trunk)
+            )
+
+
+def test_the_extension_refuses_factors_that_do_not_fit(lm: Any, original: Path) -> None:
+    """Past the checks in Python: an adapter that was changed after they were made."""
+    if reason := NativeLayers.supported(lm.base_model):
+        pytest.skip(f"the native engine does not run here: {reason}")
+    native = NativeLayers(lm.base_model)
+    for a, b in (((4, 31), (32, 4)), ((5, 32), (32, 4)), ((4, 32), (16, 4)), ((4, 32), (64, 4))):
+        adapter = Adapter.load(original)
+        pair = adapter.low_rank[1, "self_attn.q_proj"]
+        object.__setattr__(pair, "a", torch.zeros(a))
+        object.__setattr__(pair, "b", torch.zeros(b))
+        with pytest.raises(ValueError, match="lora_"):
+            native.adapt([adapter])
+    native.adapt([Adapter.load(original)])
 
 
 def test_a_correction_made_by_hand_is_checked_too() -> None:
@@ -121,7 +156,7 @@ def test_factors_of_whole_numbers_are_refused(
     tensors = load_file(folder / WEIGHTS)
     tensors[f"{PREFIX}A.weight"] = torch.ones(4, 32, dtype=dtype)
     save_file(tensors, folder / WEIGHTS)
-    assert "dtype" in (_served(lm, folder) or "")
+    assert "dtype" in (_refusal(lm, folder) or "")
 
 
 def test_numbers_that_are_not_finite_are_refused(lm: Any, original: Path, tmp_path: Path) -> None:
@@ -130,7 +165,7 @@ def test_numbers_that_are_not_finite_are_refused(lm: Any, original: Path, tmp_pa
         tensors = load_file(folder / WEIGHTS)
         tensors[f"{PREFIX}A.weight"][0, 0] = value
         save_file(tensors, folder / WEIGHTS)
-        assert "NaN or an infinity" in (_served(lm, folder) or "")
+        assert "NaN or an infinity" in (_refusal(lm, folder) or "")
 
 
 def test_two_corrections_of_one_layer_are_refused(lm: Any, original: Path, tmp_path: Path) -> None:
@@ -140,7 +175,7 @@ def test_two_corrections_of_one_layer_are_refused(lm: Any, original: Path, tmp_p
         name = f"{PREFIX}{factor}.weight"
         tensors[name.replace("model.model.", "model.vision.")] = tensors[name].clone()
     save_file(tensors, folder / WEIGHTS)
-    assert "two corrections of layer 1 self_attn.q_proj" in (_served(lm, folder) or "")
+    assert "two corrections of layer 1 self_attn.q_proj" in (_refusal(lm, folder) or "")
 
 
 # ---- bytes and JSON --------------------------------------------------------------------------------------------------
@@ -158,7 +193,7 @@ def test_cut_and_changed_bytes(lm: Any, original: Path, tmp_path: Path, name: st
         at = data.draw(st.integers(0, header - 1) | st.integers(0, len(content) - 1))
         content[at] ^= 1 << data.draw(st.integers(0, 7))
     (folder / name).write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
-    _served(lm, folder)
+    _refusal(lm, folder)
 
 
 @FAST
@@ -173,7 +208,7 @@ def test_settings_of_other_types(lm: Any, original: Path, tmp_path: Path, key: s
     folder = _copy(original, tmp_path)
     config = json.loads((folder / CONFIG).read_text()) | {key: value}
     (folder / CONFIG).write_text(json.dumps(config))
-    _served(lm, folder)
+    _refusal(lm, folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '"x"', "1", "{", "[" * 100_000, "\ud800"])
