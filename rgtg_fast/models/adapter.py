@@ -162,7 +162,9 @@ class Adapter:
                 raise RGTGError(f"{path}: {module} has only one of its two factors: save it again")
             layer, name = _LAYER.search(module).groups()  # pyright: ignore[reportOptionalMemberAccess]
             if (int(layer), name) in low_rank:
-                raise RGTGError(f"{path} has two corrections of layer {layer} {name}: save one adapter in a folder")
+                raise RGTGError(
+                    f"{path} has two corrections of layer {layer} {name}: save one adapter in a folder"
+                )
             low_rank[int(layer), name] = _correction(config, module, pair, path)
         return cls(
             name=str(folder),
@@ -290,7 +292,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         raise RGTGError(f"{path} is not readable ({reason}): copy or save the adapter again") from error
     for key, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
-            raise RGTGError(f"{path}: {key} has dtype {tensor.dtype}: save the adapter in a floating-point dtype")
+            raise RGTGError(
+                f"{path}: {key} has dtype {tensor.dtype}: save the adapter in a floating-point dtype"
+            )
         if not tensor.float().isfinite().all():
             raise RGTGError(f"{path}: {key} holds NaN or an infinity: the file or its training is broken")
     return tensors
@@ -357,7 +361,9 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
                 break
         scale = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
     except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
-        raise RGTGError(f"lora_alpha={alpha!r} or alpha_pattern={patterns!r} gives no scale ({error})") from error
+        raise RGTGError(
+            f"lora_alpha={alpha!r} or alpha_pattern={patterns!r} gives no scale ({error})"
+        ) from error
     if not math.isfinite(scale):
         raise RGTGError(f"lora_alpha={alpha!r} gives the scale {scale}: use a finite number")
     return scale

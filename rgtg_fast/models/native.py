@@ -96,7 +96,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         RGTGError: a weight of another width, dtype, layout or device.
     """
     rows, inner = x.shape
-    if weight.ndim != 2 or weight.shape[1] != inner or inner < 1 or weight.dtype not in (torch.float32, torch.bfloat16):
+    if (
+        weight.ndim != 2
+        or weight.shape[1] != inner
+        or inner < 1
+        or weight.dtype not in (torch.float32, torch.bfloat16)
+    ):
         raise RGTGError(
             f"the weight is {tuple(weight.shape)} {weight.dtype}: it must be [V, {inner}] float32 or bfloat16"
         )
@@ -107,7 +112,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RGTGError(f"the bias is {tuple(bias.shape)}: it must be {tuple(weight.shape[:1])}")
     out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
-    arrays = (_extension.array(x), _extension.array(weight), _extension.optional_array(bias), _extension.array(out))
+    arrays = (
+        _extension.array(x),
+        _extension.array(weight),
+        _extension.optional_array(bias),
+        _extension.array(out),
+    )
     _extension.kernels().linear(torch.get_num_threads(), *arrays)
     return out
 
@@ -294,7 +304,9 @@ class NativeLayers:
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32), position_ids=positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
 
-    def _check(self, cache: torch.Tensor, name: str, layers: int, rows: int, tokens: int | None) -> _extension.Array:
+    def _check(
+        self, cache: torch.Tensor, name: str, layers: int, rows: int, tokens: int | None
+    ) -> _extension.Array:
         """Keys or values [L, B, G, T, D] for the extension, after checking that they fit this model."""
         expected = (
             layers,

@@ -26,7 +26,10 @@ ANYTHING = st.recursive(
     max_leaves=4,
 )
 FAST = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -63,10 +66,14 @@ def _refusal(lm: Any, folder: Path) -> str | None:
         zero = torch.zeros(2, 1, dtype=torch.int64)
         states = native.forward(zero + 5, zero, *new[:2], zero[:, 0], *new[2:], variants=2)
     except RGTGError as error:
-        assert "\n" not in str(error)
         return str(error)
     assert states.isfinite().all()
     return None
+
+
+def _check(lm: Any, folder: Path) -> None:
+    """Whatever is said of it is one line."""
+    assert "\n" not in (_refusal(lm, folder) or "")
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -102,7 +109,15 @@ def test_factors_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize(
     ("weight", "bias"),
-    [((32,), None), ((1, 31), None), ((2, 32), None), ((1, 32), (2,)), ((1, 0), None), ((), None), ((1, 32, 1), None)],
+    [
+        ((32,), None),
+        ((1, 31), None),
+        ((2, 32), None),
+        ((1, 32), (2,)),
+        ((1, 0), None),
+        ((), None),
+        ((1, 32, 1), None),
+    ],
 )
 def test_heads_that_do_not_fit_are_refused(
     lm: Any, original: Path, tmp_path: Path, weight: tuple[int, ...], bias: tuple[int, ...] | None
@@ -122,7 +137,9 @@ def test_a_decoder_refuses_an_adapter_of_two_ranks(lm: Any, original: Path, tmp_
     tensors |= {f"{PREFIX}A.weight": torch.zeros(4, 32), f"{PREFIX}B.weight": torch.zeros(32, 3)}
     save_file(tensors, folder / WEIGHTS)
     for share_trunk in (None, True, False):
-        with pytest.raises(RGTGError, match=r"q_proj: a low-rank correction has factors A \[4, 32\] and B \[32, 3\]"):
+        with pytest.raises(
+            RGTGError, match=r"q_proj: a low-rank correction has factors A \[4, 32\] and B \[32, 3\]"
+        ):
             RewardGuidedDecoder.from_pretrained(
                 (lm, make_tokenizer()), reward=SequenceReward(folder, share_trunk=share_trunk)
             )
@@ -184,7 +201,9 @@ def test_two_corrections_of_one_layer_are_refused(lm: Any, original: Path, tmp_p
 @FAST
 @given(data=st.data())
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-def test_cut_and_changed_bytes(lm: Any, original: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+def test_cut_and_changed_bytes(
+    lm: Any, original: Path, tmp_path: Path, name: str, data: st.DataObject
+) -> None:
     folder = _copy(original, tmp_path)
     content = bytearray((folder / name).read_bytes())
     # Half of the changes hit the header, which says where the tensors are.
@@ -193,7 +212,7 @@ def test_cut_and_changed_bytes(lm: Any, original: Path, tmp_path: Path, name: st
         at = data.draw(st.integers(0, header - 1) | st.integers(0, len(content) - 1))
         content[at] ^= 1 << data.draw(st.integers(0, 7))
     (folder / name).write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
-    _refusal(lm, folder)
+    _check(lm, folder)
 
 
 @FAST
@@ -208,7 +227,7 @@ def test_settings_of_other_types(lm: Any, original: Path, tmp_path: Path, key: s
     folder = _copy(original, tmp_path)
     config = json.loads((folder / CONFIG).read_text()) | {key: value}
     (folder / CONFIG).write_text(json.dumps(config))
-    _refusal(lm, folder)
+    _check(lm, folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '"x"', "1", "{", "[" * 100_000, "\ud800"])

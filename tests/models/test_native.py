@@ -376,7 +376,7 @@ def test_a_product_with_other_shapes_is_refused() -> None:
         (torch.ones(3, 4), torch.ones(2)),
         (torch.ones(3, 4), torch.ones(())),
     ):
-        with pytest.raises(RGTGError, match="the (weight|bias) is"):
+        with pytest.raises(RGTGError, match=r"the (weight|bias) is"):
             linear(x, weight, bias)
     with pytest.raises(RGTGError, match="the weight is"):
         linear(torch.ones(2, 0), torch.ones(3, 0))

@@ -20,7 +20,11 @@ FLOATS = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-40, 5.0, -30.
 WHOLE = (-1, -2, 0, 1, 3, 64, 2**31, 2**32, 2**63 - 1, -(2**63), -(2**63) + 1)
 # Sizes that a spec's inputs are made for, and what else they may be like.
 SIZES = {"T": 300}
-OPTIONS = {"mask": (None, "chain", "causal"), "mode": ("eos", "hold", "truncate"), "weight": ("prefix", "pair")}
+OPTIONS = {
+    "mask": (None, "chain", "causal"),
+    "mode": ("eos", "hold", "truncate"),
+    "weight": ("prefix", "pair"),
+}
 # Dimensions of rows, so that there may be none: the first but where it is said.
 ROWS = {"commit": {"k_new": 1, "v_new": 1, "k_cache": 1, "v_cache": 1}}
 WITHOUT_ROWS = {"norm", "head", "bias", "eos", "offsets", "normalizer"}
@@ -76,7 +80,9 @@ def _changed(x: torch.Tensor, data: st.DataObject) -> torch.Tensor:
 
 def _arguments(name: str, data: st.DataObject) -> dict[str, Any]:
     shape = _shape(name, data)
-    arguments = SPECS[name].make_inputs(shape, data.draw(st.sampled_from(DTYPES)), seed=data.draw(st.integers(0, 9)))
+    arguments = SPECS[name].make_inputs(
+        shape, data.draw(st.sampled_from(DTYPES)), seed=data.draw(st.integers(0, 9))
+    )
     tensors = [key for key, value in arguments.items() if isinstance(value, torch.Tensor)]
     if data.draw(st.sampled_from([False, False, False, True])):
         for key in tensors:
@@ -85,7 +91,9 @@ def _arguments(name: str, data: st.DataObject) -> dict[str, Any]:
     for key in data.draw(st.lists(st.sampled_from(tensors), max_size=2)):
         arguments[key] = _changed(arguments[key], data)
     if "k" in arguments and not isinstance(arguments["k"], torch.Tensor):
-        arguments["k"] = data.draw(st.sampled_from([arguments["k"], arguments["k"], 0, -1, 10**6, 2**62, 2.5]))
+        arguments["k"] = data.draw(
+            st.sampled_from([arguments["k"], arguments["k"], 0, -1, 10**6, 2**62, 2.5])
+        )
     return arguments
 
 

@@ -26,7 +26,13 @@ from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models.adapters import write_adapter
 
 # Widths that are no multiple of a vector; bfloat16 wants weights that do not blow its rounding up.
-SHAPE = {"hidden_size": 200, "intermediate_size": 52, "vocab_size": 67, "head_dim": 10, "initializer_range": 0.15}
+SHAPE = {
+    "hidden_size": 200,
+    "intermediate_size": 52,
+    "vocab_size": 67,
+    "head_dim": 10,
+    "initializer_range": 0.15,
+}
 NUMBERS = ("tokens", "rewards", "logprobs", "reward", "base_logprob", "guided_logprob")
 ROWS = 9
 
