@@ -382,3 +382,17 @@ def test_a_product_with_other_shapes_is_refused() -> None:
         linear(torch.ones(2, 0), torch.ones(3, 0))
     assert linear(torch.ones(0, 4), torch.ones(3, 4)).shape == (0, 3)
     assert linear(x, torch.ones(0, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_any_size_is_right_and_independent_of_its_rows(dtype: torch.dtype) -> None:
+    """Sizes that are no multiple of a tile or a vector: what stands behind a matrix is not read."""
+    for outer in (1, 2, 3, 5, 7):
+        for inner in (1, 3, 17, 40, 5000):
+            weight, bias = torch.randn(outer, inner).to(dtype), torch.randn(outer)
+            x = torch.randn(15, inner)
+            want = x.to(dtype).double() @ weight.double().T + bias
+            one_by_one = torch.cat([linear(row[None], weight, bias) for row in x])
+            assert (one_by_one - want).abs().max() <= 1e-5 * inner**0.5
+            for rows in (2, 3, 4, 6, 12, 13, 15):
+                assert torch.equal(linear(x[:rows], weight, bias), one_by_one[:rows])
