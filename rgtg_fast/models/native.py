@@ -75,6 +75,8 @@ def _shapes(decoder: Any) -> tuple[dict[str, tuple[int, int]], str]:
     embedding = tuple(decoder.embed_tokens.weight.shape)
     if embedding[1:] != (hidden,):
         return {}, f"its embedding is {embedding}, where the configuration says {hidden} columns"
+    if not decoder.embed_tokens.weight.is_contiguous():
+        return {}, "its embedding is not contiguous"
     outer = dict.fromkeys(MATRICES, hidden) | {"q_proj": heads * width, "gate_proj": inner, "up_proj": inner}
     outer |= dict.fromkeys(("k_proj", "v_proj"), groups * width)
     columns = dict.fromkeys(MATRICES, hidden) | {"o_proj": heads * width, "down_proj": inner}

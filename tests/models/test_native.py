@@ -396,3 +396,9 @@ def test_a_product_of_any_size_is_right_and_independent_of_its_rows(dtype: torch
             assert (one_by_one - want).abs().max() <= 1e-5 * inner**0.5
             for rows in (2, 3, 4, 6, 12, 13, 15):
                 assert torch.equal(linear(x[:rows], weight, bias), one_by_one[:rows])
+
+
+def test_an_embedding_that_is_not_contiguous_is_left_to_transformers() -> None:
+    model = make("llama")
+    model.embed_tokens.weight = nn.Parameter(model.embed_tokens.weight.detach().T.contiguous().T)
+    assert NativeLayers.supported(model) == "its embedding is not contiguous"
