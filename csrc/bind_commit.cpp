@@ -1,39 +1,39 @@
-// Python's commit(threads, item bytes, (L, B, G, S, T, D), views, lengths, choice).
-#include <array>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// Python's commit(threads, k_new, v_new, k_cache, v_cache, lengths, choice).
 #include "bindings.hpp"
 #include "commit.hpp"
+#include "door.hpp"
 
 namespace rgtg {
 namespace {
 
-// Address, strides of layers, rows, heads and tokens in elements.
-using View = std::array<int64_t, 5>;
-
-LayersView view(const View& v, int64_t item) {
-  return {reinterpret_cast<char*>(v[0]), v[1] * item, v[2] * item, v[3] * item, v[4] * item};
+LayersView view(const Array& x, int64_t item) {
+  return {memory<char>(x), stride(x, 0) * item, stride(x, 1) * item, stride(x, 2) * item, stride(x, 3) * item};
 }
 
-bool call(int threads, int64_t item, const std::array<int64_t, 6>& shape, const std::array<View, 4>& views,
-          const std::array<int64_t, 2>& lengths, int64_t choice) {
-  const auto [L, B, G, S, T, D] = shape;
-  return commit({L,
-                 B,
-                 G,
-                 S,
-                 T,
-                 D * item,
-                 view(views[0], item),
-                 view(views[1], item),
-                 view(views[2], item),
-                 view(views[3], item),
-                 reinterpret_cast<int64_t*>(lengths[0]),
-                 lengths[1],
-                 reinterpret_cast<const int64_t*>(choice)},
-                threads);
+void call(int threads, const Array& k_new, const Array& v_new, const Array& k_cache, const Array& v_cache,
+          const Array& lengths, const Array& choice) {
+  expect_rank(k_new, "k_new", 5);
+  expect_rank(k_cache, "k_cache", 5);
+  const int code = dtype(k_new);
+  if (code < kFloat32 || code > kFloat64) refuse("k_new has dtype code " + std::to_string(code));
+  const int64_t L = size(k_new, 0), B = size(k_new, 1), G = size(k_new, 2), S = size(k_new, 3), D = size(k_new, 4);
+  const int64_t T = size(k_cache, 3), item = dtype_bytes(code);
+  expect(v_new, "v_new", code, {L, B, G, S, D});
+  expect(k_cache, "k_cache", code, {L, B, G, T, D});
+  expect(v_cache, "v_cache", code, {L, B, G, T, D});
+  expect_dense(k_new, "k_new");
+  expect_dense(v_new, "v_new");
+  for (const Array* cache : {&k_cache, &v_cache}) {
+    expect_dense(*cache, "a cache");
+    expect_apart(*cache, "a cache");
+  }
+  expect(lengths, "lengths", kInt64, {B});
+  expect_apart(lengths, "lengths");
+  expect_contiguous(choice, "choice", kInt64, {B});
+  const bool legal = commit({L, B, G, S, T, D * item, view(k_new, item), view(v_new, item), view(k_cache, item),
+                             view(v_cache, item), memory<int64_t>(lengths), stride(lengths, 0), memory<int64_t>(choice)},
+                            threads);
+  if (!legal) refuse("a choice is no new token, or a row's cache is full");
 }
 
 }  // namespace

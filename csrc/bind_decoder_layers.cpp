@@ -3,13 +3,13 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
+#include <utility>
 #include <vector>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "bindings.hpp"
 #include "decoder_layers.hpp"
+#include "door.hpp"
 
 namespace rgtg {
 
@@ -47,89 +47,192 @@ TreeAttention decoder_attention(const DecoderShape& s, const DecoderCall& call) 
 
 namespace {
 
-using Addresses = std::vector<uintptr_t>;
+using Optional = std::optional<Array>;
+
+constexpr const char* kMatrixNames[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
+constexpr size_t kVectors = kMatrices + 4;  // of a layer: the matrices' biases, then the norms
+
+const float* floats(const Optional& a) { return a ? memory<float>(*a) : nullptr; }
+
+int64_t at_least_one(int64_t n, const char* name) {
+  if (n < 1) refuse(std::string(name) + "=" + std::to_string(n) + ": use at least 1");
+  return n;
+}
 
 // The model's weights as a table of addresses, and the scratch that its calls share.
 class DecoderLayers {
  public:
-  DecoderLayers(const std::vector<Addresses>& layers, uintptr_t final_norm, uintptr_t embedding, int64_t vocabulary,
-                float embedding_scale, int64_t hidden, int64_t heads,
-                int64_t groups, int64_t head_dim, int64_t inner, int64_t rotary, float eps, float scale, int activation,
-                int dtype)
-      : shape_{hidden, heads, groups, head_dim, inner, rotary, eps, scale, static_cast<Activation>(activation), dtype},
-        final_norm_(reinterpret_cast<const float*>(final_norm)),
-        embedding_(reinterpret_cast<const void*>(embedding)),
-        vocabulary_(vocabulary),
-        embedding_scale_(embedding_scale) {
-    for (const Addresses& a : layers) {
-      if (a.size() != 18) throw std::invalid_argument("a layer has 18 addresses");
-      auto matrix = [&](int i) { return reinterpret_cast<const void*>(a[i]); };
-      auto vector = [&](int i) { return reinterpret_cast<const float*>(a[i]); };
-      layers_.push_back({matrix(0), matrix(1), matrix(2), matrix(3), matrix(4), matrix(5), matrix(6), vector(7),
-                         vector(8), vector(9), vector(10), vector(11), vector(12), vector(13), vector(14), vector(15),
-                         vector(16), vector(17)});
+  // Of each layer: its matrices, then its vectors.
+  DecoderLayers(const std::vector<std::vector<Optional>>& layers, const Array& final_norm, const Array& embedding,
+                float embedding_scale, int64_t heads, int64_t groups, int64_t head_dim, int64_t rotary, float eps,
+                float scale, int activation)
+      : embedding_(embedding), embedding_scale_(embedding_scale) {
+    expect_rank(embedding, "the embedding", 2);
+    expect_float(embedding, "the embedding", false);
+    expect_contiguous(embedding, "the embedding");
+    const int64_t hidden = at_least_one(size(embedding, 1), "hidden_size");
+    if (at_least_one(heads, "heads") % at_least_one(groups, "key-value heads") != 0) {
+      refuse(std::to_string(heads) + " heads cannot share " + std::to_string(groups) + " key-value heads");
     }
+    // Larger ones have products that overflow, and no matrix that fits them.
+    if (heads > kMost || at_least_one(head_dim, "head_dim") > kMost) refuse("heads or head_dim is too large");
+    if (rotary < 0 || rotary > head_dim || rotary % 2 != 0) {
+      refuse("rotary=" + std::to_string(rotary) + " of head_dim=" + std::to_string(head_dim) + ": use an even number");
+    }
+    if (activation != kSilu && activation != kGeluTanh) refuse("activation " + std::to_string(activation));
+    at_least_one(static_cast<int64_t>(layers.size()), "layers");
+    const Optional* const gate = layers[0].size() > kGate ? &layers[0][kGate] : nullptr;
+    if (gate == nullptr || !*gate) refuse("a layer has no gate_proj");
+    expect_rank(**gate, "gate_proj", 2);
+    const int64_t inner = at_least_one(size(**gate, 0), "intermediate_size");
+    shape_ = {hidden, heads, groups, head_dim, inner, rotary, eps, scale, static_cast<Activation>(activation),
+              dtype(embedding)};
+    expect_contiguous(final_norm, "the final norm", kFloat32, {hidden});
+    final_norm_ = memory<float>(final_norm);
+    for (const std::vector<Optional>& layer : layers) add(layer);
   }
 
-  // The corrections of every layer's matrices by every adapter, in this order: (a, b, rank) each. An empty table: none.
-  void adapt(const std::vector<Addresses>& table) {
+  // The corrections of every layer's matrices by every adapter, in this order: a and b each, or nothing. An empty table:
+  // none.
+  void adapt(const std::vector<std::pair<Optional, Optional>>& table) {
+    const size_t matrices = layers_.size() * kMatrices;
+    if (table.size() % matrices != 0) refuse("a correction is missing");
+    const size_t adapters = table.size() / matrices;
+    std::vector<LowRank> low_rank;
+    int64_t most = 0;
+    for (size_t i = 0; i < table.size(); ++i) {
+      const auto& [a, b] = table[i];
+      if (a.has_value() != b.has_value()) refuse("a correction has one factor");
+      if (!a) {
+        low_rank.push_back({nullptr, nullptr, 0});
+        continue;
+      }
+      const auto [outer, inner] = matrix_shape(static_cast<int>(i / adapters % kMatrices));
+      expect_rank(*a, "lora_A", 2);
+      const int64_t rank = at_least_one(size(*a, 0), "rank");
+      expect_contiguous(*a, "lora_A", shape_.dtype, {rank, inner});
+      expect_contiguous(*b, "lora_B", kFloat32, {(outer + kPanel - 1) / kPanel, rank, kPanel});
+      low_rank.push_back({memory<void>(*a), memory<float>(*b), rank});
+      if (rank > most) most = rank;
+    }
     std::lock_guard<std::mutex> one_call(mutex_);
-    low_rank_.clear();
-    rank_ = 0;
-    for (const Addresses& p : table) {
-      if (p.size() != 3) throw std::invalid_argument("a correction has two addresses and a rank");
-      low_rank_.push_back({reinterpret_cast<const void*>(p[0]), reinterpret_cast<const float*>(p[1]),
-                           static_cast<int64_t>(p[2])});
-      if (low_rank_.back().rank > rank_) rank_ = low_rank_.back().rank;
-    }
-    if (table.size() % (layers_.size() * kMatrices) != 0) throw std::invalid_argument("a correction is missing");
+    low_rank_ = std::move(low_rank);
+    rank_ = most;
   }
 
-  // Layers first to last - 1; the last of all is followed by the final norm. Without ids, x holds the states that enter.
-  // Addresses and strides of k_cache, v_cache, k_new and v_new: (address, layer, row, group, token) each.
+  // Layers first to last - 1 over x [B, S, hidden]; the last of all is followed by the final norm. Without ids [B, S], x
+  // holds the states that enter. kv: k_cache, v_cache [last - first, B, G, T, D], k_new, v_new [last - first, B, G, S, D].
   // False, with nothing computed, where an id is outside the vocabulary.
-  bool forward(int64_t first, int64_t last, int64_t variants, uintptr_t ids, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t positions,
-               const std::vector<Addresses>& kv, uintptr_t lengths,
-               uintptr_t ancestors, bool causal, int64_t batch, int64_t tokens,
-               int64_t cache_tokens, int threads) {
-    auto key_values = [&](int i) {
-      const Addresses& a = kv.at(i);
-      return KeyValues{reinterpret_cast<void*>(a.at(0)), static_cast<int64_t>(a.at(1)), static_cast<int64_t>(a.at(2)),
-                       static_cast<int64_t>(a.at(3)), static_cast<int64_t>(a.at(4))};
-    };
-    const int64_t adapters = static_cast<int64_t>(low_rank_.size() / (layers_.size() * kMatrices));
-    if (variants != 1 && variants != 1 + adapters) throw std::invalid_argument("variants are not those of adapt()");
-    const bool ends = last == static_cast<int64_t>(layers_.size());
-    DecoderCall call{layers_.data() + first,
-                     last - first,
-                     ends ? final_norm_ : nullptr,
-                     low_rank_.data() + first * kMatrices * adapters,
-                     variants,
-                     variants > 1 ? rank_ : 0,
-                     embedding_,
-                     embedding_scale_,
-                     reinterpret_cast<const int64_t*>(ids),
-                     reinterpret_cast<float*>(x),
-                     reinterpret_cast<const float*>(cos),
-                     reinterpret_cast<const float*>(sin),
-                     reinterpret_cast<const int64_t*>(positions),
-                     key_values(0),
-                     key_values(1),
-                     key_values(2),
-                     key_values(3),
-                     reinterpret_cast<const int64_t*>(lengths),
-                     reinterpret_cast<const int64_t*>(ancestors),
-                     causal,
-                     batch,
-                     tokens,
-                     cache_tokens};
-    for (int64_t n = 0; call.ids != nullptr && n < batch * tokens; ++n) {
-      if (call.ids[n] < 0 || call.ids[n] >= vocabulary_) return false;
+  bool forward(int64_t first, int64_t last, int64_t variants, const Optional& ids, const Array& x, const Array& cos,
+               const Array& sin, const Array& positions, const std::vector<Array>& kv, const Array& lengths,
+               const Optional& ancestors, bool causal, int threads) {
+    if (first < 0 || first >= last || last > static_cast<int64_t>(layers_.size())) refuse("no such layers");
+    if (kv.size() != 4) refuse("keys and values are k_cache, v_cache, k_new and v_new");
+    expect_rank(positions, "positions", 2);
+    expect_rank(kv[0], "k_cache", 5);
+    expect_rank(cos, "cos", 2);
+    const int64_t B = size(positions, 0), S = size(positions, 1), T = size(kv[0], 3), P = size(cos, 0);
+    expect_contiguous(positions, "positions", kInt64, {B, S});
+    expect_contiguous(x, "x", kFloat32, {B, S, shape_.hidden});
+    expect_contiguous(cos, "cos", kFloat32, {P, shape_.rotary});
+    expect_contiguous(sin, "sin", kFloat32, {P, shape_.rotary});
+    expect_contiguous(lengths, "lengths", kInt64, {B});
+    if (ids) expect_contiguous(*ids, "ids", kInt64, {B, S});
+    if (ids && first != 0) refuse("ids enter layer 0");
+    if (ancestors) expect_contiguous(*ancestors, "ancestors", kInt64, {B, S});
+    if (ancestors && (causal || S > kMaskBits)) refuse("ancestors want causal=False and S <= 64");
+    for (size_t i = 0; i < kv.size(); ++i) {
+      expect(kv[i], "keys or values", shape_.dtype, {last - first, B, shape_.groups, i < 2 ? T : S, shape_.head_dim});
+      expect_dense(kv[i], "keys or values");
+      if (i >= 2) expect_apart(kv[i], "new keys or values");
     }
+    for (int64_t b = 0; b < B; ++b) {
+      if (memory<int64_t>(lengths)[b] < 0 || memory<int64_t>(lengths)[b] > T) refuse("a length is outside the cache");
+    }
+    for (int64_t n = 0; n < B * S; ++n) {
+      if (memory<int64_t>(positions)[n] < 0 || memory<int64_t>(positions)[n] >= P) refuse("a position is outside the tables");
+      if (ids && (memory<int64_t>(*ids)[n] < 0 || memory<int64_t>(*ids)[n] >= size(embedding_, 0))) return false;
+    }
+    if (B * S == 0) return true;
+    if (threads < 1) threads = 1;
+    auto key_values = [&](int i) {
+      const Array& a = kv[i];
+      return KeyValues{memory<void>(a), stride(a, 0), stride(a, 1), stride(a, 2), stride(a, 3)};
+    };
+    // From here on no other call changes the adapters or the scratch.
+    std::lock_guard<std::mutex> one_call(mutex_);
+    const int64_t adapters = static_cast<int64_t>(low_rank_.size() / (layers_.size() * kMatrices));
+    if (variants != 1 && variants != 1 + adapters) refuse("variants are not those of adapt()");
+    const DecoderCall call{layers_.data() + first,
+                           last - first,
+                           last == static_cast<int64_t>(layers_.size()) ? final_norm_ : nullptr,
+                           low_rank_.data() + first * kMatrices * adapters,
+                           variants,
+                           variants > 1 ? rank_ : 0,
+                           memory<void>(embedding_),
+                           embedding_scale_,
+                           ids ? memory<int64_t>(*ids) : nullptr,
+                           memory<float>(x),
+                           memory<float>(cos),
+                           memory<float>(sin),
+                           memory<int64_t>(positions),
+                           key_values(0),
+                           key_values(1),
+                           key_values(2),
+                           key_values(3),
+                           memory<int64_t>(lengths),
+                           ancestors ? memory<int64_t>(*ancestors) : nullptr,
+                           causal,
+                           B,
+                           S,
+                           T};
+    run(call, threads);
+    return true;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  static constexpr int64_t kMost = int64_t{1} << 30;
+
+  // [outer, inner] of a layer's matrix.
+  std::pair<int64_t, int64_t> matrix_shape(int matrix) const {
+    const int64_t mixed = shape_.heads * shape_.head_dim, keys = shape_.groups * shape_.head_dim;
+    switch (matrix) {
+      case kQ: return {mixed, shape_.hidden};
+      case kK:
+      case kV: return {keys, shape_.hidden};
+      case kO: return {shape_.hidden, mixed};
+      case kDown: return {shape_.hidden, shape_.inner};
+      default: return {shape_.inner, shape_.hidden};
+    }
+  }
+
+  void add(const std::vector<Optional>& layer) {
+    if (layer.size() != kMatrices + kVectors) refuse("a layer has 18 tensors");
+    for (int i = 0; i < kMatrices; ++i) {
+      const auto [outer, inner] = matrix_shape(i);
+      if (!layer[i]) refuse(std::string("a layer has no ") + kMatrixNames[i]);
+      expect_contiguous(*layer[i], kMatrixNames[i], shape_.dtype, {outer, inner});
+      const Optional& bias = layer[kMatrices + i];
+      if (bias) expect_contiguous(*bias, kMatrixNames[i], kFloat32, {outer});
+    }
+    const Optional* const norms = layer.data() + 2 * kMatrices;
+    for (int i = 0; i < 4; ++i) {
+      if (i < 2 && !norms[i]) refuse("a layer has no norm");
+      if (norms[i]) expect_contiguous(*norms[i], "a norm", kFloat32, {i < 2 ? shape_.hidden : shape_.head_dim});
+    }
+    auto matrix = [&](int i) { return memory<const void>(*layer[i]); };
+    auto bias = [&](int i) { return floats(layer[kMatrices + i]); };
+    layers_.push_back({matrix(0), matrix(1), matrix(2), matrix(3), matrix(4), matrix(5), matrix(6), bias(0), bias(1),
+                       bias(2), bias(3), bias(4), bias(5), bias(6), floats(norms[0]), floats(norms[1]),
+                       floats(norms[2]), floats(norms[3])});
+  }
+
+  void run(const DecoderCall& call, int threads) {
     const TreeAttention attention = decoder_attention(shape_, call);
     const Isa isa = current_isa();
-    pybind11::gil_scoped_release release;
-    std::lock_guard<std::mutex> one_call(mutex_);
     const int64_t own = (decoder_scratch_bytes(shape_, call, threads) + 63) / 64 * 64;
     const int64_t bytes = own + static_cast<int64_t>(tree_attention_workspace(attention, threads));
     if (bytes > scratch_bytes_) {
@@ -144,17 +247,11 @@ class DecoderLayers {
       RGTG_DISPATCH(isa, decoder_layers(shape_, call, scratch_.get(), workspace, &state, thread, n));
     };
     parallel_for(threads, body);
-    return true;
   }
 
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
   DecoderShape shape_;
-  const float* final_norm_;
-  const void* embedding_;
-  int64_t vocabulary_;
+  const float* final_norm_ = nullptr;
+  Array embedding_;
   float embedding_scale_;
   std::vector<LayerWeights> layers_;
   std::vector<LowRank> low_rank_;
@@ -167,11 +264,13 @@ class DecoderLayers {
 }  // namespace
 
 void bind_decoder_layers(pybind11::module_& m) {
+  using Layers = std::vector<std::vector<Optional>>;
+  using Guard = pybind11::call_guard<pybind11::gil_scoped_release>;
   pybind11::class_<DecoderLayers>(m, "DecoderLayers")
-      .def(pybind11::init<const std::vector<Addresses>&, uintptr_t, uintptr_t, int64_t, float, int64_t, int64_t,
-                          int64_t, int64_t, int64_t, int64_t, float, float, int, int>())
-      .def("adapt", &DecoderLayers::adapt)
-      .def("forward", &DecoderLayers::forward);
+      .def(pybind11::init<const Layers&, const Array&, const Array&, float, int64_t, int64_t, int64_t, int64_t, float,
+                          float, int>())
+      .def("adapt", &DecoderLayers::adapt, Guard())
+      .def("forward", &DecoderLayers::forward, Guard());
 }
 
 }  // namespace rgtg

@@ -1,7 +1,10 @@
+// Python's linear(threads, x, w, bias, y).
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "bindings.hpp"
+#include "door.hpp"
 #include "linear.hpp"
 
 namespace rgtg {
@@ -9,30 +12,38 @@ namespace {
 
 constexpr int64_t kColumns = 4;
 
-// y[rows, outer] = x w^T + bias on `threads` threads, x and y fp32, w of `dtype`; the addresses are integers, bias may
-// be 0. For bf16 weights x is rounded here, not by a parallel operation of the caller's: the threads of that would
-// still be spinning on the cores that are needed now.
-void run_linear(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t rows, int64_t inner, int64_t outer,
-                int dtype, int threads) {
-  const float* const input = reinterpret_cast<const float*>(x);
+// y[rows, outer] = x w^T + bias on `threads` threads, x, bias and y fp32, w of any dtype that the kernel takes. For bf16
+// weights x is rounded here, not by a parallel operation of the caller's: the threads of that would still be spinning on
+// the cores that are needed now.
+void run_linear(int threads, const Array& x, const Array& w, const std::optional<Array>& bias, const Array& y) {
+  expect_rank(x, "x", 2);
+  expect_rank(w, "the weight", 2);
+  const int64_t rows = size(x, 0), inner = size(x, 1), outer = size(w, 0);
+  if (inner < 1) refuse("x has shape " + listed(shape(x)) + ": use at least one column");
+  expect_float(w, "the weight", false);
+  expect_contiguous(x, "x", kFloat32, {rows, inner});
+  expect_contiguous(w, "the weight", dtype(w), {outer, inner});
+  expect_contiguous(y, "y", kFloat32, {rows, outer});
+  if (bias) expect_contiguous(*bias, "the bias", kFloat32, {outer});
+  const bool rounds = dtype(w) == kBFloat16;
+  const float* const input = memory<float>(x);
   thread_local std::vector<uint16_t> room;
-  if (dtype == kBFloat16) room.resize(rows * inner);
+  if (rounds) room.resize(rows * inner);
   uint16_t* const rounded = room.data();
-  const Linear p{dtype == kBFloat16 ? static_cast<const void*>(rounded) : input,
-                 reinterpret_cast<const void*>(w),
-                 reinterpret_cast<const float*>(bias),
-                 reinterpret_cast<float*>(y),
+  const Linear p{rounds ? static_cast<const void*>(rounded) : input,
+                 memory<void>(w),
+                 bias ? memory<float>(*bias) : nullptr,
+                 memory<float>(y),
                  rows,
                  inner,
                  inner,
                  outer,
-                 dtype,
+                 dtype(w),
                  false};
   const Isa isa = current_isa();
-  pybind11::gil_scoped_release release;
   BarrierState state{};
   auto body = [&](int thread, int n) {
-    if (dtype == kBFloat16) {
+    if (rounds) {
       const Range part = share(rows, thread, n);
       RGTG_DISPATCH(isa, round_to_bf16(input + part.begin * inner, rounded + part.begin * inner,
                                        (part.end - part.begin) * inner));
@@ -47,6 +58,8 @@ void run_linear(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t r
 
 }  // namespace
 
-void bind_linear(pybind11::module_& m) { m.def("linear", &run_linear); }
+void bind_linear(pybind11::module_& m) {
+  m.def("linear", &run_linear, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
 
 }  // namespace rgtg

@@ -1,36 +1,35 @@
-// Python's partial_bt_loss(threads, is double, rewards, offsets, mode, by pair, normalizer, outputs).
-#include <array>
+// Python's partial_bt_loss(threads, rewards, offsets, mode, by pair, normalizer, loss, gradient).
 #include <optional>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "bindings.hpp"
+#include "door.hpp"
 #include "partial_bt_loss.hpp"
 
 namespace rgtg {
 namespace {
 
-// Address and number of elements.
-using Array = std::array<int64_t, 2>;
-
-bool call(int threads, bool is_double, const Array& rewards, const Array& offsets, int mode, bool by_pair,
-          std::optional<double> normalizer, const std::array<int64_t, 2>& outputs) {
-  const int64_t N = offsets[1] / 2;
+void call(int threads, const Array& rewards, const Array& offsets, int mode, bool by_pair,
+          std::optional<double> normalizer, const Array& loss, const Array& gradient) {
+  expect_rank(rewards, "rewards", 1);
+  expect_rank(offsets, "offsets", 1);
+  const int code = dtype(rewards);
+  if (code != kFloat32 && code != kFloat64) refuse("rewards have dtype code " + std::to_string(code));
+  const int64_t M = size(rewards, 0), N = size(offsets, 0) / 2;
+  expect_contiguous(rewards, "rewards", code, {M});
+  expect_contiguous(offsets, "offsets", kInt64, {2 * N + 1});
+  expect_contiguous(gradient, "gradient", code, {M});
+  expect(loss, "loss", code, {});
+  if (mode < static_cast<int>(Prefixes::kEos) || mode > static_cast<int>(Prefixes::kTruncate)) {
+    refuse("mode " + std::to_string(mode) + " is unknown");
+  }
+  if (N == 0 && !normalizer) refuse("there is no pair to average over");
   std::vector<double> sums(N);
-  return partial_bt_loss({is_double,
-                          rewards[1],
-                          N,
-                          reinterpret_cast<const void*>(rewards[0]),
-                          reinterpret_cast<const int64_t*>(offsets[0]),
-                          static_cast<Prefixes>(mode),
-                          by_pair,
-                          normalizer ? &*normalizer : nullptr,
-                          sums.data(),
-                          reinterpret_cast<void*>(outputs[0]),
-                          reinterpret_cast<void*>(outputs[1])},
-                         threads);
+  const bool legal = partial_bt_loss({code == kFloat64, M, N, memory<void>(rewards), memory<int64_t>(offsets),
+                                      static_cast<Prefixes>(mode), by_pair, normalizer ? &*normalizer : nullptr,
+                                      sums.data(), memory<void>(loss), memory<void>(gradient)},
+                                     threads);
+  if (!legal) refuse("offsets do not rise from 0 to M by at least one, or answers differ in length in mode eos");
 }
 
 }  // namespace

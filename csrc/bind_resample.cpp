@@ -1,10 +1,6 @@
-// Python's resample(threads, dtype, (B, K), logprobs, rewards, rows, outputs).
-#include <array>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// Python's resample(threads, logprobs, rewards, beta, temperature, seed, position, choice, chosen).
 #include "bindings.hpp"
+#include "door.hpp"
 #include "resample.hpp"
 
 namespace rgtg {
@@ -13,30 +9,34 @@ namespace {
 // Candidates that are worth a thread of their own.
 constexpr int64_t kWorthAThread = 2048;
 
-// Address and stride of rows.
-using Rows = std::array<int64_t, 2>;
-
-// False, with nothing written, where a temperature is not a finite number >= 0.
-bool call(int threads, int dtype, const std::array<int64_t, 2>& shape, const Rows& logprobs, const Rows& rewards,
-          const std::array<int64_t, 4>& rows, const std::array<int64_t, 2>& outputs) {
-  const auto [B, K] = shape;
-  const Resample a = {dtype,
-                      B,
-                      K,
-                      reinterpret_cast<const void*>(logprobs[0]),
-                      reinterpret_cast<const void*>(rewards[0]),
-                      logprobs[1],
-                      rewards[1],
-                      reinterpret_cast<const float*>(rows[0]),
-                      reinterpret_cast<const float*>(rows[1]),
-                      reinterpret_cast<const int64_t*>(rows[2]),
-                      reinterpret_cast<const int64_t*>(rows[3]),
-                      reinterpret_cast<int64_t*>(outputs[0]),
-                      reinterpret_cast<float*>(outputs[1])};
+void call(int threads, const Array& logprobs, const Array& rewards, const Array& beta, const Array& temperature,
+          const Array& seed, const Array& position, const Array& choice, const Array& chosen) {
+  expect_rank(logprobs, "logprobs", 2);
+  expect_float(logprobs, "logprobs", true);
+  const int64_t B = size(logprobs, 0), K = size(logprobs, 1);
+  if (K < 1) refuse("logprobs have shape " + listed(shape(logprobs)) + ": use K >= 1");
+  expect(rewards, "rewards", dtype(logprobs), {B, K});
+  expect_dense(logprobs, "logprobs");
+  expect_dense(rewards, "rewards");
+  expect_contiguous(beta, "beta", kFloat32, {B});
+  expect_contiguous(temperature, "temperature", kFloat32, {B});
+  expect_contiguous(seed, "seed", kInt64, {B});
+  expect_contiguous(position, "position", kInt64, {B});
+  expect_contiguous(choice, "choice", kInt64, {B});
+  expect_contiguous(chosen, "chosen", kFloat32, {B});
+  const Resample a = {dtype(logprobs),       B,
+                      K,                     memory<void>(logprobs),
+                      memory<void>(rewards),   stride(logprobs, 0),
+                      stride(rewards, 0),    memory<float>(beta),
+                      memory<float>(temperature), memory<int64_t>(seed),
+                      memory<int64_t>(position), memory<int64_t>(choice),
+                      memory<float>(chosen)};
   for (int64_t b = 0; b < B; ++b) {
-    if (!(a.temperature[b] >= 0 && a.temperature[b] < __builtin_inff())) return false;
+    if (!(a.temperature[b] >= 0 && a.temperature[b] < __builtin_inff())) {
+      refuse("a temperature is not a finite number >= 0");
+    }
   }
-  if (B == 0) return true;
+  if (B == 0) return;
   const int64_t useful = (B * K + kWorthAThread - 1) / kWorthAThread, most = useful < B ? useful : B;
   if (threads > most) threads = static_cast<int>(most);
   const Isa isa = current_isa();
@@ -45,7 +45,6 @@ bool call(int threads, int dtype, const std::array<int64_t, 2>& shape, const Row
     for (int64_t b = mine.begin; b < mine.end; ++b) RGTG_DISPATCH(isa, resample(a, b));
   };
   parallel_for(threads, body);
-  return true;
 }
 
 }  // namespace

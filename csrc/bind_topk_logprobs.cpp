@@ -1,36 +1,49 @@
-// Python's topk_logprobs(threads, dtype, (B, V, k), logits, guidance, beta, outputs).
-#include <array>
+// Python's topk_logprobs(threads, logits, guidance, beta, logprobs, tokens, entropy).
 #include <cstring>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <optional>
 
 #include "bindings.hpp"
+#include "door.hpp"
 #include "topk_logprobs.hpp"
 #include "workspace.hpp"
 
 namespace rgtg {
 namespace {
 
-// Address and stride of rows.
-using Rows = std::array<int64_t, 2>;
+// A candidate's token stands in 32 bits, and the last number fills up short lists.
+constexpr int64_t kMostTokens = 0xffffffff;
 
-void call(int threads, int dtype, const std::array<int64_t, 3>& shape, const Rows& logits, const Rows& guidance,
-          int64_t beta, const std::array<int64_t, 3>& outputs) {
-  const auto [B, V, k] = shape;
+void call(int threads, const Array& logits, const std::optional<Array>& guidance, const std::optional<Array>& beta,
+          const Array& logprobs, const Array& tokens, const Array& entropy) {
+  expect_rank(logits, "logits", 2);
+  expect_rank(tokens, "tokens", 2);
+  expect_float(logits, "logits", true);
+  expect_dense(logits, "logits");
+  const int64_t B = size(logits, 0), V = size(logits, 1), k = size(tokens, 1);
+  if (k < 1 || k > V) refuse("k=" + std::to_string(k) + ": use 1 to V=" + std::to_string(V));
+  if (V > kMostTokens) refuse("V=" + std::to_string(V) + ": use at most " + std::to_string(kMostTokens));
+  if (guidance.has_value() != beta.has_value()) refuse("guidance and beta come together");
+  if (guidance) {
+    expect(*guidance, "guidance", kFloat32, {B, V});
+    expect_dense(*guidance, "guidance");
+    expect_contiguous(*beta, "beta", kFloat32, {B});
+  }
+  expect_contiguous(logprobs, "logprobs", kFloat32, {B, k});
+  expect_contiguous(tokens, "tokens", kInt64, {B, k});
+  expect_contiguous(entropy, "entropy", kFloat32, {B});
   if (B == 0) return;
-  TopkLogprobs a = {dtype,
+  TopkLogprobs a = {dtype(logits),
                     B,
                     V,
                     k,
-                    reinterpret_cast<const void*>(logits[0]),
-                    logits[1],
-                    reinterpret_cast<const float*>(guidance[0]),
-                    guidance[1],
-                    reinterpret_cast<const float*>(beta),
-                    reinterpret_cast<float*>(outputs[0]),
-                    reinterpret_cast<int64_t*>(outputs[1]),
-                    reinterpret_cast<float*>(outputs[2]),
+                    memory<void>(logits),
+                    stride(logits, 0),
+                    guidance ? memory<float>(*guidance) : nullptr,
+                    guidance ? stride(*guidance, 0) : 0,
+                    beta ? memory<float>(*beta) : nullptr,
+                    memory<float>(logprobs),
+                    memory<int64_t>(tokens),
+                    memory<float>(entropy),
                     1,
                     nullptr};
   // Few rows are cut in parts, as long as a part is much longer than its list of candidates.

@@ -1,51 +1,67 @@
-// Python's tree_attention(threads, dtype, (B, H, G, S, T, D), views, lengths, ancestors, scale, causal).
-#include <array>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// Python's tree_attention(threads, q, k, v, k_cache, v_cache, out, lengths, ancestors, scale, causal).
+#include <optional>
 
 #include "bindings.hpp"
+#include "door.hpp"
 #include "tree_attention.hpp"
 #include "workspace.hpp"
 
 namespace rgtg {
 namespace {
 
-// Address, stride of rows, of heads, of tokens.
-using View = std::array<int64_t, 4>;
+HeadsView view(const Array& x) { return {memory<void>(x), stride(x, 0), stride(x, 1), stride(x, 2)}; }
 
-HeadsView view(const View& v) { return {reinterpret_cast<void*>(v[0]), v[1], v[2], v[3]}; }
-
-// False, with nothing written, where a length is outside the cache.
-bool call(int threads, int dtype, const std::array<int64_t, 6>& shape, const std::array<View, 6>& views,
-          int64_t lengths, int64_t ancestors, double scale, bool causal) {
-  const auto [B, H, G, S, T, D] = shape;
-  TreeAttention a = {dtype,
+void call(int threads, const Array& q, const Array& k, const Array& v, const Array& k_cache, const Array& v_cache,
+          const Array& out, const Array& lengths, const std::optional<Array>& ancestors, double scale, bool causal) {
+  expect_rank(q, "q", 4);
+  expect_rank(k_cache, "k_cache", 4);
+  expect_float(q, "q", true);
+  const int code = dtype(q);
+  const int64_t B = size(q, 0), H = size(q, 1), S = size(q, 2), D = size(q, 3);
+  const int64_t G = size(k_cache, 1), T = size(k_cache, 2);
+  if (G < 1 || H < 1 || H % G != 0 || D < 1) {
+    refuse("q has shape " + listed(shape(q)) + " and k_cache " + listed(shape(k_cache)) +
+           ": H must be a multiple of G, and D at least 1");
+  }
+  expect(k, "k", code, {B, G, S, D});
+  expect(v, "v", code, {B, G, S, D});
+  expect(k_cache, "k_cache", code, {B, G, T, D});
+  expect(v_cache, "v_cache", code, {B, G, T, D});
+  expect(out, "out", code, {B, H, S, D});
+  for (const Array* x : {&q, &k, &v, &k_cache, &v_cache, &out}) expect_dense(*x, "a tensor");
+  expect_apart(out, "out");
+  expect_contiguous(lengths, "lengths", kInt64, {B});
+  if (ancestors) {
+    expect_contiguous(*ancestors, "ancestors", kInt64, {B, S});
+    if (causal || S > kMaskBits) refuse("ancestors want causal=False and S <= " + std::to_string(kMaskBits));
+  }
+  TreeAttention a = {code,
                      B,
                      H,
                      G,
                      S,
                      T,
                      D,
-                     view(views[0]),
-                     view(views[1]),
-                     view(views[2]),
-                     view(views[3]),
-                     view(views[4]),
-                     view(views[5]),
-                     reinterpret_cast<const int64_t*>(lengths),
-                     reinterpret_cast<const int64_t*>(ancestors),
+                     view(q),
+                     view(k),
+                     view(v),
+                     view(k_cache),
+                     view(v_cache),
+                     view(out),
+                     memory<int64_t>(lengths),
+                     ancestors ? memory<int64_t>(*ancestors) : nullptr,
                      static_cast<float>(scale),
                      causal,
                      0,
                      B * S};
   for (int64_t b = 0; b < B; ++b) {
-    if (a.lengths[b] < 0 || a.lengths[b] > T) return false;
+    if (a.lengths[b] < 0 || a.lengths[b] > T) refuse("a length is outside the cache");
   }
-  if (B * S == 0) return true;
+  if (B * S == 0) return;
   int64_t items = 0;
   for (int64_t b = 0; b < B; ++b) items += attention::row_blocks(a) * G * attention::splits(a.lengths[b]);
   if (threads > items) threads = static_cast<int>(items);
+  if (threads < 1) threads = 1;
 
   thread_local Workspace room;
   void* workspace = room.of(tree_attention_workspace(a, threads));
@@ -53,7 +69,6 @@ bool call(int threads, int dtype, const std::array<int64_t, 6>& shape, const std
   const Isa isa = current_isa();
   auto body = [&](int thread, int count) { RGTG_DISPATCH(isa, tree_attention(a, workspace, thread, count)); };
   parallel_for(threads, body);
-  return true;
 }
 
 }  // namespace

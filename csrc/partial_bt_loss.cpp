@@ -53,8 +53,11 @@ bool partial_bt_loss(const PartialBtLoss& a, int threads) {
   if (a.offsets[0] != 0 || a.offsets[2 * a.N] != a.M) return false;
   int64_t count = 0;
   for (int64_t pair = 0; pair < a.N; ++pair) {
-    const int64_t *at = a.offsets + 2 * pair, chosen = at[1] - at[0], rejected = at[2] - at[1];
-    if (chosen < 1 || rejected < 1 || (a.mode == Prefixes::kEos && chosen != rejected)) return false;
+    const int64_t* at = a.offsets + 2 * pair;
+    // Compared before they are subtracted: only offsets within the rewards have differences that cannot overflow.
+    if (at[1] <= at[0] || at[2] <= at[1] || at[2] > a.M) return false;
+    const int64_t chosen = at[1] - at[0], rejected = at[2] - at[1];
+    if (a.mode == Prefixes::kEos && chosen != rejected) return false;
     count += terms(a, chosen, rejected);
   }
   const double total = a.normalizer != nullptr ? *a.normalizer : static_cast<double>(a.by_pair ? a.N : count);

@@ -83,9 +83,10 @@ float best_of(const float* scores, int64_t n) {
   return sum(nans) == 0 ? largest(top) : __builtin_nanf("");
 }
 
-int64_t index_of(float x, const float* scores) {
+// The first place of x among n scores.
+int64_t index_of(float x, const float* scores, int64_t n) {
   int64_t i = 0;
-  while (scores[i] != x) ++i;
+  while (i < n - 1 && scores[i] != x) ++i;
   return i;
 }
 
@@ -103,7 +104,7 @@ void draw(const Resample& a, int64_t row) {
     const float here = best_of(scores, n);
     if (here <= best) continue;
     best = here;
-    if (here == here) choice = first + index_of(here, scores);
+    if (here == here) choice = first + index_of(here, scores, n);
   }
   if (!(best > -kInf && best < kInf)) {
     a.choice[row] = -1;
@@ -132,7 +133,7 @@ void draw(const Resample& a, int64_t row) {
       const float here = largest(highest);
       if (here <= top) continue;
       top = here;
-      choice = index_of(here, noise);
+      choice = index_of(here, noise, n);
       chosen = scores[choice];
       choice += first;
     }

@@ -18,6 +18,9 @@
 
 namespace rgtg {
 
+// New tokens that an ancestor mask can name.
+constexpr int64_t kMaskBits = 64;
+
 // [rows, heads, tokens, D], contiguous in D; strides in elements.
 struct HeadsView {
   void* data;

@@ -426,7 +426,7 @@ class RewardGuidedDecoder:
         if batch.support == "all":
             logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
             everything = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
-            return logprobs, everything, torch.special.entr(logprobs.exp()).sum(-1)
+            return logprobs, everything, topk_logprobs(logits, 1)[2]
         by_guidance = {}
         if batch.combined and self.reward is not None:
             by_guidance = {"guidance": self.reward.guidance().float(), "beta": batch.now.selection_beta}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from rgtg_fast.models.keys import wrapper_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_MOST_ALPHA = torch.finfo(torch.float32).max
 RECIPE = "rgtg_fast.json"
 HEADS = ("score", "lm_head")
 
@@ -103,10 +103,20 @@ class LowRank:
 
     Attributes:
         a: [r, inner] float32. b: [outer, r] float32, the scale α/r multiplied in.
+
+    Raises:
+        RGTGError: two factors that cannot be multiplied.
     """
 
     a: torch.Tensor
     b: torch.Tensor
+
+    def __post_init__(self) -> None:
+        a, b = tuple(self.a.shape), tuple(self.b.shape)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+            raise RGTGError(
+                f"a low-rank correction has factors A {list(a)} and B {list(b)}: use [r, inner] and [outer, r], r >= 1"
+            )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
         """The same correction elsewhere or in another dtype."""
@@ -205,7 +215,7 @@ class Adapter:
         layers = decoder_layers(model)
         for (layer, name), pair in self.low_rank.items():
             where = f"layer {layer} {name}"
-            parts = dict(layers[layer].named_modules()) if layer < len(layers) else {}
+            parts = dict(layers[layer].named_modules()) if 0 <= layer < len(layers) else {}
             module = parts.get(name)
             if module is None:
                 return f"{self.name} changes {where}, which {_title(model)} does not have"
@@ -306,10 +316,23 @@ def _read(path: Path) -> dict[str, Any]:
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         safetensors_header(path)
-        return load_file(path)
-    except (RGTGError, SafetensorError, OSError, ValueError) as error:
+        tensors = load_file(path)
+    except (
+        RGTGError,
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         detail = " ".join(str(error).split())[:200]
         raise RGTGError(f"the adapter {str(path.parent)!r} cannot be read: {detail}") from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise RGTGError(f"{path}: {key} holds NaN or an infinity: the file or its training is broken")
+    return tensors
 
 
 def _targets(config: dict[str, Any]) -> tuple[str, ...]:
@@ -411,7 +434,7 @@ def _pattern(config: dict[str, Any], name: str, module: str, usual: Any) -> Any:
 
 def _scale(config: dict[str, Any], module: str, rank: int, path: Path) -> float:
     alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _MOST_ALPHA:
         raise RGTGError(f"{path / CONFIG}: lora_alpha={alpha!r} is no finite number: put it back")
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
@@ -426,6 +449,7 @@ def _head(tensors: dict[str, torch.Tensor], path: Path) -> nn.Linear | None:
     shapes = [list(x.shape) for x in (weight, bias) if x is not None]
     if (
         weight.ndim != 2
+        or 0 in weight.shape
         or (bias is not None and bias.shape != weight.shape[:1])
         or not weight.is_floating_point()
     ):
@@ -433,9 +457,9 @@ def _head(tensors: dict[str, torch.Tensor], path: Path) -> nn.Linear | None:
             f"{path} holds a head of {weight.dtype} and the shapes {shapes}: save a linear layer as its head"
         )
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    head.weight = nn.Parameter(weight.float(), requires_grad=False)
+    head.weight = nn.Parameter(weight.float().contiguous(), requires_grad=False)
     if bias is not None:
-        head.bias = nn.Parameter(bias.float(), requires_grad=False)
+        head.bias = nn.Parameter(bias.float().contiguous(), requires_grad=False)
     return head
 
 

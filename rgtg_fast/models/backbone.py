@@ -19,10 +19,11 @@ from rgtg_fast.models.cache import ForkedCache, PrefixCache
 from rgtg_fast.models.final_norm import FinalNorm
 from rgtg_fast.models.joined import join_products, refresh_products
 from rgtg_fast.models.low_rank import LowRankRows
-from rgtg_fast.models.native import NativeLayers
+from rgtg_fast.models.native import NativeLayers, linear
 from rgtg_fast.models.transfer import to_device
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
 from rgtg_fast.models.watched import Watched
+from rgtg_fast.ops import _extension
 
 ENGINES = ("auto", "native", "transformers")
 
@@ -570,7 +571,13 @@ class Attached:
 
 
 def scores_of(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-    """A one-label head's output [...] in at least float32 for states [..., E]."""
+    """A one-label head's output [...] in at least float32 for states [..., E], on a CPU by the native engine's product.
+
+    A library's product may add a row up in another order when there are more rows.
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    weight = head.weight.detach().to(dtype)
+    if hidden.device.type == "cpu" and dtype == torch.float32 and not _extension.missing_reason():
+        return linear(hidden.flatten(0, -2), weight.contiguous(), head.bias).view(hidden.shape[:-1])
     bias = None if head.bias is None else head.bias.to(dtype)
-    return functional.linear(hidden.to(dtype), head.weight.to(dtype), bias).squeeze(-1)
+    return functional.linear(hidden.to(dtype), weight, bias).squeeze(-1)

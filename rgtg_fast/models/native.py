@@ -54,6 +54,34 @@ def _linears(layer: nn.Module) -> dict[str, nn.Module]:
     return {name: getattr(parts.self_attn if name[0] in "qkvo" else parts.mlp, name) for name in MATRICES}
 
 
+def _shapes(decoder: Any) -> tuple[dict[str, tuple[int, int]], str]:
+    """The matrices' shapes by the configuration, and what in it the extension cannot run, empty where it can."""
+    config, layers = decoder.config, decoder.layers
+    sizes = {
+        name: int(getattr(config, name))
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    }
+    sizes["num_hidden_layers"] = min(int(config.num_hidden_layers), len(layers))
+    sizes["head_dim"] = int(layers[0].self_attn.head_dim) if len(layers) else 0
+    for name, value in sizes.items():
+        if value < 1:
+            return {}, f"its {name} is {value}"
+    hidden, inner, heads, groups, _, width = sizes.values()
+    if heads % groups:
+        return {}, f"{heads} attention heads cannot share {groups} key-value heads"
+    if width % 2:
+        return {}, f"its head_dim is {width}, which is odd"
+    embedding = tuple(decoder.embed_tokens.weight.shape)
+    if embedding[1:] != (hidden,):
+        return {}, f"its embedding is {embedding}, where the configuration says {hidden} columns"
+    if not decoder.embed_tokens.weight.is_contiguous():
+        return {}, "its embedding is not contiguous"
+    outer = dict.fromkeys(MATRICES, hidden) | {"q_proj": heads * width, "gate_proj": inner, "up_proj": inner}
+    outer |= dict.fromkeys(("k_proj", "v_proj"), groups * width)
+    columns = dict.fromkeys(MATRICES, hidden) | {"o_proj": heads * width, "down_proj": inner}
+    return {name: (outer[name], columns[name]) for name in MATRICES}, ""
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = x weightᵀ + bias, in float32, every row the same bits in any batch and on any number of threads.
 
@@ -69,7 +97,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         RGTGError: a weight of another width, dtype, layout or device.
     """
     rows, inner = x.shape
-    if weight.shape[1] != inner or weight.dtype not in (torch.float32, torch.bfloat16):
+    if (
+        weight.ndim != 2
+        or weight.shape[1] != inner
+        or inner < 1
+        or weight.dtype not in (torch.float32, torch.bfloat16)
+    ):
         raise RGTGError(
             f"the weight is {tuple(weight.shape)} {weight.dtype}: it must be [V, {inner}] float32 or bfloat16"
         )
@@ -77,18 +110,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         raise RGTGError(f"the weight must be contiguous and on the CPU, not on {weight.device}")
     x = x.float().contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RGTGError(f"the bias is {tuple(bias.shape)}: it must be {tuple(weight.shape[:1])}")
     out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
-    _extension.kernels().linear(
-        x.data_ptr(),
-        weight.data_ptr(),
-        _extension.pointer(bias),
-        out.data_ptr(),
-        rows,
-        inner,
-        weight.shape[0],
-        _extension.DTYPE_CODES[weight.dtype],
-        torch.get_num_threads(),
+    arrays = (
+        _extension.array(x),
+        _extension.array(weight),
+        _extension.optional_array(bias),
+        _extension.array(out),
     )
+    _extension.kernels().linear(torch.get_num_threads(), *arrays)
     return out
 
 
@@ -146,26 +177,24 @@ class NativeLayers:
         self._copies: list[tuple[torch.Tensor, float, torch.Tensor]] = []
         self._factors: list[torch.Tensor] = []
 
-        def address(tensor: torch.Tensor | None) -> int:
-            if tensor is None:
-                return 0
+        def array(tensor: torch.Tensor) -> _extension.Array:
             self._tensors.append(tensor)
-            return tensor.data_ptr()
+            return _extension.array(tensor)
 
-        def vector(tensor: torch.Tensor | None, offset: float = 0.0) -> int:
+        def vector(tensor: torch.Tensor | None, offset: float = 0.0) -> _extension.Array | None:
             if tensor is None:
-                return 0
+                return None
             source = tensor.detach()
             copy = source.float().add(offset).contiguous()
             self._copies.append((source, offset, copy))
-            return address(copy)
+            return array(copy)
 
         table = []
         for layer in layers:
             linears = _linears(layer)
             attention = layer.self_attn
             table.append(
-                [address(linears[name].weight.detach()) for name in MATRICES]  # type: ignore[operator]
+                [array(linears[name].weight.detach()) for name in MATRICES]  # type: ignore[operator]
                 + [vector(linears[name].bias) for name in MATRICES]  # type: ignore[arg-type]
                 + [
                     vector(layer.input_layernorm.weight, family.norm_offset),
@@ -175,23 +204,24 @@ class NativeLayers:
                 ]
             )
         self._grow_tables(64)
-        self._native = _extension.kernels().DecoderLayers(
-            table,
-            vector(decoder.norm.weight, family.norm_offset),
-            address(embedding),
-            self.vocabulary,
-            float(scale),
-            self.hidden,
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            int(config.intermediate_size),
-            self._cos.shape[1],
-            float(config.rms_norm_eps),
-            float(attention.scaling),
-            ACTIVATIONS[config.hidden_act],
-            _extension.DTYPE_CODES[self.dtype],
-        )
+        try:
+            self._native = _extension.kernels().DecoderLayers(
+                table,
+                vector(decoder.norm.weight, family.norm_offset),
+                array(embedding),
+                float(scale),
+                self.heads,
+                self.kv_heads,
+                self.head_dim,
+                self._cos.shape[1],
+                float(config.rms_norm_eps),
+                float(attention.scaling),
+                ACTIVATIONS[config.hidden_act],
+            )
+        except ValueError as error:
+            raise RGTGError(
+                f"{type(model).__name__} cannot run natively: {error}; use engine='transformers'"
+            ) from error
 
     @staticmethod
     def supported(model: nn.Module) -> str | None:
@@ -223,6 +253,9 @@ class NativeLayers:
         dtype = decoder.embed_tokens.weight.dtype
         if dtype not in (torch.float32, torch.bfloat16):
             return f"its weights are {dtype}, neither float32 nor bfloat16"
+        shapes, reason = _shapes(decoder)
+        if reason:
+            return reason
         for index, layer in enumerate(decoder.layers):
             for name, linear in _linears(layer).items():
                 where = f"layers.{index}.{name}"
@@ -235,6 +268,8 @@ class NativeLayers:
                     return f"{where} is on {weight.device}, not on the CPU"
                 if not weight.is_contiguous():
                     return f"{where} is not contiguous"
+                if tuple(weight.shape) != shapes[name]:
+                    return f"{where} is {tuple(weight.shape)}, where the configuration says {shapes[name]}"
         return None
 
     def refresh(self) -> None:
@@ -256,7 +291,7 @@ class NativeLayers:
                         f"{adapter.name} changes layer {layer} {name}, which the native engine does not run: "
                         "use engine='transformers'"
                     )
-        self._factors = []
+        factors: list[torch.Tensor] = []
         table = []
         for layer in range(self.layers):
             for name in MATRICES:
@@ -264,12 +299,17 @@ class NativeLayers:
                 for adapter in adapters:
                     pair = adapter.low_rank.get((layer, module))
                     if pair is None:
-                        table.append([0, 0, 0])
+                        table.append((None, None))
                         continue
                     a, b = pair.a.to(self.dtype).contiguous(), _panels(pair.b.float())
-                    self._factors += [a, b]
-                    table.append([a.data_ptr(), b.data_ptr(), len(a)])
-        self._native.adapt(table)
+                    factors += [a, b]
+                    table.append((_extension.array(a), _extension.array(b)))
+        # It waits for a running forward, which still reads the factors of before.
+        try:
+            self._native.adapt(table)
+        except ValueError as error:
+            raise RGTGError(f"the adapters do not fit this model: {error}") from error
+        self._factors = factors
 
     def _grow_tables(self, length: int) -> None:
         """Tables of cos and sin [length, rotary D] by the model's own rotary embedding, in float32."""
@@ -277,8 +317,10 @@ class NativeLayers:
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32), position_ids=positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
 
-    def _check(self, cache: torch.Tensor, name: str, layers: int, rows: int, tokens: int | None) -> list[int]:
-        """Address and strides of keys or values [L, B, G, T, D], after checking that they fit this model."""
+    def _check(
+        self, cache: torch.Tensor, name: str, layers: int, rows: int, tokens: int | None
+    ) -> _extension.Array:
+        """Keys or values [L, B, G, T, D] for the extension, after checking that they fit this model."""
         expected = (
             layers,
             rows,
@@ -296,7 +338,7 @@ class NativeLayers:
             raise RGTGError(
                 f"the last dimension of {name} has stride {cache.stride(4)}: it must be contiguous"
             )
-        return [cache.data_ptr(), *cache.stride()[:4]]
+        return _extension.array(cache)
 
     def forward(
         self,
@@ -391,18 +433,12 @@ class NativeLayers:
             first,
             last,
             variants,
-            _extension.pointer(ids),
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            positions.data_ptr(),
+            _extension.optional_array(ids),
+            *(_extension.array(tensor) for tensor in (x, cos, sin, positions)),
             kv,
-            lengths.data_ptr(),
-            _extension.pointer(ancestors),
+            _extension.array(lengths),
+            _extension.optional_array(ancestors),
             causal,
-            rows,
-            tokens,
-            k_cache.shape[3],
             torch.get_num_threads(),
         )
         if not done and ids is not None:

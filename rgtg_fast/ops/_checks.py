@@ -8,9 +8,18 @@ from ..errors import RGTGError
 
 
 def floating(op: str, name: str, x: torch.Tensor) -> None:
-    """Refuses anything but real floating-point numbers."""
+    """Refuses anything but real floating-point numbers in strided memory."""
     if not x.dtype.is_floating_point:
         raise RGTGError(f"{op}: {name} has dtype {x.dtype}: use a floating-point dtype")
+    if x.layout != torch.strided:
+        raise RGTGError(f"{op}: {name} has layout {x.layout}: use {name}.to_dense()")
+
+
+def written(op: str, **outputs: torch.Tensor) -> None:
+    """Refuses tensors that are written in place and of which two numbers stand at one address."""
+    for name, x in outputs.items():
+        if x.numel() and any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
+            raise RGTGError(f"{op}: {name} is written in place and was expanded: pass {name}.clone()")
 
 
 def shaped(op: str, name: str, x: torch.Tensor, legend: str, shape: tuple[int, ...]) -> None:
@@ -28,6 +37,8 @@ def of_dtype(op: str, name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
 def together(op: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Refuses tensors on another device than the first."""
     for name, x in others.items():
+        if x is not None and x.layout != torch.strided:
+            raise RGTGError(f"{op}: {name} has layout {x.layout}: use {name}.to_dense()")
         if x is not None and x.device != first.device:
             raise RGTGError(
                 f"{op}: {name} is on {x.device}: move it to {first.device}, where the first argument is"

@@ -9,8 +9,13 @@ from types import ModuleType
 
 import torch
 
-# The dtype codes that the kernels take; csrc/common.hpp holds the same table.
+# The dtype codes that all kernels take; csrc/common.hpp holds the same table.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Those that only some do.
+_CODES = {**DTYPE_CODES, torch.float64: 3, torch.int64: 4}
+
+# What the extension knows of a tensor: address, dtype code, shape, strides in elements.
+Array = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 REMEDY = (
     "install a C++17 compiler (g++ or clang++), then rgtg-fast again (in its folder: "
@@ -58,6 +63,11 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def pointer(x: torch.Tensor | None) -> int:
-    """Address of the first number; 0 for None."""
-    return 0 if x is None else x.data_ptr()
+def array(x: torch.Tensor) -> Array:
+    """What the extension reads of a tensor and checks. The caller holds the tensor as long as it is in use."""
+    return x.data_ptr(), _CODES.get(x.dtype, -1), x.shape, x.stride()
+
+
+def optional_array(x: torch.Tensor | None) -> Array | None:
+    """The same; None for None."""
+    return None if x is None else array(x)

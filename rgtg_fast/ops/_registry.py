@@ -111,8 +111,8 @@ def register(
         schema: the op's schema without its name, e.g. `"(Tensor x) -> Tensor"`.
         fake: shapes and strides of the result, for tracing.
         check: raises `RGTGError` where the values of the arguments (not their shapes) cannot work. It reads
-            tensors, so it runs on the CPU only; the C++ kernels check for themselves.
-        cpp: calls the C++ kernel; None where there is none.
+            tensors, so it runs on the CPU only, and for the C++ kernels only after they have refused.
+        cpp: calls the C++ kernel, which checks everything and raises `ValueError`; None where there is none.
         cpp_dtypes: what the C++ kernel takes; other dtypes are served by the reference.
         triton_dtypes: what the Triton kernels take; other dtypes are served by the reference.
         triton_against: why they cannot serve the sizes, empty where they can; the reference serves those.
@@ -123,7 +123,12 @@ def register(
     def cpu(first: torch.Tensor, *rest: Any) -> Any:
         backend = backend_of(spec.name, "cpu", first.dtype, **sizes(first, *rest))
         if backend == "cpp" and cpp is not None:
-            return cpp(first, *rest)
+            try:
+                return cpp(first, *rest)
+            except ValueError as error:
+                check(first, *rest)
+                # What the public function would have refused.
+                raise RGTGError(f"{spec.name}: {error}") from error
         check(first, *rest)
         return _launch(spec.name, first, *rest) if backend == "triton" else spec.reference(first, *rest)
 

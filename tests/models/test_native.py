@@ -23,9 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from rgtg_fast import Guidance, RewardGuidedDecoder
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.native import NativeLayers
+from rgtg_fast.models.native import NativeLayers, linear
 from rgtg_fast.ops import _extension
+from tests.conftest import make_lm, make_tokenizer
 
 pytestmark = pytest.mark.skipif(
     _extension.load(warn=False) is None, reason="the C++ extension is not built here"
@@ -328,3 +330,75 @@ def test_wrong_tensors_are_named() -> None:
         rows.step(torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(RGTGError, match="the weight is"):
         rows.native.logits(torch.zeros(1, 40), torch.zeros(5, 41))
+
+
+@pytest.mark.parametrize(
+    ("where", "shape"),
+    [
+        ("layers.1.mlp.up_proj", (3, SHAPE["hidden_size"])),
+        ("layers.0.mlp.down_proj", (SHAPE["hidden_size"], 3)),
+        ("layers.1.self_attn.q_proj", (1, SHAPE["hidden_size"])),
+        ("layers.0.self_attn.v_proj", (0, SHAPE["hidden_size"])),
+        ("layers.1.self_attn.o_proj", (SHAPE["hidden_size"], 1)),
+        ("layers.1.input_layernorm", (3,)),
+        ("layers.0.post_attention_layernorm", (0,)),
+        ("norm", (3,)),
+        ("embed_tokens", (61, 3)),
+    ],
+)
+def test_weights_of_other_shapes_are_refused(
+    where: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("llama")
+    model.get_submodule(where).weight = torch.nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"shape|is \("):
+        NativeLayers(model)
+    # The extension looks for itself.
+    monkeypatch.setattr(NativeLayers, "supported", staticmethod(lambda _: None))
+    with pytest.raises(ValueError, match=r"has shape|: use at least 1"):
+        NativeLayers(model)
+
+
+@pytest.mark.parametrize("name", ["intermediate_size", "num_hidden_layers"])
+def test_a_size_of_zero_is_left_to_transformers(name: str) -> None:
+    model = make_lm(**{name: 0})
+    assert f"its {name} is 0" in str(NativeLayers.supported(model.base_model))
+    decoder = RewardGuidedDecoder.from_pretrained((model, make_tokenizer()), reward=None)
+    row = decoder.generate([[9, 8, 7]], 1, Guidance(k=1, temperature=0))[0]
+    assert row.tokens == [int(model(input_ids=torch.tensor([[9, 8, 7]])).logits[0, -1].argmax())]
+
+
+def test_a_product_with_other_shapes_is_refused() -> None:
+    x = torch.ones(2, 4)
+    for weight, bias in (
+        (torch.ones(3, 5), None),
+        (torch.ones(4), None),
+        (torch.ones(3, 4), torch.ones(2)),
+        (torch.ones(3, 4), torch.ones(())),
+    ):
+        with pytest.raises(RGTGError, match=r"the (weight|bias) is"):
+            linear(x, weight, bias)
+    with pytest.raises(RGTGError, match="the weight is"):
+        linear(torch.ones(2, 0), torch.ones(3, 0))
+    assert linear(torch.ones(0, 4), torch.ones(3, 4)).shape == (0, 3)
+    assert linear(x, torch.ones(0, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_any_size_is_right_and_independent_of_its_rows(dtype: torch.dtype) -> None:
+    """Sizes that are no multiple of a tile or a vector: what stands behind a matrix is not read."""
+    for outer in (1, 2, 3, 5, 7):
+        for inner in (1, 3, 17, 40, 5000):
+            weight, bias = torch.randn(outer, inner).to(dtype), torch.randn(outer)
+            x = torch.randn(15, inner)
+            want = x.to(dtype).double() @ weight.double().T + bias
+            one_by_one = torch.cat([linear(row[None], weight, bias) for row in x])
+            assert (one_by_one - want).abs().max() <= 1e-5 * inner**0.5
+            for rows in (2, 3, 4, 6, 12, 13, 15):
+                assert torch.equal(linear(x[:rows], weight, bias), one_by_one[:rows])
+
+
+def test_an_embedding_that_is_not_contiguous_is_left_to_transformers() -> None:
+    model = make("llama")
+    model.embed_tokens.weight = nn.Parameter(model.embed_tokens.weight.detach().T.contiguous().T)
+    assert NativeLayers.supported(model) == "its embedding is not contiguous"

@@ -30,12 +30,25 @@ def _fake(
     return logprobs.new_empty((5, B), dtype=torch.float64), choice.new_empty((B,))
 
 
+def _check_values(
+    logprobs: torch.Tensor,
+    rewards: torch.Tensor,
+    candidates: torch.Tensor,
+    choice: torch.Tensor,
+    *rest: torch.Tensor | None,
+) -> None:
+    K = logprobs.shape[1]
+    for row, chosen in enumerate(choice.tolist()):
+        if not -1 <= chosen < K:
+            raise RGTGError(f"advance: choice[{row}]={chosen} is no candidate (K={K}): use -1 to {K - 1}")
+
+
 register(
     SPEC,
     "(Tensor logprobs, Tensor rewards, Tensor candidates, Tensor choice, Tensor drawn, Tensor(a!) tokens, "
     "Tensor(b!) position, Tensor limit, Tensor? widths, Tensor eos) -> (Tensor, Tensor)",
     _fake,
-    check=lambda *_: None,
+    _check_values,
     cpp=None,
     cpp_dtypes=frozenset(),
     triton_dtypes=frozenset(DTYPE_CODES),
@@ -79,7 +92,7 @@ def advance(
         `kept [B]` int64, what the caches commit.
 
     Raises:
-        RGTGError: shapes or dtypes do not fit.
+        RGTGError: shapes or dtypes do not fit, or, on the CPU, a choice is below −1 or not below K.
 
     Example:
         >>> import torch

@@ -53,7 +53,7 @@ register(
     "Tensor(c!) lengths, Tensor choice) -> ()",
     _fake,
     _check_values,
-    lambda *args: cpp(_check_values, *args),
+    cpp,
     MOVED,
     MOVED,
 )
@@ -117,4 +117,5 @@ def commit(
             f"{op}: k_cache and v_cache are written in place: their last dimension must be contiguous"
         )
     _checks.together(op, k_new, v_new=v_new, k_cache=k_cache, v_cache=v_cache, lengths=lengths, choice=choice)
+    _checks.written(op, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     torch.ops.rgtg_fast.commit(k_new, v_new, k_cache, v_cache, lengths, choice)

@@ -31,15 +31,10 @@ def _fake(
     return rewards.new_empty((), dtype=dtype), torch.empty_like(rewards, dtype=dtype)
 
 
-def _check_values(
-    rewards: torch.Tensor, offsets: torch.Tensor, mode: str, weight: str, normalizer: torch.Tensor | None
-) -> None:
-    op, M, ends = "partial_bt_loss", rewards.shape[0], offsets.tolist()
-    if ends[0] != 0 or ends[-1] != M:
-        raise RGTGError(
-            f"{op}: offsets go from {ends[0]} to {ends[-1]}: they must go from 0 to M={M}, the number of rewards"
-        )
-    lengths = [end - start for start, end in pairwise(ends)]
+def _lengths(op: str, offsets: torch.Tensor, mode: str) -> list[int]:
+    """Tokens of every answer."""
+    # Python's own numbers: a difference of two tensors may overflow.
+    lengths = [end - start for start, end in pairwise(offsets.tolist())]
     for answer, length in enumerate(lengths):
         if length < 1:
             raise RGTGError(
@@ -53,6 +48,18 @@ def _check_values(
                     f"{op}: pair {pair} has answers of {chosen} and {rejected} tokens, and mode 'eos' compares "
                     "equally long ones: pad the shorter with EOS, or use 'hold' or 'truncate'"
                 )
+    return lengths
+
+
+def _check_values(
+    rewards: torch.Tensor, offsets: torch.Tensor, mode: str, weight: str, normalizer: torch.Tensor | None
+) -> None:
+    op, M, first, last = "partial_bt_loss", rewards.shape[0], int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != M:
+        raise RGTGError(
+            f"{op}: offsets go from {first} to {last}: they must go from 0 to M={M}, the number of rewards"
+        )
+    _lengths(op, offsets, mode)
 
 
 register(
@@ -60,7 +67,7 @@ register(
     "(Tensor rewards, Tensor offsets, str mode, str weight, Tensor? normalizer) -> (Tensor, Tensor)",
     _fake,
     _check_values,
-    lambda *args: cpp(_check_values, *args),
+    cpp,
     frozenset({torch.float64, *DTYPE_CODES}),
     frozenset(DTYPE_CODES),
 )
@@ -114,7 +121,7 @@ def partial_bt_terms(offsets: torch.Tensor, mode: str = "eos", weight: str = "pr
         The count.
 
     Raises:
-        RGTGError: the shape or dtype does not fit, or a name is unknown.
+        RGTGError: the shape or dtype does not fit, offsets do not rise, or a name is unknown.
 
     Source:
         The mean over pairs and prefixes in PARGS's loss (arXiv 2406.07780).
@@ -130,8 +137,9 @@ def partial_bt_terms(offsets: torch.Tensor, mode: str = "eos", weight: str = "pr
     N = _pairs(op, offsets)
     if weight == "pair":
         return float(N)
-    lengths = offsets.diff().view(N, 2)
-    return float((lengths.amin(1) if mode == "truncate" else lengths.amax(1)).sum())
+    lengths = _lengths(op, offsets, "hold")
+    longer_or_shorter = min if mode == "truncate" else max
+    return float(sum(map(longer_or_shorter, lengths[::2], lengths[1::2])))
 
 
 def partial_bt_loss(

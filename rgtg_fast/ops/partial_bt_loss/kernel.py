@@ -58,7 +58,8 @@ def pair_kernel(
     end = tl.load(p_offsets + 2 * i_p + 2)
     chosen, rejected = middle - start, end - middle
     # Nobody has looked at the offsets on the host: what does not fit gives NaN and touches nothing.
-    legal = (start >= 0) & (chosen > 0) & (rejected > 0) & (end <= M)
+    # Offsets are compared, since a difference of any two may overflow.
+    legal = (start >= 0) & (start < middle) & (middle < end) & (end <= M)
     legal = legal & ((i_p > 0) | (start == 0)) & ((i_p < N - 1) | (end == M))
     if MODE == EOS:
         legal = legal & (chosen == rejected)

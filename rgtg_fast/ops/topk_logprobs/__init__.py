@@ -98,6 +98,8 @@ def topk_logprobs(
         raise RGTGError(f"topk_logprobs: logits have shape {list(logits.shape)}: use [B, V]")
     _checks.floating("topk_logprobs", "logits", logits)
     B, V = logits.shape
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise RGTGError(f"k={k!r} is no whole number: use 1 to V")
     if k < 1:
         raise RGTGError(f"k={k} is not positive: use k >= 1")
     if k > V:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._extension import DTYPE_CODES, dense, kernels, pointer
+from .._extension import array, dense, kernels, optional_array
 
 
 def cpp(
@@ -13,7 +13,7 @@ def cpp(
     guidance: torch.Tensor | None = None,
     beta: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    B, V = logits.shape
+    B = logits.shape[0]
     logits = dense(logits)
     guidance = None if guidance is None else dense(guidance)
     beta = None if beta is None else beta.contiguous()
@@ -22,11 +22,9 @@ def cpp(
     entropy = torch.empty((B,), dtype=torch.float32)
     kernels().topk_logprobs(
         torch.get_num_threads(),
-        DTYPE_CODES[logits.dtype],
-        (B, V, k),
-        (logits.data_ptr(), logits.stride(0)),
-        (pointer(guidance), 0 if guidance is None else guidance.stride(0)),
-        pointer(beta),
-        (logprobs.data_ptr(), tokens.data_ptr(), entropy.data_ptr()),
+        array(logits),
+        optional_array(guidance),
+        optional_array(beta),
+        *(array(x) for x in (logprobs, tokens, entropy)),
     )
     return logprobs, tokens, entropy

@@ -59,7 +59,7 @@ register(
     "float scale, bool causal=False) -> Tensor",
     _fake,
     _check_values,
-    lambda *args: cpp(_check_values, *args),
+    cpp,
     frozenset(DTYPE_CODES),
     frozenset(DTYPE_CODES),
     triton_against=reason_against,
@@ -128,8 +128,10 @@ def tree_attention(
     _checks.floating(op, "q", q)
     B, H, S, D = q.shape
     G, T = k_cache.shape[1], k_cache.shape[2]
-    if G < 1 or H % G:
+    if G < 1 or H < 1 or H % G:
         raise RGTGError(f"{op}: {H} query heads cannot share {G} key-value heads: H must be a multiple of G")
+    if D < 1:
+        raise RGTGError(f"{op}: heads have {D} numbers: use D >= 1")
     _checks.shaped(op, "k", k, "[B, G, S, D]", (B, G, S, D))
     _checks.shaped(op, "v", v, "[B, G, S, D]", (B, G, S, D))
     _checks.shaped(op, "k_cache", k_cache, "[B, G, T, D]", (B, G, T, D))
