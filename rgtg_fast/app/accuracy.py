@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rgtg_fast.app import embedded
 from rgtg_fast.app.session import NONE, Setup, quiet
-from rgtg_fast.app.terminal import note, print_json, status
+from rgtg_fast.app.terminal import console, note, print_json, status
 from rgtg_fast.errors import RGTGError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def run(
         return
     for line in first.lines():
         note(line)
-    _show(report, Console())
+    _show(report, console())
     if figure is not None:
         note(f"written: {figure}")
 

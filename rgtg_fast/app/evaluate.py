@@ -9,7 +9,7 @@ from rich.table import Table
 
 from rgtg_fast.app import embedded
 from rgtg_fast.app.session import quiet
-from rgtg_fast.app.terminal import note, print_json, status
+from rgtg_fast.app.terminal import console, note, print_json, status
 
 
 def run(config: Path, changes: dict[str, Any], methods: str | None, json: bool) -> None:
@@ -41,7 +41,7 @@ def run(config: Path, changes: dict[str, Any], methods: str | None, json: bool) 
     if json:
         print_json({"summary": rows, "warnings": results.warnings})
         return
-    show(rows, study.baseline, Console())
+    show(rows, study.baseline, console())
     note(f"written: {Path(study.output) / HTML}")
 
 
