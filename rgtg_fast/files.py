@@ -144,26 +144,22 @@ def only_writer(folder: Path, name: str, instead: str = "", wait: bool = False) 
         instead, wait: as in `hold`.
 
     Raises:
-        RGTGError: another process writes there, or nobody can.
+        RGTGError: another process writes there.
+        OSError: nobody can.
     """
     path = folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            lock = path.open("ab")
-            try:
-                hold(lock, folder, instead, wait)
-                # The one before may have removed the file that this one waited for.
-                if sys.platform == "win32" or still_at(path, lock):
-                    break
-            except BaseException:
-                lock.close()
-                raise
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = path.open("ab")
+        try:
+            hold(lock, folder, instead, wait)
+        except BaseException:
             lock.close()
-    except (OSError, ValueError) as error:
-        if isinstance(error, RGTGError):
             raise
-        raise RGTGError(f"cannot write to {folder}: {reason(error)}") from error
+        # The one before may have removed the file that this one waited for.
+        if sys.platform == "win32" or still_at(path, lock):
+            break
+        lock.close()
     try:
         yield
     finally:
@@ -179,3 +175,18 @@ def still_at(path: Path, file: IO[bytes]) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:
         return False
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Gives a complete folder its name, in place of what has it; a power cut leaves no file of it half-written.
+
+    Raises:
+        OSError: the disk.
+    """
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)

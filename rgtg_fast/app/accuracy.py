@@ -16,6 +16,7 @@ from rgtg_fast.app import embedded
 from rgtg_fast.app.session import NONE, Setup, quiet
 from rgtg_fast.app.terminal import console, note, print_json, status
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import check_writable
 
 if TYPE_CHECKING:
     from rgtg_fast.evaluation.accuracy import PairScores
@@ -102,8 +103,12 @@ def run(
     Raises:
         RGTGError: everything that a user can get wrong.
     """
-    if figure is not None and not figure.parent.is_dir():
-        raise RGTGError(f"cannot write {figure}: the folder {figure.parent} does not exist")
+    if figure is not None:
+        from rgtg_fast.evaluation.accuracy import check_figure
+
+        check_figure(figure)
+    if data.keep is not None:
+        check_writable(data.keep, data.source)
     with status("Loading") as say:
         report, first = judge(rewards, data, fractions, models, say)
     if figure is not None:

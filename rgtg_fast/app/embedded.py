@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.files import only_writer, reason
+from rgtg_fast.files import only_writer, publish, reason
 
 NAME = "SmolLM2-135M-Instruct"
 # A new number whenever the converted files change, so that an older cache is not taken for the new one.
@@ -100,7 +100,7 @@ def _converted(gguf: Path, cache: Path, say: Callable[[str], None]) -> Path:
                 # The GGUF reader draws progress bars that no setting turns off.
                 with contextlib.redirect_stderr(io.StringIO()):
                     _convert(gguf, complete)
-                complete.rename(final)
+                publish(complete, final)
     except (OSError, safetensors.SafetensorError) as error:
         raise RGTGError(
             f"cannot write the converted model to {cache} ({reason(error)}): free 0.6 GB there, "

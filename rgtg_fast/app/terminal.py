@@ -7,7 +7,6 @@ by its code. A pipe or a file gets texts as they are.
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,18 +19,11 @@ from rich.text import Text
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.journal import plain, to_json
 from rgtg_fast.files import reason
-
-# Control characters but tab and line feed (C0, C1), what changes the direction of writing, and lone surrogates.
-_STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from rgtg_fast.plaintext import printable
 
 
 class OutputError(RGTGError):
     """Raised where stdout takes no more: its disk is full, its reader has gone, or it was closed from the start."""
-
-
-def printable(text: str) -> str:
-    """A text that a terminal only shows: what would steer it is replaced by its code, as in `\\x1b`."""
-    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class _Stream:
@@ -67,7 +59,7 @@ class _Console(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            if segment.control is None and self.is_terminal and _STEERING.search(segment.text):
+            if segment.control is None and self.is_terminal:
                 segment = Segment(printable(segment.text), segment.style)
             yield segment
 

@@ -58,6 +58,10 @@ def run(
         from rgtg_fast.training.recipe import Recipe, train_reward_model
 
         chosen = Recipe(**recipe)
+        if figure is not None:
+            from rgtg_fast.evaluation.accuracy import check_figure
+
+            check_figure(figure)
         source = model if model is not None else str(embedded.default_model(say))
     accuracy = PrefixAccuracy()
     result = train_reward_model(

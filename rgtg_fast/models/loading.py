@@ -55,10 +55,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise RGTGError(f"device={device!r} is unknown to torch: use 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise RGTGError(f"device={str(device)!r} is not served: use 'cpu' or 'cuda'")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise RGTGError(
             f"device={str(device)!r} was asked for and torch sees no CUDA device: use device='cpu'"
         )
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise RGTGError(f"device={str(device)!r} is beyond the {torch.cuda.device_count()} that torch sees")
     return resolved
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeAlias
 
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,6 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import publish, reason
 from rgtg_fast.training.packing import (
     PackedBatch,
     answer_positions,
@@ -363,9 +366,11 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
     try:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(target)
-    except OSError as error:
-        raise RGTGError(f"cannot write {target}: {error.strerror or error}") from error
+        publish(partial, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RGTGError(f"cannot write {target}: {reason(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
