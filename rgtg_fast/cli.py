@@ -457,6 +457,8 @@ def generate(
     if not tokenwise and "temperature=" not in strategy:
         strategy += f"{',' if ':' in strategy else ':'}temperature={temperature}"
     one = input is None
+    if max_batch < 1:
+        raise RGTGError(f"max_batch={max_batch} leaves no row: use at least 1")
     reward = default_reward(lm, better, worse, support) if reward is None else reward
     rows = 1 if one and not pad_batch else max_batch
     setup = Setup(

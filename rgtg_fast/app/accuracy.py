@@ -140,6 +140,8 @@ def judge(
     """
     quiet()
     shares = parse_fractions(fractions)
+    if data.budget < 1:
+        raise RGTGError(f"--batch-tokens {data.budget} is below 1: use for example 2048")
     if len(set(rewards)) < len(rewards):
         raise RGTGError("a guide is named twice: name each --reward once")
     from rgtg_fast.training.data import load_pairs

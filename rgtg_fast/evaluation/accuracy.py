@@ -347,7 +347,7 @@ def check_figure(path: Path) -> str:
     check_matplotlib()
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
-        raise RGTGError(f"{path} is no figure's name: end it in .png, .svg or .pdf")
+        raise RGTGError(f"cannot write the figure {path}: end its name in .png, .svg or .pdf")
     check_writable(path)
     return kind
 

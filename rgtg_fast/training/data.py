@@ -528,6 +528,8 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
         if isinstance(source, Mapping):
             raise RGTGError(f"the data set has the splits {', '.join(map(repr, source))}: pass one of them")
         return iter(source)
+    if not os.fspath(source):
+        raise RGTGError("the data's name is empty: name a file, or a data set of Hugging Face")
     path = Path(source)
     suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
     if suffix in _FILES:
