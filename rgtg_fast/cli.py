@@ -45,8 +45,9 @@ class _OneLineErrors(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
+        ended: list[int] = []
         try:
-            with streams(), _ended_by_signals():
+            with streams(), _ended_by_signals(ended):
                 code = super().main(
                     args,
                     prog_name=prog_name,
@@ -61,8 +62,6 @@ class _OneLineErrors(TyperGroup):
             code = _fail(f"{message}: see `{_command(error)} --help`") if message else USER_ERROR
         except RGTGError as error:
             code = _fail(str(error))
-        except _EndedBySignalError as error:
-            code = 128 + error.number
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except OSError as error:
@@ -73,26 +72,23 @@ class _OneLineErrors(TyperGroup):
             if not _is_out_of_memory(error):
                 raise
             code = _fail("out of memory: use a smaller --max-batch, --max-length or --k, or --dtype bfloat16")
-        code = code if isinstance(code, int) else 0
+        code = 128 + ended[0] if ended else code if isinstance(code, int) else 0
         if standalone_mode:
             sys.exit(code)
         return code
 
 
-class _EndedBySignalError(KeyboardInterrupt):
-    """A request to end, which leaves as an interrupt does: what is half-written is cleared away."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-
-
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Ends a command in order where the system asks the process to end, or its terminal is closed."""
+def _ended_by_signals(ended: list[int]) -> Iterator[None]:
+    """Ends a command as an interrupt does, in order, where the system asks for it or the terminal is closed.
+
+    Args:
+        ended: gets the signal's number.
+    """
 
     def end(number: int, frame: object) -> None:
-        raise _EndedBySignalError(number)
+        ended.append(number)
+        raise KeyboardInterrupt
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():

@@ -123,7 +123,8 @@ class Journal:
         except OSError as error:
             # Half a row would be cut off by the next run; other readers are spared it too.
             with contextlib.suppress(OSError):
-                self._file.truncate(self._end)
+                self._file.seek(self._end)
+                self._file.truncate()
             raise RGTGError(
                 f"cannot write {self.path}: {reason(error)}; its {len(self.rows)} finished rows are safe, {self._again}"
             ) from error

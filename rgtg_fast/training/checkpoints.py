@@ -120,4 +120,5 @@ def _sync(path: Path) -> None:
 
 
 def _cannot_save(run: Path, what: str, error: BaseException) -> str:
-    return f"cannot save {what} in {run} ({reason(error)}); {last_checkpoint(run)}: free some space and go on with resume"
+    kept = last_checkpoint(run)
+    return f"cannot save {what} in {run} ({reason(error)}); {kept}: free some space and go on with resume"

@@ -38,6 +38,8 @@ from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal, vocabula
 HEAD = "score"
 # What reads the rewards [M] of a packed batch's answer tokens off the states after the final norm [R, S, E].
 Reader: TypeAlias = "Callable[[PreTrainedModel, torch.Tensor, PackedBatch], torch.Tensor]"
+# Adapters of a higher rank than a layer is wide gain nothing.
+MAX_RANK = 65536
 EXTRA = 'pip install "rgtg-fast[train]"'
 
 
@@ -58,6 +60,10 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise RGTGError(f"LoRA rank {self.rank} is below 1: use for example 16, or train the full model")
+        if self.rank > MAX_RANK:
+            raise RGTGError(
+                f"LoRA rank {self.rank} is above {MAX_RANK}, any layer's width: use for example 16"
+            )
         if not 0 <= self.dropout < 1:
             raise RGTGError(f"LoRA dropout {self.dropout} is not in [0, 1): use for example 0.05")
 

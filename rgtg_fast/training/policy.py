@@ -74,6 +74,10 @@ POLICY_OBJECTIVES = {
 }
 
 
+# Pairs of a forward; transformers counts through all of a batch, whether they are there or not.
+MAX_BATCH = 2**20
+
+
 @dataclass(frozen=True)
 class PolicyRecipe:
     """Everything that decides what a policy learns.
@@ -143,6 +147,8 @@ class PolicyRecipe:
         counts |= {"max_length": 2, "min_answer_tokens": 0, "limit": 1}
         above = ("epochs", "learning_rate", "lora_alpha", "temperature")
         check_recipe(self, counts, above, ("beta", "alpha", "margin", "weight_decay"))
+        if self.batch_size > MAX_BATCH:
+            raise RGTGError(f"batch_size={self.batch_size} is above {MAX_BATCH}: use accumulation for more")
         if self.beta == 0 and self.objective != "rloo":
             raise RGTGError(f"beta=0 leaves {self.objective} no preference to learn: use for example 0.1")
         if self.objective == "rloo" and self.samples < 2:

@@ -45,6 +45,8 @@ def check_output(folder: Path, resume: bool) -> None:
         RGTGError: it is a file, not empty where nothing is to be resumed, or cannot be looked at.
     """
     try:
+        # Tokenizers write to no other names.
+        str(folder).encode()
         if os.path.lexists(folder) and not folder.is_dir():
             raise RGTGError(f"{folder} is a file: name a folder for the output")
         if not resume and folder.is_dir() and any(file.name != LOCK_FILE for file in folder.iterdir()):
