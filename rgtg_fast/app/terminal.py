@@ -57,6 +57,9 @@ class _Stream:
 class _Console(Console):
     """A console that takes no text for markup, and shows what would steer the terminal."""
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text) if self.is_terminal else text, **options)
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             if segment.control is None and self.is_terminal:

@@ -71,7 +71,7 @@ def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\0b", "\udcff"])
 def test_names_that_no_folder_can_have(tmp_path: Path, name: str) -> None:
-    with pytest.raises(RGTGError, match="cannot use .* for the output"):
+    with pytest.raises(RGTGError, match=r"cannot (use|write to) .*another folder"):
         train(str(tmp_path / name), lambda path: None)
 
 
@@ -79,7 +79,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RGTGError, match="is a file"):
         train(str(tmp_path / "file"), lambda path: None)
-    with pytest.raises(RGTGError, match="cannot write to .*: Not a directory"):
+    with pytest.raises(RGTGError, match=r"cannot write to .*: Not a directory"):
         train(str(tmp_path / "file" / "run"), lambda path: None)
 
 
