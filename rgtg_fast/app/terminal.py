@@ -5,6 +5,7 @@ by its code. A pipe or a file gets texts as they are.
 """
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -142,7 +143,7 @@ def streams() -> Iterator[None]:
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for file in (sys.stdout, sys.stderr):
-        if hasattr(file, "reconfigure"):
+        if isinstance(file, io.TextIOWrapper):
             file.reconfigure(errors="backslashreplace")
     try:
         yield

@@ -162,7 +162,9 @@ def _as_svg(drawing: Figure) -> str:
     import matplotlib
 
     file = io.StringIO()
-    style = {"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none"}
-    with plain_labels(), matplotlib.rc_context(style):
+    with (
+        plain_labels(),
+        matplotlib.rc_context({"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none"}),
+    ):
         drawing.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

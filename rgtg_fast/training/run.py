@@ -21,7 +21,8 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import only_writer, reason, write_text
 
 Say = Callable[[str], None]
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 RECIPE_FILE, LOG_FILE, LOCK_FILE = "rgtg_fast.json", "training_log.jsonl", ".lock"
 # More passes than any training makes; beyond it the number of steps overflows.
@@ -93,7 +94,7 @@ def training_folder(folder: Path, resume: bool, main: bool, say: Say) -> Iterato
     finally:
         # A run that was refused leaves no empty folder.
         if made:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 folder.rmdir()
 
 

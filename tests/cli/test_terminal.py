@@ -29,7 +29,7 @@ def test_a_terminal_gets_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("COLUMNS", "200")
-    terminal.write(NASTY)
+    terminal.print_line(NASTY)
     terminal.print_json({NASTY: NASTY})
     table = Table("[bold]" + NASTY, title=NASTY)
     table.add_row(NASTY)
