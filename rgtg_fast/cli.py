@@ -4,18 +4,29 @@ User errors are one line on stderr and exit code 2. Heavy imports happen inside 
 """
 
 import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
-from rgtg_fast.app.terminal import complain, note, print_json, print_line, status
+from rgtg_fast.app.terminal import (
+    complain,
+    console,
+    note,
+    print_json,
+    print_line,
+    read_stdin,
+    status,
+    streams,
+)
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import check_writable, reason, write_text
 
 USER_ERROR, INTERRUPTED = 2, 130
 # click's UsageError, whether typer brings its own click or depends on one.
@@ -34,15 +45,17 @@ class _OneLineErrors(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
+        ended: list[int] = []
         try:
-            code = super().main(
-                args,
-                prog_name=prog_name,
-                complete_var=complete_var,
-                standalone_mode=False,
-                windows_expand_args=windows_expand_args,
-                **extra,
-            )
+            with streams(), _ended_by_signals(ended):
+                code = super().main(
+                    args,
+                    prog_name=prog_name,
+                    complete_var=complete_var,
+                    standalone_mode=False,
+                    windows_expand_args=windows_expand_args,
+                    **extra,
+                )
         except UsageError as error:
             message = error.format_message().rstrip(".")
             # Without a command the help is shown, and that is all there is to say.
@@ -52,13 +65,46 @@ class _OneLineErrors(TyperGroup):
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except (MemoryError, RuntimeError, OSError, ImportError) as error:
-            if not _is_out_of_memory(error):
+            if _is_out_of_memory(error):
+                code = _fail(
+                    "out of memory: use a smaller --max-batch, --max-length or --k, or --dtype bfloat16"
+                )
+            elif isinstance(error, OSError):
+                # Every file that a command is about has a message of its own; this is for the others.
+                at = "" if error.filename is None else f" ({error.filename})"
+                code = _fail(f"{reason(error)}{at}: check the path, the permissions and the room on the disk")
+            else:
                 raise
-            code = _fail("out of memory: use a smaller --max-batch, --max-length or --k, or --dtype bfloat16")
-        code = code if isinstance(code, int) else 0
+        code = 128 + ended[0] if ended else code if isinstance(code, int) else 0
         if standalone_mode:
             sys.exit(code)
         return code
+
+
+@contextlib.contextmanager
+def _ended_by_signals(ended: list[int]) -> Iterator[None]:
+    """Ends a command as an interrupt does, in order, where the system asks for it or the terminal is closed.
+
+    Args:
+        ended: gets the signal's number.
+    """
+
+    def end(number: int, frame: object) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # What is ignored, as by nohup, stays ignored.
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _command(error: Any) -> str:
@@ -334,7 +380,7 @@ def demo(
     if json:
         print_json(report.as_dict())
     else:
-        demonstration.show(report, Console())
+        demonstration.show(report, console())
 
 
 @app.command()
@@ -419,6 +465,8 @@ def generate(
     if not tokenwise and "temperature=" not in strategy:
         strategy += f"{',' if ':' in strategy else ':'}temperature={temperature}"
     one = input is None
+    if max_batch < 1:
+        raise RGTGError(f"max_batch={max_batch} leaves no row: use at least 1")
     reward = default_reward(lm, better, worse, support) if reward is None else reward
     rows = 1 if one and not pad_batch else max_batch
     setup = Setup(
@@ -426,7 +474,7 @@ def generate(
     )
     broken = 0
     if input is None:
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = read_stdin() if prompt == "-" else prompt
         check_prompt(text)
         assert text is not None
         jobs = [Job(1, text, guidance, seed)]
@@ -435,20 +483,27 @@ def generate(
     run = {**setup.names(), "max_new_tokens": max_new_tokens, "stop": stop or [], "chat": chat}
     if not tokenwise:
         jobs = [replace(job, strategy=strategy) for job in jobs]
-    answers = AnswerFile(output, resume, overwrite) if output is not None else None
-    with contextlib.closing(answers) if answers is not None else contextlib.nullcontext():
+    answers = None if output is None else AnswerFile(output, resume, overwrite, input)
+    with contextlib.nullcontext() if answers is None else answers:
         if answers is not None:
             jobs = answers.remaining(jobs, run)
-        if stream:
-            stream_one(setup, jobs[0], run, json)
-        elif one and answers is None:
-            answer_one(setup, jobs[0], run, json)
-        elif jobs:
-            broken += answer_many(setup, jobs, run, answers)
+        try:
+            if stream:
+                stream_one(setup, jobs[0], run, json)
+            elif one and answers is None:
+                answer_one(setup, jobs[0], run, json)
+            elif jobs:
+                broken += answer_many(setup, jobs, run, answers)
+        except KeyboardInterrupt:
+            if answers is not None:
+                note(f"interrupted: {len(answers.done)} finished rows are in {answers.path}, use --resume")
+            raise
         if answers is not None:
+            answers.check_place()
             note(f"{len(answers.done)} rows in {answers.path}" + (f", {broken} left out" if broken else ""))
-    if broken:
-        raise typer.Exit(USER_ERROR)
+        # Where no prompt could be answered, rows that were to be overwritten stay.
+        if broken:
+            raise typer.Exit(USER_ERROR)
 
 
 @app.command()
@@ -487,13 +542,13 @@ def explain(
     from rgtg_fast.app.session import Setup, as_chat, decode_with, default_reward
     from rgtg_fast.config import Guidance
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     check_prompt(text)
     guidance = Guidance(k, beta, temperature, support)
     reward = default_reward(lm, better, worse, support) if reward is None else reward
     setup = Setup(lm, reward, better, worse, dtype, device, engine, 1, max_length)
-    if html is not None and not html.parent.is_dir():
-        raise RGTGError(f"cannot write {html}: the folder {html.parent} does not exist")
+    if html is not None:
+        check_writable(html)
     with status("Loading") as say:
         decoder = setup.decoder(say)
         say("Answering")
@@ -520,19 +575,16 @@ def explain(
             "reward": reward,
             **{name: str(value) for name, value in settings.items()},
         }
-        try:
-            html.write_text(explanation.page(text, steps, decode, facts), encoding="utf-8")
-        except OSError as error:
-            raise RGTGError(f"cannot write {html}: {error.strerror or error}") from error
+        write_text(html, explanation.page(text, steps, decode, facts))
     if json:
         answer = {"text": row.text, "finish_reason": row.finish_reason, "reward": row.reward}
         steps_as_json = [explanation.as_dict(step) for step in steps]
         print_json({"prompt": text, **setup.names(), **settings, **answer, "steps": steps_as_json})
         return
-    console = Console()
-    console.print(explanation.table(steps, show))
-    console.print()
-    console.print(explanation.marked_answer(steps, decode))
+    out = console()
+    out.print(explanation.table(steps, show))
+    out.print()
+    out.print(explanation.marked_answer(steps, decode))
     if html is not None:
         note(f"written: {html}")
 
@@ -595,7 +647,7 @@ def methods(json: Json = False) -> None:
     if json:
         print_json(table.report())
     else:
-        table.show(Console())
+        table.show(console())
 
 
 @app.command()
@@ -943,22 +995,19 @@ def token_rewards(
     from rgtg_fast.app import token_rewards as rewards
     from rgtg_fast.app.session import Setup
 
-    if html is not None and not html.parent.is_dir():
-        raise RGTGError(f"cannot write {html}: the folder {html.parent} does not exist")
+    if html is not None:
+        check_writable(html, templates)
     setup = Setup(lm, dtype=dtype, device=device)
-    text = sys.stdin.read() if answer == "-" else answer
+    text = read_stdin() if answer == "-" else answer
     tokens = rewards.compute(setup, prompt, text, templates)
     model = setup.names()["lm"]
     if html is not None:
         facts = {"model": model, "templates": "the project's own" if templates is None else templates.name}
-        try:
-            html.write_text(rewards.page(prompt, tokens, facts), encoding="utf-8")
-        except OSError as error:
-            raise RGTGError(f"cannot write {html}: {error.strerror or error}") from error
+        write_text(html, rewards.page(prompt, tokens, facts))
     if json:
         print_json(rewards.report(prompt, text, model, tokens))
         return
-    Console().print(rewards.coloured(tokens))
+    console().print(rewards.coloured(tokens))
     if html is not None:
         note(f"written: {html}")
 

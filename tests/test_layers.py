@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rgtg_fast"
 
 # What a layer may import of ours, besides itself.
-BASE = {"config", "errors", "profiling"}
+BASE = {"config", "errors", "files", "plaintext", "profiling"}
 OPS = BASE | {"ops", "_C"}
 MODELS = OPS | {"bundled", "models"}
 REWARDS = MODELS | {"rewards"}
@@ -19,6 +19,8 @@ EVALUATION = DECODING | {"evaluation", "training"}
 ALLOWED = {
     "config": {"errors"},
     "errors": set(),
+    "files": {"errors"},
+    "plaintext": set(),
     "profiling": {"config", "errors"},
     "bundled": {"errors"},
     "ops": OPS,

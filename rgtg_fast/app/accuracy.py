@@ -14,8 +14,9 @@ from rich.table import Table
 
 from rgtg_fast.app import embedded
 from rgtg_fast.app.session import NONE, Setup, quiet
-from rgtg_fast.app.terminal import note, print_json, status
+from rgtg_fast.app.terminal import console, note, print_json, status
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import check_writable
 
 if TYPE_CHECKING:
     from rgtg_fast.evaluation.accuracy import PairScores
@@ -104,8 +105,12 @@ def run(
     Raises:
         RGTGError: everything that a user can get wrong.
     """
-    if figure is not None and not figure.parent.is_dir():
-        raise RGTGError(f"cannot write {figure}: the folder {figure.parent} does not exist")
+    if figure is not None:
+        from rgtg_fast.evaluation.accuracy import check_figure
+
+        check_figure(figure)
+    if data.keep is not None:
+        check_writable(data.keep, data.source)
     with status("Loading") as say:
         report, first = judge(rewards, data, fractions, models, say)
     if figure is not None:
@@ -115,7 +120,7 @@ def run(
         return
     for line in first.lines():
         note(line)
-    _show(report, Console())
+    _show(report, console())
     if figure is not None:
         note(f"written: {figure}")
 
@@ -137,6 +142,8 @@ def judge(
     """
     quiet()
     shares = parse_fractions(fractions)
+    if data.budget < 1:
+        raise RGTGError(f"--batch-tokens {data.budget} is below 1: use for example 2048")
     if len(set(rewards)) < len(rewards):
         raise RGTGError("a guide is named twice: name each --reward once")
     from rgtg_fast.training.data import load_pairs

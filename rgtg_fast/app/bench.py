@@ -7,7 +7,7 @@ from rich.table import Table
 
 from rgtg_fast.app import embedded
 from rgtg_fast.app.session import quiet
-from rgtg_fast.app.terminal import print_json, status
+from rgtg_fast.app.terminal import console, print_json, status
 
 
 def run(options: dict[str, Any], json: bool) -> None:
@@ -30,7 +30,7 @@ def run(options: dict[str, Any], json: bool) -> None:
     if json:
         print_json(result)
     else:
-        _show(result, Console())
+        _show(result, console())
 
 
 def _show(result: dict[str, Any], console: Console) -> None:

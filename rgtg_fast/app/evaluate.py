@@ -9,7 +9,8 @@ from rich.table import Table
 
 from rgtg_fast.app import embedded
 from rgtg_fast.app.session import quiet
-from rgtg_fast.app.terminal import note, print_json, status
+from rgtg_fast.app.terminal import console, note, print_json, status
+from rgtg_fast.errors import RGTGError
 
 
 def run(config: Path, changes: dict[str, Any], methods: str | None, json: bool) -> None:
@@ -29,8 +30,13 @@ def run(config: Path, changes: dict[str, Any], methods: str | None, json: bool) 
     from rgtg_fast.evaluation.study import run_study
 
     study = Study.load(config, **changes)
+    if not study.output.strip():
+        raise RGTGError("the study's output is empty: name a folder for its results")
     if methods is not None:
-        study = study.only([name.strip() for name in methods.split(",") if name.strip()])
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        if not names:
+            raise RGTGError(f"--methods {methods!r} names no method: use for example {study.methods[0].name}")
+        study = study.only(names)
     with status("Loading") as say:
         source = study.model or str(embedded.default_model(say))
         results = run_study(study, source, study.model or embedded.NAME, say)
@@ -41,7 +47,7 @@ def run(config: Path, changes: dict[str, Any], methods: str | None, json: bool) 
     if json:
         print_json({"summary": rows, "warnings": results.warnings})
         return
-    show(rows, study.baseline, Console())
+    show(rows, study.baseline, console())
     note(f"written: {Path(study.output) / HTML}")
 
 

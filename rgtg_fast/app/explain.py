@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from rgtg_fast.evaluation.page import escape
 
 if TYPE_CHECKING:
     from rgtg_fast.decoding.results import Candidate, Step
@@ -103,11 +104,11 @@ def table(steps: "list[Step]", show: int | None = None) -> RenderableType:
             style = "bold green" if c.chosen else ""
             notes = []
             if c.chosen:
-                notes.append("[bold green]◀ chosen[/]")
+                notes.append(Text("◀ chosen", "bold green"))
             if c.token == step.base_token and not c.chosen:
-                notes.append("[yellow]unguided choice[/]")
+                notes.append(Text("unguided choice", "yellow"))
             if c.chosen and changed(step):
-                notes.append("[black on yellow] changed [/]")
+                notes.append(Text(" changed ", "black on yellow"))
             grid.add_row(
                 str(step.position) if rank == 0 else "",
                 Text(visible(c.text), style=style),
@@ -115,13 +116,14 @@ def table(steps: "list[Step]", show: int | None = None) -> RenderableType:
                 Text(_number(c.reward, 3), style=_reward_style(c.reward, low, high)),
                 Text(_percent(c.probability), style=style),
                 Text(bar(c.probability), style="green" if c.chosen else "cyan"),
-                " ".join(notes),
+                Text(" ").join(notes),
                 end_section=False,
             )
         grid.add_row()
-    legend = Text.from_markup(
-        "[dim]log p: base model, natural logarithm · final: probability after guidance[/]\n"
-        f"[black on yellow] changed [/][dim]: {sum(map(changed, steps))} of {len(steps)} tokens[/]"
+    legend = Text.assemble(
+        ("log p: base model, natural logarithm · final: probability after guidance\n", "dim"),
+        (" changed ", "black on yellow"),
+        (f": {sum(map(changed, steps))} of {len(steps)} tokens", "dim"),
     )
     return Group(grid, legend)
 

@@ -4,7 +4,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,7 +15,7 @@ from rich.progress import (
 
 from rgtg_fast.app.jobs import AnswerFile, Job
 from rgtg_fast.app.session import Setup, as_chat
-from rgtg_fast.app.terminal import complain, note, print_json, print_line, status
+from rgtg_fast.app.terminal import OutputError, complain, console, note, print_json, print_line, status, write
 from rgtg_fast.errors import RewardNaNError, RGTGError
 
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ def stream_one(setup: Setup, job: Job, run: dict[str, Any], json: bool) -> None:
         if json:
             print_json({"token": piece.token, "text": piece.text, "finish_reason": piece.finish_reason})
         else:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+            write(piece.text)
     if not json:
         print_line("")
     note(f"{count} tokens at {count / (time.perf_counter() - started):.1f} tokens/s")
@@ -95,8 +93,10 @@ def answer_many(setup: Setup, jobs: list[Job], run: dict[str, Any], answers: Ans
         TimeRemainingColumn(),
     )
     done = 0 if answers is None else len(answers.done)
-    tokens, started = 0, time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), transient=False) as progress:
+    count, tokens, started = 0, 0, time.perf_counter()
+    # A bar would take what goes to stdout for its own, and rows on the same terminal need no bar.
+    shown = {"redirect_stdout": False, "disable": answers is None and sys.stdout.isatty()}
+    with Progress(*columns, console=console(stderr=True), transient=False, **shown) as progress:
         task = progress.add_task("answering", total=done + len(jobs), completed=done, speed="")
         rows = decoder.iterate(
             [as_chat(job.prompt, decoder, run["chat"]) for job in jobs],
@@ -113,12 +113,17 @@ def answer_many(setup: Setup, jobs: list[Job], run: dict[str, Any], answers: Ans
                     print_json(output)
                 else:
                     answers.write(jobs[index].key, output)
+                count += 1
                 tokens += len(row.tokens)
                 speed = tokens / (time.perf_counter() - started)
                 progress.update(task, advance=1, speed=f"{speed:.1f} tokens/s")
         except RewardNaNError as error:
             safe = "" if answers is None else "; the finished rows are written, continue with --resume"
             raise RGTGError(f"line {jobs[error.row].line}: {error}{safe}") from error
+        except OutputError as error:
+            raise OutputError(
+                f"{error}; {count} rows were printed: name --output to keep every row"
+            ) from error
     return refused
 
 
@@ -137,6 +142,9 @@ def _possible(decoder: "RewardGuidedDecoder", jobs: list[Job], run: dict[str, An
             )
         except RGTGError as error:
             complain(f"line {job.line}: {str(error).replace('prompt 0 ', 'the prompt ', 1)}")
+        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            # What a tokenizer, a template or torch makes of a row must not cost the others their answers.
+            complain(f"line {job.line}: the prompt cannot be used ({type(error).__name__}: {error})")
         else:
             fitting.append(job)
     return fitting, len(jobs) - len(fitting)

@@ -4,18 +4,18 @@ Every finished row is written and flushed at once, so that whatever ends a run l
 most one broken last line, which resuming cuts off.
 """
 
-import contextlib
 import gzip
 import json
-import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from rgtg_fast.config import Guidance
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.journal import hold
+from rgtg_fast.evaluation.journal import Journal, plain
+from rgtg_fast.files import reason, same_file
 
 Prompt: TypeAlias = "str | list[dict[str, str]] | list[int]"
 # What names a row across runs: its id where it has one, else its line in the prompts file.
@@ -105,9 +105,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
                 if text.strip():
                     yield number, text
-    except (OSError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RGTGError(f"cannot read {path}: {reason}") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, RGTGError):
+            raise
+        raise RGTGError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _parse(number: int, text: str, guidance: Guidance, seed: int, field: str) -> Job:
@@ -115,9 +116,10 @@ def _parse(number: int, text: str, guidance: Guidance, seed: int, field: str) ->
         raise RGTGError("not UTF-8")
     try:
         row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise RGTGError(f"not JSON ({reason})") from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits is a plain ValueError.
+        why = error.msg if isinstance(error, json.JSONDecodeError) else reason(error)
+        raise RGTGError(f"not JSON ({why})") from error
     if not isinstance(row, dict):
         raise RGTGError(f'a row is an object like {{"{field}": "..."}}, not {_kind(row)}')
     if field not in row:
@@ -168,64 +170,49 @@ def _kind(value: Any) -> str:
 
 
 class AnswerFile:
-    """The output of a job: complete rows, each flushed as soon as it is written.
+    """The output of a job: complete rows, each handed to the operating system as soon as it is written.
+
+    Used as a context: a run that fails before its first row leaves no new file, and rows to be overwritten stay until
+    the first new one is there.
 
     Args:
         path: the file.
         resume: keep the rows that are there and leave out their jobs.
         overwrite: start anew even if the file has rows.
+        source: the file that the prompts are read from, None where there is none.
 
     Raises:
-        RGTGError: the file has rows and neither `resume` nor `overwrite` is given; it is no answer file, is
-            being written by another process, or cannot be written.
+        RGTGError: the file has rows and neither `resume` nor `overwrite` is given; it is no answer file, is the
+            prompts' own, is being written by another process, or cannot be written.
     """
 
-    def __init__(self, path: Path, resume: bool, overwrite: bool) -> None:
+    def __init__(self, path: Path, resume: bool, overwrite: bool, source: Path | None = None) -> None:
         self.path = path
         self.done: dict[Key, dict[str, Any]] = {}
-        self._file: IO[bytes] | None = None
         if path.suffix == ".gz":
             raise RGTGError(
                 f"{path}: answers are written as plain JSON Lines, so that rows can be added: drop the .gz"
             )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("r+b" if path.exists() else "x+b")
-            hold(self._file, path, "name another --output")
-            if overwrite:
-                self._file.truncate(0)
-            elif resume:
-                self._read_done()
-            elif path.stat().st_size:
-                raise RGTGError(
-                    f"{path} has rows already: pass --resume to continue it or --overwrite to start anew"
-                )
-        except OSError as error:
-            self.close()
-            raise RGTGError(f"cannot write {path}: {error.strerror or error}") from error
-        except RGTGError:
-            self.close()
-            raise
-
-    def _read_done(self) -> None:
-        assert self._file is not None
-        end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                # The run was killed while this line was being written.
-                break
-            end += len(line)
-            try:
-                row = json.loads(line)
-                key = ("id", row["id"]) if "id" in row else ("line", row["line"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise RGTGError(
-                    f"{self.path}:{number} is no row of an earlier run: "
-                    "name another --output or pass --overwrite"
-                ) from error
+        if source is not None and same_file(path, source):
+            raise RGTGError(f"--output {path} is the file of --input ({source}): name another --output")
+        if not (resume or overwrite) and _size(path):
+            raise RGTGError(
+                f"{path} has rows already: pass --resume to continue it or --overwrite to start anew"
+            )
+        again = "continue with --resume"
+        self._journal = Journal(path, ("line",), "name another --output", again, anew=overwrite)
+        for number, row in enumerate(self._journal.rows, start=1):
+            key = ("id", row["id"]) if "id" in row else ("line", row["line"])
+            if not isinstance(key[1], (str, int)):
+                self._journal.close()
+                raise RGTGError(f"{path}:{number} is no row of an earlier run: name another --output")
             self.done[key] = row
-        self._file.seek(end)
-        self._file.truncate()
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._journal.__exit__(*error)
 
     def remaining(self, jobs: list[Job], run: dict[str, Any]) -> list[Job]:
         """The jobs that have no row yet.
@@ -241,7 +228,7 @@ class AnswerFile:
             row = self.done.get(job.key)
             if row is None:
                 continue
-            for name, value in {**job.header(), **run}.items():
+            for name, value in plain({**job.header(), **run}).items():
                 if name != "line" and row.get(name) != value:
                     raise RGTGError(
                         f"{self.path}: the row of line {job.line} was made with "
@@ -260,41 +247,23 @@ class AnswerFile:
         Raises:
             RGTGError: the file cannot be written any more, for instance because the disk is full.
         """
-        assert self._file is not None
-        try:
-            self._file.write(to_json(row).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise RGTGError(
-                f"cannot write {self.path}: {error.strerror or error}; "
-                "the rows before this one are safe, continue with --resume"
-            ) from error
+        self._journal.add(row)
         self.done[key] = row
 
-    def close(self) -> None:
-        """Closes the file and ends its lock."""
-        if self._file is not None:
-            # What could not be flushed was reported when it was written.
-            with contextlib.suppress(OSError):
-                self._file.close()
+    def check_place(self) -> None:
+        """Refuses to go on where the file was deleted or replaced.
+
+        Raises:
+            RGTGError: it was.
+        """
+        self._journal.check_place()
 
 
-def to_json(value: Any) -> str:
-    """One line of JSON; numbers that JSON does not know (NaN, infinities) become null."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, str):
-        # Lone surrogates cannot be written as UTF-8.
-        return value.encode("utf-8", "replace").decode("utf-8")
-    return value
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def _short(value: Any) -> str:

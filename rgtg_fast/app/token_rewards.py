@@ -1,7 +1,6 @@
 """`rgtg-fast token-rewards`: T-REG's reward of each token of an answer, in numbers and colours."""
 
 from dataclasses import asdict, dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rgtg_fast.app.explain import added_texts, visible
 from rgtg_fast.app.session import Setup
 from rgtg_fast.app.terminal import status
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.page import escape
 
 # Colours of the terminal at the ends of the scale: worse and better.
 _WORSE, _BETTER = (200, 60, 50), (40, 140, 80)

@@ -5,12 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from rgtg_fast.app import embedded
 from rgtg_fast.app.session import quiet
-from rgtg_fast.app.terminal import note, print_json, print_line, status
+from rgtg_fast.app.terminal import console, note, print_json, print_line, status
 
 # What `--reward` puts before the folder of a guide; a folder alone is a `SequenceReward`.
 _PREFIXES = {"rad": "rad:", "farma": "farma:", "genarm": "genarm:"}
@@ -59,6 +58,10 @@ def run(
         from rgtg_fast.training.recipe import Recipe, train_reward_model
 
         chosen = Recipe(**recipe)
+        if figure is not None:
+            from rgtg_fast.evaluation.accuracy import check_figure
+
+            check_figure(figure)
         source = model if model is not None else str(embedded.default_model(say))
     accuracy = PrefixAccuracy()
     result = train_reward_model(
@@ -80,7 +83,7 @@ def run(
         print_json({**asdict(result), "output": str(output), "recipe": asdict(chosen), "accuracy": points})
         return
     if accuracy.points:
-        Console().print(_table(accuracy.points))
+        console().print(_table(accuracy.points))
         print_line(_read_at(result.data["eval"]))
     print_line(f"saved: {output}")
     guide = f"{_PREFIXES.get(chosen.objective, '')}{output}"

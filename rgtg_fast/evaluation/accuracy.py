@@ -6,11 +6,13 @@ those well and prefixes by chance (arXiv 2406.07780).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -19,7 +21,9 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.metrics import bootstrap_mean
+from rgtg_fast.files import check_writable, replacing
 from rgtg_fast.models.prompts import Prompt, PromptLike
+from rgtg_fast.plaintext import printable
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.training.data import TokenizedPair
 from rgtg_fast.training.packing import collate, cost, pack, packed_rewards
@@ -290,13 +294,11 @@ def figure(
         RGTGError: matplotlib is missing, or the file cannot be written.
     """
     drawing = drawn(curves, baseline, title)
+    kind = check_figure(Path(path))
     # The same points give the same file: a date would not.
-    undated = {"Date": None} if str(path).endswith(".svg") else None
-    try:
-        drawing.savefig(path, dpi=150, metadata=undated)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RGTGError(f"cannot write the figure {path}: {reason}") from error
+    undated = {"Date": None} if kind == "svg" else None
+    with replacing(Path(path)) as partial, plain_labels():
+        drawing.savefig(partial, dpi=150, format=kind, metadata=undated)
 
 
 def drawn(
@@ -312,22 +314,56 @@ def drawn(
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = drawing.subplots()
-    for (name, points), colour in zip(curves.items(), _colours(len(curves)), strict=True):
-        ordered = sorted(points, key=lambda point: point.fraction)
-        x = [100 * point.fraction for point in ordered]
-        low, high = ([100 * point.ci95[side] for point in ordered] for side in (0, 1))
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(x, [100 * point.accuracy for point in ordered], color=colour, marker="o", label=name)
-    if baseline is not None:
-        axes.axhline(100 * baseline.accuracy, color="#7f7f7f", linestyle="--", label="longer answer wins")
-    axes.axhline(50, color="#bbbbbb", linestyle=":", label="chance")
-    axes.set_xlabel("share of the answer read, %")
-    axes.set_ylabel("chosen answer preferred, %")
-    axes.set_title(title)
-    axes.legend(fontsize="small")
+    with plain_labels():
+        drawing = Figure(figsize=(6, 3.8), layout="constrained")
+        axes = drawing.subplots()
+        for (name, points), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+            ordered = sorted(points, key=lambda point: point.fraction)
+            x = [100 * point.fraction for point in ordered]
+            low, high = ([100 * point.ci95[side] for point in ordered] for side in (0, 1))
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            y = [100 * point.accuracy for point in ordered]
+            axes.plot(x, y, color=colour, marker="o", label=label(name))
+        if baseline is not None:
+            axes.axhline(100 * baseline.accuracy, color="#7f7f7f", linestyle="--", label="longer answer wins")
+        axes.axhline(50, color="#bbbbbb", linestyle=":", label="chance")
+        axes.set_xlabel("share of the answer read, %")
+        axes.set_ylabel("chosen answer preferred, %")
+        axes.set_title(label(title))
+        axes.legend(fontsize="small")
     return drawing
+
+
+@contextlib.contextmanager
+def plain_labels() -> Iterator[None]:
+    """Names in figures are plain texts: neither mathematics between dollar signs nor TeX."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+        yield
+
+
+def label(name: str) -> str:
+    """A name as a figure's label; matplotlib leaves out those that begin with an underscore."""
+    shown = printable(" ".join(name.split()))
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def check_figure(path: Path) -> str:
+    """Refuses a place for a figure before work begins whose result could not be drawn there.
+
+    Returns:
+        The format: "png", "svg" or "pdf".
+
+    Raises:
+        RGTGError: another ending, a place that cannot be written, or no matplotlib.
+    """
+    check_matplotlib()
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise RGTGError(f"cannot write the figure {path}: end its name in .png, .svg or .pdf")
+    check_writable(path)
+    return kind
 
 
 def check_matplotlib() -> None:

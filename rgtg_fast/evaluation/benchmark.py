@@ -44,8 +44,10 @@ from rgtg_fast.models.adapter import (
     is_adapter,
     linear_shape,
 )
-from rgtg_fast.models.loading import load_causal_lm, load_sequence_classifier
+from rgtg_fast.models.loading import load_causal_lm, load_sequence_classifier, resolve_device
 
+# More of anything than a machine holds; beyond it torch's own counters overflow.
+MOST = 2**31 - 1
 METHODS = (
     "ours",
     "ours_transformers",
@@ -428,7 +430,9 @@ def run_bench(
     """
     say = progress or (lambda line: None)
     _check(lm, rm, shape, prompt_length, k, batch, new_tokens, dtype, methods, repeats, beta, seconds_per_run)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not -(2**63) <= seed < 2**63:
+        raise RGTGError(f"seed={seed} is not a 64-bit number: use for example 0")
+    target = resolve_device(device)
     with _threads(threads):
         say("loading the models")
         base, tokenizer = _base_model(lm, shape, DTYPES[dtype], target, seed)
@@ -553,8 +557,8 @@ def _check(
         "repeats": repeats,
     }
     for name, value in at_least_one.items():
-        if value < 1:
-            raise RGTGError(f"{name}={value} is below 1: it must be at least 1")
+        if not 1 <= value <= MOST:
+            raise RGTGError(f"{name}={value} is not in 1 to {MOST}: use for example 1")
     if not seconds_per_run > 0:
         raise RGTGError(f"seconds_per_run={seconds_per_run} is not above 0: give a number of seconds")
     Guidance(k=k, beta=beta, temperature=0.0)
@@ -562,8 +566,8 @@ def _check(
 
 @contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
-    if threads is not None and threads < 1:
-        raise RGTGError(f"threads={threads} is below 1: give at least one, or none for torch's own number")
+    if threads is not None and not 1 <= threads <= MOST:
+        raise RGTGError(f"threads={threads} is not in 1 to {MOST}: leave it out for torch's own number")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

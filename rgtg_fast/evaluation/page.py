@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html as entities
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
+
+from rgtg_fast.plaintext import printable
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def _markdown(part: Part, figures: str) -> str:
     if isinstance(part, Notes):
         return "\n".join(f"- {'**Note:** ' if part.urgent else ''}{_inline(line)}" for line in part.lines)
     if isinstance(part, Drawing):
-        return f"![{part.caption}]({figures}/{part.name}.svg)\n\n*{part.caption}*"
+        caption = _inline(part.caption)
+        return f"![{caption}]({figures}/{part.name}.svg)\n\n*{caption}*"
     if isinstance(part, Table):
         ruler = ["---", *["--:"] * (len(part.head) - 1)]
         return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in (part.head, ruler, *part.rows))
@@ -97,10 +100,15 @@ def _cell(text: str) -> str:
 
 def _inline(text: str) -> str:
     """A text in one line that Markdown takes for nothing but text."""
-    line = " ".join(text.split())
-    for character in "\\`*_[]<>#":
+    line = printable(" ".join(text.split()))
+    for character in "\\`*_[]<>#&~$":
         line = line.replace(character, f"\\{character}")
     return line
+
+
+def escape(text: str) -> str:
+    """A text as HTML that shows it, in an element or in an attribute between double quotes."""
+    return entities.escape(printable(text))
 
 
 def html(title: str, sections: Sequence[Section]) -> str:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rgtg_fast.evaluation.accuracy import FractionAccuracy, check_matplotlib, drawn
+from rgtg_fast.evaluation.accuracy import FractionAccuracy, check_matplotlib, drawn, label, plain_labels
 from rgtg_fast.evaluation.ratings import Agreement
 from rgtg_fast.evaluation.summary import Row
 
@@ -43,7 +43,7 @@ def reward_over_beta(rows: Sequence[Row], baseline: str) -> str | None:
             x, y = [p["beta"] for p in points], [p["reward"] for p in points]
             low, high = ([p["reward"] + side * _Z * p["reward_se"] for p in points] for side in (-1, 1))
             axes.fill_between(x, low, high, color=looks[method]["color"], alpha=0.1, linewidth=0)
-            axes.plot(x, y, ms=5, label=method, **looks[method])
+            axes.plot(x, y, ms=5, label=label(method), **looks[method])
         _baseline(axes, rows, baseline)
         axes.set(xlabel="weight of the guide β", ylabel="mean reward under the judge")
 
@@ -131,7 +131,7 @@ def _points(
         linestyle="-" if line else "",
         linewidth=1,
         elinewidth=0.6,
-        label=method,
+        label=label(method),
         **look,
     )
 
@@ -139,19 +139,22 @@ def _points(
 def _baseline(axes: Axes, rows: Sequence[Row], baseline: str) -> None:
     reward = next((row["reward"] for row in rows if row["method"] == baseline), None)
     if reward is not None:
-        axes.axhline(reward, color="#7f7f7f", linestyle="--", linewidth=1, label=f"{baseline} (baseline)")
+        axes.axhline(
+            reward, color="#7f7f7f", linestyle="--", linewidth=1, label=label(f"{baseline} (baseline)")
+        )
 
 
 def _svg(draw: Callable[[Any], None]) -> str:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = drawing.subplots()
-    axes.grid(alpha=0.3)
-    draw(axes)
-    drawing.legend(loc="outside right upper", fontsize="small", frameon=False)
-    return _as_svg(drawing)
+    with plain_labels():
+        drawing = Figure(figsize=(7.5, 4.2), layout="constrained")
+        axes = drawing.subplots()
+        axes.grid(alpha=0.3)
+        draw(axes)
+        drawing.legend(loc="outside right upper", fontsize="small", frameon=False)
+        return _as_svg(drawing)
 
 
 def _as_svg(drawing: Figure) -> str:
@@ -159,6 +162,9 @@ def _as_svg(drawing: Figure) -> str:
     import matplotlib
 
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none"}):
+    with (
+        plain_labels(),
+        matplotlib.rc_context({"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none"}),
+    ):
         drawing.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -25,6 +25,7 @@ from rgtg_fast.evaluation.summary import (
     write_comparisons,
     write_summary,
 )
+from rgtg_fast.files import reason, write_text
 
 MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 TITLE = "Decoding methods compared"
@@ -53,11 +54,11 @@ def write_report(results: Results, facts: Mapping[str, Any] | None = None) -> li
         write_comparisons(compared, folder / PAIRWISE)
         (folder / FIGURES).mkdir(exist_ok=True)
         for drawing in drawings:
-            (folder / FIGURES / f"{drawing.name}.svg").write_text(drawing.svg, encoding="utf-8")
-        (folder / MARKDOWN).write_text(page.markdown(TITLE, sections, FIGURES), encoding="utf-8")
-        (folder / HTML).write_text(page.html(TITLE, sections), encoding="utf-8")
+            write_text(folder / FIGURES / f"{drawing.name}.svg", drawing.svg)
+        write_text(folder / MARKDOWN, page.markdown(TITLE, sections, FIGURES))
+        write_text(folder / HTML, page.html(TITLE, sections))
     except OSError as error:
-        raise RGTGError(f"cannot write the report in {folder}: {error.strerror or error}") from error
+        raise RGTGError(f"cannot write the report in {folder}: {reason(error)}") from error
     return rows
 
 

@@ -291,7 +291,10 @@ class Study:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise RGTGError(f"cannot read the study {path}: {reason}") from error
-        except yaml.YAMLError as error:
+        except RGTGError:
+            raise
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            # A date that there is not, or a number of thousands of digits, is a plain ValueError.
             raise RGTGError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
         if not isinstance(values, dict):
             raise RGTGError(f"{path} holds no settings: begin with for example `prompts: FILE`")

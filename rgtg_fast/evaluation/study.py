@@ -23,6 +23,7 @@ from rgtg_fast.evaluation.ratings import (
     agreements,
 )
 from rgtg_fast.evaluation.settings import Cell, Study
+from rgtg_fast.files import reason, write_text
 from rgtg_fast.models.loading import ModelAndTokenizer, load_causal_lm, resolve_dtype
 
 CONFIG = "config.yaml"
@@ -141,6 +142,8 @@ def check_present(study: Study) -> None:
 def _keep_config(study: Study, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(study.as_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise RGTGError(f"cannot write to {folder}: {error.strerror or error}") from error
+        write_text(folder / CONFIG, study.as_yaml())
+    except (OSError, ValueError) as error:
+        if isinstance(error, RGTGError):
+            raise
+        raise RGTGError(f"cannot write to {folder}: {reason(error)}") from error

@@ -14,6 +14,7 @@ from rgtg_fast.evaluation.comparison import Comparison, compare
 from rgtg_fast.evaluation.metrics import bootstrap_mean, by_prompt
 from rgtg_fast.evaluation.settings import Cell
 from rgtg_fast.evaluation.study import Results
+from rgtg_fast.files import replacing
 
 SUMMARY, PAIRWISE = "summary.csv", "pairwise.csv"
 COLUMNS = (
@@ -233,7 +234,7 @@ def write_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
 
 def _write(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     """Numbers with six digits, nothing where there is no number."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _shown(row[name]) for name in columns} for row in rows)
@@ -242,4 +243,7 @@ def _write(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
 def _shown(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.6g}" if math.isfinite(value) else ""
+    # A spreadsheet would take such a name for a formula.
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
     return "" if value is None else value

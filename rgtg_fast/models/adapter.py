@@ -317,16 +317,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         safetensors_header(path)
         tensors = load_file(path)
-    except (
-        RGTGError,
-        SafetensorError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         detail = " ".join(str(error).split())[:200]
         raise RGTGError(f"the adapter {str(path.parent)!r} cannot be read: {detail}") from error
     for key, tensor in tensors.items():
@@ -358,7 +349,7 @@ def _factors(
     if set(pair) != {"A", "B"}:
         raise RGTGError(f"{path}: {module} has only one of its two factors (lora_{min(pair)}): save it again")
     a, b = pair["A"], pair["B"]
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise RGTGError(
             f"{path}: {module} has the factors A {list(a.shape)} and B {list(b.shape)}, which are not [r, inner] and "
             "[outer, r] of one rank r: save it again"

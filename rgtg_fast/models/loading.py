@@ -54,20 +54,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise RGTGError(f"device={shown(device)} is unknown to torch: use 'cpu' or 'cuda'") from error
-    if resolved.type == "meta":
-        raise RGTGError(
-            "device='meta' holds no weights: use 'cpu' or 'cuda', and load the model with its weights"
-        )
+    if resolved.type not in ("cpu", "cuda"):
+        raise RGTGError(f"device={str(device)!r} is not served: use 'cpu' or 'cuda'")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise RGTGError(
             f"device={str(device)!r} was asked for and torch sees no CUDA device: use device='cpu'"
         )
-    try:
-        torch.empty(0, device=resolved)
-    except Exception as error:  # each backend fails in a way of its own
-        raise RGTGError(
-            f"device={str(device)!r} was asked for and torch has none ({_first_line(error)}): use device='cpu'"
-        ) from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise RGTGError(f"device={str(device)!r} is beyond the {torch.cuda.device_count()} that torch sees")
     return resolved
 
 
@@ -438,7 +432,3 @@ def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
             raise RGTGError(
                 f"{_title(model)} cannot be moved to {device} as {dtype} ({str(error)[:120]}): use an unquantised model"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]

@@ -11,10 +11,12 @@ import safetensors
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import publish, reason
 from rgtg_fast.training.model import trained_parameters
+from rgtg_fast.training.run import last_checkpoint
 
 # Never taken for a checkpoint: those are called checkpoint-N.
 _PARTIAL = ".partial"
@@ -37,8 +39,7 @@ class CompleteCheckpoints(Trainer):
         """The error for a loss or weight that is not finite; names the batch's rows and the last good checkpoint."""
         rows = self.batch_rows
         more = f" and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
-        last = get_last_checkpoint(str(self.args.output_dir))
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        kept = last_checkpoint(Path(str(self.args.output_dir)))
         return RGTGError(
             f"{what} became {value} at step {self.state.global_step + 1} with the pairs in rows "
             f"{', '.join(map(str, rows[:_NAMED_ROWS]))}{more} of the data; {kept}: use a smaller learning rate, or "
@@ -89,7 +90,7 @@ class CompleteCheckpoints(Trainer):
                 if self.state.best_global_step:
                     self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
                     self.state.save_to_json(str(partial / name / "trainer_state.json"))
-                _publish(partial / name, run / name)
+                publish(partial / name, run / name)
                 shutil.rmtree(partial, ignore_errors=True)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -118,18 +119,6 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """Gives a complete folder its name."""
-    for file in partial.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-
-
 def _cannot_save(run: Path, what: str, error: BaseException) -> str:
-    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:120]
-    last = get_last_checkpoint(str(run)) if run.is_dir() else None
-    kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-    return f"cannot save {what} in {run} ({reason}); {kept}: free some space and go on with resume"
+    kept = last_checkpoint(run)
+    return f"cannot save {what} in {run} ({reason(error)}); {kept}: free some space and go on with resume"

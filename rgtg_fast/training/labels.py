@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.bundled import resolve
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import reason, write_text
 from rgtg_fast.models.adapter import Adapter, is_adapter
 from rgtg_fast.models.loading import (
     adapter_model,
@@ -97,10 +98,7 @@ class LabelJudge:
             tokenized, _ = tokenize_pairs(pairs, self.tokenizer, limit, truncate_prompt=True, chat=chat)
             missing, done = sum(pair.index not in known for pair in tokenized), 0
             for labels in self._rewards(tokenized, known, budget):
-                with file.open("a", encoding="utf-8") as out:
-                    for index, (chosen, rejected) in labels.items():
-                        row = {"index": index, "chosen": chosen, "rejected": rejected}
-                        out.write(json.dumps(row) + "\n")
+                _append(file, labels)
                 known |= labels
                 done += len(labels)
                 say(f"{self.source} has rated the answers of {done} of {missing} pairs")
@@ -134,16 +132,35 @@ class LabelJudge:
             yield {index: values for index, values in labels.items() if index not in known}
 
 
+def _append(file: Path, labels: Targets) -> None:
+    rows = [
+        {"index": index, "chosen": chosen, "rejected": rejected}
+        for index, (chosen, rejected) in labels.items()
+    ]
+    try:
+        with file.open("a", encoding="utf-8") as out:
+            out.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise RGTGError(
+            f"cannot write {file} ({reason(error)}): free some space and go on with resume, the rows in it are safe"
+        ) from error
+
+
 def _read(file: Path) -> Targets:
-    """The rewards in a file; a last line that a kill has cut is dropped."""
+    """The rewards in a file; a last line that a kill or a full disk has cut is dropped."""
     if not file.is_file():
         return {}
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {row["index"]: (row["chosen"], row["rejected"]) for row in rows}
+    try:
+        text = file.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_text(file, whole)
+        rows = [json.loads(line) for line in whole.splitlines()]
+        return {row["index"]: (row["chosen"], row["rejected"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RGTGError):
+            raise
+        raise RGTGError(f"{file} holds no rewards of a judge ({reason(error)}): remove it") from error
 
 
 def spread(targets: Targets) -> tuple[float, float]:

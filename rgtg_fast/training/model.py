@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeAlias
 
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,6 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import publish, reason
 from rgtg_fast.models.checkpoint import names, safetensors_header
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
 from rgtg_fast.training.packing import (
@@ -35,6 +38,8 @@ from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal, vocabula
 HEAD = "score"
 # What reads the rewards [M] of a packed batch's answer tokens off the states after the final norm [R, S, E].
 Reader: TypeAlias = "Callable[[PreTrainedModel, torch.Tensor, PackedBatch], torch.Tensor]"
+# Adapters of a higher rank than a layer is wide gain nothing.
+MAX_RANK = 65536
 EXTRA = 'pip install "rgtg-fast[train]"'
 
 
@@ -55,6 +60,10 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise RGTGError(f"LoRA rank {self.rank} is below 1: use for example 16, or train the full model")
+        if self.rank > MAX_RANK:
+            raise RGTGError(
+                f"LoRA rank {self.rank} is above {MAX_RANK}, any layer's width: use for example 16"
+            )
         if not 0 <= self.dropout < 1:
             raise RGTGError(f"LoRA dropout {self.dropout} is not in [0, 1): use for example 0.05")
 
@@ -366,9 +375,11 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
     try:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(target)
-    except OSError as error:
-        raise RGTGError(f"cannot write {target}: {error.strerror or error}") from error
+        publish(partial, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RGTGError(f"cannot write {target}: {reason(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

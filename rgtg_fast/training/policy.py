@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
-from rgtg_fast.models.loading import context_length
+from rgtg_fast.models.loading import context_length, resolve_device
 from rgtg_fast.training.answer_scores import AnswerFile, fill_reference
 from rgtg_fast.training.data import check_answers_ended
 from rgtg_fast.training.model import (
@@ -39,8 +38,11 @@ from rgtg_fast.training.run import (
     Say,
     TrainingLog,
     begin,
-    check_output,
+    check_recipe,
+    check_reports,
+    check_steps,
     checkpointing,
+    one_run,
     silent,
     write_json,
 )
@@ -71,6 +73,10 @@ POLICY_OBJECTIVES = {
     "treg_simpo": _Kind(2.0, "simpo", token_rewards=True),
     "rloo": _Kind(0.05, None),
 }
+
+
+# Pairs of a forward; transformers counts through all of a batch, whether they are there or not.
+MAX_BATCH = 2**20
 
 
 @dataclass(frozen=True)
@@ -141,27 +147,14 @@ class PolicyRecipe:
             )
         check_answers_ended(self.answers_ended)
         Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
-        for name in ("batch_size", "accumulation", "max_new_tokens", "iterations"):
-            if getattr(self, name) < 1:
-                raise RGTGError(f"{name}={getattr(self, name)} is below 1: use at least 1")
-        if self.max_length < 2:
-            raise RGTGError(f"max_length={self.max_length} is below 2, one token of prompt and one of answer")
-        for name in ("beta", "alpha", "margin"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise RGTGError(f"{name}={value} is not a number from 0 up: use for example 0.25")
+        counts = {"batch_size": 1, "accumulation": 1, "max_new_tokens": 1, "iterations": 1, "samples": 1}
+        counts |= {"max_length": 2, "min_answer_tokens": 0, "limit": 1}
+        above = ("epochs", "learning_rate", "lora_alpha", "temperature")
+        check_recipe(self, counts, above, ("beta", "alpha", "margin", "weight_decay"))
+        if self.batch_size > MAX_BATCH:
+            raise RGTGError(f"batch_size={self.batch_size} is above {MAX_BATCH}: use accumulation for more")
         if self.beta == 0 and self.objective != "rloo":
             raise RGTGError(f"beta=0 leaves {self.objective} no preference to learn: use for example 0.1")
-        for name in ("epochs", "learning_rate", "lora_alpha", "temperature"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise RGTGError(
-                    f"{name}={value} is not above 0: use for example {getattr(PolicyRecipe, name)}"
-                )
-        if self.limit is not None and self.limit < 1:
-            raise RGTGError(f"limit={self.limit} leaves no data: use at least 1")
-        if not 0 <= self.warmup < 1:
-            raise RGTGError(f"warmup={self.warmup} is not in [0, 1): it is a share of the steps")
         if self.objective == "rloo" and self.samples < 2:
             raise RGTGError(f"samples={self.samples} leaves rloo nothing to compare with: use at least 2")
         if self.objective == "rloo" and self.batch_size * self.accumulation % self.samples:
@@ -201,6 +194,7 @@ class PolicyResult:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+@one_run
 def train_policy(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
@@ -242,7 +236,7 @@ def train_policy(
         merged: also write a whole model with the adapters merged here.
         save_steps, logging_steps: optimizer steps between checkpoints and lines of the log.
         report_to, callbacks: transformers' integrations and callbacks.
-        device: "cpu" keeps to the CPU where there is a GPU.
+        device: "cpu" or "cuda"; None for CUDA where there is one.
         say: receives lines about the progress.
 
     Raises:
@@ -265,13 +259,13 @@ def train_policy(
         raise RGTGError(
             f"{recipe.objective} has no token rewards: leave out the templates, or use objective='treg'"
         )
+    check_steps(save_steps=save_steps, logging_steps=logging_steps)
+    check_reports(report_to)
     folder = Path(output)
     args = _arguments(recipe, folder, save_steps, logging_steps, report_to, device)
     # With several processes, one of them speaks and prepares the folder.
     main = args.process_index == 0
-    if main:
-        check_output(folder, resume)
-    else:
+    if not main:
         say = silent
     if merged is not None and (recipe.full or Path(merged).exists()):
         raise RGTGError(
@@ -471,7 +465,7 @@ def _arguments(
         "warmup_steps": recipe.warmup,
         "weight_decay": recipe.weight_decay,
         "bf16": recipe.bf16,
-        "use_cpu": device == "cpu" or not torch.cuda.is_available(),
+        "use_cpu": resolve_device(device).type == "cpu",
         "seed": recipe.seed,
         "save_strategy": "steps",
         "save_steps": save_steps,

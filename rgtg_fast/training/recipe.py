@@ -23,6 +23,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
+from rgtg_fast.models.loading import resolve_device
 from rgtg_fast.training.data import (
     DataReport,
     PreferencePair,
@@ -54,8 +55,11 @@ from rgtg_fast.training.run import (
     Say,
     TrainingLog,
     begin,
-    check_output,
+    check_recipe,
+    check_reports,
+    check_steps,
     checkpointing,
+    one_run,
     silent,
     write_json,
 )
@@ -131,18 +135,9 @@ class Recipe:
             raise RGTGError(f"{self.objective} compares answers and needs no rewards: leave out the judge")
         check_answers_ended(self.answers_ended)
         Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
-        for name, least in (("token_budget", 2), ("accumulation", 1), ("max_length", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise RGTGError(f"{name}={value} is below {least}: use at least {least}")
-        for name in ("epochs", "learning_rate", "lora_alpha"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise RGTGError(f"{name}={value} is not above 0: use for example {getattr(Recipe, name)}")
-        if self.limit is not None and self.limit < 1:
-            raise RGTGError(f"limit={self.limit} leaves no pairs: use at least 1")
-        if not 0 <= self.warmup < 1:
-            raise RGTGError(f"warmup={self.warmup} is not in [0, 1): it is a share of the steps")
+        counts = {"token_budget": 2, "accumulation": 1, "max_length": 2, "min_answer_tokens": 0, "limit": 1}
+        above = ("epochs", "learning_rate", "head_learning_rate", "lora_alpha")
+        check_recipe(self, counts, above, ("weight_decay",))
 
     @property
     def aim(self) -> Objective:
@@ -173,6 +168,7 @@ class TrainResult:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+@one_run
 def train_reward_model(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
@@ -214,7 +210,7 @@ def train_reward_model(
         cache_trunk: False runs the layers below the fork in every step.
         metrics: more metrics from the evaluation pairs' rewards.
         report_to, callbacks: transformers' integrations and callbacks.
-        device: "cpu" keeps to the CPU where there is a GPU.
+        device: "cpu" or "cuda"; None for CUDA where there is one.
         say: receives lines about the progress.
 
     Raises:
@@ -226,13 +222,13 @@ def train_reward_model(
     recipe = replace(recipe or Recipe(), **_known(settings))
     if importlib.util.find_spec("accelerate") is None:
         raise RGTGError(f"training needs accelerate, which is not installed: {EXTRA}")
+    check_steps(save_steps=save_steps, eval_steps=eval_steps, logging_steps=logging_steps)
+    check_reports(report_to)
     folder = Path(output)
     args = _arguments(recipe, folder, save_steps, eval_steps, logging_steps, report_to, device)
     # With several processes, one of them speaks and prepares the folder.
     main = args.process_index == 0
-    if main:
-        check_output(folder, resume)
-    else:
+    if not main:
         say = silent
     if merged is not None and (recipe.full or Path(merged).exists()):
         raise RGTGError(
@@ -463,7 +459,7 @@ def _arguments(
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         bf16=recipe.bf16,
-        use_cpu=device == "cpu" or not torch.cuda.is_available(),
+        use_cpu=resolve_device(device).type == "cpu",
         seed=recipe.seed,
         save_strategy="steps",
         save_steps=save_steps,

@@ -2,36 +2,185 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import json
+import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import only_writer, reason, write_text
 
 Say = Callable[[str], None]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-RECIPE_FILE, LOG_FILE = "rgtg_fast.json", "training_log.jsonl"
+RECIPE_FILE, LOG_FILE, LOCK_FILE = "rgtg_fast.json", "training_log.jsonl", ".lock"
+# More passes than any training makes; beyond it the number of steps overflows.
+MAX_EPOCHS = 1_000_000
 
 
 def silent(message: str) -> None:
     """A `Say` that says nothing."""
 
 
+def last_checkpoint(folder: Path) -> str:
+    """What is safe of a run, in words."""
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+
 def check_output(folder: Path, resume: bool) -> None:
     """Refuses an output folder that another run has used.
 
     Raises:
-        RGTGError: it is a file, or not empty where nothing is to be resumed.
+        RGTGError: it is a file, not empty where nothing is to be resumed, or cannot be looked at.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RGTGError(f"{folder} is a file: name a folder for the output")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise RGTGError(f"{folder} is not empty: go on with the run in it (resume), or name another folder")
+    try:
+        # Tokenizers write to no other names.
+        str(folder).encode()
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise RGTGError(f"{folder} is a file: name a folder for the output")
+        if not resume and folder.is_dir() and any(file.name != LOCK_FILE for file in folder.iterdir()):
+            raise RGTGError(
+                f"{folder} is not empty: go on with the run in it (resume), or name another folder"
+            )
+    except (OSError, ValueError) as error:
+        if isinstance(error, RGTGError):
+            raise
+        raise RGTGError(
+            f"cannot use {folder} for the output ({reason(error)}): name another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def training_folder(folder: Path, resume: bool, main: bool, say: Say) -> Iterator[None]:
+    """Holds the output folder for one run; what a killed one left of its lock holds nobody up.
+
+    Args:
+        main: whether this is the process that writes, of several that train together.
+
+    Raises:
+        RGTGError: another run has used the folder, or is using it now, or it cannot be written.
+    """
+    if not main:
+        yield
+        return
+    check_output(folder, resume)
+    made = not folder.exists()
+    try:
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(only_writer(folder, LOCK_FILE, "name another folder"))
+            except (OSError, ValueError) as error:
+                if isinstance(error, RGTGError):
+                    raise
+                raise RGTGError(f"cannot write to {folder}: {reason(error)}, name another folder") from error
+            # Another run may have begun between the look and the lock.
+            check_output(folder, resume)
+            yield
+    except KeyboardInterrupt:
+        say(f"interrupted: {last_checkpoint(folder)}: go on with resume")
+        raise
+    finally:
+        # A run that was refused leaves no empty folder.
+        if made:
+            with contextlib.suppress(OSError, ValueError):
+                folder.rmdir()
+
+
+def one_run(train: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Makes a trainer with the arguments `output`, `resume` and `say` hold its output folder (`training_folder`)."""
+    signature = inspect.signature(train)
+
+    @functools.wraps(train)
+    def held(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        values = given.arguments
+        # As torchrun and accelerate number the processes of one training.
+        main = os.environ.get("RANK", "0") == "0"
+        with training_folder(Path(values["output"]), values["resume"], main, values["say"]):
+            return train(*args, **kwargs)
+
+    return held
+
+
+def check_steps(**steps: int | None) -> None:
+    """Refuses numbers of steps below 1; None is no number.
+
+    Raises:
+        RGTGError: naming the first.
+    """
+    for name, value in steps.items():
+        if value is not None and value < 1:
+            raise RGTGError(f"{name}={value} is below 1: use at least 1")
+
+
+def check_recipe(recipe: Any, counts: dict[str, int], above: Sequence[str], least: Sequence[str]) -> None:
+    """Refuses settings of a recipe that are out of range.
+
+    Args:
+        counts: whole numbers and the least value of each. above: numbers above 0. least: numbers from 0 up. Where a
+            setting is None it is left out.
+
+    Raises:
+        RGTGError: naming the first.
+    """
+    for name, smallest in counts.items():
+        value = getattr(recipe, name)
+        if value is not None and not smallest <= value < 2**63:
+            raise RGTGError(f"{name}={value} is not in {smallest} to 2^63 - 1: use at least {smallest}")
+    for names, allowed, word in (
+        (above, lambda value: 0 < value < math.inf, "above 0"),
+        (least, lambda value: 0 <= value < math.inf, "a number from 0 up"),
+    ):
+        for name in names:
+            value = getattr(recipe, name)
+            if value is not None and not allowed(value):
+                default = getattr(type(recipe), name)
+                way = "leave it out" if default is None else f"use for example {default}"
+                raise RGTGError(f"{name}={value} is not {word}: {way}")
+    if not 0 <= recipe.seed < 2**32:
+        raise RGTGError(
+            f"seed={recipe.seed} is not in 0 to 2^32 - 1, which numpy's generator takes: use another"
+        )
+    if recipe.epochs > MAX_EPOCHS:
+        raise RGTGError(f"epochs={recipe.epochs} would never end: use at most {MAX_EPOCHS}")
+    for name in ("held_out", "warmup"):
+        if not 0 <= getattr(recipe, name) < 1:
+            raise RGTGError(
+                f"{name}={getattr(recipe, name)} is not in [0, 1), a share: use for example "
+                f"{getattr(type(recipe), name)}"
+            )
+
+
+def check_reports(report_to: str | Sequence[str]) -> None:
+    """Refuses reports to what transformers does not know or has not installed.
+
+    Raises:
+        RGTGError: naming the first.
+    """
+    from transformers import integrations
+
+    known = sorted(integrations.INTEGRATION_TO_CALLBACK)
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in ("none", "all"):
+            continue
+        if name not in known:
+            raise RGTGError(f"report_to={name!r} is unknown: use one of {', '.join(known)}")
+        available: Callable[[], bool] | None = getattr(integrations, f"is_{name}_available", None)
+        if available is not None and not available():
+            raise RGTGError(f"report_to={name!r} needs the package of that name: install it, or leave it out")
 
 
 def begin(folder: Path, facts: dict[str, Any], resume: bool) -> None:
@@ -49,10 +198,12 @@ def begin(folder: Path, facts: dict[str, Any], resume: bool) -> None:
             before = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
             _check_same_run(folder, before, facts)
         shutil.rmtree(folder / ".partial", ignore_errors=True)
-        write_json(folder / RECIPE_FILE, facts)
-    except (OSError, json.JSONDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "broken " + RECIPE_FILE
-        raise RGTGError(f"cannot use {folder} for the output ({reason}): name another folder") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, RGTGError):
+            raise
+        why = reason(error) if isinstance(error, OSError) else f"broken {RECIPE_FILE}"
+        raise RGTGError(f"cannot use {folder} for the output ({why}): name another folder") from error
+    write_json(folder / RECIPE_FILE, facts)
 
 
 def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -70,10 +221,12 @@ def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Writes a value as JSON, complete or not at all.
+
+    Raises:
+        RGTGError: the file cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def checkpointing(on: bool) -> dict[str, Any]:
@@ -99,11 +252,14 @@ class TrainingLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
-        # A run that was killed may have left half a line.
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        # A run that was killed, or whose disk was full, may have left half a line.
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        kept = [
+            line
+            for line in text.split("\n")
+            if (step := _step(line)) is not None and step <= state.global_step
+        ]
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
         self,
@@ -115,8 +271,14 @@ class TrainingLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        except OSError as error:
+            raise RGTGError(
+                f"cannot write {self.path} ({reason(error)}); {last_checkpoint(self.path.parent)}: free some space and "
+                "go on with resume"
+            ) from error
         step = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
             rates = "".join(
@@ -133,3 +295,11 @@ class TrainingLog(TrainerCallback):
             self.say(f"{step}: held out: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_accuracy']:.3f}")
         elif "train_runtime" in logs:
             self.seconds = float(logs["train_runtime"])
+
+
+def _step(line: str) -> int | None:
+    """The step of a line of the log, None where it is no whole line."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

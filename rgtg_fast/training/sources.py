@@ -27,6 +27,8 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
         RGTGError: the source cannot be read, or is no source of rows.
     """
     if isinstance(source, (str, os.PathLike)):
+        if not os.fspath(source):
+            raise RGTGError("the data's name is empty: name a file, or a data set of Hugging Face")
         path = Path(source)
         suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
         if suffix in FILES and not path.is_dir():

@@ -197,9 +197,9 @@ def test_figure(tmp_path: Path) -> None:
     assert ElementTree.fromstring(text).tag.endswith("svg")
     for label in ("first guide", "second guide", "longer answer wins", "chance", "title"):
         assert label in text
-    with pytest.raises(RGTGError, match=r"cannot write the figure .*curves\.xyz"):
+    with pytest.raises(RGTGError, match=r"cannot write the figure .*curves\.xyz: end its name in \.png"):
         figure({"a": curve}, tmp_path / "curves.xyz")
-    with pytest.raises(RGTGError, match=r"cannot write the figure .*: No such file"):
+    with pytest.raises(RGTGError, match=r"cannot write .*curves\.png: the folder .*none does not exist"):
         figure({"a": curve}, tmp_path / "none" / "curves.png")
 
 

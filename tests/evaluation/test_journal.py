@@ -52,3 +52,82 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RGTGError, match="cannot write"):
         Journal(tmp_path / "file" / "rows.jsonl", ())
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "rows.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(path, ("a",)) as journal:
+        journal.add({"a": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(RGTGError, match=r"File too large; its 1 finished rows are safe, run again"):
+                journal.add({"a": "x" * 200})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_text() == '{"a": 1}\n'
+        journal.add({"a": 2})
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_goes_under_a_run_is_noticed_and_its_rows_are_saved(
+    tmp_path: Path, replaced: bool
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    journal = Journal(path, ("a",))
+    journal.add({"a": 1})
+    path.unlink()
+    if replaced:
+        path.write_text("another\n")
+    with pytest.raises(
+        RGTGError, match="was deleted or replaced while this run was writing it; its rows are in"
+    ):
+        journal.add({"a": 2})
+    with pytest.raises(RGTGError, match="was deleted or replaced"):
+        journal.finish()
+    journal.close()
+    saved = sorted(tmp_path.glob("rows.jsonl.*.rescued"))
+    assert [file.read_text() for file in saved] == ['{"a": 1}\n'] * 2
+    assert path.exists() == replaced
+
+
+def test_rows_are_dropped_only_when_there_is_a_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    for error in (RGTGError, KeyboardInterrupt):
+        with pytest.raises(error), Journal(path, ("a",), anew=True):
+            raise error
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+    with Journal(path, ("a",), anew=True) as journal:
+        journal.add({"a": 3})
+        assert path.read_text() == '{"a": 3}\n'
+    with Journal(path, ("a",), anew=True):
+        pass
+    assert path.read_text() == ""
+
+
+def test_a_run_that_fails_at_once_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(RGTGError, match="no model"), Journal(path, ("a",)):
+        raise RGTGError("no model")
+    assert not path.exists()
+
+
+def test_any_text_comes_back_and_stands_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    text = "a\u2028b\x85c\x9bd\u202ee\ud83df\x1bg\nh"
+    with Journal(path, ("a",)) as journal:
+        journal.add({"a": text})
+    assert len(path.read_text().splitlines()) == 1
+    with Journal(path, ("a",)) as journal:
+        assert journal.rows == [{"a": text}]
+
+
+def test_a_last_line_that_is_none_of_ours_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "diary.txt"
+    path.write_text("dear diary")
+    with pytest.raises(RGTGError, match=r"diary\.txt:1 is no row"):
+        Journal(path, ("a",))
+    assert path.read_text() == "dear diary"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,46 @@ def test_empty_columns_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     told = gaps([point("unguided", None, rouge_l=None)])
     assert [line.split(":")[0] for line in told] == ["rouge_l is empty", "coherence is empty"]
     assert all('pip install "rgtg-fast[evaluate]"' in line for line in told)
+
+
+def test_names_in_figures_are_neither_mathematics_nor_left_out() -> None:
+    from xml.etree import ElementTree
+
+    from rgtg_fast.evaluation.accuracy import FractionAccuracy, drawn
+    from rgtg_fast.evaluation.plots import _as_svg
+
+    names = ["$\\frac{1}{$", "$x$ and $y$", "_hidden", "a\x1b[31m\nb", "</text><script>"]
+    curve = [FractionAccuracy(f, 0.5, (0.4, 0.6), 100) for f in (0.5, 1.0)]
+    svg = _as_svg(drawn(dict.fromkeys(names, curve), title="$\\nonsense$"))
+    shown = "\n".join(ElementTree.fromstring(svg).itertext())
+    for text in ("$\\frac{1}{$", "$x$ and $y$", "_hidden", "a\\x1b[31m b", "</text><script>", "$\\nonsense$"):
+        assert text in shown
+
+
+def test_texts_of_models_in_a_page_are_texts() -> None:
+    from rgtg_fast.evaluation import page
+    from rgtg_fast.evaluation.page import Section, SideBySide, Table
+
+    nasty = "</script><b>x</b> | $a$ ~b~ &lt; \u202e\x1b"
+    parts = (Table(("method",), ((nasty,),)), SideBySide(nasty, ((nasty, nasty, nasty),)))
+    text = page.html(nasty, [Section(nasty, parts)])
+    assert "<b>" not in text
+    assert "&amp;lt;" in text
+    for written in (text, page.markdown("", [Section("", parts)], "figures")):
+        assert "\u202e" not in written
+        assert "\x1b" not in written
+    assert "\\| \\$a\\$ \\~b\\~ \\&lt; \\\\u202e\\\\x1b |" in page.markdown(
+        "", [Section("", parts[:1])], "figures"
+    )
+
+
+def test_names_in_tables_are_no_formulas(tmp_path: Path) -> None:
+    from rgtg_fast.evaluation.summary import _write
+
+    rows = [
+        {"method": "=1+1", "reward": -1.5},
+        {"method": "@x", "reward": None},
+        {"method": "a=b", "reward": 2},
+    ]
+    _write(rows, ["method", "reward"], tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text() == "method,reward\n'=1+1,-1.5\n'@x,\na=b,2\n"
