@@ -85,15 +85,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
+_empty = torch.empty
+
+
+def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+    """torch.empty, but of NaN."""
+    out = _empty(*args, **kwargs)
+    return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory from torch.empty is NaN, so that a test notices a read of what nothing wrote."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
-
     monkeypatch.setattr(torch, "empty", poisoned)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import os
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,57 +22,57 @@ from rgtg_fast.ops.resample import launch as resample
 from rgtg_fast.ops.reward_tail import launch as reward_tail
 from rgtg_fast.ops.topk_logprobs import launch as topk_logprobs
 from rgtg_fast.ops.tree_attention import launch as tree_attention
+from tests.covering import daily
 
+# The tensor cores' instructions that came with an architecture.
+OWN = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 KERNELS = sorted((Path(__file__).parents[2] / "rgtg_fast" / "ops").glob("*/kernel.py"))
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="Triton is not installed: the Triton kernels are NOT compiled (pip install triton)",
 )
+pytestmark = pytest.mark.triton
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[kernel_table.Compiled]:
-    assert os.environ.get("TRITON_INTERPRET") != "1", (
-        "the interpreter compiles nothing: unset TRITON_INTERPRET"
-    )
-    return kernel_table.compile_all()
+SIGNATURES = list(kernel_table.signatures())
 
 
-@pytest.mark.slow
+def shows(op: str, kernel: str, signature: Mapping[str, str], arch: int = 90) -> set[object]:
+    """What one compilation shows: every value of every argument of the kernel, on the one architecture of the default
+    run."""
+    return {(op, kernel, *item) for item in signature.items()} if arch == 90 else set()
+
+
+def name_of(value: object) -> str:
+    return kernel_table.label(value).replace(" ", "-") if isinstance(value, Mapping) else str(value)
+
+
 @needs_triton
-def test_every_signature_compiles_for_every_architecture(compiled):
-    assert len(compiled) == len(list(kernel_table.signatures())) * len(kernel_table.SHARED_LIMIT)
-    for row in compiled:
-        assert 0 < row.registers <= 255
-        assert row.shared <= kernel_table.SHARED_LIMIT[row.arch], (
-            f"{row.kernel} {row.label} sm_{row.arch}: {row.shared}"
-        )
-
-
-@pytest.mark.slow
-@needs_triton
-def test_nothing_spills(compiled):
-    for row in compiled:
-        if kernel_table.may_spill(row):
-            continue
+@pytest.mark.parametrize(
+    ("op", "kernel", "signature", "arch"),
+    daily([(*entry, arch) for entry in SIGNATURES for arch in kernel_table.SHARED_LIMIT], shows),
+    ids=name_of,
+)
+def test_a_signature_compiles_without_spills_and_for_tensor_cores(op, kernel, signature, arch):
+    row = kernel_table.compile_one(op, kernel, signature, arch)
+    assert 0 < row.registers <= 255
+    assert row.shared <= kernel_table.SHARED_LIMIT[arch]
+    if not kernel_table.may_spill(row):
         # 8 bytes: the assembler parks one register to reach the next step of occupancy.
-        assert row.stack <= 8, f"{row.kernel} {row.label} sm_{row.arch}: {row.stack} bytes of stack"
+        assert row.stack <= 8
+    if kernel == "split_kernel":
+        assert row.tensor_cores
+        # Keys and values are on their way, 16 bytes at a time, while others are computed with.
+        assert row.asynchronous or int(signature["num_stages"]) == 1
+        # The generation's own instructions where there are rows enough for them.
+        if int(signature["BLOCK_M"]) >= 64 and arch in OWN:
+            assert OWN[arch] in row.tensor_cores
 
 
-@pytest.mark.slow
-@needs_triton
-def test_attention_runs_on_tensor_cores(compiled):
-    rows = [row for row in compiled if row.kernel == "split_kernel"]
-    assert {row.label.split()[0] for row in rows} == {"bf16", "fp16", "fp32"}
-    for row in rows:
-        assert row.tensor_cores, f"{row.label} sm_{row.arch}"
-    # Keys and values are on their way, 16 bytes at a time, while others are computed with.
-    assert all(row.asynchronous for row in rows if int(row.signature["num_stages"]) > 1)
-    # The generation's own instructions where there are rows enough for them.
-    for arch, own in ((90, "wgmma.mma_async"), (100, "tcgen05.mma")):
-        wide = [row for row in rows if row.arch == arch and int(row.signature["BLOCK_M"]) >= 64]
-        assert wide
-        assert all(own in row.tensor_cores for row in wide)
+def test_attention_is_compiled_for_every_dtype_and_for_many_rows():
+    attention = [signature for _, kernel, signature in SIGNATURES if kernel == "split_kernel"]
+    assert {kernel_table.label(signature).split()[0] for signature in attention} == {"bf16", "fp16", "fp32"}
+    assert any(int(signature["BLOCK_M"]) >= 64 for signature in attention)
 
 
 @pytest.fixture
@@ -201,31 +202,44 @@ def test_what_is_launched_is_compiled():
             known("topk_logprobs", "merge_kernel", topk_logprobs.merge_configuration(V, few))
 
 
-@pytest.mark.slow
+TOPK = [(kernel, signature) for op, kernel, signature in SIGNATURES if op == "topk_logprobs"]
+
+
 @needs_triton
-def test_the_kernels_of_topk_are_cheap_by_their_machine_code():
+@pytest.mark.parametrize(
+    ("kernel", "signature"),
+    daily([entry for entry in TOPK if entry[1].get("num_warps") == "1"], partial(shows, "topk_logprobs")),
+    ids=name_of,
+)
+def test_the_kernels_of_topk_are_cheap_by_their_machine_code(kernel, signature):
     """What their speed rests on: no barrier in the pass over the logits, few instructions, wide loads."""
-    for op, kernel, signature in kernel_table.signatures():
-        if op != "topk_logprobs" or signature.get("num_warps") != "1":
-            continue
-        counts = instructions.counts_of(op, kernel, signature, 90)
-        if kernel == "segment_kernel":
-            bits = 128 if signature["p_guidance"] == "None" else 32
-            assert not counts.loops
-            assert counts.straight.barriers == 0
-            assert counts.straight.instructions < 24 * 32  # a thread's logits
-            assert sum(n for width, n in counts.loads.items() if width < 128) <= (bits == 32)
-        else:
-            # Every step of the search is one exchange within the warp; barriers are between the levels alone.
-            assert counts.straight.barriers == 3
-            assert all(loop.exchanges == 1 and not loop.barriers for loop in counts.loops[:-1])
+    counts = instructions.counts_of("topk_logprobs", kernel, signature, 90)
+    if kernel == "segment_kernel":
+        bits = 128 if signature["p_guidance"] == "None" else 32
+        assert not counts.loops
+        assert counts.straight.barriers == 0
+        assert counts.straight.instructions < 24 * 32  # a thread's logits
+        assert sum(n for width, n in counts.loads.items() if width < 128) <= (bits == 32)
+    else:
+        # Every step of the search is one exchange within the warp; barriers are between the levels alone.
+        assert counts.straight.barriers == 3
+        assert all(loop.exchanges == 1 and not loop.barriers for loop in counts.loops[:-1])
 
 
-@pytest.mark.slow
 @needs_triton
-def test_topk_keeps_nan_when_it_compares():
+@pytest.mark.parametrize(
+    "signature",
+    daily(
+        [
+            (signature,)
+            for kernel, signature in TOPK
+            if kernel == "segment_kernel" and signature["p_guidance"] == "None"
+        ],
+        partial(shows, "topk_logprobs", "segment_kernel"),
+    ),
+    ids=name_of,
+)
+def test_topk_keeps_nan_when_it_compares(signature):
     """The interpreter's maxima keep NaN whatever the kernel says; the instruction must say it."""
-    for op, kernel, signature in kernel_table.signatures():
-        if (op, kernel, signature.get("p_guidance")) == ("topk_logprobs", "segment_kernel", "None"):
-            found = re.findall(r"\bmax\.(\S+)", kernel_table.build(op, kernel, signature, 90).asm["ptx"])
-            assert set(found) == {"NaN.f32", "s32"}, signature
+    ptx = kernel_table.build("topk_logprobs", "segment_kernel", signature, 90).asm["ptx"]
+    assert set(re.findall(r"\bmax\.(\S+)", ptx)) == {"NaN.f32", "s32"}
