@@ -4,6 +4,7 @@
 #   bash benchmarks/gpu.sh                                             everything, with models of Llama-3.2-1B's sizes
 #   SHAPE=llama-8b bash benchmarks/gpu.sh decode profile shared        only these parts, with models of another size
 #   DEVICE=cpu SHAPE=tiny bash benchmarks/gpu.sh decode profile        tries the script out where there is no GPU
+#   BEGIN=1 bash benchmarks/gpu.sh decode                              begins no cell later than after a second
 #
 # Parts: ops_tests steps_tests host_tests memcheck racecheck (side by side), ops decode profile shared counters (alone);
 # where it is named, also tune: other block shapes of tree_attention.
@@ -111,7 +112,7 @@ beside steps_tests compiled_tests 150 "${tests[@]}" -m slow tests/gpu/test_steps
 beside steps_tests training_tests 150 "${tests[@]}" tests/gpu/test_packing_cuda.py tests/gpu/test_vocabulary_cuda.py
 # The C++ kernels need pybind11 and a compiler; without them the reference serves on the CPU.
 beside host_tests host_tests 150 bash -c '"$0" setup.py -q build_ext --inplace; exec "$@"' "$python" \
-    "${tests[@]}" -m "not slow" --continue-on-collection-errors tests/ops tests/decoding/test_ahead.py
+    "${tests[@]}" -m "not slow and not triton" --continue-on-collection-errors tests/ops tests/decoding/test_ahead.py
 # Every kernel under the sanitizer, and torch's own memory pool out of the way, so that each tensor has its own bounds.
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer > /dev/null; then
@@ -125,11 +126,11 @@ together "$begun"
 
 alone ops 80 "$python" -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv"
 alone decode "$decode" "$python" -m benchmarks.decode --gpu --shape "$shape" --device "$device" \
-    --seconds $((decode - 25)) --output "$out/decode_gpu_$shape.csv"
+    --seconds "${BEGIN:-$((decode - 25))}" --output "$out/decode_gpu_$shape.csv"
 alone profile "$profile" "$python" -m benchmarks.profile_step --shape "$shape" --device "$device" --kernels 15 \
     --output "$out/profile_gpu_$shape.csv"
 alone shared "$shared" "$python" -m benchmarks.decode --gpu --shared --shape "$shape" --device "$device" \
-    --seconds $((shared - 15)) --output "$out/decode_gpu_$shape.csv"
+    --seconds "${BEGIN:-$((shared - 15))}" --output "$out/decode_gpu_$shape.csv"
 # What the hardware counted in one launch of every kernel at every size.
 counters=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
 counters=$counters,sm__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active

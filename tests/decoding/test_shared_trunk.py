@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rgtg_fast import (
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.native import NativeLayers
 from tests.conftest import make_lm, make_tokenizer
+from tests.covering import daily, each
 from tests.decoding.naive import guided_greedy
 from tests.models.adapters import write_adapter
 
@@ -65,8 +67,16 @@ def test_samples_of_one_prompt_that_begin_together_are_encoded_once(tmp_path: Pa
         assert row.rewards == pytest.approx(alone.rewards, abs=1e-5)
 
 
-@pytest.mark.parametrize("fork", FORKS)
-@pytest.mark.parametrize(("k", "beta"), [(1, 1.0), (2, -2.0), (5, 2.0), (10, 0.0), (40, 1.0)])
+@pytest.mark.parametrize(
+    ("k", "beta", "fork"),
+    daily(
+        [
+            (*pair, fork)
+            for pair, fork in product([(1, 1.0), (2, -2.0), (5, 2.0), (10, 0.0), (40, 1.0)], FORKS)
+        ],
+        each,
+    ),
+)
 def test_greedy_equals_two_models_and_the_naive_loop(
     tmp_path: Path, engine: str, fork: int, k: int, beta: float
 ) -> None:

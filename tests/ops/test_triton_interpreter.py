@@ -9,6 +9,7 @@ import importlib.util
 import io
 import math
 from importlib.metadata import version
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -26,10 +27,11 @@ from rgtg_fast.ops import (
     use_backend,
 )
 from rgtg_fast.ops.tree_attention.launch import LEAF, SPAN
+from tests.covering import daily, each
 from tests.decoding.support import prompts_of
 from tests.decoding.test_ahead import as_numbers, make_decoder
 from tests.ops.interpreted import interpreted
-from tests.ops.support import compare
+from tests.ops.support import cases_of, compare, shape_and_dtype
 
 
 def _missing() -> str:
@@ -70,14 +72,7 @@ SHAPES = {
     "advance": SPECS["advance"].shapes,
     "partial_bt_loss": tuple(shape for shape in SPECS["partial_bt_loss"].shapes if shape["N"] <= 8),
 }
-CASES = [
-    pytest.param(
-        name, shape, dtype, id=f"{name}-{'-'.join(map(str, shape.values()))}-{dtype}".replace(" ", "")
-    )
-    for name, shapes in SHAPES.items()
-    for shape in shapes
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-]
+CASES = daily(cases_of(SHAPES), shape_and_dtype)
 
 
 def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -240,8 +235,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("k", [1, 7, 16, 17, 200, 256])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "k"), daily(product(WAYS, [1, 7, 16, 17, 200, 256]), each))
 @interpreted
 @use_backend("triton")
 def test_the_search_ends_at_the_right_tokens_whatever_the_logits(way, k):
@@ -321,7 +315,7 @@ def test_block_shapes_are_tried_and_those_that_differ_are_left_out():
 
     several = list(tune.candidates(tune.configuration(16, 8, tune.ALONE, torch.bfloat16)))
     assert len(several) == len({tuple(each.items()) for each in several}) > 15
-    four = mock.patch.object(tune, "candidates", lambda chosen: several[:4])
+    four = mock.patch.object(tune, "candidates", return_value=several[:4])
     with four:
         rows = tune.tried(shape, 100.0, "cpu", time)
     assert [row["chosen"] for row in rows] == [False, False, False, True], "the fastest first"
@@ -332,7 +326,7 @@ def test_block_shapes_are_tried_and_those_that_differ_are_left_out():
     assert kernel.configuration is tune.configuration
 
     told = io.StringIO()
-    with four, mock.patch.object(tune, "agrees", lambda *_: False), contextlib.redirect_stdout(told):
+    with four, mock.patch.object(tune, "agrees", return_value=False), contextlib.redirect_stdout(told):
         assert tune.tried(shape, 100.0, "cpu", time) == []
     assert "differs from the reference" in told.getvalue()
 
@@ -555,13 +549,16 @@ def test_offsets_that_do_not_fit_give_nan(offsets, mode):
 # --- all of them together
 
 
+@pytest.mark.parametrize(("rows", "tokens"), [(2, 2), pytest.param(5, 6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("guide", "support"), [("sequence", "lm"), ("genarm", "combined"), ("farma", "all")])
 @interpreted
-def test_decoding_gives_what_the_references_give(guide, support):
-    guidance = [Guidance(3 + i % 3, 1.0, 0.9 * (i % 2), support=support) for i in range(5)]
+def test_decoding_gives_what_the_references_give(guide, support, rows, tokens):
+    guidance = [Guidance(3 + i % 3, 1.0, 0.9 * (i % 2), support=support) for i in range(rows)]
 
     def decoded(backend: str) -> Any:
         with use_backend(backend):
-            return as_numbers(make_decoder(guide).generate(prompts_of(5), 6, guidance, list(range(5))))
+            return as_numbers(
+                make_decoder(guide).generate(prompts_of(rows), tokens, guidance, list(range(rows)))
+            )
 
     assert decoded("triton") == decoded("reference")
