@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers are as many as there are cores to use.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
