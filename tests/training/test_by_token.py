@@ -236,7 +236,7 @@ def test_a_rewarded_token_is_what_guided_decoding_takes(base: Path, tmp_path: Pa
     """Chosen answers use four words alone; guided by either method, answers do so more often."""
     favoured = set(range(6, 10))
     for name in ("farma", "genarm"):
-        train(base, tmp_path / name, data=rows(150), objective=name, epochs=3)
+        train(base, tmp_path / name, data=rows(150), objective=name, epochs=6)
         decoder = RewardGuidedDecoder.from_pretrained(
             str(base), reward=named_guide(f"{name}:{tmp_path / name}")
         )
