@@ -44,6 +44,7 @@ from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import HEAD, Lora, add_adapters, load_base, trained_parameters
 from rgtg_fast.training.packing import collate, cost, pack, packed_rewards, pretrained, use_packed_attention
+from rgtg_fast.training.run import checkpointing
 from rgtg_fast.training.trainer import PartialRewardTrainer
 
 METHODS = ("packed", "one_row_per_prefix", "trl")
@@ -329,7 +330,7 @@ def time_trl(job: Job, batch: int) -> Timed:
         settings = RewardConfig(
             **_arguments(job, folder, batch, max(1, TRL_STEP // batch)),
             max_length=None,
-            gradient_checkpointing=False,
+            **checkpointing(False),
             train_sampling_strategy="group_by_length",
             # Keeps the column of lengths.
             remove_unused_columns=False,

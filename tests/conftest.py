@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers are as many as there are cores to use.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -85,15 +88,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
+_empty = torch.empty
+
+
+def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+    """torch.empty, but of NaN."""
+    out = _empty(*args, **kwargs)
+    return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory from torch.empty is NaN, so that a test notices a read of what nothing wrote."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
-
     monkeypatch.setattr(torch, "empty", poisoned)
 
 

@@ -2,9 +2,12 @@
 
 import ast
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from typer.main import get_command
 
 import rgtg_fast
@@ -63,7 +66,85 @@ def test_readme_starts_with_the_two_commands() -> None:
     assert lines[0].startswith("pip install")
     assert lines[0].endswith("rgtg-fast demo")
     assert lines[1].startswith("pip install")
-    assert lines[1].endswith("python -m pytest")
+    assert lines[1].endswith("python -m pytest -n 2")
+    assert all("-c constraints.txt -e " in line for line in lines[:2]), (
+        "what was tested, and kernels in the tree"
+    )
+
+
+COMMANDS = [line for line in "".join(blocks(PAGES[0], "sh")).splitlines() if line.startswith("rgtg-fast ")]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_of_the_readme_are_taken_as_they_stand(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All arguments are parsed, and every file is in the repository or written by a command before."""
+    monkeypatch.chdir(ROOT)
+    _, name, *arguments = shlex.split(line)
+    command = get_command(app).commands[name]  # pyright: ignore[reportAttributeAccessIssue]
+    values = command.make_context(name, arguments).params
+    before = " ".join(COMMANDS[: COMMANDS.index(line)])
+    for option in ("input", "data", "config", "reward"):
+        given = values.get(option) or ()
+        for value in [given] if isinstance(given, (str, Path)) else given:
+            path = str(value)
+            assert (ROOT / path).exists() or f"--output {path}" in before or path.startswith("bundled:"), line
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """What the package asks for by itself and with extras, those that an extra names included."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML: extras are NOT checked")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found: dict[str, Requirement] = {}
+    waiting = list(project["dependencies"])
+    for extra in extras:
+        waiting += project["optional-dependencies"][extra]
+    while waiting:
+        asked = Requirement(waiting.pop())
+        if asked.name == project["name"]:
+            waiting += [line for extra in asked.extras for line in project["optional-dependencies"][extra]]
+        else:
+            found[asked.name.lower()] = asked
+    return found
+
+
+# What the package imports where it is there, and no command of the README needs: other tools' plug-ins, the trainers of
+# `rgtg-fast train-policy`, and what other packages bring.
+OPTIONAL = {"vllm", "ray", "lm_eval", "liger_kernel", "triton", "trl"}
+BROUGHT = {
+    "pyarrow": "datasets",
+    "huggingface_hub": "transformers",
+    "filelock": "torch",
+    "tokenizers": "transformers",
+}
+PROJECTS = {"yaml": "pyyaml", "rouge_score": "rouge-score"}
+
+
+def test_the_readmes_first_command_installs_what_its_commands_import() -> None:
+    imported = set()
+    for path in (ROOT / "rgtg_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.partition(".")[0])
+    imported -= OPTIONAL | set(sys.stdlib_module_names) | {"rgtg_fast"}
+    wanted = {PROJECTS.get(name, BROUGHT.get(name, name)) for name in imported}
+    assert {"peft", "datasets", "matplotlib", "torch"} <= wanted
+    assert wanted <= set(requirements("demo"))
+
+
+def test_the_tested_versions_are_allowed_and_complete() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {asked.name.lower(): asked for asked in found}
+    wanted = requirements("demo", "test")
+    assert wanted.keys() - pinned.keys() == {"triton"}
+    for name, asked in pinned.items():
+        (version,) = asked.specifier
+        assert version.operator == "=="
+        assert name not in wanted or wanted[name].specifier.contains(version.version), name
 
 
 def test_readme_has_a_place_for_the_benchmarks() -> None:

@@ -268,6 +268,24 @@ def test_a_network_learns_whole_answers(world: toy.World, objective: str) -> Non
         assert all(share > 0.5 + 0.7 * (top - 0.5) for share, top in zip(shares, most, strict=True))
 
 
+def test_the_page_has_the_networks_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last section alone, whose numbers are read from a file; the others take long."""
+    matplotlib = pytest.importorskip("matplotlib", reason="the figures need matplotlib (the train extra)")
+    script = PAGE.with_name("partial_sequences.py")
+    head, world, *others = script.read_text(encoding="utf-8").split("\n# ## ")
+    assert (world.partition("\n")[0], others[-1].partition("\n")[0]) == ("The world", "Networks")
+    copy = tmp_path / "README.md"
+    text = PAGE.read_text(encoding="utf-8")
+    emptied = re.sub(r"(<!-- networks:begin -->\n).*?(<!-- networks:end -->)", r"\1\2", text, flags=re.DOTALL)
+    assert emptied != text
+    copy.write_text(emptied, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [str(script), "--page", str(copy)])
+    with matplotlib.rc_context():
+        exec(compile("\n# ".join([head, world, others[-1]]), script, "exec"), {"__file__": str(script)})
+    assert copy.read_text(encoding="utf-8") == text
+    assert (tmp_path / "networks.svg").read_bytes() == PAGE.with_name("networks.svg").read_bytes()
+
+
 @pytest.mark.slow
 def test_the_page_has_the_numbers_and_figures_of_the_script(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the figures need matplotlib (the train extra)")
@@ -277,7 +295,7 @@ def test_the_page_has_the_numbers_and_figures_of_the_script(tmp_path: Path) -> N
     assert emptied.count("\n|") < text.count("\n|")  # otherwise nothing is tested
     copy.write_text(emptied, encoding="utf-8")
     command = [sys.executable, "-m", "docs.theory.partial_sequences", "--page", str(copy)]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=600)
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     assert copy.read_text(encoding="utf-8") == text
     drawn = {path.name for path in tmp_path.glob("*.svg")}
     assert drawn == set(re.findall(r"\]\((\w+\.svg)\)", text)) == {p.name for p in PAGE.parent.glob("*.svg")}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
+from rgtg_fast.models.cache import cache_keyword
 from rgtg_fast.models.native import NativeLayers
 
 pytestmark = pytest.mark.usefixtures("cpp_only")
@@ -60,7 +61,8 @@ def test_step(benchmark, who, dtype, candidates, prefix):
         return native.forward(tokens, positions, keys, values, lengths, k_new, v_new)
 
     def theirs() -> torch.Tensor:
-        out = trunk(input_ids=tokens.T, position_ids=positions.T, past_key_values=cache, use_cache=True)
+        given = {cache_keyword(LlamaModel): cache}
+        out = trunk(input_ids=tokens.T, position_ids=positions.T, use_cache=True, **given)
         cache.crop(-1)
         return out.last_hidden_state.transpose(0, 1)
 

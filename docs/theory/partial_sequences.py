@@ -40,6 +40,7 @@ def save(figure: Figure, name: str) -> None:
 
 # %%
 world = toy.make_world(seed=0)
+tokens = range(1, world.length + 1)
 BETA = 1.0
 prefix_value = toy.expected_rewards(world)
 
@@ -140,7 +141,6 @@ save(figure, "guided_reward.svg")
 # %%
 figure = Figure(figsize=(5.2, 3.6), layout="constrained")
 axis = figure.subplots()
-tokens = range(1, world.length + 1)
 axis.plot(tokens, toy.ceiling(world), color="#c8d8e4", lw=6, label="the most that can be known")
 for (name, tables), colour in zip(models.items(), (PINK, RED, BLUE), strict=True):
     axis.plot(tokens, toy.accuracy(world, tables), "o-", ms=4, color=colour, label=name)

@@ -101,10 +101,12 @@ def _device() -> str:
 
 
 def _extension() -> str:
+    from rgtg_fast.ops._extension import remedy
+
     try:
         from rgtg_fast import _C  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
-        return f"not built ({error}): the slower reference serves; install a C++17 compiler, then rgtg-fast"
+        return f"not built ({error}): the slower reference serves; {remedy()}"
     try:
         return f"C++, instruction set {_C.isa()}"
     except RuntimeError as error:

@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
+    Cache,
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
@@ -25,6 +28,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.cache import cache_keyword
 
 
 @dataclass
@@ -106,6 +110,11 @@ def cache_bytes(cache: DynamicCache) -> int:
 def _step_peak_bytes(cache: DynamicCache) -> int:
     """Most bytes of a cache within a step: growing or re-ordering writes one tensor beside its old self."""
     return cache_bytes(cache) + max((tensor.nbytes for tensor in _held(cache)), default=0)
+
+
+def _cached(model: nn.Module, tokens: torch.Tensor, cache: Cache, **options: Any) -> Any:
+    """A model's output for new tokens [B, S] behind those that its cache holds, which takes them in."""
+    return model(tokens, use_cache=True, **{cache_keyword(type(model)): cache}, **options)
 
 
 def _top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,15 +207,15 @@ def args_replicated(
     def decode(prompt: torch.Tensor, steps: int, clock: PhaseClock, run: BaselineRun) -> None:
         lm_cache, rm_cache = DynamicCache(config=lm.config), DynamicCache(config=rm.config)
         with clock.phase("prefill"):
-            logits = lm(prompt, past_key_values=lm_cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            backbone(prompt, past_key_values=rm_cache, use_cache=True)
+            logits = _cached(lm, prompt, lm_cache, logits_to_keep=1).logits[:, -1]
+            _cached(backbone, prompt, rm_cache)
             rm_cache.batch_repeat_interleave(k)
         answer, record = [], []
         for step in range(steps):
             with clock.phase("topk"):
                 logprobs, tokens = _top(logits, k)
             with clock.phase("reward"):
-                hidden = backbone(tokens[:, None], past_key_values=rm_cache, use_cache=True).last_hidden_state
+                hidden = _cached(backbone, tokens[:, None], rm_cache).last_hidden_state
                 rewards = head(hidden[:, -1])[:, 0].float()
             with clock.phase("resample"):
                 scores = logprobs + beta * rewards
@@ -218,7 +227,7 @@ def args_replicated(
             record.append((tokens, scores))
             if step + 1 < steps:
                 with clock.phase("lm"):
-                    logits = lm(chosen[None], past_key_values=lm_cache, use_cache=True).logits[:, -1]
+                    logits = _cached(lm, chosen[None], lm_cache).logits[:, -1]
         run.tokens.append(torch.cat(answer).tolist())
         run.steps.append(record)
         for name, cache in (("lm", lm_cache), ("reward", rm_cache)):
@@ -263,7 +272,7 @@ def pargs_serial(
     def decode(prompt: torch.Tensor, steps: int, clock: PhaseClock, run: BaselineRun) -> None:
         lm_cache, prefix = DynamicCache(config=lm.config), prompt
         with clock.phase("prefill"):
-            logits = lm(prompt, past_key_values=lm_cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = _cached(lm, prompt, lm_cache, logits_to_keep=1).logits[:, -1]
         record = []
         for step in range(steps):
             with clock.phase("topk"):
@@ -281,7 +290,7 @@ def pargs_serial(
             record.append((tokens, scores))
             if step + 1 < steps:
                 with clock.phase("lm"):
-                    logits = lm(chosen[None], past_key_values=lm_cache, use_cache=True).logits[:, -1]
+                    logits = _cached(lm, chosen[None], lm_cache).logits[:, -1]
         run.tokens.append(prefix[0, prompt.shape[1] :].tolist())
         run.steps.append(record)
         _keep_largest(run.cache_resident_bytes, "lm", cache_bytes(lm_cache))
@@ -329,7 +338,7 @@ def genarm_published(
     def logits_after(name: str, tokens: torch.Tensor) -> torch.Tensor:
         # [B, S] -> [B, V]
         model, cache = models[name], caches[name]
-        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return _cached(model, tokens, cache, logits_to_keep=1).logits[:, -1]
 
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.inference_mode():
@@ -399,6 +408,7 @@ def unguided(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new_token
         pad_token_id=0,
         return_dict_in_generate=True,
     )
+    cache = DynamicCache(config=lm.config)
     # generate fills what this configuration leaves open from the model's own, end-of-sequence included
     own, lm.generation_config = lm.generation_config, config
     try:
@@ -406,7 +416,10 @@ def unguided(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new_token
             clock = PhaseClock(lm.device)
             first = _FirstToken(clock)
             output = lm.generate(  # pyright: ignore[reportCallIssue]
-                ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([first])
+                ids,
+                attention_mask=torch.ones_like(ids),
+                stopping_criteria=StoppingCriteriaList([first]),
+                **{cache_keyword(type(lm)): cache},
             )
             seconds, _ = clock.stop()
     finally:
@@ -416,6 +429,6 @@ def unguided(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new_token
         tokens=output.sequences[:, ids.shape[1] :].tolist(),
         seconds=seconds,
         phases={"prefill": prefill, "lm": seconds - prefill},
-        cache_resident_bytes={"lm": cache_bytes(output.past_key_values)},
-        cache_peak_bytes={"lm": _step_peak_bytes(output.past_key_values)},
+        cache_resident_bytes={"lm": cache_bytes(cache)},
+        cache_peak_bytes={"lm": _step_peak_bytes(cache)},
     )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
-from rgtg_fast.models.cache import ForkedCache, PrefixCache
+from rgtg_fast.models.cache import ForkedCache, PrefixCache, cache_keyword
 from rgtg_fast.models.final_norm import FinalNorm
 from rgtg_fast.models.joined import join_products, refresh_products
 from rgtg_fast.models.low_rank import LowRankRows
@@ -67,6 +67,7 @@ class TransformersLayers:
         use_prefix_attention(model)
         self.trunk = model.base_model
         self.final_norm = FinalNorm.of(self.trunk)
+        self._keyword = cache_keyword(type(self.trunk))
         self._rows: LowRankRows | None = None
         self._compiled: Callable[..., torch.Tensor] | None = None
 
@@ -91,11 +92,11 @@ class TransformersLayers:
     ) -> torch.Tensor:
         # Prompts have any length: compiling a prefill would cost more than it saves.
         if self._compiled is None or cache.causal:
-            return _run(self.trunk, self._rows, ids, positions, cache)
+            return _run(self.trunk, self._rows, ids, positions, cache, self._keyword)
         # The compiler's own limit for one function is 8 sizes, those of all models in the process together.
         config = torch._dynamo.config
         with config.patch(recompile_limit=config.accumulated_recompile_limit):
-            return self._compiled(self.trunk, self._rows, ids, positions, cache)
+            return self._compiled(self.trunk, self._rows, ids, positions, cache, self._keyword)
 
     def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
         return head(hidden.to(head.weight.dtype))
@@ -107,14 +108,15 @@ def _run(
     ids: torch.Tensor,
     positions: torch.Tensor,
     cache: PrefixCache | ForkedCache,
+    keyword: str,
 ) -> torch.Tensor:
     with nullcontext() if rows is None else rows.interleaved(len(ids)):
         out = trunk(
             input_ids=ids,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             prefix_cache=cache,
+            **{keyword: cache},
             **OUTPUTS,
         )
     return out.last_hidden_state

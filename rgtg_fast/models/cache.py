@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache as memoized
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import Cache
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops import commit, tree_attention
+
+
+@memoized
+def cache_keyword(kind: type[nn.Module]) -> str:
+    """The argument by which a class of transformers models takes its cache.
+
+    It is `cache` from transformers 5.24 on, and `past_key_values` before and in models whose own code is older.
+    """
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 class CachePart(NamedTuple):

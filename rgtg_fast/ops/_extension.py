@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -17,10 +20,7 @@ _CODES = {**DTYPE_CODES, torch.float64: 3, torch.int64: 4}
 # What the extension knows of a tensor: address, dtype code, shape, strides in elements.
 Array = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
-REMEDY = (
-    "install a C++17 compiler (g++ or clang++), then rgtg-fast again (in its folder: "
-    "pip install --force-reinstall --no-deps .)"
-)
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @functools.cache
@@ -31,9 +31,32 @@ def _import() -> tuple[ModuleType | None, str]:
         return None, str(error)
 
 
+def _installed_elsewhere() -> Path | None:
+    """A folder further down the module path whose copy of this package has its kernels, where this one has not."""
+    for entry in sys.path:
+        copy = Path(entry).resolve() / PACKAGE.name
+        if copy != PACKAGE and any((copy / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            return copy.parent
+    return None
+
+
+def remedy() -> str:
+    """What brings the kernels, in one line."""
+    installed = _installed_elsewhere()
+    if installed is not None:
+        return (
+            f"Python runs the source tree {PACKAGE.parent}, and the copy in {installed} has them: build them in the "
+            "tree too (there: pip install -e .), or start Python in another folder"
+        )
+    return (
+        "install a C++17 compiler (g++ or clang++), then rgtg-fast again (in its folder: "
+        "pip install --force-reinstall --no-deps -e .)"
+    )
+
+
 @functools.cache
 def _warn() -> None:
-    warnings.warn(f"rgtg_fast: {missing_reason()}; the slower reference serves. {REMEDY}", stacklevel=2)
+    warnings.warn(f"rgtg_fast: {missing_reason()}; the slower reference serves: {remedy()}", stacklevel=2)
 
 
 def missing_reason() -> str:

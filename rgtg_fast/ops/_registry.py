@@ -236,7 +236,7 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise RGTGError(f"there is no backend {name!r}: use one of {', '.join(BACKENDS)}")
     if name == "cpp" and _extension.missing_reason():
-        raise RGTGError(f"backend 'cpp' is missing: {_extension.missing_reason()}; {_extension.REMEDY}")
+        raise RGTGError(f"backend 'cpp' is missing: {_extension.missing_reason()}; {_extension.remedy()}")
     if name == "triton" and _triton.missing_reason():
         raise RGTGError(f"backend 'triton' is missing: {_triton.missing_reason()}")
     token = _asked.set(name)

@@ -203,7 +203,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
             ):
                 self._tell(f"rewards/{name}", value, replace=True)
         if not torch.isfinite(loss):
-            raise self.not_finite("the loss", float(loss))
+            raise self.not_finite("the loss", float(loss.detach()))
         if self._mode == "train":
             self._pairs += pairs * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rgtg_fast import cli
-from tests.cli.support import CONTEXT, Outcome, command, environment
+from tests.cli.support import CONTEXT, HANGS, Outcome, command, environment
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -127,7 +127,7 @@ def run_process() -> Run:
 
     def call(*args: object, stdin: str | None = None) -> Outcome:
         done = subprocess.run(
-            command(*args), capture_output=True, text=True, input=stdin, env=environment(), timeout=120
+            command(*args), capture_output=True, text=True, input=stdin, env=environment(), timeout=HANGS
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 

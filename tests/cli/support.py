@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CONTEXT = 256
+# Seconds after which a process counts as one that hangs, many times what any of them takes.
+HANGS = 1200
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,48 @@ class Outcome:
 
 def command(*args: object) -> list[str]:
     return [sys.executable, "-m", "rgtg_fast", *map(str, args)]
+
+
+# Sends the process a signal from within, when it asks for an answer after so many.
+ENDED = """
+import os, signal, sys
+from rgtg_fast import RewardGuidedDecoder, cli
+
+method, after, number, *arguments = sys.argv[1:]
+decode, count = getattr(RewardGuidedDecoder, method), 0
+
+def end_then(value):
+    global count
+    count += 1
+    if count > int(after):
+        os.kill(os.getpid(), int(number))
+    return value
+
+if method == "iterate":
+    def ended(self, *args, **kwargs):
+        return (end_then(row) for row in decode(self, *args, **kwargs))
+else:
+    def ended(self, *args, **kwargs):
+        return decode(end_then(self), *args, **kwargs)
+
+setattr(RewardGuidedDecoder, method, ended)
+# Tests that run in the background of a shell would hand on that an interrupt is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.main(arguments)
+"""
+
+
+def run_until(method: str, after: int, ending: signal.Signals, *args: object) -> Outcome:
+    """Runs a command in a process that ends itself by a signal.
+
+    Args:
+        method: `iterate`, whose rows are counted, or `generate`, whose calls are.
+        after: how many of them are done before the signal comes.
+        ending: SIGKILL or SIGINT.
+    """
+    line = [sys.executable, "-c", ENDED, method, str(after), str(int(ending)), *map(str, args)]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=HANGS)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def environment() -> dict[str, str]:

@@ -1,17 +1,14 @@
 """`rgtg-fast generate`: one prompt, streams, files of prompts."""
 
 import gzip
-import json
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rgtg_fast import Guidance, RewardGuidedDecoder
-from tests.cli.support import command, environment, read_rows
+from tests.cli.support import read_rows, run_until
 
 SHORT = ("--max-new-tokens", 6)
 
@@ -180,47 +177,26 @@ def test_resume_starts_where_there_is_no_file(
     assert len(read_rows(output)) == 1
 
 
-def test_killed_run_resumes(
-    prompts_file: Callable, run_process: Callable, tmp_path: Path, lm: str, rm: str
-) -> None:
-    count = 200
-    source = prompts_file(*({"prompt": f"prompt {n}", "id": n} for n in range(count)))
+def test_killed_run_resumes(run: Callable, prompts_file: Callable, tmp_path: Path, lm: str, rm: str) -> None:
+    source = prompts_file(*({"prompt": f"prompt {n}", "id": n} for n in range(20)))
     output = tmp_path / "out.jsonl"
     args = ("generate", "--input", source, "--output", output, "--lm", lm, "--reward", rm)
-    args = (*args, "--max-new-tokens", 24, "--max-batch", 4)
-    process = subprocess.Popen(command(*args), env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not output.exists() or output.read_bytes().count(b"\n") < 5):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    saved = output.read_bytes()
-    complete = [json.loads(line) for line in saved.splitlines(keepends=True) if line.endswith(b"\n")]
-    assert 5 <= len(complete) < count
-    resumed = run_process(*args, "--resume")
+    args = (*args, "--max-new-tokens", 8, "--max-batch", 4)
+    assert run_until("iterate", 5, signal.SIGKILL, *args).code == -signal.SIGKILL
+    saved = read_rows(output)
+    assert len(saved) == 5
+    resumed = run(*args, "--resume")
     assert resumed.code == 0, resumed.err
     rows = read_rows(output)
-    assert rows[: len(complete)] == complete
-    assert sorted(row["id"] for row in rows) == list(range(count))
+    assert rows[:5] == saved
+    assert sorted(row["id"] for row in rows) == list(range(20))
 
 
 def test_interrupted_run_ends_with_130(prompts_file: Callable, tmp_path: Path, lm: str, rm: str) -> None:
-    source = prompts_file(*({"prompt": f"prompt {n}"} for n in range(2000)))
+    source = prompts_file(*({"prompt": f"prompt {n}"} for n in range(8)))
     output = tmp_path / "out.jsonl"
     args = ("generate", "--input", source, "--output", output, "--lm", lm, "--reward", rm, *SHORT)
-    process = subprocess.Popen(
-        command(*args),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that run in the background of a shell would hand on that an interrupt is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not output.exists() or output.read_bytes().count(b"\n") < 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert len(read_rows(output)) >= 2
+    ended = run_until("iterate", 2, signal.SIGINT, *args)
+    assert ended.code == 130, ended.err
+    assert "Traceback" not in ended.err
+    assert len(read_rows(output)) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from rgtg_fast.models import backbone as backbone_module
 from rgtg_fast.models import transfer
 from rgtg_fast.rewards import mixture as mixture_module
 from tests.conftest import make_lm, make_rm, make_tokenizer
+from tests.covering import daily
 from tests.decoding.host_reads import Guard, HostReadError
 from tests.decoding.support import prompts_of
 from tests.models.adapters import write_adapter
@@ -54,11 +56,16 @@ GUIDES: dict[str, Callable[[], Any]] = {
     "mixture": lambda: MixtureReward([_sequence(), ContrastiveReward("w1", "w2")], [1.0, 0.5]),
 }
 SUPPORTS = [
-    pytest.param(name, support, id=f"{name}-{support}")
+    (name, support)
     for name in GUIDES
     for support in ("lm", "combined", "all")
     if support == "lm" or name in ("contrastive", "farma", "genarm", "eft")
 ]
+
+
+def over(*values: Any) -> list[Any]:
+    """Every guide and support with every value; the default run has every two of them together."""
+    return daily([(*pair, value) for pair, value in product(SUPPORTS, values)])
 
 
 def make_decoder(
@@ -133,8 +140,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Guard:
     return guard
 
 
-@pytest.mark.parametrize(("guide", "support"), SUPPORTS)
-@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize(("guide", "support", "trace"), over(False, True))
 def test_the_host_reads_nothing_but_decisions(guide: str, support: str, trace: bool, guard: Guard) -> None:
     """Rows of several k end, leave and are replaced under the guard."""
     decoder = make_decoder(guide)
@@ -192,9 +198,10 @@ def test_a_function_reads_and_so_waits_for_no_step(guard: Guard) -> None:
 # ---- one step late ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["auto", "transformers"])
-@pytest.mark.parametrize(("guide", "support"), SUPPORTS)
-@pytest.mark.parametrize("temperature", [0, 0.9])
+@pytest.mark.parametrize(
+    ("guide", "support", "temperature", "engine"),
+    daily([(*pair, *rest) for pair, *rest in product(SUPPORTS, (0, 0.9), ("auto", "transformers"))]),
+)
 def test_the_rows_are_those_of_a_host_that_keeps_up(
     guide: str, support: str, temperature: float, engine: str
 ) -> None:
@@ -362,8 +369,7 @@ def test_rows_that_have_ended_stand_still(guide: str) -> None:
 # ---- padded batches ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("guide", "support"), SUPPORTS)
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize(("guide", "support", "graphs"), over(True, False))
 def test_a_padded_batch_always_has_all_its_rows_and_gives_the_same(
     guide: str, support: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,8 +68,29 @@ def make_decoder(compile: bool) -> RewardGuidedDecoder:
     )
 
 
-@pytest.mark.slow
 @needs_compiler
+def test_the_compilers_own_code_gives_the_same_row() -> None:
+    """One small model as it is compiled for real; all else is traced as it would be compiled, or slow."""
+    plain, compiled = (
+        RewardGuidedDecoder.from_pretrained(
+            (make_lm(num_hidden_layers=1), make_tokenizer()), engine="transformers", compile=compile
+        )
+        for compile in (False, True)
+    )
+    assert [d.describe()["compiled"] for d in (plain, compiled)] == [False, True]
+    for decoder in (plain, compiled):
+        decoder.lm.backbone.model.generation_config.eos_token_id = []
+    assert compiled.generate([[5, 6, 7]], 4)[0].tokens == plain.generate([[5, 6, 7]], 4)[0].tokens
+    assert graphs() == 1
+
+
+@pytest.fixture(params=["traced", pytest.param("compiled", marks=[pytest.mark.slow, needs_compiler])])
+def traced_or_compiled(request: pytest.FixtureRequest) -> None:
+    if request.param == "traced":
+        request.getfixturevalue("traced")
+
+
+@pytest.mark.usefixtures("traced_or_compiled")
 def test_compiled_blocks_give_the_same_rows_and_serve_any_length() -> None:
     plain, compiled = make_decoder(compile=False), make_decoder(compile=True)
     assert compiled.describe()["compiled"]
@@ -96,8 +117,7 @@ def test_more_sizes_than_the_compiler_expects_of_one_function(traced: None) -> N
 # ---- adapters in the base model's forward ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@needs_compiler
+@pytest.mark.usefixtures("traced_or_compiled")
 def test_a_compiled_shared_trunk_gives_the_rows_of_two_models(tmp_path: Path) -> None:
     lm = make_base()
     folders = [write_adapter(tmp_path / str(i), lm, fork=i, rank=2 + i, seed=i) for i in (1, 2)]
@@ -115,8 +135,7 @@ def test_a_compiled_shared_trunk_gives_the_rows_of_two_models(tmp_path: Path) ->
     assert graphs() == 1, "a longer cache compiles nothing"
 
 
-@pytest.mark.slow
-@needs_compiler
+@pytest.mark.usefixtures("traced_or_compiled")
 def test_a_compiled_shared_trunk_in_bfloat16_is_as_near_as_it_rounds(tmp_path: Path) -> None:
     rewards = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -128,7 +147,9 @@ def test_a_compiled_shared_trunk_in_bfloat16_is_as_near_as_it_rounds(tmp_path: P
     assert float((rounded - exact).norm() / exact.norm()) < 0.05
 
 
-@pytest.mark.parametrize("fork", [0, 1, LAYERS - 1, LAYERS])
+@pytest.mark.parametrize(
+    "fork", [1, *(pytest.param(fork, marks=pytest.mark.slow) for fork in (0, LAYERS - 1, LAYERS))]
+)
 def test_an_adapter_is_traced_wherever_it_begins(tmp_path: Path, traced: None, fork: int) -> None:
     lm = make_base()
     folder = write_adapter(tmp_path, lm, fork)
@@ -138,7 +159,7 @@ def test_an_adapter_is_traced_wherever_it_begins(tmp_path: Path, traced: None, f
     assert graphs() == 2, "one for two rows, one for the row that is left"
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("order", [(0, 1, 2), pytest.param((2, 1, 0), marks=pytest.mark.slow)])
 def test_what_was_compiled_for_one_adapter_does_not_serve_another(
     tmp_path: Path, traced: None, order: tuple[int, ...]
 ) -> None:
@@ -159,14 +180,14 @@ def test_an_adapter_may_be_attached_to_a_compiled_model(tmp_path: Path, traced: 
     lm = make_base()
     folders = [write_adapter(tmp_path / str(i), lm, fork=1 + i, seed=i) for i in range(2)]
     alone = RewardGuidedDecoder.from_pretrained((lm, make_tokenizer()), engine="transformers", compile=True)
-    alone.generate(PROMPTS, 3)
+    alone.generate(PROMPTS[:2], 3)
     guide = MixtureReward([SequenceReward(folder) for folder in folders])
     guide.bind(alone.lm, dtype=None, engine="transformers", max_length=None)
     late = RewardGuidedDecoder(alone.lm, guide, 2)
-    want = adapted(lm, folders, share=False).generate(PROMPTS, 6, GREEDY)
+    want = adapted(lm, folders, share=False).generate(PROMPTS[:2], 6, GREEDY)
     before = graphs()
-    assert [row.tokens for row in late.generate(PROMPTS, 6, GREEDY)] == [row.tokens for row in want]
-    assert graphs() == before + 2
+    assert [row.tokens for row in late.generate(PROMPTS[:2], 6, GREEDY)] == [row.tokens for row in want]
+    assert graphs() == before + 1
 
 
 def test_the_model_works_as_before_beside_and_after_compiled_hooks(tmp_path: Path, traced: None) -> None:
@@ -174,7 +195,7 @@ def test_the_model_works_as_before_beside_and_after_compiled_hooks(tmp_path: Pat
     ids = torch.tensor([PROMPTS[2]])
     before = lm(input_ids=ids).logits
     compiled = adapted(lm, [write_adapter(tmp_path, lm, 0)], compile=True)
-    compiled.generate(PROMPTS, 3, GREEDY)
+    compiled.generate(PROMPTS[:2], 3, GREEDY)
     assert torch.equal(lm(input_ids=ids).logits, before)
     assert any(module._forward_hooks for module in lm.modules())
     del compiled

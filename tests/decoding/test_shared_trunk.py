@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rgtg_fast import (
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.native import NativeLayers
 from tests.conftest import make_lm, make_tokenizer
+from tests.covering import daily, each
 from tests.decoding.naive import guided_greedy
 from tests.models.adapters import write_adapter
 
@@ -65,8 +67,16 @@ def test_samples_of_one_prompt_that_begin_together_are_encoded_once(tmp_path: Pa
         assert row.rewards == pytest.approx(alone.rewards, abs=1e-5)
 
 
-@pytest.mark.parametrize("fork", FORKS)
-@pytest.mark.parametrize(("k", "beta"), [(1, 1.0), (2, -2.0), (5, 2.0), (10, 0.0), (40, 1.0)])
+@pytest.mark.parametrize(
+    ("k", "beta", "fork"),
+    daily(
+        [
+            (*pair, fork)
+            for pair, fork in product([(1, 1.0), (2, -2.0), (5, 2.0), (10, 0.0), (40, 1.0)], FORKS)
+        ],
+        each,
+    ),
+)
 def test_greedy_equals_two_models_and_the_naive_loop(
     tmp_path: Path, engine: str, fork: int, k: int, beta: float
 ) -> None:
@@ -295,9 +305,10 @@ def test_only_adapters_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.slow
-@pytest.mark.parametrize("fork", [20, 30])
-def test_smollm2_with_a_random_adapter(tmp_path: Path, smollm2: Path, fork: int) -> None:
+@pytest.mark.parametrize(
+    ("fork", "tokens"), [(20, 8), *(pytest.param(fork, 24, marks=pytest.mark.slow) for fork in (20, 30))]
+)
+def test_smollm2_with_a_random_adapter(tmp_path: Path, smollm2: Path, fork: int, tokens: int) -> None:
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
@@ -309,7 +320,7 @@ def test_smollm2_with_a_random_adapter(tmp_path: Path, smollm2: Path, fork: int)
         guided = RewardGuidedDecoder.from_pretrained(
             smollm2, reward=SequenceReward(folder, share_trunk=share)
         )
-        texts.append([row.tokens for row in guided.generate(prompts, 24, guidance)])
+        texts.append([row.tokens for row in guided.generate(prompts, tokens, guidance)])
     assert texts[0] == texts[1]
 
 
@@ -332,7 +343,7 @@ def test_one_adapter_guides_two_decoders_of_its_base(tmp_path: Path, engine: str
     right = one.generate(PROMPTS, 6, guidance)
     for other in (lm, base()):
         two = decoder(other, guide, engine)
-        for each in (two, one):
-            assert [row.tokens for row in each.generate(PROMPTS, 6, guidance)] == [
+        for user in (two, one):
+            assert [row.tokens for row in user.generate(PROMPTS, 6, guidance)] == [
                 row.tokens for row in right
             ]

@@ -26,7 +26,7 @@ def run(out: Path, *parts: str, **environment: str) -> subprocess.CompletedProce
         env=os.environ | known | environment,
         capture_output=True,
         text=True,
-        timeout=3000,
+        timeout=6000,  # against a run that hangs; nothing here takes a hundredth of it
         check=False,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rgtg_fast.app.methods import METHODS, STRATEGIES
 from rgtg_fast.decoding.strategies.sampler import Sampler
 from rgtg_fast.models.loading import load_causal_lm
 from tests.conftest import make_lm, make_tokenizer
+from tests.covering import daily, each
 
 pytest.importorskip("peft", reason="adapters are written by peft (the train extra)")
 
@@ -150,10 +152,8 @@ def test_a_gate_costs_the_guided_tokens_k_times_and_the_others_at_most_once(part
     assert row["reward_tokens_per_token"] > K * share + 0.1  # something was skipped and caught up with
 
 
-@pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("guide", [OWN, SHARED])
-@pytest.mark.parametrize("name", ["pargs", "farma"])
+@pytest.mark.parametrize(("name", "guide"), daily(product(["pargs", "farma"], [OWN, SHARED]), each))
 def test_the_real_model_costs_the_same(smollm2: Path, tmp_path: Path, name: str, guide: str) -> None:
     model, tokenizer = load_causal_lm(str(smollm2), "cpu", "bfloat16")
     assert tokenizer is not None

@@ -120,7 +120,6 @@ def test_a_guide_without_weight_changes_no_answer(named: dict[str, str], tmp_pat
 
 
 @pytest.mark.model
-@pytest.mark.slow
 def test_the_real_model_and_its_guides(smollm2: Path, tmp_path: Path) -> None:
     values = {
         "output": str(tmp_path / "out"),

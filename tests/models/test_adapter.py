@@ -69,7 +69,10 @@ def test_every_family_shares_its_forward(tmp_path: Path, family: str, engine: st
     check_shared_forward(tmp_path, family, engine)
 
 
-@pytest.mark.parametrize("family", ["gemma", "phi", "gpt-neox", "opt", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "phi", "gpt-neox", "opt"))],
+)
 def test_families_share_a_compiled_forward(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,12 @@ def test_guided_decoding_is_the_same(adapter: bool, tmp_path: Path) -> None:
     assert rows[0] == rows[1]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: torch.compile has nothing to compile with")
-def test_the_compiler_traces_through_beside_an_adapter(tmp_path: Path) -> None:
+def test_the_compiler_traces_through_beside_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     rows = []
     for compile in (False, True):
         model, tokenizer = make_lm(), make_tokenizer()

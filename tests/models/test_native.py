@@ -249,26 +249,36 @@ def test_logits(outer: int, inner: int, dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "avx512bf16"])
+CHOSEN = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from tests.models.test_native import *
+for dtype in (torch.float32, torch.bfloat16):
+    for name in CONFIGS:
+        if "llama" in name or "gemma" in name:
+            test_matches_the_uncached_forward(name, dtype)
+    for outer, inner in ((1, 5), (6, 64), (203, 33), (203, 1100)):
+        test_logits(outer, inner, dtype)
+test_rows_are_the_same_bits_in_any_batch_on_any_threads(torch.bfloat16)
+"""
+
+
+@pytest.mark.skipif(
+    "RGTG_FAST_ISA" in os.environ, reason="one instruction set is named for all tests of this run"
+)
+@pytest.mark.parametrize(
+    "isa", ["plain", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx2", "avx512", "avx512bf16"))]
+)
 def test_every_instruction_set(isa: str) -> None:
+    """Beside the machine's best, which all other tests run on."""
     environment = {**os.environ, "RGTG_FAST_ISA": isa}
     probe = [sys.executable, "-c", "import rgtg_fast._C as c; print(c.isa())"]
     if subprocess.run(probe, env=environment, capture_output=True).returncode != 0:
         pytest.skip(f"this machine has no {isa}")
-    chosen = "(uncached and (llama or gemma)) or logits or (bits and bf16)"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        chosen,
-        Path(__file__).name,
-    ]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    command = [sys.executable, "-c", CHOSEN.format(root=str(Path(__file__).parents[2]))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def refusal(model: nn.Module) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from rgtg_fast.ops import (
     tree_attention,
     use_backend,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_backend_of_says_what_serves():
@@ -178,3 +183,20 @@ def test_importing_the_ops_imports_no_models():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_source_tree_without_kernels_names_the_copy_that_has_them(tmp_path, monkeypatch):
+    """What Python says in the folder of a clone, where the package was installed without -e."""
+    monkeypatch.setattr(sys, "path", [str(ROOT)])
+    assert "install a C++17 compiler" in _extension.remedy()
+    (tmp_path / "rgtg_fast").mkdir()
+    (tmp_path / "rgtg_fast" / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path)])
+    monkeypatch.setattr(_extension, "_import", lambda: (None, "No module named 'rgtg_fast._C'"))
+    told = re.escape(f"source tree {ROOT}, and the copy in {tmp_path} has them: build them in the tree too")
+    with pytest.raises(RGTGError, match=told) as error, use_backend("cpp"):
+        pass
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(_extension, "_warn", _extension._warn.__wrapped__)
+    with pytest.warns(UserWarning, match=told):
+        assert _extension.load() is None

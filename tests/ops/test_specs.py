@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,23 +11,18 @@ import torch
 
 from rgtg_fast import ops
 from rgtg_fast.ops import use_backend
+from tests.covering import daily
+from tests.ops.support import cases_of, shape_and_dtype
 
 SPECS = ops.specs()
-CASES = [
-    pytest.param(
-        name, shape, dtype, id=f"{name}-{'-'.join(map(str, shape.values()))}-{dtype}".replace(" ", "")
-    )
-    for name, spec in SPECS.items()
-    if spec.has_cpp
-    for shape in spec.shapes
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-]
+CASES = daily(cases_of({name: spec.shapes for name, spec in SPECS.items() if spec.has_cpp}), shape_and_dtype)
 WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "advance": ("tokens", "position")}
-SMALL = [
-    pytest.param(name, shape, id=f"{name}-{i}")
-    for name in SPECS
-    for i, shape in enumerate(SPECS[name].shapes[:6])
-]
+
+
+def small(dtypes: tuple[torch.dtype, ...], names: Iterable[str] = SPECS) -> list[Any]:
+    """The first shapes of every op in these dtypes."""
+    cases = cases_of({name: SPECS[name].shapes[:6] for name in names}, dtypes)
+    return daily(cases, shape_and_dtype)
 
 
 def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -71,16 +67,14 @@ def test_cpp_equals_the_float64_reference(name, shape, dtype, compare, monkeypat
             compare(g, w, spec.tolerances[dtype])
 
 
-@pytest.mark.parametrize(("name", "shape"), SMALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "shape", "dtype"), small((torch.float32, torch.float64)))
 def test_opcheck(name, shape, dtype):
     arguments = SPECS[name].make_inputs(shape, dtype)
     torch.library.opcheck(getattr(torch.ops.rgtg_fast, name).default, tuple(arguments.values()))
 
 
 @pytest.mark.usefixtures("cpp")
-@pytest.mark.parametrize(("name", "shape"), SMALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "shape", "dtype"), small((torch.float32, torch.bfloat16)))
 def test_number_of_threads_changes_no_bit(name, shape, dtype, threads):
     results = []
     for n in (1, 2, 5):
@@ -96,10 +90,9 @@ def test_number_of_threads_changes_no_bit(name, shape, dtype, threads):
 
 @pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [p for p in SMALL if p.values[0] not in ("advance", "commit", "partial_bt_loss", "reward_tail")],
+    ("name", "shape", "dtype"),
+    small((torch.float32, torch.bfloat16), ("resample", "topk_logprobs", "tree_attention")),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_batch(name, shape, dtype):
     arguments = SPECS[name].make_inputs(shape, dtype)
     whole = call(name, arguments)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import os
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,82 +22,75 @@ from rgtg_fast.ops.resample import launch as resample
 from rgtg_fast.ops.reward_tail import launch as reward_tail
 from rgtg_fast.ops.topk_logprobs import launch as topk_logprobs
 from rgtg_fast.ops.tree_attention import launch as tree_attention
+from tests.covering import daily
 
+# The tensor cores' instructions that came with an architecture.
+OWN = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 KERNELS = sorted((Path(__file__).parents[2] / "rgtg_fast" / "ops").glob("*/kernel.py"))
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="Triton is not installed: the Triton kernels are NOT compiled (pip install triton)",
 )
+pytestmark = pytest.mark.triton
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[kernel_table.Compiled]:
-    assert os.environ.get("TRITON_INTERPRET") != "1", (
-        "the interpreter compiles nothing: unset TRITON_INTERPRET"
-    )
-    return kernel_table.compile_all()
+SIGNATURES = [(*entry, arch) for arch in kernel_table.SHARED_LIMIT for entry in kernel_table.signatures(arch)]
 
 
-@pytest.mark.slow
+def shows(op: str, kernel: str, signature: Mapping[str, str], arch: int = 90) -> set[object]:
+    """What one compilation shows: every value of every argument of the kernel, on the one architecture of the default
+    run."""
+    return {(op, kernel, *item) for item in signature.items()} if arch == 90 else set()
+
+
+def name_of(value: object) -> str:
+    return kernel_table.label(value).replace(" ", "-") if isinstance(value, Mapping) else str(value)
+
+
 @needs_triton
-def test_every_signature_compiles_for_every_architecture(compiled):
-    assert len(compiled) == sum(
-        len(list(kernel_table.signatures(arch))) for arch in kernel_table.SHARED_LIMIT
-    )
-    for row in compiled:
-        assert 0 < row.registers <= 255
-        assert row.shared <= kernel_table.SHARED_LIMIT[row.arch], (
-            f"{row.kernel} {row.label} sm_{row.arch}: {row.shared}"
-        )
-
-
-@pytest.mark.slow
-@needs_triton
-def test_nothing_spills(compiled):
-    for row in compiled:
-        if kernel_table.may_spill(row):
-            continue
+@pytest.mark.parametrize(
+    ("op", "kernel", "signature", "arch"),
+    daily(SIGNATURES, shows),
+    ids=name_of,
+)
+def test_a_signature_compiles_without_spills_and_for_tensor_cores(op, kernel, signature, arch):
+    row = kernel_table.compile_one(op, kernel, signature, arch)
+    assert 0 < row.registers <= 255
+    assert row.shared <= kernel_table.SHARED_LIMIT[arch]
+    if not kernel_table.may_spill(row):
         # 8 bytes: the assembler parks one register to reach the next step of occupancy.
-        assert row.stack <= 8, f"{row.kernel} {row.label} sm_{row.arch}: {row.stack} bytes of stack"
+        assert row.stack <= 8
+    if kernel == "tree_attention_kernel":
+        assert row.tensor_cores
+        # Keys and values are on their way, 16 bytes at a time, while others are computed with.
+        assert row.asynchronous or int(signature["num_stages"]) == 1
+        # The generation's own instructions where there are rows enough for them.
+        if int(signature["BLOCK_M"]) >= 64 and arch in OWN:
+            assert OWN[arch] in row.tensor_cores
 
 
-@pytest.mark.slow
+def test_attention_is_compiled_for_every_dtype_and_for_many_rows():
+    attention = [signature for _, kernel, signature, _ in SIGNATURES if kernel == "tree_attention_kernel"]
+    assert {kernel_table.label(signature).split()[0] for signature in attention} == {"bf16", "fp16", "fp32"}
+    assert any(int(signature["BLOCK_M"]) >= 64 for signature in attention)
+
+
 @needs_triton
-def test_attention_runs_on_tensor_cores(compiled):
-    rows = [row for row in compiled if row.kernel == "tree_attention_kernel"]
-    assert {row.label.split()[0] for row in rows} == {"bf16", "fp16", "fp32"}
-    for row in rows:
-        assert row.tensor_cores, f"{row.label} sm_{row.arch}"
-    # Keys and values are on their way, 16 bytes at a time, while others are computed with.
-    assert all(row.asynchronous for row in rows if int(row.signature["num_stages"]) > 1)
-    # The generation's own instructions where there are rows enough for them.
-    for arch, own in ((90, "wgmma.mma_async"), (100, "tcgen05.mma")):
-        wide = [row for row in rows if row.arch == arch and int(row.signature["BLOCK_M"]) >= 64]
-        assert wide
-        assert all(own in row.tensor_cores for row in wide)
-
-
-@pytest.mark.slow
-@needs_triton
-def test_two_programs_of_attention_share_a_multiprocessor(compiled):
+@pytest.mark.parametrize("leaves", [1, 0])
+def test_two_programs_of_attention_share_a_multiprocessor(leaves):
     """On sm_90, for 10 candidates of a head of 128: one's loads and scores go on while the other waits."""
-    registers, shared = (
-        65536,
-        228 * 1024,
-    )  # of a multiprocessor (CUDA C++ programming guide, compute capability 9.0)
-    rows = [
-        row
-        for row in compiled
-        if (row.kernel, row.arch) == ("tree_attention_kernel", 90)
-        and row.label.startswith("bf16")
-        and (row.signature["D"], row.signature["BLOCK_M"]) == ("128", "64")
-    ]
-    assert {row.signature["LEAVES"] for row in rows} == {"0", "1"}
-    for row in rows:
-        threads = 32 * int(row.signature["num_warps"])
-        # Registers are given to warps by eights a thread; every program takes 1 KiB more of shared memory.
-        assert 2 * threads * -(-row.registers // 8) * 8 <= registers, row.label
-        assert 2 * (row.shared + 1024) <= shared, row.label
+    # Of a multiprocessor (CUDA C++ programming guide, compute capability 9.0).
+    registers, shared = 65536, 228 * 1024
+    settings = tree_attention.configuration(128, 40, tree_attention.ALONE, torch.bfloat16) | {
+        "LEAVES": leaves
+    }
+    want = {name: str(value) for name, value in settings.items()}
+    signature = next(s for _, _, s, arch in SIGNATURES if arch == 90 and want.items() <= s.items())
+    row = kernel_table.compile_one("tree_attention", "tree_attention_kernel", signature, 90)
+    threads = 32 * int(signature["num_warps"])
+    # Registers are given to warps by eights a thread; every program takes 1 KiB more of shared memory.
+    assert 2 * threads * -(-row.registers // 8) * 8 <= registers
+    assert 2 * (row.shared + 1024) <= shared
 
 
 def test_a_leaf_never_has_partial_sums_that_outweigh_the_prefix():
@@ -265,31 +259,46 @@ def test_what_is_launched_is_compiled():
             known("topk_logprobs", "topk_merge_kernel", topk_logprobs.merge_configuration(V, few))
 
 
-@pytest.mark.slow
+TOPK = [
+    (kernel, signature) for op, kernel, signature, arch in SIGNATURES if (op, arch) == ("topk_logprobs", 90)
+]
+
+
 @needs_triton
-def test_the_kernels_of_topk_are_cheap_by_their_machine_code():
+@pytest.mark.parametrize(
+    ("kernel", "signature"),
+    daily([entry for entry in TOPK if entry[1].get("num_warps") == "1"], partial(shows, "topk_logprobs")),
+    ids=name_of,
+)
+def test_the_kernels_of_topk_are_cheap_by_their_machine_code(kernel, signature):
     """What their speed rests on: no barrier in the pass over the logits, few instructions, wide loads."""
-    for op, kernel, signature in kernel_table.signatures(90):
-        if op != "topk_logprobs" or signature.get("num_warps") != "1":
-            continue
-        counts = instructions.counts_of(op, kernel, signature, 90)
-        if kernel == "topk_segment_kernel":
-            bits = 128 if signature["p_guidance"] == "None" else 32
-            assert not counts.loops
-            assert counts.straight.barriers == 0
-            assert counts.straight.instructions < 24 * 32  # a thread's logits
-            assert sum(n for width, n in counts.loads.items() if width < 128) <= (bits == 32)
-        else:
-            # Every step of the search is one exchange within the warp; barriers are between the levels alone.
-            assert counts.straight.barriers == 3
-            assert all(loop.exchanges == 1 and not loop.barriers for loop in counts.loops[:-1])
+    counts = instructions.counts_of("topk_logprobs", kernel, signature, 90)
+    if kernel == "topk_segment_kernel":
+        bits = 128 if signature["p_guidance"] == "None" else 32
+        assert not counts.loops
+        assert counts.straight.barriers == 0
+        assert counts.straight.instructions < 24 * 32  # a thread's logits
+        assert sum(n for width, n in counts.loads.items() if width < 128) <= (bits == 32)
+    else:
+        # Every step of the search is one exchange within the warp; barriers are between the levels alone.
+        assert counts.straight.barriers == 3
+        assert all(loop.exchanges == 1 and not loop.barriers for loop in counts.loops[:-1])
 
 
-@pytest.mark.slow
 @needs_triton
-def test_topk_keeps_nan_when_it_compares():
+@pytest.mark.parametrize(
+    "signature",
+    daily(
+        [
+            (signature,)
+            for kernel, signature in TOPK
+            if kernel == "topk_segment_kernel" and signature["p_guidance"] == "None"
+        ],
+        partial(shows, "topk_logprobs", "topk_segment_kernel"),
+    ),
+    ids=name_of,
+)
+def test_topk_keeps_nan_when_it_compares(signature):
     """The interpreter's maxima keep NaN whatever the kernel says; the instruction must say it."""
-    for op, kernel, signature in kernel_table.signatures(90):
-        if (op, kernel, signature.get("p_guidance")) == ("topk_logprobs", "topk_segment_kernel", "None"):
-            found = re.findall(r"\bmax\.(\S+)", kernel_table.build(op, kernel, signature, 90).asm["ptx"])
-            assert set(found) == {"NaN.f32", "s32"}, signature
+    ptx = kernel_table.build("topk_logprobs", "topk_segment_kernel", signature, 90).asm["ptx"]
+    assert set(re.findall(r"\bmax\.(\S+)", ptx)) == {"NaN.f32", "s32"}

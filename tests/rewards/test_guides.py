@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rgtg_fast import (
 )
 from rgtg_fast.app.methods import METHODS, Method
 from tests.conftest import make_lm, make_rm, make_tokenizer
+from tests.covering import daily, each
 from tests.rewards import naive
 
 EOS = 1
@@ -123,10 +125,11 @@ def supports_of(name: str) -> tuple[str, ...]:
 
 
 CASES = [(name, support) for name in MAKERS for support in supports_of(name)]
+# The default run has every two of guide, support and engine together.
+CASES_ON_ENGINES = daily([(*case, *engine) for case, engine in product(CASES, ENGINES)])
 
 
-@pytest.mark.parametrize(("engine", "dtype"), ENGINES, ids=lambda value: str(value).removeprefix("torch."))
-@pytest.mark.parametrize(("name", "support"), CASES)
+@pytest.mark.parametrize(("name", "support", "engine", "dtype"), CASES_ON_ENGINES)
 def test_greedy_equals_the_naive_formula(name: str, support: str, engine: str, dtype: torch.dtype) -> None:
     """More prompts than slots, of different lengths and ends, so that slots are refilled and rows move."""
     case = MAKERS[name](dtype)
@@ -143,8 +146,7 @@ def test_greedy_equals_the_naive_formula(name: str, support: str, engine: str, d
         assert row.reward == pytest.approx(whole, abs=7 * tolerance)
 
 
-@pytest.mark.parametrize(("engine", "dtype"), ENGINES, ids=lambda value: str(value).removeprefix("torch."))
-@pytest.mark.parametrize(("name", "support"), CASES)
+@pytest.mark.parametrize(("name", "support", "engine", "dtype"), CASES_ON_ENGINES)
 def test_a_trace_lists_the_rewards_of_the_support(
     name: str, support: str, engine: str, dtype: torch.dtype
 ) -> None:
@@ -176,8 +178,7 @@ def test_scores_are_the_rewards_of_decoding(name: str) -> None:
         assert row.rewards == pytest.approx(scores[: len(row.rewards)], abs=1e-4)
 
 
-@pytest.mark.parametrize("support", ["lm", "combined", "all"])
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize(("name", "support"), daily(product(WIDE, ["lm", "combined", "all"]), each))
 def test_a_row_depends_on_itself_alone(name: str, support: str) -> None:
     prompts, seeds = ragged_prompts(6, seed=8), list(range(6))
     guidance = Guidance(6, 0.7, 0.9, support)
@@ -199,10 +200,17 @@ def test_rows_of_every_support_in_one_call(name: str) -> None:
         assert row.tokens == naive.guided(lm, case.formula, prompt, 5, 0.8, support, 5, EOS)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("engine", ["native", "transformers"])
-@pytest.mark.parametrize("support", ["lm", "combined", "all"])
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize(
+    ("name", "support", "engine", "dtype"),
+    daily(
+        product(
+            WIDE,
+            ["lm", "combined", "all"],
+            ["native", "transformers"],
+            [torch.bfloat16, torch.float32],
+        )
+    ),
+)
 def test_wide_guides_serve_every_dtype(name: str, support: str, engine: str, dtype: torch.dtype) -> None:
     decoder = decoder_for(MAKERS[name](dtype).reward, engine, dtype)
     row = decoder.generate([[9, 10]], 4, Guidance(5, 0.5, 0, support))[0]

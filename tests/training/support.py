@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from rgtg_fast.training.data import TokenizedPair
 from tests.conftest import make_lm, make_tokenizer
+from tests.covering import daily
 
 needs_loaded_heads = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),
@@ -32,6 +33,15 @@ def tokenized(count: int, seed: int = 0, longest: int = 9) -> list[TokenizedPair
         rejected = [draw.choice(REJECTED) for _ in range(draw.randint(1, longest))]
         pairs.append(TokenizedPair(prompt, [*chosen, EOS], [*rejected, EOS], index))
     return pairs
+
+
+def settings_by_day(*cases: dict[str, Any]) -> list[Any]:
+    """Settings of a training of which the default run has every field, and every value that is no number."""
+
+    def shows(settings: dict[str, Any]) -> set[tuple[str, Any]]:
+        return {(key, value if isinstance(value, (str, bool)) else None) for key, value in settings.items()}
+
+    return daily([(case,) for case in cases], shows)
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from rgtg_fast.training.recipe import Recipe, train_reward_model
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 from tests.conftest import make_lm
-from tests.training.support import EOS, needs_loaded_heads, rows, save_lm, tokenized
+from tests.training.support import EOS, needs_loaded_heads, rows, save_lm, settings_by_day, tokenized
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
 
@@ -54,7 +54,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [
+    settings_by_day(
         {"objective": "farma", "epochs": 2},
         {"objective": "farma", "epochs": 2, "fork_layer": 2, "stop_gradient": True, "weight": "pair"},
         {"objective": "farma", "epochs": 4, "fork_layer": 3, "head_learning_rate": 0.05},
@@ -63,7 +63,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         {"objective": "genarm", "epochs": 2},
         {"objective": "genarm", "epochs": 2, "fork_layer": 1, "bf16": True, "beta_r": 0.1},
         {"objective": "genarm", "epochs": 2, "full": True, "learning_rate": 3e-3},
-    ],
+    ),
     ids=str,
 )
 def test_it_learns(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -236,7 +236,7 @@ def test_a_rewarded_token_is_what_guided_decoding_takes(base: Path, tmp_path: Pa
     """Chosen answers use four words alone; guided by either method, answers do so more often."""
     favoured = set(range(6, 10))
     for name in ("farma", "genarm"):
-        train(base, tmp_path / name, data=rows(150), objective=name, epochs=3)
+        train(base, tmp_path / name, data=rows(150), objective=name, epochs=6)
         decoder = RewardGuidedDecoder.from_pretrained(
             str(base), reward=named_guide(f"{name}:{tmp_path / name}")
         )

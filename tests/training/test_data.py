@@ -420,7 +420,6 @@ def test_training_gives_the_reward_model_the_ids_that_decoding_gives_it(template
 
 
 @pytest.mark.model
-@pytest.mark.slow
 def test_ids_of_a_real_tokenizer_are_those_of_the_whole_chat(smollm2: Path) -> None:
     """Prompt and answer, tokenised apart, are the chat template's own text of the whole conversation."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

@@ -21,7 +21,7 @@ from rgtg_fast.training.policy_reward import reward_function
 from rgtg_fast.training.t_reg import Templates
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models.adapters import write_adapter
-from tests.training.support import CHOSEN, rows, save_lm
+from tests.training.support import CHOSEN, rows, save_lm, settings_by_day
 
 TEMPLATES = Templates("w1 {question} w2 {answer} w3", "w1 {question} w2 {answer} w4")
 QUICK = PolicyRecipe(learning_rate=0.01, max_length=64, held_out=0, batch_size=4, accumulation=2)
@@ -48,14 +48,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "settings",
-    [
+    settings_by_day(
         {"objective": "dpo"},
         {"objective": "simpo", "margin": 0.5},
         {"objective": "treg", "alpha": 0.5},
         {"objective": "treg_simpo"},
         {"objective": "treg", "full": True, "fork_layer": 1, "learning_rate": 3e-3},
         {"objective": "treg", "bf16": True, "fork_layer": 2, "gradient_checkpointing": True},
-    ],
+    ),
     ids=str,
 )
 def test_it_learns(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from rgtg_fast.training.packing import cost
 from rgtg_fast.training.recipe import Recipe, train_reward_model
 from rgtg_fast.training.trainer import PartialRewardTrainer, _RowBatches
 from tests.conftest import make_rm, make_tokenizer
-from tests.training.support import rows, save_lm, tokenized
+from tests.training.support import rows, save_lm, settings_by_day, tokenized
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
 
 ROOT = Path(__file__).parent.parent.parent
+# Seconds after which a process counts as one that hangs, many times what any of them takes.
+HANGS = 3000
 QUICK = Recipe(token_budget=128, accumulation=2, learning_rate=0.01, max_length=64, held_out=0)
 
 
@@ -62,7 +65,7 @@ def train(base: Path, output: Path, **settings: Any) -> Any:
 
 @pytest.mark.parametrize(
     "settings",
-    [
+    settings_by_day(
         {"objective": "partial_bt", "mode": "eos"},
         {"objective": "partial_bt", "mode": "hold", "weight": "pair"},
         {"objective": "full_bt"},
@@ -75,7 +78,7 @@ def train(base: Path, output: Path, **settings: Any) -> Any:
         {"full": True, "bf16": True, "fork_layer": 1, "learning_rate": 3e-3},
         {"gradient_checkpointing": True},
         {"head_learning_rate": 0.03, "lora_dropout": 0.1, "weight_decay": 0.1},
-    ],
+    ),
     ids=str,
 )
 def test_it_learns(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -335,26 +338,41 @@ def child(base: Path, out: Path, before: str) -> subprocess.CompletedProcess[str
     code = CHILD.format(root=str(ROOT), base=str(base), out=str(out), before=before)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=HANGS
     )
 
 
+@pytest.fixture
+def goes_on(base: Path, tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Resumes what a child left and compares it with a run that nothing has ended, with the child's one thread."""
+
+    def check(out: Path) -> None:
+        settings: dict[str, Any] = {"save_steps": 2, "epochs": 2, "resume": True}
+        for folder in (out, tmp_path / "whole"):
+            train(base, folder, **settings)
+        assert same(out, tmp_path / "whole")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield check
+    torch.set_num_threads(threads)
+
+
 def test_a_kill_while_saving_loses_only_the_steps_since_the_last_checkpoint(
-    base: Path, tmp_path: Path
+    base: Path, tmp_path: Path, goes_on: Callable[[Path], None]
 ) -> None:
     out = tmp_path / "out"
     assert child(base, out, KILL).returncode == -signal.SIGKILL
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     # The half checkpoint is there, with its model, and is not taken for one.
     assert list(out.glob(".partial/checkpoint-4/adapter_model.safetensors"))
-    done = child(base, out, "")
-    assert done.returncode == 0, done.stderr
+    goes_on(out)
     assert not (out / ".partial").exists()
-    assert child(base, tmp_path / "whole", "").returncode == 0
-    assert same(out, tmp_path / "whole")
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(base: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(
+    base: Path, tmp_path: Path, goes_on: Callable[[Path], None]
+) -> None:
     out = tmp_path / "out"
     done = child(base, out, FULL)
     assert done.returncode == 2, done.stderr
@@ -363,9 +381,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(base: Path, tmp_path: Path) -> No
     assert f"the last good checkpoint is {out / 'checkpoint-2'}" in line
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (out / ".partial").exists()
-    assert child(base, out, "").returncode == 0
-    assert child(base, tmp_path / "whole", "").returncode == 0
-    assert same(out, tmp_path / "whole")
+    goes_on(out)
 
 
 class _Break(TrainerCallback):
@@ -412,35 +428,37 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from tests.training.test_trainer import *
-settings = {settings!r}
-train(
-    Path({base!r}), Path({out!r}), recipe=Recipe(**(QUICK.__dict__ | settings)),
-    eval_data=rows(9, seed=1), save_steps=2, eval_steps=2, epochs=2,
-)
+train_and_evaluate(Path({base!r}), Path({out!r}), {settings!r})
 """
 
 
-def processes(base: Path, out: Path, count: int, **settings: Any) -> None:
+def train_and_evaluate(base: Path, out: Path, settings: dict[str, Any]) -> None:
+    recipe = Recipe(**(QUICK.__dict__ | settings))
+    held = rows(9, seed=1)
+    train(base, out, recipe=recipe, eval_data=held, save_steps=2, eval_steps=2, epochs=2)
+
+
+def processes(base: Path, out: Path, count: int, settings: dict[str, Any]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = DISTRIBUTED.format(root=str(ROOT), base=str(base), out=str(out), settings=settings)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if count > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        environment |= {"LOCAL_WORLD_SIZE": str(count)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    environment |= {"LOCAL_WORLD_SIZE": str(count)}
     running = []
     for rank in range(count):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-c", code]
         running.append(subprocess.Popen(command, env=environment | ranks, stderr=subprocess.PIPE, text=True))
     for process in running:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=HANGS)
         assert process.returncode == 0, errors
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["partial_bt", "farma", "rad"])
+@pytest.mark.parametrize(
+    "objective", ["partial_bt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("farma", "rad"))]
+)
 def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, objective: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     settings: dict[str, Any] = {"objective": objective, "fork_layer": 2}
@@ -448,8 +466,8 @@ def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, objective
         make_rm(seed=5).save_pretrained(tmp_path / "judge")
         make_tokenizer().save_pretrained(tmp_path / "judge")
         settings["judge"] = str(tmp_path / "judge")
-    processes(base, one, 1, accumulation=4, **settings)
-    processes(base, two, 2, accumulation=2, **settings)
+    train_and_evaluate(base, one, {"accumulation": 4, **settings})
+    processes(base, two, 2, {"accumulation": 2, **settings})
     assert len(losses(one)) >= 4
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     held = [[row["eval_accuracy"] for row in read_log(out) if "eval_loss" in row] for out in (one, two)]

@@ -75,6 +75,7 @@ SPEC = OpSpec(
         _shape(2, 2, 2, 3, 19, 5),
         _shape(2, 4, 2, 11, 300, 128),
         _shape(1, 2, 1, 256, 70, 80),
+        _shape(1, 2, 1, 2, 2500, 16),
         _shape(1, 4, 2, 3, 600, 256, mask="chain"),
         _shape(1, 9, 3, 300, 0, 64, mask="causal"),
         _shape(3, 4, 2, 37, 90, 48, mask="causal", lengths=[0, 90, 41]),
