@@ -355,7 +355,7 @@ def _factors(
             "[outer, r] of one rank r: save it again"
         )
     if not (a.is_floating_point() and b.is_floating_point()):
-        raise RGTGError(f"{path}: {module} has factors of {a.dtype} and {b.dtype}: save it unquantised")
+        raise RGTGError(f"{path}: {module} has factors of dtype {a.dtype} and {b.dtype}: save it unquantised")
     rank = _pattern(config, "rank_pattern", module, config.get("r", 8))
     if rank != len(a):
         raise RGTGError(
