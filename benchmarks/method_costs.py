@@ -26,7 +26,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -57,6 +56,7 @@ from rgtg_fast.evaluation.benchmark import machine
 from rgtg_fast.models.adapter import RECIPE, fingerprint
 from rgtg_fast.models.backbone import Backbone, FusedLayers, TransformersLayers
 from rgtg_fast.models.loading import ModelAndTokenizer, load_causal_lm
+from rgtg_fast.rewards.classifier import Classifier
 
 OWN, SHARED = "a model of its own", "an adapter in the base model's forward"
 OTHERS = {"contrastive": "the base model", "function": "a function", "text": f"{OWN}, over whole texts"}
@@ -101,7 +101,7 @@ def watched() -> Iterator[list[Forward]]:
     seen: list[Forward] = []
     kinds = ["step"]
     prefill, uncached = Backbone.prefill, Backbone.hidden_uncached
-    classify = LlamaForSequenceClassification.forward
+    classify = Classifier._forward
 
     def prefilled(self: Backbone, slot: int, ids: Sequence[int]) -> torch.Tensor:
         kinds.append("prefill")
@@ -124,16 +124,16 @@ def watched() -> Iterator[list[Forward]]:
 
         return noted
 
-    def texts(self: LlamaForSequenceClassification, **given: Any) -> Any:
-        seen.append(Forward(self, "whole", len(given["input_ids"])))
-        return classify(self, **given)
+    def texts(self: Classifier, rows: Sequence[Any]) -> torch.Tensor:
+        seen.append(Forward(self.model, "whole", len(rows)))
+        return classify(self, rows)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Backbone, "prefill", prefilled))
         stack.enter_context(patch.object(Backbone, "hidden_uncached", whole))
         for kind in (FusedLayers, TransformersLayers):
             stack.enter_context(patch.object(kind, "forward", noting(kind.forward)))
-        stack.enter_context(patch.object(LlamaForSequenceClassification, "forward", texts))
+        stack.enter_context(patch.object(Classifier, "_forward", texts))
         yield seen
 
 

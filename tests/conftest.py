@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.utils._device import _device_constructors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -89,6 +90,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 _empty = torch.empty
+# torch remembers which functions `torch.device("meta")` is about when it is first asked: not the one that stands in.
+_device_constructors()
 
 
 def poisoned(*args: object, **kwargs: object) -> torch.Tensor:

@@ -92,9 +92,11 @@ def training_folder(folder: Path, resume: bool, main: bool, say: Say) -> Iterato
         say(f"interrupted: {last_checkpoint(folder)}: go on with resume")
         raise
     finally:
-        # A run that was refused leaves no empty folder.
+        # A run that was refused leaves no folder: the corrected one would find it used.
         if made:
             with contextlib.suppress(OSError, ValueError):
+                if {file.name for file in folder.iterdir()} == {RECIPE_FILE}:
+                    (folder / RECIPE_FILE).unlink()
                 folder.rmdir()
 
 

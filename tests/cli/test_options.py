@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from rgtg_fast import RGTGError, cli
-from rgtg_fast.training import data
+from rgtg_fast.training import sources
 
 LOADED = "a model was to be loaded"
 LONG = "a" * 300
@@ -72,7 +72,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], lis
 
     for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", load)
-    monkeypatch.setattr(data, "_from_datasets", load)
+    monkeypatch.setattr(sources, "_from_datasets", load)
     monkeypatch.setenv("RGTG_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     pairs, study = tmp_path / "pairs.jsonl", tmp_path / "study.yaml"

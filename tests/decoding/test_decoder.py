@@ -327,7 +327,7 @@ BAD = [
     ({"prompts": ""}, "prompt 0 is empty"),
     ({"prompts": ["w1", ""]}, "prompt 1 is empty"),
     ({"prompts": [[5], []]}, "prompt 1 is empty"),
-    ({"prompts": [3.5]}, "prompt 0 is float"),
+    ({"prompts": [3.5]}, "prompt 0 is 3.5: pass"),
     ({"prompts": [[5, 64]]}, "token id 64, outside the vocabulary (V=64)"),
     ({"prompts": [[5] * 120]}, "max_new_tokens <= 8"),
     ({"max_new_tokens": 0}, "max_new_tokens=0"),

@@ -190,7 +190,7 @@ def test_two_corrections_of_one_layer_are_refused(lm: Any, original: Path, tmp_p
         name = f"{PREFIX}{factor}.weight"
         tensors[name.replace("model.model.", "model.vision.")] = tensors[name].clone()
     save_file(tensors, folder / WEIGHTS)
-    assert "two corrections of layer 1 self_attn.q_proj" in (_refusal(lm, folder) or "")
+    assert "two pairs of factors for layer 1 self_attn.q_proj" in (_refusal(lm, folder) or "")
 
 
 # ---- bytes and JSON --------------------------------------------------------------------------------------------------
