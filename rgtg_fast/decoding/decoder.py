@@ -123,7 +123,7 @@ class RewardGuidedDecoder:
         )
 
     @classmethod
-    @without_autocast
+    @without_autocast()
     def from_pretrained(
         cls,
         lm: str | os.PathLike[str] | ModelAndTokenizer,

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rgtg_fast.models.attention import NAME, PACKED
+from rgtg_fast.models.autocast import without_autocast
 
 
 class Watched:
@@ -72,7 +73,6 @@ class Served:
 
     def __init__(self, models: Sequence[nn.Module], by_blocks: Sequence[nn.Module]):
         self._modules = [module for model in models for module in _modules(model)]
-        self._devices = {parameter.device.type for parameter in _parameters(self._modules)}
         # A trunk may have a configuration of its own, which is not told of the model's.
         blocks = [module for model in by_blocks for module in _modules(model)]
         self._configured = [module for module in blocks if isinstance(module, PreTrainedModel)]
@@ -80,9 +80,7 @@ class Served:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for device in self._devices:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(without_autocast())
             for model in self._configured:
                 own: Any = model.config._attn_implementation
                 if own not in (NAME, PACKED):

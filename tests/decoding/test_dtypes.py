@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from rgtg_fast import Guidance, RewardGuidedDecoder
-from rgtg_fast.models.autocast import without_autocast
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models.adapters import write_adapter
 
@@ -79,22 +78,21 @@ def test_results_are_those_without(reward: str, engine: str, folder: Path) -> No
 
 
 def test_a_caller_keeps_its_autocast_between_steps() -> None:
-    closed = []
+    inside = []
 
-    @without_autocast
-    def steps() -> Iterator[bool]:
-        try:
-            for _ in range(3):
-                yield torch.is_autocast_enabled("cpu")
-        finally:
-            closed.append(torch.is_autocast_enabled("cpu"))
+    def reward(prefixes: object, candidates: torch.Tensor) -> torch.Tensor:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return torch.zeros(candidates.shape)
 
+    decoder = RewardGuidedDecoder.from_pretrained((make_lm(), make_tokenizer()), reward=reward)
     with torch.autocast("cpu", torch.bfloat16):
-        running = steps()
-        assert next(running) is False
-        assert torch.is_autocast_enabled("cpu")
-        assert next(running) is False
+        running = decoder.stream("w1", 4)
+        for _ in range(2):
+            next(running)
+            assert torch.is_autocast_enabled("cpu")
         running.close()
-        assert len(closed) == 1
-        assert list(steps()) == [False] * 3
         assert torch.is_autocast_enabled("cpu")
+        assert list(decoder.stream("w1", 3))
+        assert torch.is_autocast_enabled("cpu")
+    assert len(inside) >= 3
+    assert not any(inside)
