@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.harness import MACHINE, RESULTS, append, read, shown
 from rgtg_fast import bundled
-from rgtg_fast.app.accuracy import Data, judge
+from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.cli.accuracy import Data, judge
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.benchmark import machine
 
 # What a row tells: a guide's accuracy, its distance from preferring the longer answer, or two guides' distance.
 ACCURACY, ABOVE_LONGER, DIFFERENCE, LONGER = "accuracy", "above_longer_wins", "difference", "longer_wins"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from benchmarks.cells import HEADLINES, ROUND, SHARED, sweep_cells
 from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
-from rgtg_fast.app import embedded
+from rgtg_fast.bench.benchmark import SHAPES, machine, run_bench
+from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.benchmark import SHAPES, machine, run_bench
 
 
 def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:

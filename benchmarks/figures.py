@@ -13,7 +13,7 @@ from benchmarks.method_tables import cost_blocks, evidence_block
 from benchmarks.study.budgets import BUDGETS, budgets_block
 from benchmarks.study.tables import BLOCK, HEADLINE, headline_block, study_block
 from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
-from rgtg_fast.evaluation.summary import PAIRWISE
+from rgtg_fast.evaluation.study.summary import PAIRWISE
 
 ROOT = Path(__file__).parent.parent
 # What was expected of a GPU before any had run this.

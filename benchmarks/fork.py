@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
 from rgtg_fast import bundled
-from rgtg_fast.app import embedded
-from rgtg_fast.app.accuracy import Data, judge
+from rgtg_fast.bench.benchmark import run_bench
+from rgtg_fast.bundled import embedded
+from rgtg_fast.cli.accuracy import Data, judge
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.benchmark import run_bench
 from rgtg_fast.models.adapter import Adapter
 
 METHODS = ("shared_trunk", "two_models", "ours_unguided")

@@ -159,7 +159,7 @@ together "$begun"
 
 if [ "$device" = cuda ]; then
     alone ops 70 "$python" -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv" \
-        --ops tree_attention topk_logprobs linear commit advance reward_tail resample partial_bt_loss
+        --ops tree_attention topk_logprobs linear commit advance score_and_sample resample partial_bt_loss
 fi
 decode 8b 8b 60
 decode 8b-shared 8b-shared 45

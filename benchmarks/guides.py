@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.harness import MACHINE, append, read, shown
-from rgtg_fast.app import embedded
-from rgtg_fast.app.session import quiet
+from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bundled import embedded
+from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.accuracy import Scores, prefix_accuracy
-from rgtg_fast.evaluation.benchmark import machine
-from rgtg_fast.training.recipe import Recipe, train_reward_model
+from rgtg_fast.training.config import TrainConfig, train_reward_model
 
 TABLE = "guides.csv"
 FRACTIONS = ("0.1", "0.25", "0.5", "0.75", "1")
@@ -55,7 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipes() -> dict[str, Recipe]:
+def recipes() -> dict[str, TrainConfig]:
     """By name: every setting with either objective."""
     common = {
         "weight": "pair",
@@ -65,7 +65,7 @@ def recipes() -> dict[str, Recipe]:
         "accumulation": 1,
     }
     return {
-        f"{guide}-{name}": Recipe(objective=objective, bf16=True, **common, **settings)
+        f"{guide}-{name}": TrainConfig(objective=objective, bf16=True, **common, **settings)
         for name, settings in SETTINGS.items()
         for guide, objective in OBJECTIVES.items()
     }
@@ -77,12 +77,14 @@ def accuracies(scores: Scores) -> dict[str, float]:
     return {f"accuracy_{fraction}": point.accuracy for fraction, point in zip(FRACTIONS, found, strict=True)}
 
 
-def train(name: str, recipe: Recipe, lm: str, data: Path, folder: Path, device: str | None) -> dict[str, Any]:
+def train(
+    name: str, recipe: TrainConfig, lm: str, data: Path, folder: Path, device: str | None
+) -> dict[str, Any]:
     """Trains one guide into the folder of its name; its row."""
     # What a stopped run has left of it.
     shutil.rmtree(folder / name, ignore_errors=True)
     result = train_reward_model(
-        lm, data, folder / name, recipe, device=device, cache_trunk=False, metrics=accuracies, say=print
+        lm, data, folder / name, recipe, device=device, cache_trunk=False, metrics=accuracies, progress=print
     )
     shutil.rmtree(folder / name / "trunk", ignore_errors=True)
     for checkpoint in (folder / name).glob("checkpoint-*"):
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}: left out, {given.seconds:g} s are over")
                 continue
             print(f"{name}: {recipe}")
-            recipe = Recipe(**{**vars(recipe), "limit": given.limit})
+            recipe = TrainConfig(**{**vars(recipe), "limit": given.limit})
             row = train(name, recipe, lm, given.data, given.folder, given.device)
             row |= {column: about[column] for column in MACHINE}
             row |= {"date": datetime.date.today().isoformat(), "model": given.lm or embedded.NAME}

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from rgtg_fast.bench.benchmark import AGREEING
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.benchmark import AGREEING
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -190,7 +190,7 @@ def sweep(
     model: str,
     machine: dict[str, Any],
     device: str,
-    say: Callable[[str], None] = print,
+    progress: Callable[[str], None] = print,
     seconds: float | None = None,
 ) -> int:
     """Measure every cell that the file does not hold yet.
@@ -203,7 +203,7 @@ def sweep(
         bench: `run_bench`.
         models: its arguments that name the models.
         model: their name in the file.
-        machine: `rgtg_fast.evaluation.benchmark.machine()`, for finding rows of this machine.
+        machine: `rgtg_fast.bench.benchmark.machine()`, for finding rows of this machine.
         device: "cpu" or "cuda".
         say: is told what happens.
         seconds: no cell is begun later than this after the start; those left out are named. None: all are measured.
@@ -229,13 +229,15 @@ def sweep(
             if tuple(str(shown((here | {"method": m})[n])) for n in KEY) not in present
         ]
         if not missing:
-            say(f"[{number}/{len(cells)}] {cell}: present")
+            progress(f"[{number}/{len(cells)}] {cell}: present")
             continue
         if seconds is not None and time.perf_counter() - began > seconds:
-            say(f"[{number}/{len(cells)}] {cell}: left out, {seconds:g} s are over: {', '.join(missing)}")
+            progress(
+                f"[{number}/{len(cells)}] {cell}: left out, {seconds:g} s are over: {', '.join(missing)}"
+            )
             continue
         methods = [m for m in cell.methods if m in missing or (m in BESIDE and _agrees(m, missing))]
-        say(f"[{number}/{len(cells)}] {cell}: {', '.join(methods)}")
+        progress(f"[{number}/{len(cells)}] {cell}: {', '.join(methods)}")
         start, reason = time.perf_counter(), None
         written: set[str] = set()
 
@@ -247,7 +249,7 @@ def sweep(
             for row in rows:
                 written.add(row["method"])
                 note = f" (of {row['tokens_measured']} tokens, {row['rows_measured']} rows)"
-                say(f"    {row['method']:18} {float(row['tokens_per_second']):9.2f} tokens/s{note}")
+                progress(f"    {row['method']:18} {float(row['tokens_per_second']):9.2f} tokens/s{note}")
 
         try:
             result = bench(
@@ -281,5 +283,5 @@ def sweep(
         for name, why in result["left_out"].items():
             print(f"[{number}/{len(cells)}] {cell}: {name} is left out: {why}", file=sys.stderr)
         write(result)
-        say(f"    {time.perf_counter() - start:.0f} s")
+        progress(f"    {time.perf_counter() - start:.0f} s")
     return failed

@@ -49,13 +49,13 @@ from rgtg_fast import (
     TextReward,
     VocabularyReward,
 )
-from rgtg_fast.app import embedded
-from rgtg_fast.app.methods import METHODS, Cost
+from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bundled import embedded
+from rgtg_fast.cli.methods import METHODS, Cost
 from rgtg_fast.config import Strategy
-from rgtg_fast.evaluation.benchmark import machine
 from rgtg_fast.models.adapter import RECIPE, fingerprint
-from rgtg_fast.models.backbone import Backbone, FusedLayers, TransformersLayers
 from rgtg_fast.models.loading import ModelAndTokenizer, load_causal_lm
+from rgtg_fast.models.runner import FusedLayers, ModelRunner, TransformersLayers
 from rgtg_fast.rewards.classifier import Classifier
 
 OWN, SHARED = "a model of its own", "an adapter in the base model's forward"
@@ -100,17 +100,17 @@ def watched() -> Iterator[list[Forward]]:
     """Writes down every forward of every model, where its tokens go in."""
     seen: list[Forward] = []
     kinds = ["step"]
-    prefill, uncached = Backbone.prefill, Backbone.hidden_uncached
+    prefill, uncached = ModelRunner.prefill, ModelRunner.hidden_uncached
     classify = Classifier._forward
 
-    def prefilled(self: Backbone, slot: int, ids: Sequence[int]) -> torch.Tensor:
+    def prefilled(self: ModelRunner, slot: int, ids: Sequence[int]) -> torch.Tensor:
         kinds.append("prefill")
         try:
             return prefill(self, slot, ids)
         finally:
             kinds.pop()
 
-    def whole(self: Backbone, ids: Sequence[int], *variant: int) -> torch.Tensor:
+    def whole(self: ModelRunner, ids: Sequence[int], *variant: int) -> torch.Tensor:
         seen.append(Forward(self.layers, "whole", len(ids)))
         return uncached(self, ids, *variant)
 
@@ -129,8 +129,8 @@ def watched() -> Iterator[list[Forward]]:
         return classify(self, rows)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Backbone, "prefill", prefilled))
-        stack.enter_context(patch.object(Backbone, "hidden_uncached", whole))
+        stack.enter_context(patch.object(ModelRunner, "prefill", prefilled))
+        stack.enter_context(patch.object(ModelRunner, "hidden_uncached", whole))
         for kind in (FusedLayers, TransformersLayers):
             stack.enter_context(patch.object(kind, "forward", noting(kind.forward)))
         stack.enter_context(patch.object(Classifier, "_forward", texts))
@@ -283,8 +283,8 @@ def measure(case: Case, parts: Parts, new_tokens: int, engine: str = "auto") -> 
     with watched() as seen:
         stats = decoder.generate(prompts, new_tokens, case.guidance).stats
     steps = [forward for forward in seen if forward.kind != "prefill"]
-    lm = [forward for forward in steps if forward.model is decoder.lm.backbone.layers]
-    guides = [forward for forward in steps if forward.model is not decoder.lm.backbone.layers]
+    lm = [forward for forward in steps if forward.model is decoder.lm.runner.layers]
+    guides = [forward for forward in steps if forward.model is not decoder.lm.runner.layers]
     guided = sum(called) + sum(f.tokens for f in guides) + sum(f.adapted for f in lm)
     found = (len(lm), sum(f.tokens for f in lm), len(guides) + len(called), guided)
     if not called and not case.cost.whole_texts:
@@ -351,8 +351,8 @@ def measure_strategy(name: str, strategy: Strategy, parts: Parts, new_tokens: in
         result = decoder.generate(chats, new_tokens, strategy=strategy)
     stats = result.stats
     kept = sum(len(row.tokens) + (row.finish_reason == "eos") for row in result)
-    of_lm = sum(f.tokens for f in seen if f.model is decoder.lm.backbone.layers) - stats.prompt_tokens_lm
-    of_guide = sum(f.tokens for f in seen if f.model is not decoder.lm.backbone.layers)
+    of_lm = sum(f.tokens for f in seen if f.model is decoder.lm.runner.layers) - stats.prompt_tokens_lm
+    of_guide = sum(f.tokens for f in seen if f.model is not decoder.lm.runner.layers)
     prompts = 0 if name == "best_of_n" else stats.prompt_tokens_reward
     counters = (stats.lm_tokens, stats.reward_tokens + stats.prompt_tokens_reward - prompts)
     if (of_lm, of_guide - prompts) != counters:
@@ -387,9 +387,9 @@ def measure_gate(parts: Parts, k: int, new_tokens: int) -> dict[str, Any]:
     gate = median(step.entropy for step in plain.trace or [])
     with watched() as seen:
         stats = decoder.generate(chat, new_tokens, Guidance(k, 1.0, gate_entropy=gate)).stats
-    of_lm = [f for f in seen if f.model is decoder.lm.backbone.layers and f.kind == "step"]
+    of_lm = [f for f in seen if f.model is decoder.lm.runner.layers and f.kind == "step"]
     of_guide = (
-        sum(f.tokens for f in seen if f.model is not decoder.lm.backbone.layers) - stats.prompt_tokens_reward
+        sum(f.tokens for f in seen if f.model is not decoder.lm.runner.layers) - stats.prompt_tokens_reward
     )
     counters = (stats.lm_calls, stats.lm_tokens, stats.reward_tokens)
     if (len(of_lm), sum(f.tokens for f in of_lm), of_guide) != counters:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from benchmarks.method_costs import GATE, MEASURED, STRATEGY
 from benchmarks.study.tables import interval, setting
-from rgtg_fast.app.methods import METHODS, STRATEGIES
-from rgtg_fast.app.policies import POLICIES
+from rgtg_fast.cli.methods import METHODS, STRATEGIES
+from rgtg_fast.cli.policies import POLICIES
 
 Row = dict[str, str]
 

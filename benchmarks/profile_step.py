@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
+from rgtg_fast.bench.benchmark import DTYPES, SHAPES, machine
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.benchmark import DTYPES, SHAPES, machine
 from rgtg_fast.profiling import PhaseTimer
 
 MODES = ("eager", "apart", "graphed", "compiled", "tuned")
@@ -79,7 +79,7 @@ def make_decoder(shape: str, device: str, dtype: torch.dtype, batch: int, mode: 
         engine="transformers" if mode in COMPILE else "auto",
         graphs=False if mode == "eager" else None,
         compile=COMPILE.get(mode, False),
-        join_products=False if mode == "apart" else None,
+        fuse_projections=False if mode == "apart" else None,
     )
 
 

@@ -36,9 +36,9 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
-from rgtg_fast.app import embedded
+from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.benchmark import machine
 from rgtg_fast.ops import partial_bt_loss
 from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.losses import Objective
@@ -385,7 +385,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def measure(job: Job, given: argparse.Namespace, say: Callable[[str], None]) -> Iterator[Timed]:
+def measure(job: Job, given: argparse.Namespace, progress: Callable[[str], None]) -> Iterator[Timed]:
     """Every method that is wanted, in turn."""
     if "packed" in given.methods:
         for mode in ("eos", "hold"):
@@ -396,7 +396,7 @@ def measure(job: Job, given: argparse.Namespace, say: Callable[[str], None]) -> 
         tried = []
         for batch in TRL_BATCHES:
             tried.append(time_trl(job, batch))
-            say(f"    trl, batches of {batch} pairs: {len(job.pairs) / tried[-1].seconds:.3f} pairs/s")
+            progress(f"    trl, batches of {batch} pairs: {len(job.pairs) / tried[-1].seconds:.3f} pairs/s")
         yield min(tried, key=lambda timed: timed.seconds)
 
 

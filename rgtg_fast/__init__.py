@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from rgtg_fast.config import Blocks as Blocks
     from rgtg_fast.config import Guidance as Guidance
     from rgtg_fast.config import Segments as Segments
-    from rgtg_fast.decoding.decoder import RewardGuidedDecoder as RewardGuidedDecoder
-    from rgtg_fast.decoding.results import Candidate as Candidate
-    from rgtg_fast.decoding.results import GeneratedRow as GeneratedRow
-    from rgtg_fast.decoding.results import GenerationResult as GenerationResult
-    from rgtg_fast.decoding.results import Piece as Piece
-    from rgtg_fast.decoding.results import Stats as Stats
-    from rgtg_fast.decoding.results import Step as Step
+    from rgtg_fast.decoder import RewardGuidedDecoder as RewardGuidedDecoder
+    from rgtg_fast.engine.outputs import Candidate as Candidate
+    from rgtg_fast.engine.outputs import GeneratedRow as GeneratedRow
+    from rgtg_fast.engine.outputs import GenerationResult as GenerationResult
+    from rgtg_fast.engine.outputs import Stats as Stats
+    from rgtg_fast.engine.outputs import Step as Step
+    from rgtg_fast.engine.outputs import StreamChunk as StreamChunk
     from rgtg_fast.errors import RewardNaNError as RewardNaNError
     from rgtg_fast.errors import RGTGError as RGTGError
     from rgtg_fast.rewards.autoregressive import AutoregressiveReward as AutoregressiveReward
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rgtg_fast.rewards.function import FunctionReward as FunctionReward
     from rgtg_fast.rewards.log_ratio import LogRatioReward as LogRatioReward
     from rgtg_fast.rewards.mixture import MixtureReward as MixtureReward
-    from rgtg_fast.rewards.named import named_guide as named_guide
+    from rgtg_fast.rewards.parse import named_guide as named_guide
     from rgtg_fast.rewards.rad import RADReward as RADReward
     from rgtg_fast.rewards.sequence import SequenceReward as SequenceReward
     from rgtg_fast.rewards.text import TextReward as TextReward
@@ -40,13 +40,13 @@ _HOMES = {
     "Blocks": "config",
     "Segments": "config",
     "Guidance": "config",
-    "RewardGuidedDecoder": "decoding.decoder",
-    "Candidate": "decoding.results",
-    "GeneratedRow": "decoding.results",
-    "GenerationResult": "decoding.results",
-    "Piece": "decoding.results",
-    "Stats": "decoding.results",
-    "Step": "decoding.results",
+    "RewardGuidedDecoder": "decoder",
+    "Candidate": "engine.outputs",
+    "GeneratedRow": "engine.outputs",
+    "GenerationResult": "engine.outputs",
+    "StreamChunk": "engine.outputs",
+    "Stats": "engine.outputs",
+    "Step": "engine.outputs",
     "RGTGError": "errors",
     "RewardNaNError": "errors",
     "AutoregressiveReward": "rewards.autoregressive",
@@ -56,7 +56,7 @@ _HOMES = {
     "FunctionReward": "rewards.function",
     "LogRatioReward": "rewards.log_ratio",
     "MixtureReward": "rewards.mixture",
-    "named_guide": "rewards.named",
+    "named_guide": "rewards.parse",
     "RADReward": "rewards.rad",
     "SequenceReward": "rewards.sequence",
     "TextReward": "rewards.text",
@@ -75,7 +75,6 @@ __all__ = [
     "Guidance",
     "LogRatioReward",
     "MixtureReward",
-    "Piece",
     "Prefix",
     "RADReward",
     "RGTGError",
@@ -86,6 +85,7 @@ __all__ = [
     "SequenceReward",
     "Stats",
     "Step",
+    "StreamChunk",
     "TextReward",
     "VocabularyReward",
     "__version__",

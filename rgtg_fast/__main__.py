@@ -1,5 +1,5 @@
 """`python -m rgtg_fast` is `rgtg-fast`."""
 
-from rgtg_fast.cli import main
+from rgtg_fast.cli.main import main
 
 main()

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from typer.main import get_command
 
 import rgtg_fast
-from rgtg_fast.cli import app
+from rgtg_fast.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -21,19 +21,19 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.ops.tune import agrees
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward, ops
-from rgtg_fast.evaluation.benchmark import SHAPES
+from rgtg_fast.bench.benchmark import SHAPES
 from rgtg_fast.ops import specs, use_backend
 
 # Results in place, beside those that are returned.
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "advance": ("tokens", "position")}
+WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
 # One shape of each op, ragged where it can be.
 SHAPE = {
     "topk_logprobs": {"B": 1, "V": 49152, "k": 10},
     "tree_attention": {"B": 3, "H": 8, "G": 2, "S": 10, "T": 700, "D": 128, "lengths": [700, 1, 513]},
     "resample": {"B": 8, "K": 5},
     "commit": {"L": 2, "B": 3, "G": 2, "S": 5, "T": 40, "D": 64},
-    "reward_tail": {"B": 8, "K": 10, "E": 576},
-    "advance": {"B": 9, "K": 10, "Z": 2},
+    "score_and_sample": {"B": 8, "K": 10, "E": 576},
+    "finish_step": {"B": 9, "K": 10, "Z": 2},
     "partial_bt_loss": {"N": 3, "T": 9, "mode": "hold"},
 }
 

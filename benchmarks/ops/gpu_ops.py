@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from rgtg_fast import ops
-from rgtg_fast.evaluation.benchmark import machine
+from rgtg_fast.bench.benchmark import machine
 from rgtg_fast.ops import specs, use_backend
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_ops.csv"
@@ -75,9 +75,9 @@ def cases() -> Iterator[Case]:
     for B, K in ((1, 10), (32, 10), (32, 40), (1, 128256)):
         yield Case("resample", {"B": B, "K": K}, torch.float32)
     for B, K in ((1, 10), (32, 10), (1, 40)):
-        yield Case("reward_tail", {"B": B, "K": K, "E": 4096})
+        yield Case("score_and_sample", {"B": B, "K": K, "E": 4096})
     for B in (1, 32):
-        yield Case("advance", {"B": B, "K": 10, "Z": 2}, torch.float32)
+        yield Case("finish_step", {"B": B, "K": 10, "Z": 2}, torch.float32)
     for B in (1, 32):
         yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
     for N in (16, 256):
@@ -98,9 +98,9 @@ def moved_bytes(case: Case) -> int:
         return size * (2 * s["G"] * sum(s["lengths"]) * s["D"] + new)
     if case.op == "resample":
         return s["B"] * (2 * s["K"] * size + 36)
-    if case.op == "reward_tail":
+    if case.op == "score_and_sample":
         return s["B"] * s["K"] * (s["E"] * size + 8) + 2 * s["E"] * size + 36 * s["B"]
-    if case.op == "advance":
+    if case.op == "finish_step":
         return s["B"] * (s["K"] * size + 120) + 8 * s["Z"]
     if case.op == "partial_bt_loss":
         offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
@@ -120,7 +120,7 @@ def operations(case: Case) -> int:
         return 4 * s["H"] * s["S"] * (sum(s["lengths"]) + s["B"]) * s["D"]
     if case.op == "resample":
         return 6 * s["B"] * s["K"]
-    if case.op == "reward_tail":
+    if case.op == "score_and_sample":
         # The norm's squares and its scaling, then the head.
         return s["B"] * s["K"] * (6 * s["E"] + 6)
     if case.op == "partial_bt_loss":
@@ -253,14 +253,14 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
         yield "torch log_softmax + topk", dict, torch_topk
     elif case.op == "resample":
         yield "torch softmax + multinomial", dict, torch_resample
-    elif case.op == "reward_tail":
+    elif case.op == "score_and_sample":
         yield "torch norm, linear, softmax + multinomial", dict, torch_tail
     elif case.op == "linear":
         yield "torch linear", dict, lambda a: F.linear(a["x"], a["weight"])
     elif case.op == "commit":
         yield "torch index_put", dict, lambda a: specs()["commit"].reference(**a)
-    elif case.op == "advance":
-        yield "torch, some twenty-five small kernels", dict, lambda a: specs()["advance"].reference(**a)
+    elif case.op == "finish_step":
+        yield "torch, some twenty-five small kernels", dict, lambda a: specs()["finish_step"].reference(**a)
     elif case.op == "partial_bt_loss":
         yield "torch logsigmoid and autograd, padded", padded, torch_bt_loss
     elif case.op == "tree_attention":
@@ -289,7 +289,7 @@ def inputs_of(case: Case) -> dict[str, Any]:
         x = torch.randn(M, K, device="cuda", dtype=case.dtype)
         return {"x": x, "weight": torch.randn(N, K, device="cuda", dtype=case.dtype)}
     inputs = specs()[case.op].make_inputs(case.shape, case.dtype, "cuda")
-    if case.op in ("resample", "reward_tail"):
+    if case.op in ("resample", "score_and_sample"):
         inputs["temperature"].fill_(1.0)
     if case.op == "commit":
         # From the start, so that there is a slot for every replay.

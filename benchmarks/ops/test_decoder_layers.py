@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from rgtg_fast.models.cache import cache_keyword
-from rgtg_fast.models.native import NativeLayers
+from rgtg_fast.models.cpp_layers import NativeLayers
+from rgtg_fast.models.kv_cache import cache_keyword
 
 pytestmark = pytest.mark.usefixtures("cpp_only")
 

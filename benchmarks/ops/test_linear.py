@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rgtg_fast.models.native import linear
+from rgtg_fast.models.cpp_layers import linear
 
 pytestmark = pytest.mark.usefixtures("cpp_only")
 

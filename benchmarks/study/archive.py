@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rgtg_fast.evaluation.answers import ANSWERS
-from rgtg_fast.evaluation.ratings import SCORES
-from rgtg_fast.evaluation.settings import canonical
+from rgtg_fast.evaluation.study.answers import ANSWERS
+from rgtg_fast.evaluation.study.ratings import SCORES
+from rgtg_fast.evaluation.study.settings import canonical
 from rgtg_fast.training.data import read_rows
 
 ARCHIVE = "answers.jsonl.gz"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rgtg_fast.evaluation.report import file_name
+from rgtg_fast.evaluation.study.report import file_name
 
 BLOCK, HEADLINE = "study", "study-headline"
 FRONTIER = "benchmarks/study/results/figures/reward_over_kl_{judge}.svg"

@@ -1,1 +1,1 @@
-"""What the command line is made of: the embedded model, the demo, explanations, batch jobs, reports."""
+"""The old place of `default_model`, for one release; see `rgtg_fast.app.embedded`."""

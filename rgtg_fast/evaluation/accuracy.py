@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.metrics import bootstrap_mean
+from rgtg_fast.evaluation.study.metrics import bootstrap_mean
 from rgtg_fast.files import check_writable, replacing
 from rgtg_fast.models.prompts import Prompt, PromptLike
 from rgtg_fast.plaintext import printable

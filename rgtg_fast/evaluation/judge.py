@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.bundled import resolve
-from rgtg_fast.decoding.decoder import RewardGuidedDecoder
+from rgtg_fast.decoder import RewardGuidedDecoder
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter, is_adapter
 from rgtg_fast.models.loading import (
@@ -29,7 +29,7 @@ from rgtg_fast.models.loading import (
 from rgtg_fast.models.prompts import Prompt, PromptLike, text_ids
 from rgtg_fast.rewards import SequenceReward, named_guide
 from rgtg_fast.rewards.base import Prefix, Reward
-from rgtg_fast.rewards.named import CONTRASTIVE, PREFIXES
+from rgtg_fast.rewards.parse import CONTRASTIVE, PREFIXES
 from rgtg_fast.training.data import without_eos
 from rgtg_fast.training.layouts import without_end
 from rgtg_fast.training.packing import use_packed_attention

@@ -191,22 +191,22 @@ class Adapter:
         """Bytes of the factors in float32."""
         return sum(pair.a.nbytes + pair.b.nbytes for pair in self.low_rank.values())
 
-    def mismatch(self, model: PreTrainedModel) -> str | None:
+    def base_mismatch(self, model: PreTrainedModel) -> str | None:
         """Why the adapter's base is not this model, in words; None where it is.
 
         Where the adapter knows its base's fingerprint, that decides, else the base's name.
         """
         if self.base_fingerprint is not None:
             if fingerprint(model) == self.base_fingerprint:
-                return self.misfit(model)
+                return self.shape_mismatch(model)
             return f"{self.name} was trained on other weights than those of {_title(model)}"
         if not self.base_name or not _same_name(self.base_name, model.config._name_or_path):
             return (
                 f"{self.name} was trained on {self.base_name or 'an unnamed model'}, not on {_title(model)}"
             )
-        return self.misfit(model)
+        return self.shape_mismatch(model)
 
-    def misfit(self, model: PreTrainedModel) -> str | None:
+    def shape_mismatch(self, model: PreTrainedModel) -> str | None:
         """Which of the adapter's shapes does not fit a model, in words; None where all do.
 
         Raises:

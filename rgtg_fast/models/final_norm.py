@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rgtg_fast.models.native import FAMILIES
+from rgtg_fast.models.cpp_layers import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FinalNorm:
     """y = x / √(mean x² + eps) · (weight + offset).
 
     Attributes:
-        module: the model's own. eps, offset: as `ops.reward_tail` takes them.
+        module: the model's own. eps, offset: as `ops.score_and_sample` takes them.
     """
 
     module: nn.Module

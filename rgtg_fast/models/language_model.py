@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rgtg_fast.models.backbone import Backbone
+from rgtg_fast.models.runner import ModelRunner
 
 
 @dataclass
@@ -21,14 +21,14 @@ class LanguageModel:
         vocabulary: number of tokens that may be chosen (V); a reward model with fewer embeddings lowers it.
     """
 
-    backbone: Backbone
+    runner: ModelRunner
     tokenizer: PreTrainedTokenizerBase | None
     vocabulary: int
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """Ids that end an answer: the generation config's, else the tokenizer's."""
-        config: Any = self.backbone.model.generation_config
+        config: Any = self.runner.model.generation_config
         ids = None if config is None else config.eos_token_id
         if ids is None and self.tokenizer is not None:
             ids = self.tokenizer.eos_token_id

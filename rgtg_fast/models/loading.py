@@ -19,9 +19,9 @@ from rgtg_fast import bundled
 from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
 from rgtg_fast.models.attention import attentions, restore_attentions
-from rgtg_fast.models.backbone import Backbone
 from rgtg_fast.models.limits import Limit, limits, unknown_kind
 from rgtg_fast.models.pretrained import fits_in_memory, read_pretrained, read_tokenizer
+from rgtg_fast.models.runner import ModelRunner
 
 DTYPES = {
     "float32": torch.float32,
@@ -226,7 +226,7 @@ def _base_of(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> Mode
     if not adapter.base_name:
         raise RGTGError(f"{adapter.name} names no base model: add base_model_name_or_path to its {CONFIG}")
     base, tokenizer = load_causal_lm(adapter.base_name, device, dtype)
-    wrong = adapter.misfit(base) if adapter.base_fingerprint is None else adapter.mismatch(base)
+    wrong = adapter.shape_mismatch(base) if adapter.base_fingerprint is None else adapter.base_mismatch(base)
     if wrong is not None:
         raise RGTGError(
             f"{wrong}: put back the model that it was trained on, or use one that was saved merged"
@@ -282,17 +282,17 @@ def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype 
         RGTGError: the adapter does not fit its base.
     """
     model, tokenizer = base
-    if adapter.mismatch(model) is not None:
+    if adapter.base_mismatch(model) is not None:
         beneath = _beneath(model, dtype or model.dtype)
-        if beneath is not None and adapter.mismatch(beneath[0]) is None:
+        if beneath is not None and adapter.base_mismatch(beneath[0]) is None:
             model, tokenizer = beneath
         else:
             refuse_bundled(adapter, model)
             if adapter.base_name:
                 model, tokenizer = load_causal_lm(adapter.base_name, model.device, dtype or model.dtype)
-    misfit = adapter.misfit(model)
-    if misfit is not None:
-        raise RGTGError(f"{misfit}: name the model that the adapter was trained on")
+    shape_mismatch = adapter.shape_mismatch(model)
+    if shape_mismatch is not None:
+        raise RGTGError(f"{shape_mismatch}: name the model that the adapter was trained on")
     own = adapter.merged(model)
     own.config._name_or_path = adapter.name
     return own, tokenizer
@@ -350,8 +350,8 @@ def load_vocabulary_model(
     return _placed(model, lm.device, kind), tokenizer
 
 
-def language_backbone(model: PreTrainedModel, engine: str, max_length: int | None) -> Backbone:
-    """The base model as a Backbone, refused by name where it cannot work."""
+def language_runner(model: PreTrainedModel, engine: str, max_length: int | None) -> ModelRunner:
+    """The base model as a ModelRunner, refused by name where it cannot work."""
     head: object = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise RGTGError(
@@ -360,8 +360,8 @@ def language_backbone(model: PreTrainedModel, engine: str, max_length: int | Non
     return _backbone(model, head, engine, max_length, "language model")
 
 
-def reward_backbone(model: PreTrainedModel, engine: str, max_length: int | None) -> Backbone:
-    """A causal reward model as a Backbone, refused by name where it cannot work."""
+def reward_runner(model: PreTrainedModel, engine: str, max_length: int | None) -> ModelRunner:
+    """A causal reward model as a ModelRunner, refused by name where it cannot work."""
     head = dict(model.named_children()).get("score")
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise RGTGError(
@@ -373,7 +373,7 @@ def reward_backbone(model: PreTrainedModel, engine: str, max_length: int | None)
 
 def _backbone(
     model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str
-) -> Backbone:
+) -> ModelRunner:
     cannot = f"{_title(model)} cannot serve as {role}"
     attention = attentions(model)
     try:
@@ -393,8 +393,8 @@ def _backbone(
 
 def _verified(
     model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, cannot: str
-) -> Backbone:
-    """A Backbone that computes what the model does, up to the length asked for."""
+) -> ModelRunner:
+    """A ModelRunner that computes what the model does, up to the length asked for."""
     config: Any = model.config.get_text_config()
     reason, nearest = refusal(model, max_length), _exceeded(config, max_length)
     refused = None if reason is None else RGTGError(f"{cannot}: {reason}; tested families: {TESTED}")
@@ -402,11 +402,11 @@ def _verified(
         raise refused
     limit = context_length(model) if max_length is None else min(context_length(model), max_length)
     # A shorter length is only named as the way out where it is one.
-    backbone = Backbone(model, head, engine, limit if nearest is None else min(limit, nearest.tokens))
-    backbone.verify()
+    runner = ModelRunner(model, head, engine, limit if nearest is None else min(limit, nearest.tokens))
+    runner.verify()
     if refused is not None:
         raise refused
-    return backbone
+    return runner
 
 
 def _title(model: PreTrainedModel) -> str:

@@ -15,7 +15,7 @@ def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return host.to(device, non_blocking=True)
 
 
-class Arrival:
+class AsyncCopy:
     """Tensors on their way to the host, as they are now: later writes on the device do not reach them.
 
     Args:

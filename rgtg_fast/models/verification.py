@@ -17,7 +17,7 @@ from rgtg_fast.models.attention import own_attention
 from rgtg_fast.models.limits import original_length
 
 if TYPE_CHECKING:
-    from rgtg_fast.models.backbone import Backbone
+    from rgtg_fast.models.runner import ModelRunner
 
 # What every forward of a trunk is to return, whatever its config says.
 OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
@@ -43,26 +43,26 @@ _LONGEST_PROBE = 256
 _SCALES = ("softcap", "soft_cap", "logit_scale", "logits_scal", "output_multiplier", "mup_width_multiplier")
 
 
-def verify(backbone: Backbone) -> None:
+def verify(runner: ModelRunner) -> None:
     """Compares cached steps and the head with the model's own uncached forward under its own attention.
 
     Raises:
         RGTGError: they differ by more than rounding.
     """
-    ids = probe(backbone)
-    name = type(backbone.model).__name__
-    with own_attention(backbone.model):
-        own = _check_head(backbone, ids)
-    error = _states_error(backbone, ids, own, 0)
+    ids = probe(runner)
+    name = type(runner.model).__name__
+    with own_attention(runner.model):
+        own = _check_head(runner, ids)
+    error = _states_error(runner, ids, own, 0)
     if error is not None:
         raise RGTGError(
             f"{name} cannot be served: its cached forward differs from its own by {error:.1%}, more than "
-            f"{backbone.dtype} rounds; use a tested family (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, "
+            f"{runner.dtype} rounds; use a tested family (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, "
             "OPT, GPT-2)"
         )
 
 
-def verify_variant(backbone: Backbone, variant: int, name: str) -> None:
+def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
     """The same for the states of an attached adapter's rows beside the model's own.
 
     Args:
@@ -71,58 +71,58 @@ def verify_variant(backbone: Backbone, variant: int, name: str) -> None:
     Raises:
         RGTGError: they differ by more than rounding.
     """
-    ids = probe(backbone)
-    with own_attention(backbone.model):
-        own = backbone.hidden_uncached(ids, variant)
-    error = _states_error(backbone, ids, own, variant)
+    ids = probe(runner)
+    with own_attention(runner.model):
+        own = runner.hidden_uncached(ids, variant)
+    error = _states_error(runner, ids, own, variant)
     if error is not None:
         raise RGTGError(
-            f"{name} cannot share the forward of {type(backbone.model).__name__}: cached and uncached differ by "
-            f"{error:.1%}, more than {backbone.dtype} rounds; use share_trunk=False"
+            f"{name} cannot share the forward of {type(runner.model).__name__}: cached and uncached differ by "
+            f"{error:.1%}, more than {runner.dtype} rounds; use share_trunk=False"
         )
 
 
-def probe(backbone: Backbone) -> list[int]:
+def probe(runner: ModelRunner) -> list[int]:
     """A few tokens that this model surely knows, and enough to exceed a short original context."""
-    config: Any = backbone.model.config.get_text_config()
+    config: Any = runner.model.config.get_text_config()
     original = original_length(config)
     length = 6 if original is None or original + 2 > _LONGEST_PROBE else max(6, original + 2)
     # The padding token stays out: a reward model's own forward would score the token before it. A short context, or
     # a window as short, is not exceeded.
-    pad, count = getattr(config, "pad_token_id", None), backbone.embeddings
-    numbers = ((3 + 7 * index) % count for index in range(min(length, backbone.limit)))
+    pad, count = getattr(config, "pad_token_id", None), runner.embeddings
+    numbers = ((3 + 7 * index) % count for index in range(min(length, runner.limit)))
     return [number if number != pad else (number + 1) % count for number in numbers]
 
 
-def _states_error(backbone: Backbone, ids: list[int], own: torch.Tensor, variant: int) -> float | None:
+def _states_error(runner: ModelRunner, ids: list[int], own: torch.Tensor, variant: int) -> float | None:
     """How far the cached steps' states lie from `own` [T, E] where that is more than rounding, else None."""
-    dtype = backbone.dtype
-    found = _cached_states(backbone, ids)[variant]
+    dtype = runner.dtype
+    found = _cached_states(runner, ids)[variant]
     error = _difference(found, own[-len(found) :])
     if dtype not in _HALF:
         # A GPU may compute float32 products in TF32.
-        rounding = _ROUNDING[dtype] * (10 if backbone.device.type == "cuda" else 1)
+        rounding = _ROUNDING[dtype] * (10 if runner.device.type == "cuda" else 1)
         return None if error <= rounding else error
-    routed = any(getattr(backbone.model.config.get_text_config(), name, None) for name in _EXPERTS)
+    routed = any(getattr(runner.model.config.get_text_config(), name, None) for name in _EXPERTS)
     if not error <= (_ROUTED if routed else _ROUNDING[dtype]):
         return error
     try:
-        return _float32_error(backbone, ids, variant, found, own[-len(found) :])
+        return _float32_error(runner, ids, variant, found, own[-len(found) :])
     except Exception:  # noqa: BLE001 - kernels of quantised weights may know no float32, and raise what they like
         return None
 
 
 def _float32_error(
-    backbone: Backbone, ids: list[int], variant: int, found: torch.Tensor, own: torch.Tensor
+    runner: ModelRunner, ids: list[int], variant: int, found: torch.Tensor, own: torch.Tensor
 ) -> float | None:
     """As `_states_error` of states [n, E] in half precision, by what float32 gives for the same weights."""
-    exact = _uncached_in_float32(backbone, ids, variant)[-len(found) :]
-    if backbone.engine == "native":
+    exact = _uncached_in_float32(runner, ids, variant)[-len(found) :]
+    if runner.engine == "native":
         error = _difference(found, exact)
-        usual = max(_difference(own, exact), torch.finfo(backbone.dtype).eps / 2)
+        usual = max(_difference(own, exact), torch.finfo(runner.dtype).eps / 2)
         return None if error <= _SIMILAR * usual else error
-    with _in_float32(backbone):
-        error = _difference(_cached_states(backbone, ids)[variant], exact)
+    with _in_float32(runner):
+        error = _difference(_cached_states(runner, ids)[variant], exact)
     return None if error <= _WIDENED else error
 
 
@@ -131,72 +131,72 @@ def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
     return float((found - own).norm() / own.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _cached_states(backbone: Backbone, ids: list[int]) -> torch.Tensor:
+def _cached_states(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
     """States [variants, n, E] of the last n of a few tokens: the first are prefilled, the last decoded."""
-    backbone.reserve(1, len(ids))
+    runner.reserve(1, len(ids))
     first = max(len(ids) - 3, 0)
-    backbone.prefill(0, ids[:first])
+    runner.prefill(0, ids[:first])
     states = []
     for token in ids[first:]:
-        backbone.step(torch.tensor([[token]], device=backbone.device))
-        states.append(backbone.stepped[0])
-        backbone.commit(torch.zeros(1, dtype=torch.int64, device=backbone.device))
-    backbone.reserve(1, len(ids))
+        runner.step(torch.tensor([[token]], device=runner.device))
+        states.append(runner.stepped[0])
+        runner.commit(torch.zeros(1, dtype=torch.int64, device=runner.device))
+    runner.reserve(1, len(ids))
     return torch.cat(states, 1)
 
 
-def _uncached_in_float32(backbone: Backbone, ids: list[int], variant: int) -> torch.Tensor:
+def _uncached_in_float32(runner: ModelRunner, ids: list[int], variant: int) -> torch.Tensor:
     """States [T, E] by the model's own forward and attention, computed in float32 from the same weights."""
-    with own_attention(backbone.model), _Float32():
-        return backbone.hidden_uncached(ids, variant)
+    with own_attention(runner.model), _Float32():
+        return runner.hidden_uncached(ids, variant)
 
 
 # ---- the head --------------------------------------------------------------------------------------------------------
 
 
-def _check_head(backbone: Backbone, ids: list[int]) -> torch.Tensor:
+def _check_head(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
     """Compares the head with the model's own logits; returns the trunk's states [T, E] in the model's own forward.
 
     Large states show what small ones hide: a cap on the logits.
     """
-    with _recorded(backbone.model.base_model) as recorder:
-        logits = _own_logits(backbone, ids)
+    with _recorded(runner.model.base_model) as recorder:
+        logits = _own_logits(runner, ids)
         if recorder.output is None:
-            own = backbone.hidden_uncached(ids)
-            _check_logits(backbone, own[-1:], logits)
+            own = runner.hidden_uncached(ids)
+            _check_logits(runner, own[-1:], logits)
             return own
         own = recorder.output.last_hidden_state[0]
-        _check_logits(backbone, own[-1:], logits)
-        large = own + _large_state(backbone.head).to(own.dtype)
+        _check_logits(runner, own[-1:], logits)
+        large = own + _large_state(runner.head).to(own.dtype)
         recorder.replacement = large
-        _check_logits(backbone, large[-1:], _own_logits(backbone, ids))
+        _check_logits(runner, large[-1:], _own_logits(runner, ids))
     return own
 
 
-def _own_logits(backbone: Backbone, ids: list[int]) -> torch.Tensor:
+def _own_logits(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
     """The last row [1, V] of what the model's own forward returns."""
-    text = torch.tensor([ids], device=backbone.device)
-    logits = backbone.model(input_ids=text, use_cache=False, return_dict=True).logits
-    return logits.reshape(-1, backbone.head.out_features)[-1:].double()
+    text = torch.tensor([ids], device=runner.device)
+    logits = runner.model(input_ids=text, use_cache=False, return_dict=True).logits
+    return logits.reshape(-1, runner.head.out_features)[-1:].double()
 
 
-def _check_logits(backbone: Backbone, state: torch.Tensor, own: torch.Tensor) -> None:
-    head = backbone.head
-    found = backbone.logits(state.float() if backbone.engine == "native" else state).double()
+def _check_logits(runner: ModelRunner, state: torch.Tensor, own: torch.Tensor) -> None:
+    head = runner.head
+    found = runner.logits(state.float() if runner.engine == "native" else state).double()
     # A single reward may be near 0 by chance: it is measured by what such a head gives to states as long as this.
     usual = head.weight.double().norm() * state.double().norm() / state.shape[-1] ** 0.5
     size = own.norm() if own.shape[-1] > 1 else torch.maximum(own.norm(), usual)
     error = float((found - own).norm() / size.clamp_min(torch.finfo(torch.float64).tiny))
-    if error <= _HEAD[backbone.dtype]:
+    if error <= _HEAD[runner.dtype]:
         return
-    config = backbone.model.config.get_text_config().to_dict()
+    config = runner.model.config.get_text_config().to_dict()
     named = [
         f"{key}={value}"
         for key, value in config.items()
         if any(scale in key for scale in _SCALES) and value not in (None, 1)
     ]
     raise RGTGError(
-        f"{type(backbone.model).__name__} cannot be served: its logits differ from its head's output by {error:.1%}"
+        f"{type(runner.model).__name__} cannot be served: its logits differ from its head's output by {error:.1%}"
         f" ({', '.join(named) or 'it scales, caps or adds to them'}); use a tested family (Llama, Qwen2, Qwen3, "
         "Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
     )
@@ -283,13 +283,13 @@ class _Float32(TorchDispatchMode):
 
 
 @contextmanager
-def _in_float32(backbone: Backbone) -> Iterator[None]:
+def _in_float32(runner: ModelRunner) -> Iterator[None]:
     """The backbone's forwards run in float32, over a cache of their own."""
-    cache = backbone.cache
-    backbone.cache = backbone.new_cache(torch.float32)
+    cache = runner.cache
+    runner.cache = runner.new_cache(torch.float32)
     try:
         with _Float32():
             yield
     finally:
-        backbone.cache = cache
-        backbone.reserve(0, 0)
+        runner.cache = cache
+        runner.reserve(0, 0)

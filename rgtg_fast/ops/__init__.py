@@ -5,11 +5,11 @@ for CUDA; see README.md for the legend of shapes.
 """
 
 from ._registry import KernelSpec, OpSpec, Tolerance, backend_of, specs, use_backend
-from .advance import advance
 from .commit import commit
+from .finish_step import finish_step
 from .partial_bt_loss import partial_bt_loss, partial_bt_terms
 from .resample import resample
-from .reward_tail import reward_tail
+from .score_and_sample import score_and_sample
 from .topk_logprobs import topk_logprobs
 from .tree_attention import tree_attention
 
@@ -17,13 +17,13 @@ __all__ = [
     "KernelSpec",
     "OpSpec",
     "Tolerance",
-    "advance",
     "backend_of",
     "commit",
+    "finish_step",
     "partial_bt_loss",
     "partial_bt_terms",
     "resample",
-    "reward_tail",
+    "score_and_sample",
     "specs",
     "topk_logprobs",
     "tree_attention",

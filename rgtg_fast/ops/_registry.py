@@ -175,7 +175,7 @@ def backend_of(
     """Says which implementation serves an op.
 
     On the CPU that is `"cpp"` for float32, bfloat16 and float16 (commit and partial_bt_loss: float64 too), and
-    `"reference"` for reward_tail and advance, for other dtypes and where the extension is missing. On CUDA it is
+    `"reference"` for score_and_sample and advance, for other dtypes and where the extension is missing. On CUDA it is
     `"triton"` for these three (commit: float64 too), and `"reference"` for others, where Triton is missing, and beyond
     the sizes that the kernels take: topk_logprobs with k > 256 (128 where V > 524288), tree_attention with D > 256.
     `use_backend` overrides the choice.

@@ -6,7 +6,7 @@ from rgtg_fast.rewards.contrastive import ContrastiveReward
 from rgtg_fast.rewards.function import FunctionReward
 from rgtg_fast.rewards.log_ratio import LogRatioReward
 from rgtg_fast.rewards.mixture import MixtureReward
-from rgtg_fast.rewards.named import named_guide
+from rgtg_fast.rewards.parse import named_guide
 from rgtg_fast.rewards.rad import RADReward
 from rgtg_fast.rewards.sequence import SequenceReward
 from rgtg_fast.rewards.text import TextReward

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rgtg_fast.rewards.wide import Follower, Scores, Source, WideReward
+from rgtg_fast.rewards.causal_scorer import CausalScorer, Scores, Source, VocabularyScorer
 
 
-class AutoregressiveReward(WideReward):
+class AutoregressiveReward(VocabularyScorer):
     """g(v) = log π_r(v | x, y_<i): the log-probability of an autoregressive reward model.
 
     GenARM (arXiv 2410.08193), there with the whole vocabulary as support: `Guidance(beta=1/β_r, support="all")`.
@@ -34,7 +34,7 @@ class AutoregressiveReward(WideReward):
     additive = True
 
     def __init__(self, model: Source, chat_template: str | None = None, share_trunk: bool | None = None):
-        super().__init__([Follower(model, chat_template, share_trunk, type(self).__name__)])
+        super().__init__([CausalScorer(model, chat_template, share_trunk, type(self).__name__)])
 
     def guidance(self) -> torch.Tensor:
         scores = self._followers[0].scores

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from rgtg_fast.errors import RGTGError, shown
-from rgtg_fast.models.backbone import Backbone, Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.models.runner import Counter, ModelRunner
 from rgtg_fast.ops import resample
 
 
@@ -44,7 +44,7 @@ class Reward(ABC):
     """What guides a decoder: r(x, y_<i ∘ v) for candidate tokens v.
 
     A guide is bound once to a base model. Then, for each call of the decoder: `reserve` once, `admit` for every row
-    that enters a slot, and per step `observe`, `guidance` (wide guides), `score` for the candidates, then `commit`.
+    that enters a slot, and per step `begin_step`, `guidance` (wide guides), `score` for the candidates, then `commit`.
     `move` follows a row to another slot. Rows occupy the slots 0..n-1.
 
     A guide that is given to a second decoder works there as a copy (`for_decoder`), which shares nothing but settings
@@ -60,7 +60,7 @@ class Reward(ABC):
         additive: True where the reward of an answer is the sum over its tokens (a log-ratio of the whole answer), False
             where it is that of its last prefix.
         parts: guides that a mixture adds up and `Guidance(weights=...)` may weigh, 0 for anything else.
-        on_device: True where a step (`observe`, `guidance`, `score`, `commit`) reads nothing on the host, neither a
+        on_device: True where a step (`begin_step`, `guidance`, `score`, `commit`) reads nothing on the host, neither a
             tensor nor a row's answer: then steps may run ahead of the host and be captured into a CUDA graph.
     """
 
@@ -116,7 +116,7 @@ class Reward(ABC):
 
     def loaded(self) -> list[object]:
         """Models and tokenizers that other guides and decoders may use too."""
-        return [backbone.model for backbone in self.models()]
+        return [runner.model for runner in self.models()]
 
     @property
     def name(self) -> str:
@@ -147,7 +147,7 @@ class Reward(ABC):
         """Bytes of the guide's own cache."""
         return 0
 
-    def models(self) -> list[Backbone]:
+    def models(self) -> list[ModelRunner]:
         """The guide's own models; not the base model where it shares that one's forward."""
         return []
 
@@ -173,7 +173,7 @@ class Reward(ABC):
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""
 
-    def observe(self, context_logits: torch.Tensor) -> None:
+    def begin_step(self, context_logits: torch.Tensor) -> None:
         """A step begins for slots 0..B-1: the base model's logits [B, contexts, V] in the guide's own contexts."""
 
     def guidance(self) -> torch.Tensor:

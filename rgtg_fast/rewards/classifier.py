@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.backbone import Counter
+from rgtg_fast.models.runner import Counter
 
 # Two texts of different lengths, by which padding is seen to change nothing.
 _PROBES = (

@@ -6,10 +6,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.models.backbone import Backbone
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
 from rgtg_fast.models.prompts import Prompt, check_known, text_ids
+from rgtg_fast.models.runner import ModelRunner
 
 # Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
@@ -20,7 +20,7 @@ def guide_ids(
     base: PreTrainedTokenizerBase | None,
     own: PreTrainedTokenizerBase | None,
     chat_template: str | None,
-    model: Backbone,
+    model: ModelRunner,
 ) -> list[int]:
     """A prompt's token ids in a guide's own format.
 
@@ -51,13 +51,13 @@ def place_adapter(
     """
     tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
     try:
-        check_same_tokenizer(lm.tokenizer, tokenizer, lm.backbone.name, adapter.name)
+        check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, adapter.name)
     except RGTGError:
-        refuse_bundled(adapter, lm.backbone.model)
+        refuse_bundled(adapter, lm.runner.model)
         raise
     if share_trunk is False:
         return tokenizer, "share_trunk=False"
-    why = adapter.mismatch(lm.backbone.model)
+    why = adapter.base_mismatch(lm.runner.model)
     why = why or other_prompts(lm.tokenizer, tokenizer, chat_template, adapter.name)
     if share_trunk and why is not None:
         raise RGTGError(f"share_trunk=True: {why}; use share_trunk=None for a model of its own")

@@ -59,12 +59,12 @@ class ContrastiveReward(Reward):
 
     @property
     def limit(self) -> int | None:
-        return None if self._lm is None else self._lm.backbone.limit
+        return None if self._lm is None else self._lm.runner.limit
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
         return [self._under(prompt, self.better), self._under(prompt, self.worse)]
 
-    def observe(self, context_logits: torch.Tensor) -> None:
+    def begin_step(self, context_logits: torch.Tensor) -> None:
         # The one-pass top-k also knows the log-sum-exp: no vocabulary-sized tensor is written.
         flat = context_logits.flatten(0, 1)
         logprob, top, _ = topk_logprobs(flat, 1)
@@ -82,12 +82,12 @@ class ContrastiveReward(Reward):
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
         assert self._lm is not None
-        backbone = self._lm.backbone
-        chosen = torch.tensor(list(answer), device=backbone.device).unsqueeze(-1)
+        runner = self._lm.runner
+        chosen = torch.tensor(list(answer), device=runner.device).unsqueeze(-1)
         logprobs = []
         for ids in self.encode(prefix.prompt):
-            hidden = backbone.hidden_uncached([*ids, *answer])[len(ids) - 1 : -1]
-            logits = backbone.logits(hidden)[:, : self._lm.vocabulary]
+            hidden = runner.hidden_uncached([*ids, *answer])[len(ids) - 1 : -1]
+            logits = runner.logits(hidden)[:, : self._lm.vocabulary]
             dtype = torch.promote_types(logits.dtype, torch.float32)
             logprobs.append(logits.log_softmax(-1, dtype=dtype).gather(-1, chosen).squeeze(-1))
         return (logprobs[0] - logprobs[1]).tolist()

@@ -36,7 +36,7 @@ class FunctionReward(Reward):
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        self._device = lm.backbone.device
+        self._device = lm.runner.device
         self._rows = {}
 
     @property

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rgtg_fast.rewards.wide import Follower, Scores, Source, WideReward
+from rgtg_fast.rewards.causal_scorer import CausalScorer, Scores, Source, VocabularyScorer
 
 
-class LogRatioReward(WideReward):
+class LogRatioReward(VocabularyScorer):
     """g(v) = log π_tuned(v | x, y_<i) − log π_untuned(v | x, y_<i): what tuning changed in a small model.
 
     Emulated fine-tuning (arXiv 2310.12962) and proxy tuning (arXiv 2401.08565): with β = 1 and the whole vocabulary as
@@ -42,8 +42,8 @@ class LogRatioReward(WideReward):
         guide = type(self).__name__
         super().__init__(
             [
-                Follower(tuned, tuned_template, None, guide),
-                Follower(untuned, untuned_template, None, guide),
+                CausalScorer(tuned, tuned_template, None, guide),
+                CausalScorer(untuned, untuned_template, None, guide),
             ]
         )
 

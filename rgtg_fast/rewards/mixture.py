@@ -8,9 +8,9 @@ import torch
 
 from rgtg_fast.config import as_weights
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.backbone import Backbone, Counter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.models.runner import Counter, ModelRunner
 from rgtg_fast.models.transfer import to_device
 from rgtg_fast.rewards.base import Prefix, Reward
 
@@ -85,8 +85,8 @@ class MixtureReward(Reward):
         self.rewards = [reward.for_decoder() for reward in self.rewards]
         for reward in self.rewards:
             reward.bind(lm, dtype=dtype, engine=engine, max_length=max_length)
-        weight_dtype = torch.promote_types(lm.backbone.dtype, torch.float32)
-        self._by_slot = torch.empty(0, dtype=weight_dtype, device=lm.backbone.device)
+        weight_dtype = torch.promote_types(lm.runner.dtype, torch.float32)
+        self._by_slot = torch.empty(0, dtype=weight_dtype, device=lm.runner.device)
 
     @property
     def name(self) -> str:
@@ -112,7 +112,7 @@ class MixtureReward(Reward):
     def cache_bytes(self) -> int:
         return sum(reward.cache_bytes() for reward in self.rewards)
 
-    def models(self) -> list[Backbone]:
+    def models(self) -> list[ModelRunner]:
         return [model for reward in self.rewards for model in reward.models()]
 
     def loaded(self) -> list[object]:
@@ -161,10 +161,10 @@ class MixtureReward(Reward):
         for reward in self.rewards:
             reward.move(source, target)
 
-    def observe(self, context_logits: torch.Tensor) -> None:
+    def begin_step(self, context_logits: torch.Tensor) -> None:
         sizes = [reward.contexts for reward in self.rewards]
         for reward, own in zip(self.rewards, context_logits.split(sizes, dim=1), strict=True):
-            reward.observe(own)
+            reward.begin_step(own)
 
     def guidance(self) -> torch.Tensor:
         if not self.wide:

@@ -11,16 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from rgtg_fast.bundled import resolve
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter, is_adapter
-from rgtg_fast.models.backbone import Attached, Backbone, Counter, scores_of
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
     ModelAndTokenizer,
     adapter_model,
     load_sequence_classifier,
-    reward_backbone,
+    reward_runner,
 )
 from rgtg_fast.models.prompts import Prompt
-from rgtg_fast.ops import reward_tail
+from rgtg_fast.models.runner import Attached, Counter, ModelRunner, scores_of
+from rgtg_fast.ops import score_and_sample
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.rewards.compatibility import check_same_tokenizer, guide_ids, place_adapter
 
@@ -61,7 +61,7 @@ class SequenceReward(Reward):
         self.source = model
         self.chat_template = chat_template
         self.share_trunk = share_trunk
-        self.backbone: Backbone | None = None
+        self.runner: ModelRunner | None = None
         self._attached: Attached | None = None
         self._head: torch.nn.Linear | None = None
         self._title = ""
@@ -72,7 +72,7 @@ class SequenceReward(Reward):
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        self._lm, self.backbone, self._attached = lm, None, None
+        self._lm, self.runner, self._attached = lm, None, None
         adapter = self._adapter()
         if adapter is not None:
             head = adapter.reward_head()
@@ -80,7 +80,7 @@ class SequenceReward(Reward):
             if why is None:
                 self._share(adapter, head)
                 return
-            model, _ = adapter_model(adapter, (lm.backbone.model, lm.tokenizer), dtype)
+            model, _ = adapter_model(adapter, (lm.runner.model, lm.tokenizer), dtype)
             self._trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
@@ -89,12 +89,12 @@ class SequenceReward(Reward):
         else:
             source = resolve(self.source) if isinstance(self.source, str) else self.source
             assert not isinstance(source, Adapter)
-            model, self._tokenizer = load_sequence_classifier(source, lm.backbone.model, dtype)
-            check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.backbone.name, model.config._name_or_path)
+            model, self._tokenizer = load_sequence_classifier(source, lm.runner.model, dtype)
+            check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.runner.name, model.config._name_or_path)
             self._trunk = "a model of its own"
-        self.backbone = reward_backbone(model, engine, max_length)
-        self._title = self.backbone.name
-        embeddings = self.backbone.embeddings
+        self.runner = reward_runner(model, engine, max_length)
+        self._title = self.runner.name
+        embeddings = self.runner.embeddings
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)
         if embeddings < used:
             raise RGTGError(
@@ -112,9 +112,9 @@ class SequenceReward(Reward):
 
     def _share(self, adapter: Adapter, head: torch.nn.Linear) -> None:
         assert self._lm is not None
-        backbone = self._lm.backbone
-        self._attached = backbone.attach(adapter, scores_candidates=True)
-        self._head = head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+        runner = self._lm.runner
+        self._attached = runner.attach(adapter, scores_candidates=True)
+        self._head = head.to(runner.device, torch.promote_types(runner.dtype, torch.float32))
         self._title = adapter.name
         rows = (
             f"rows of its own from layer {adapter.fork} on"
@@ -124,12 +124,12 @@ class SequenceReward(Reward):
         self._trunk = f"the base model's, {rows}"
 
     @property
-    def _bound(self) -> Backbone:
+    def _bound(self) -> ModelRunner:
         if self._lm is None:
             raise RGTGError(
                 "this SequenceReward belongs to no decoder yet: pass it to RewardGuidedDecoder.from_pretrained"
             )
-        return self.backbone or self._lm.backbone
+        return self.runner or self._lm.runner
 
     @property
     def name(self) -> str:
@@ -149,13 +149,13 @@ class SequenceReward(Reward):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return 0 if self.backbone is None else self.backbone.cache_bytes_per_token
+        return 0 if self.runner is None else self.runner.cache_bytes_per_token
 
     def cache_bytes(self) -> int:
-        return 0 if self.backbone is None else self.backbone.cache.nbytes()
+        return 0 if self.runner is None else self.runner.cache.nbytes()
 
-    def models(self) -> list[Backbone]:
-        return [] if self.backbone is None else [self.backbone]
+    def models(self) -> list[ModelRunner]:
+        return [] if self.runner is None else [self.runner]
 
     def loaded(self) -> list[object]:
         return [*super().loaded(), *([] if self._tokenizer is None else [self._tokenizer])]
@@ -164,30 +164,30 @@ class SequenceReward(Reward):
         assert self._lm is not None
         if self._attached is not None:
             return []
-        assert self.backbone is not None
-        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template, self.backbone)]
+        assert self.runner is not None
+        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template, self.runner)]
 
     def reserve(self, slots: int, length: int) -> None:
         self.counter = Counter()
-        if self.backbone is not None:
-            self.backbone.reserve(slots, length)
-            self.counter = self.backbone.counter
+        if self.runner is not None:
+            self.runner.reserve(slots, length)
+            self.counter = self.runner.counter
 
     # The decoder itself moves and commits the rows of the base model's forward, a sharing guide's among them.
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
-        if self.backbone is not None:
-            self.backbone.begin(slot, encoded[0])
+        if self.runner is not None:
+            self.runner.begin(slot, encoded[0])
         elif self._attached is not None and self._attached.variant:
             self.counter.prompt_tokens += self._attached.encoded(slot)
 
     def move(self, source: int, target: int) -> None:
-        if self.backbone is not None:
-            self.backbone.move(source, target)
+        if self.runner is not None:
+            self.runner.move(source, target)
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
-        if self.backbone is not None:
-            return self.backbone.scores(self.backbone.step(candidates))
+        if self.runner is not None:
+            return self.runner.scores(self.runner.step(candidates))
         assert self._attached is not None
         assert self._head is not None
         if self._attached.variant:
@@ -197,10 +197,8 @@ class SequenceReward(Reward):
     @property
     def fused(self) -> bool:
         # On a CPU the native engine norms within its one call.
-        backbone = self.backbone
-        return (
-            backbone is not None and backbone.device.type == "cuda" and backbone.layers.final_norm is not None
-        )
+        runner = self.runner
+        return runner is not None and runner.device.type == "cuda" and runner.layers.final_norm is not None
 
     def choose(
         self,
@@ -211,13 +209,13 @@ class SequenceReward(Reward):
         seed: torch.Tensor,
         position: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        backbone = self.backbone
-        norm = None if backbone is None else backbone.layers.final_norm
-        if backbone is None or norm is None:
+        runner = self.runner
+        norm = None if runner is None else runner.layers.final_norm
+        if runner is None or norm is None:
             return super().choose(candidates, logprobs, beta, temperature, seed, position)
-        hidden = backbone.step(candidates, normed=False)
-        head, bias = backbone.head.weight[0].detach(), backbone.head.bias
-        return reward_tail(
+        hidden = runner.step(candidates, normed=False)
+        head, bias = runner.head.weight[0].detach(), runner.head.bias
+        return score_and_sample(
             hidden,
             norm.weight,
             head,
@@ -232,12 +230,12 @@ class SequenceReward(Reward):
         )
 
     def commit(self, choice: torch.Tensor) -> None:
-        if self.backbone is not None:
-            self.backbone.commit(choice)
+        if self.runner is not None:
+            self.runner.commit(choice)
 
     @property
     def appends(self) -> bool:
-        return self.backbone is not None
+        return self.runner is not None
 
     def append(self, slot: int, tokens: Sequence[int]) -> list[float]:
         return self._bound.scores(self._bound.prefill(slot, tokens)).tolist()
@@ -246,10 +244,10 @@ class SequenceReward(Reward):
         self._bound.roll_back(slot, self._bound.length(slot) - count)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        if self.backbone is not None:
+        if self.runner is not None:
             prompt_ids = self.encode(prefix.prompt)[0]
-            hidden = self.backbone.hidden_uncached([*prompt_ids, *answer])
-            return self.backbone.scores(hidden[len(prompt_ids) :]).tolist()
+            hidden = self.runner.hidden_uncached([*prompt_ids, *answer])
+            return self.runner.scores(hidden[len(prompt_ids) :]).tolist()
         assert self._attached is not None
         assert self._head is not None
         hidden = self._attached.hidden_uncached([*prefix.prompt_ids, *answer])

@@ -74,7 +74,7 @@ class TextReward(Reward):
             self._function = self.source
             return
         source: Any = self.source
-        model, tokenizer = load_sequence_classifier(source, lm.backbone.model, dtype)
+        model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype)
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
         self._model = model
@@ -122,7 +122,7 @@ class TextReward(Reward):
 
     def _rewards(self, rows: list[Prefix], answers: list[str]) -> torch.Tensor:
         assert self._lm is not None
-        device = self._lm.backbone.device
+        device = self._lm.runner.device
         if self._function is not None:
             self.counter.calls += 1
             values = self._function([self._prompt_text(row) for row in rows], list(answers))

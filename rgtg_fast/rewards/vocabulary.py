@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rgtg_fast.rewards.wide import Follower, Scores, Source, WideReward
+from rgtg_fast.rewards.causal_scorer import CausalScorer, Scores, Source, VocabularyScorer
 
 
-class VocabularyReward(WideReward):
+class VocabularyReward(VocabularyScorer):
     """g(v) = head(h(x, y_<i))[v]: a causal model whose head gives the reward of every next token at once.
 
     FaRMA (arXiv 2502.04517). A step costs one forward of B tokens instead of the B·k of a `SequenceReward`. The
@@ -32,7 +32,7 @@ class VocabularyReward(WideReward):
     """
 
     def __init__(self, model: Source, chat_template: str | None = None, share_trunk: bool | None = None):
-        super().__init__([Follower(model, chat_template, share_trunk, type(self).__name__)])
+        super().__init__([CausalScorer(model, chat_template, share_trunk, type(self).__name__)])
 
     def guidance(self) -> torch.Tensor:
         return self._followers[0].scores.logits

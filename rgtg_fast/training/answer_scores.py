@@ -17,10 +17,10 @@ import torch
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
 from rgtg_fast.models.loading import context_length
+from rgtg_fast.training.activation_cache import hash_pairs
 from rgtg_fast.training.data import TokenizedPair
 from rgtg_fast.training.packing import answer_positions, collate, cost, pack, packed_hidden, pretrained
-from rgtg_fast.training.run import Say, silent
-from rgtg_fast.training.trunk import hash_pairs
+from rgtg_fast.training.run import Progress, no_progress
 from rgtg_fast.training.vocabulary import token_logprobs, vocabulary_head
 
 # Seconds between lines about the progress.
@@ -143,7 +143,7 @@ class AnswerFile:
         answers: Callable[[int], Sequence[int]],
         budget: int,
         autocast: bool = False,
-        say: Say = silent,
+        progress: Progress = no_progress,
     ) -> None:
         """Computes what is missing.
 
@@ -177,7 +177,7 @@ class AnswerFile:
                     done += sum(cost(items[i]) for i, _, _ in row)
                     if time.monotonic() - told > _SAY_EVERY:
                         told = time.monotonic()
-                        say(
+                        progress(
                             f"{self.path.name.rpartition('-')[0]}: {done / total:.0%} of {total:,} tokens, "
                             f"{done / (told - began):,.0f} tokens/s"
                         )
@@ -206,7 +206,7 @@ def fill_reference(
     pairs: Sequence[TokenizedPair],
     budget: int = 2048,
     autocast: bool = False,
-    say: Say = silent,
+    progress: Progress = no_progress,
 ) -> AnswerFile:
     """log π_ref(y_t | x, y_<t) of every answer token of preference pairs, from a file that is filled once.
 
@@ -224,5 +224,5 @@ def fill_reference(
     def values(number: int, chosen: torch.Tensor, rejected: torch.Tensor) -> dict[int, torch.Tensor]:
         return {2 * number: chosen, 2 * number + 1: rejected}
 
-    file.fill(model, pairs, values, lambda number: [2 * number, 2 * number + 1], budget, autocast, say)
+    file.fill(model, pairs, values, lambda number: [2 * number, 2 * number + 1], budget, autocast, progress)
     return file

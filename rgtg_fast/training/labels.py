@@ -24,7 +24,7 @@ from rgtg_fast.models.loading import (
 )
 from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.packing import collate, cost, pack, packed_rewards, use_packed_attention
-from rgtg_fast.training.run import Say
+from rgtg_fast.training.run import Progress
 
 # By a pair's index, the rewards of its chosen and its rejected answer.
 Targets = dict[int, tuple[float, float]]
@@ -74,7 +74,7 @@ class LabelJudge:
         wanted: set[int],
         file: Path,
         budget: int,
-        say: Say = lambda message: None,
+        progress: Progress = lambda message: None,
         answers_ended: str = "auto",
     ) -> Targets:
         """The rewards of the answers of some rows' pairs, each whole: at its EOS, or its last token if it was cut.
@@ -101,7 +101,7 @@ class LabelJudge:
                 _append(file, labels)
                 known |= labels
                 done += len(labels)
-                say(f"{self.source} has rated the answers of {done} of {missing} pairs")
+                progress(f"{self.source} has rated the answers of {done} of {missing} pairs")
         unread = sorted(wanted - set(known))
         if unread:
             raise RGTGError(

@@ -71,7 +71,7 @@ class Lora:
 def load_base(
     source: str | os.PathLike[str] | tuple[PreTrainedModel, PreTrainedTokenizerBase],
     dtype: torch.dtype = torch.float32,
-    say: Callable[[str], None] = lambda message: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal model with a score head of one label, zero where its files have none, and its tokenizer.
 
@@ -107,7 +107,7 @@ def load_base(
     if headless:
         # From 0 the first steps fit the frozen features instead of unlearning a random reward.
         nn.init.zeros_(head.weight)
-        say(f"{source} has no reward head: a new one ({HEAD}) begins at 0")
+        progress(f"{source} has no reward head: a new one ({HEAD}) begins at 0")
     _pad_with_another_token_than_eos(model, tokenizer)
     return model, tokenizer
 

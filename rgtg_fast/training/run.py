@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import only_writer, reason, write_text
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -29,7 +29,7 @@ RECIPE_FILE, LOG_FILE, LOCK_FILE = "rgtg_fast.json", "training_log.jsonl", ".loc
 MAX_EPOCHS = 1_000_000
 
 
-def silent(message: str) -> None:
+def no_progress(message: str) -> None:
     """A `Say` that says nothing."""
 
 
@@ -63,7 +63,7 @@ def check_output(folder: Path, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def training_folder(folder: Path, resume: bool, main: bool, say: Say) -> Iterator[None]:
+def training_folder(folder: Path, resume: bool, main: bool, progress: Progress) -> Iterator[None]:
     """Holds the output folder for one run; what a killed one left of its lock holds nobody up.
 
     Args:
@@ -89,7 +89,7 @@ def training_folder(folder: Path, resume: bool, main: bool, say: Say) -> Iterato
             check_output(folder, resume)
             yield
     except KeyboardInterrupt:
-        say(f"interrupted: {last_checkpoint(folder)}: go on with resume")
+        progress(f"interrupted: {last_checkpoint(folder)}: go on with resume")
         raise
     finally:
         # A run that was refused leaves no folder: the corrected one would find it used.
@@ -246,8 +246,8 @@ class TrainingLog(TrainerCallback):
         path: of the log. A resumed run drops the lines after its checkpoint.
     """
 
-    def __init__(self, path: Path, say: Say):
-        self.path, self.say, self.seconds = path, say, 0.0
+    def __init__(self, path: Path, progress: Progress):
+        self.path, self.progress, self.seconds = path, progress, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -290,11 +290,13 @@ class TrainingLog(TrainerCallback):
             )
             rates += f", reward {logs['reward']:.3f}" if "reward" in logs else ""
             place = f" (pass {logs['pass']})" if "pass" in logs else ""
-            self.say(
+            self.progress(
                 f"{step}{place}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.1e}{rates}"
             )
         elif "eval_loss" in logs:
-            self.say(f"{step}: held out: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_accuracy']:.3f}")
+            self.progress(
+                f"{step}: held out: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_accuracy']:.3f}"
+            )
         elif "train_runtime" in logs:
             self.seconds = float(logs["train_runtime"])
 

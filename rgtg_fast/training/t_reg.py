@@ -17,7 +17,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.training.answer_scores import AnswerFile, answer_logprobs, check_context
 from rgtg_fast.training.data import Messages, PreferencePair, TokenizedPair
-from rgtg_fast.training.run import Say, silent
+from rgtg_fast.training.run import Progress, no_progress
 
 TEMPLATES = Path(__file__).with_name("t_reg_templates.yaml")
 FIELDS = ("question", "answer")
@@ -208,7 +208,7 @@ def fill_token_rewards(
     templates: Templates,
     budget: int = 2048,
     autocast: bool = False,
-    say: Say = silent,
+    progress: Progress = no_progress,
 ) -> AnswerFile:
     """T-REG's rewards of every answer token of preference pairs, from a file that is filled once and used by any run.
 
@@ -234,7 +234,7 @@ def fill_token_rewards(
     def values(number: int, better: torch.Tensor, worse: torch.Tensor) -> dict[int, torch.Tensor]:
         return {number: _rewards(better, worse, file.tokens(number), items[number].index)}
 
-    file.fill(model, items, values, lambda number: [number], budget, autocast, say)
+    file.fill(model, items, values, lambda number: [number], budget, autocast, progress)
     return file
 
 

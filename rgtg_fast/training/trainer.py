@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.activation_cache import ActivationCache, LowerLayers
 from rgtg_fast.training.checkpoints import CompleteCheckpoints
 from rgtg_fast.training.data import (
     TokenizedPair,
@@ -41,8 +42,7 @@ from rgtg_fast.training.model import (
 )
 from rgtg_fast.training.packing import answer_positions, collate, cost, pack, pretrained
 from rgtg_fast.training.probe import PAIRS, check_strength, differences, fit
-from rgtg_fast.training.run import Say
-from rgtg_fast.training.trunk import LowerLayers, TrunkCache
+from rgtg_fast.training.run import Progress
 from rgtg_fast.training.vocabulary import (
     VOCABULARY_HEAD,
     states_before,
@@ -151,7 +151,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         eval_targets: Targets | None = None,
         metrics: Metrics | None = None,
         pad_id: int = 0,
-        say: Say = lambda message: None,
+        progress: Progress = lambda message: None,
         **kwargs: Any,
     ):
         if not train_pairs:
@@ -183,11 +183,11 @@ class PartialRewardTrainer(CompleteCheckpoints):
         )
         # The loss that comes out of compute_loss is already that of the whole batch's mean.
         self.model_accepts_loss_kwargs = True
-        self._trunks: dict[int, TrunkCache] = {}
+        self._trunks: dict[int, ActivationCache] = {}
         self.lower: LowerLayers | None = None
         if fork_layer > 0 and trunk_cache is not None:
             for pairs in filter(None, (self.train_pairs, self.eval_pairs)):
-                cache = TrunkCache(
+                cache = ActivationCache(
                     trunk_cache,
                     model,
                     pairs,
@@ -197,10 +197,10 @@ class PartialRewardTrainer(CompleteCheckpoints):
                     autocast=args.bf16 and pretrained(model).dtype == torch.float32,
                 )
                 with args.main_process_first(desc="the trunk's activations"):
-                    cache.fill(model, say)
+                    cache.fill(model, progress)
                 self._trunks[id(pairs)] = cache
             self.lower = LowerLayers(model, fork_layer)
-            self.lower.set_aside()
+            self.lower.detach()
 
     @property
     def filled(self) -> float:

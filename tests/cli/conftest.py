@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rgtg_fast import cli
+from rgtg_fast.cli import main as cli
 from tests.cli.support import CONTEXT, HANGS, Outcome, command, environment
 
 CHAT_TEMPLATE = (

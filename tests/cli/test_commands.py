@@ -13,14 +13,15 @@ import torch
 from rich.console import Console
 
 from rgtg_fast import Guidance, RewardGuidedDecoder
-from rgtg_fast.app import demo, embedded, explain
-from rgtg_fast.decoding.results import Candidate, Step
-from rgtg_fast.evaluation import baselines
+from rgtg_fast.bench import baselines
+from rgtg_fast.bundled import embedded
+from rgtg_fast.cli import demo, explain
+from rgtg_fast.engine.outputs import Candidate, Step
 from tests.cli.support import environment
 
 HELP = """
 import sys
-from rgtg_fast import cli
+from rgtg_fast.cli import main as cli
 try:
     cli.main(["--help"])
 except SystemExit as end:

@@ -186,7 +186,7 @@ def test_nan_reward_keeps_the_finished_rows(
 def test_no_memory_says_what_would_fit(
     run: Callable, prompts_file: Callable, monkeypatch: pytest.MonkeyPatch, lm: str, rm: str
 ) -> None:
-    from rgtg_fast.decoding import decoder
+    from rgtg_fast import decoder
 
     monkeypatch.setattr(decoder, "free_bytes", lambda device: 50_000)
     source = prompts_file(*({"prompt": f"prompt {n}"} for n in range(20)))
@@ -196,7 +196,7 @@ def test_no_memory_says_what_would_fit(
 
 
 def test_out_of_memory_is_one_line(run: Callable, monkeypatch: pytest.MonkeyPatch, lm: str) -> None:
-    from rgtg_fast.decoding.decoder import RewardGuidedDecoder
+    from rgtg_fast.decoder import RewardGuidedDecoder
 
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError(

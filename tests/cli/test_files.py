@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from rgtg_fast import cli
-from rgtg_fast.app import embedded, terminal
-from rgtg_fast.decoding.decoder import RewardGuidedDecoder
+from rgtg_fast.bundled import embedded
+from rgtg_fast.cli import main as cli
+from rgtg_fast.cli import terminal
+from rgtg_fast.decoder import RewardGuidedDecoder
 from tests.cli.support import CONTEXT, read_rows
 
 SHORT = ("--max-new-tokens", 3)

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import rgtg_fast
-from rgtg_fast.app import methods
-from rgtg_fast.decoding.strategies import named_strategy
-from rgtg_fast.rewards.named import CONTRASTIVE, PREFIXES
+from rgtg_fast.cli import methods
+from rgtg_fast.engine.strategies import named_strategy
+from rgtg_fast.rewards.parse import CONTRASTIVE, PREFIXES
 from tests.cli.conftest import config, save
 from tests.cli.support import read_rows
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 import transformers
 
-from rgtg_fast import RGTGError, cli
+from rgtg_fast import RGTGError
+from rgtg_fast.cli import main as cli
 from rgtg_fast.training import sources
 
 LOADED = "a model was to be loaded"

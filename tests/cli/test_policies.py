@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rgtg_fast.app import policies
+from rgtg_fast.cli import policies
 from tests.cli.conftest import Run
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_every_objective_is_in_the_table() -> None:
-    from rgtg_fast.training.policy import POLICY_OBJECTIVES
+    from rgtg_fast.training.policy.launch import POLICY_OBJECTIVES
 
     assert [policy.name for policy in policies.POLICIES] == list(POLICY_OBJECTIVES)
 

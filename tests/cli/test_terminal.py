@@ -10,8 +10,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from rgtg_fast.app import terminal
-from rgtg_fast.app.explain import page
+from rgtg_fast.cli import terminal
+from rgtg_fast.cli.explain import page
 
 NASTY = "\x1b]0;owned\x07 \x9b31m \u202e [red]x[/] :smile: \r"
 SHOWN = r"\x1b]0;owned"
@@ -52,8 +52,8 @@ def test_a_pipe_gets_the_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> No
 def test_messages_are_lines_without_control_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.complain(f"no such file {NASTY}\nsecond")
     terminal.note(NASTY)
-    with terminal.status(f"[/]{NASTY}") as say:
-        say(NASTY)
+    with terminal.status(f"[/]{NASTY}") as progress:
+        progress(NASTY)
     err = capsys.readouterr().err
     assert not any(character in err for character in "\x1b\x9b\u202e\r\x07")
     assert err.count("[red]x[/] :smile:") == 3

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rgtg_fast.evaluation.settings import Study
+from rgtg_fast.evaluation.study.settings import Study
 from tests.conftest import make_lm, make_rm, make_tokenizer
 
 PROMPTS = ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10", "w11 w12 w13")

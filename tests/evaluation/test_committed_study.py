@@ -15,10 +15,10 @@ from benchmarks.study.__main__ import CONTROL as CONTROL_CONFIG
 from benchmarks.study.budgets import BUDGETS, budgets_block
 from benchmarks.study.tables import BLOCK, HEADLINE, NOT_RUN, headline_block, study_block
 from rgtg_fast import bundled
-from rgtg_fast.cli import app
+from rgtg_fast.cli.main import app
 from rgtg_fast.evaluation.judge import folders_of
-from rgtg_fast.evaluation.settings import Study
-from rgtg_fast.evaluation.summary import COLUMNS, PAIRWISE
+from rgtg_fast.evaluation.study.settings import Study
+from rgtg_fast.evaluation.study.summary import COLUMNS, PAIRWISE
 
 
 @pytest.fixture

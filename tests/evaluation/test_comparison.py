@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rgtg_fast.evaluation.comparison import at_setting_of_other_half, compare
-from rgtg_fast.evaluation.settings import Cell
-from rgtg_fast.evaluation.summary import write_comparisons
+from rgtg_fast.evaluation.study.comparison import at_setting_of_other_half, compare
+from rgtg_fast.evaluation.study.settings import Cell
+from rgtg_fast.evaluation.study.summary import write_comparisons
 from tests.evaluation.studies import models, study
 
 

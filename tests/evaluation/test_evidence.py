@@ -9,8 +9,8 @@ import pytest
 from benchmarks import figures
 from benchmarks.harness import read
 from benchmarks.method_tables import NO_EVIDENCE, evidence_block, source_of
-from rgtg_fast.evaluation.comparison import Comparison
-from rgtg_fast.evaluation.summary import COLUMNS, PAIRWISE, write_comparisons, write_summary
+from rgtg_fast.evaluation.study.comparison import Comparison
+from rgtg_fast.evaluation.study.summary import COLUMNS, PAIRWISE, write_comparisons, write_summary
 
 ROOT = Path(__file__).parents[2]
 

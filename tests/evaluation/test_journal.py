@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from rgtg_fast import RGTGError
-from rgtg_fast.evaluation.journal import Journal
+from rgtg_fast.evaluation.jsonl import JsonlWriter
 
 
 def test_rows_are_in_the_file_before_it_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rows.jsonl"
-    with Journal(path, ("a",)) as journal:
+    with JsonlWriter(path, ("a",)) as journal:
         journal.add({"a": 1, "b": math.nan, "c": (1, 2)})
         assert path.read_text() == '{"a": 1, "b": null, "c": [1, 2]}\n'
-    with Journal(path, ("a",)) as journal:
+    with JsonlWriter(path, ("a",)) as journal:
         assert journal.rows == [{"a": 1, "b": None, "c": [1, 2]}]
         assert not journal.truncated
 
@@ -28,7 +28,7 @@ def test_an_unfinished_last_line_is_cut_off_wherever_it_ends(tmp_path: Path, cut
     lines = ['{"a": 1}\n', '{"a": "é"}\n']
     content = "".join(lines).encode()
     path.write_bytes(content[:-cut])
-    with Journal(path, ("a",)) as journal:
+    with JsonlWriter(path, ("a",)) as journal:
         assert journal.truncated == (cut < len(lines[1].encode()))
         journal.add({"a": 3})
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
@@ -39,26 +39,26 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
     with pytest.raises(RGTGError, match=r"rows\.jsonl:2 "):
-        Journal(path, ("a",))
+        JsonlWriter(path, ("a",))
     assert path.read_text().count("\n") == 3
 
 
 def test_two_writers_are_one_too_many(tmp_path: Path) -> None:
-    with Journal(tmp_path / "rows.jsonl", ()), pytest.raises(RGTGError, match="being written by another"):
-        Journal(tmp_path / "rows.jsonl", ())
+    with JsonlWriter(tmp_path / "rows.jsonl", ()), pytest.raises(RGTGError, match="being written by another"):
+        JsonlWriter(tmp_path / "rows.jsonl", ())
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RGTGError, match="cannot write"):
-        Journal(tmp_path / "file" / "rows.jsonl", ())
+        JsonlWriter(tmp_path / "file" / "rows.jsonl", ())
 
 
 def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     path = tmp_path / "rows.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Journal(path, ("a",)) as journal:
+    with JsonlWriter(path, ("a",)) as journal:
         journal.add({"a": 1})
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         try:
@@ -76,7 +76,7 @@ def test_a_file_that_goes_under_a_run_is_noticed_and_its_rows_are_saved(
     tmp_path: Path, replaced: bool
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    journal = Journal(path, ("a",))
+    journal = JsonlWriter(path, ("a",))
     journal.add({"a": 1})
     path.unlink()
     if replaced:
@@ -97,20 +97,20 @@ def test_rows_are_dropped_only_when_there_is_a_new_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n')
     for error in (RGTGError, KeyboardInterrupt):
-        with pytest.raises(error), Journal(path, ("a",), anew=True):
+        with pytest.raises(error), JsonlWriter(path, ("a",), anew=True):
             raise error
     assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
-    with Journal(path, ("a",), anew=True) as journal:
+    with JsonlWriter(path, ("a",), anew=True) as journal:
         journal.add({"a": 3})
         assert path.read_text() == '{"a": 3}\n'
-    with Journal(path, ("a",), anew=True):
+    with JsonlWriter(path, ("a",), anew=True):
         pass
     assert path.read_text() == ""
 
 
 def test_a_run_that_fails_at_once_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(RGTGError, match="no model"), Journal(path, ("a",)):
+    with pytest.raises(RGTGError, match="no model"), JsonlWriter(path, ("a",)):
         raise RGTGError("no model")
     assert not path.exists()
 
@@ -118,10 +118,10 @@ def test_a_run_that_fails_at_once_leaves_no_file(tmp_path: Path) -> None:
 def test_any_text_comes_back_and_stands_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     text = "a\u2028b\x85c\x9bd\u202ee\ud83df\x1bg\nh"
-    with Journal(path, ("a",)) as journal:
+    with JsonlWriter(path, ("a",)) as journal:
         journal.add({"a": text})
     assert len(path.read_text().splitlines()) == 1
-    with Journal(path, ("a",)) as journal:
+    with JsonlWriter(path, ("a",)) as journal:
         assert journal.rows == [{"a": text}]
 
 
@@ -129,5 +129,5 @@ def test_a_last_line_that_is_none_of_ours_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "diary.txt"
     path.write_text("dear diary")
     with pytest.raises(RGTGError, match=r"diary\.txt:1 is no row"):
-        Journal(path, ("a",))
+        JsonlWriter(path, ("a",))
     assert path.read_text() == "dear diary"

@@ -14,8 +14,8 @@ from benchmarks import figures, method_costs, method_tables
 from benchmarks.harness import read
 from benchmarks.method_costs import OTHERS, OWN, SHARED, Case, Parts, cases, measure, measure_strategy
 from rgtg_fast import RGTGError
-from rgtg_fast.app.methods import METHODS, STRATEGIES
-from rgtg_fast.decoding.strategies.sampler import Sampler
+from rgtg_fast.cli.methods import METHODS, STRATEGIES
+from rgtg_fast.engine.strategies.sampler import Sampler
 from rgtg_fast.models.loading import load_causal_lm
 from tests.conftest import make_lm, make_tokenizer
 from tests.covering import daily, each
@@ -75,15 +75,15 @@ def test_a_wrong_table_is_found_out(parts: Parts) -> None:
 
 
 def test_wrong_counters_are_found_out(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rgtg_fast.models.backbone import Backbone
+    from rgtg_fast.models.runner import ModelRunner
 
-    step = Backbone.step
+    step = ModelRunner.step
 
-    def counting_twice(self: Backbone, tokens: torch.Tensor) -> torch.Tensor:
+    def counting_twice(self: ModelRunner, tokens: torch.Tensor) -> torch.Tensor:
         self.counter.calls += 1
         return step(self, tokens)
 
-    monkeypatch.setattr(Backbone, "step", counting_twice)
+    monkeypatch.setattr(ModelRunner, "step", counting_twice)
     with pytest.raises(
         RGTGError, match=r"pargs \(a model of its own\): \(4, 12, 4, 60\) forwards and tokens were seen"
     ):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rgtg_fast import RGTGError
-from rgtg_fast.evaluation import metrics
+from rgtg_fast.evaluation.study import metrics
 
 NUMBERS = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=12)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from rgtg_fast.evaluation import plots
-from rgtg_fast.evaluation.page import Drawing, Notes, Section, SideBySide, Table, Text, html, markdown
-from rgtg_fast.evaluation.ratings import Agreement
-from rgtg_fast.evaluation.summary import COLUMNS, gaps
+from rgtg_fast.evaluation.study import plots
+from rgtg_fast.evaluation.study.page import Drawing, Notes, Section, SideBySide, Table, Text, html, markdown
+from rgtg_fast.evaluation.study.ratings import Agreement
+from rgtg_fast.evaluation.study.summary import COLUMNS, gaps
 
 HOSTILE = "a|b <script>x</script> *c* [d](e) `f`\n# g"
 
@@ -93,7 +93,7 @@ def test_accuracy_has_its_curves_and_its_baseline() -> None:
 def test_empty_columns_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [point("unguided", None), point("best", None, kl=None)]
     with monkeypatch.context() as installed:
-        installed.setattr("rgtg_fast.evaluation.metrics.rouge_l", lambda: object())
+        installed.setattr("rgtg_fast.evaluation.study.metrics.rouge_l", lambda: object())
         assert any("rouge_l is empty: no method has several samples" in line for line in gaps(rows))
     assert any(line.startswith("kl is empty for best: only token-by-token") for line in gaps(rows))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -106,7 +106,7 @@ def test_names_in_figures_are_neither_mathematics_nor_left_out() -> None:
     from xml.etree import ElementTree
 
     from rgtg_fast.evaluation.accuracy import FractionAccuracy, drawn
-    from rgtg_fast.evaluation.plots import _as_svg
+    from rgtg_fast.evaluation.study.plots import _as_svg
 
     names = ["$\\frac{1}{$", "$x$ and $y$", "_hidden", "a\x1b[31m\nb", "</text><script>"]
     curve = [FractionAccuracy(f, 0.5, (0.4, 0.6), 100) for f in (0.5, 1.0)]
@@ -118,7 +118,7 @@ def test_names_in_figures_are_neither_mathematics_nor_left_out() -> None:
 
 def test_texts_of_models_in_a_page_are_texts() -> None:
     from rgtg_fast.evaluation import page
-    from rgtg_fast.evaluation.page import Section, SideBySide, Table
+    from rgtg_fast.evaluation.study.page import Section, SideBySide, Table
 
     nasty = "</script><b>x</b> | $a$ ~b~ &lt; \u202e\x1b"
     parts = (Table(("method",), ((nasty,),)), SideBySide(nasty, ((nasty, nasty, nasty),)))
@@ -134,7 +134,7 @@ def test_texts_of_models_in_a_page_are_texts() -> None:
 
 
 def test_names_in_tables_are_no_formulas(tmp_path: Path) -> None:
-    from rgtg_fast.evaluation.summary import _write
+    from rgtg_fast.evaluation.study.summary import _write
 
     rows = [
         {"method": "=1+1", "reward": -1.5},

@@ -9,9 +9,9 @@ import torch
 from benchmarks import decode, figures, harness
 from benchmarks.cells import HEADLINES, ROUND, SHARED, shown_places, sweep_cells
 from benchmarks.harness import COLUMNS, Cell
+from rgtg_fast.bench import benchmark
+from rgtg_fast.bench.benchmark import BenchmarkMismatchError
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation import benchmark
-from rgtg_fast.evaluation.benchmark import BenchmarkMismatchError
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -86,8 +86,8 @@ def fake_bench(**given):
 
 
 def sweep(cells, path, bench=fake_bench, machine=MACHINE, said=None, seconds=None):
-    say = (said if said is not None else []).append
-    return harness.sweep(cells, path, bench, {}, "Some-Model", machine, "cpu", say, seconds)
+    progress = (said if said is not None else []).append
+    return harness.sweep(cells, path, bench, {}, "Some-Model", machine, "cpu", progress, seconds)
 
 
 @pytest.fixture

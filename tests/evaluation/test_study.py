@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError
-from rgtg_fast.evaluation import answers as answering
-from rgtg_fast.evaluation.prompts import sample_seed
-from rgtg_fast.evaluation.report import write_report
-from rgtg_fast.evaluation.settings import Study
-from rgtg_fast.evaluation.study import Results, run_study
-from rgtg_fast.evaluation.summary import COLUMNS, summarise
+from rgtg_fast.evaluation.study import answers as answering
+from rgtg_fast.evaluation.study.prompts import sample_seed
+from rgtg_fast.evaluation.study.report import write_report
+from rgtg_fast.evaluation.study.run import Results, run_study
+from rgtg_fast.evaluation.study.settings import Study
+from rgtg_fast.evaluation.study.summary import COLUMNS, summarise
 from tests.conftest import make_rm, make_tokenizer
 from tests.evaluation.studies import PROMPTS, models, saved, study
 from tests.models.adapters import write_adapter

@@ -12,7 +12,7 @@ from benchmarks.harness import read
 from benchmarks.study.archive import ARCHIVE, pack
 from benchmarks.study.budgets import BUDGETS, LOGS, budgets_block, keep
 from benchmarks.study.tables import NOT_RUN, headline_block
-from rgtg_fast.evaluation.summary import COLUMNS
+from rgtg_fast.evaluation.study.summary import COLUMNS
 
 LOG = [
     {"step": 10, "loss": 0.7, "learning_rate": 1e-4},

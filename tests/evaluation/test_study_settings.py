@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rgtg_fast import Guidance, RGTGError
-from rgtg_fast.evaluation.settings import JudgeSettings, Method, Study, canonical
+from rgtg_fast.evaluation.study.settings import JudgeSettings, Method, Study, canonical
 
 PLAIN: dict[str, Any] = {"output": "out", "prompts": ["Hello"], "methods": [{"name": "unguided"}]}
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels are NOT run on a GPU"
 )
 SPECS = specs()
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "advance": ("tokens", "position")}
+WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     pytest.param(name, shape, dtype, id=f"{name}-{i}-{dtype}")
@@ -112,7 +112,7 @@ def test_a_graph_replays_to_the_same_bits(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["topk_logprobs", "tree_attention", "resample", "reward_tail"])
+@pytest.mark.parametrize("name", ["topk_logprobs", "tree_attention", "resample", "score_and_sample"])
 def test_a_row_has_the_same_bits_in_any_batch(name, dtype):
     for shape in SPECS[name].shapes:
         if shape["B"] == 1 or shape.get("k", 0) > 256:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
-from rgtg_fast.models.joined import JoinedLinear
+from rgtg_fast.models.fused_projections import JoinedLinear
 from tests.conftest import make_lm, make_rm, make_tokenizer
-from tests.decoding.support import prompts_of
-from tests.decoding.test_ahead import GUIDES, SUPPORTS, as_numbers
+from tests.engine.support import prompts_of
+from tests.engine.test_ahead import GUIDES, SUPPORTS, as_numbers
 from tests.models.adapters import write_adapter
 
 pytestmark = pytest.mark.skipif(
@@ -111,8 +111,8 @@ def test_adapters_are_captured_too(shares: bool, tmp_path: Path) -> None:
 def test_joined_products_give_the_same_tokens() -> None:
     rows = []
     for join in (False, None):
-        decoder = make_decoder("sequence", join_products=join)
-        joined = [m for m in decoder.lm.backbone.model.modules() if isinstance(m, JoinedLinear)]
+        decoder = make_decoder("sequence", fuse_projections=join)
+        joined = [m for m in decoder.lm.runner.model.modules() if isinstance(m, JoinedLinear)]
         assert bool(joined) is (join is None), "joined by default on CUDA"
         rows.append(as_numbers(decoder.generate(prompts_of(5), 9, Guidance(5, temperature=0))))
     assert rows[0] == rows[1]
@@ -139,7 +139,7 @@ def test_streams_and_stop_strings() -> None:
     prompt = prompts_of(1)[0]
     plain, graphed = make_decoder("sequence", device="cpu"), make_decoder("sequence")
     for decoder in (plain, graphed):
-        decoder.lm.backbone.model.generation_config.eos_token_id = []
+        decoder.lm.runner.model.generation_config.eos_token_id = []
     text = plain.generate(prompt, 12, Guidance(5), seed=3)[0].text
     for stop in (None, " ".join(text.split()[3:5])):
         want = [(p.text, p.token, p.finish_reason) for p in plain.stream(prompt, 12, Guidance(5), 3, stop)]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rgtg_fast import RewardGuidedDecoder, RGTGError
 from rgtg_fast.models.adapter import Adapter, decoder_layers, fingerprint, is_adapter, linear_shape
-from rgtg_fast.models.loading import language_backbone
+from rgtg_fast.models.loading import language_runner
 from tests.conftest import make_lm, make_tokenizer
 from tests.models.adapters import write_adapter
 from tests.models.test_families import FAMILIES
@@ -55,7 +55,7 @@ def test_merged_and_hooked_equal_peft(tmp_path: Path, settings: dict[str, Any]) 
         expected = tuned(torch.tensor([IDS])).logits
         adapter = Adapter.load(tmp_path)
         merged = adapter.merged(lm)(torch.tensor([IDS])).logits
-        attached = language_backbone(lm, "transformers", None).attach(adapter, scores_candidates=True)
+        attached = language_runner(lm, "transformers", None).attach(adapter, scores_candidates=True)
         hooked = attached.hidden_uncached(IDS)[-1:] @ adapter.reward_head().weight.T
     assert adapter.fork == (1 if "layers_to_transform" in settings else 0)
     assert float(adapter.reward_head().weight.std()) > 0
@@ -87,19 +87,19 @@ def check_shared_forward(tmp_path: Path, family: str, engine: str, compile: bool
     layer = decoder_layers(lm)[0]
     names = tuple(name for name, module in layer.named_modules() if linear_shape(module) is not None)
     adapter = Adapter.load(write_adapter(tmp_path, lm, 1, names=names, head=None))
-    backbone = language_backbone(lm, engine, None)
-    attached = backbone.attach(adapter, scores_candidates=True)
+    runner = language_runner(lm, engine, None)
+    attached = runner.attach(adapter, scores_candidates=True)
     if compile:
-        backbone.compile()
+        runner.compile()
     own = adapter.merged(lm)
     texts = [IDS, IDS[:2], IDS[1:5]]
     with torch.inference_mode():
-        backbone.reserve(3, len(IDS))
+        runner.reserve(3, len(IDS))
         for slot, ids in enumerate(texts):
-            backbone.prefill(slot, ids[:-1])
-        backbone.step(torch.tensor([[3, ids[-1]] for ids in texts]))
-        backbone.commit(torch.ones(3, dtype=torch.int64))
-        logits, states = backbone.next_logits(3), attached.newest()
+            runner.prefill(slot, ids[:-1])
+        runner.step(torch.tensor([[3, ids[-1]] for ids in texts]))
+        runner.commit(torch.ones(3, dtype=torch.int64))
+        logits, states = runner.next_logits(3), attached.newest()
         for slot, ids in enumerate(texts):
             text = torch.tensor([ids])
             expected = lm(input_ids=text, use_cache=False).logits[0, -1]
@@ -112,14 +112,14 @@ def check_shared_forward(tmp_path: Path, family: str, engine: str, compile: bool
 def test_inputs_are_multiplied_with_first_factors_once(tmp_path: Path, adapters: int) -> None:
     """Products of a step, counted: q, k and v read one input, gate and up another."""
     lm = make_lm(num_hidden_layers=3)
-    backbone = language_backbone(lm, "transformers", None)
+    runner = language_runner(lm, "transformers", None)
     for i in range(adapters):
-        backbone.attach(
+        runner.attach(
             Adapter.load(write_adapter(tmp_path / str(i), lm, 1, rank=2 + i)), scores_candidates=True
         )
-    backbone.reserve(2, len(IDS))
+    runner.reserve(2, len(IDS))
     with torch.inference_mode(), Operators() as operators:
-        backbone.step(torch.tensor([[3, 4], [5, 6]]))
+        runner.step(torch.tensor([[3, 4], [5, 6]]))
     assert operators.calls["aten.linear.default"] == 3 * 7 + 2 * 4
     assert operators.calls["aten.baddbmm_.default"] == adapters * 2 * 7
 
@@ -201,13 +201,13 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
     lm = make_lm()
     adapter = Adapter.load(write_adapter(tmp_path, lm, 1))
-    assert adapter.mismatch(lm) is None
-    assert "was trained on other weights" in str(adapter.mismatch(make_lm(seed=3)))
+    assert adapter.base_mismatch(lm) is None
+    assert "was trained on other weights" in str(adapter.base_mismatch(make_lm(seed=3)))
     wide = make_lm(intermediate_size=64)
-    assert "mlp.down_proj" in str(adapter.misfit(wide))
+    assert "mlp.down_proj" in str(adapter.shape_mismatch(wide))
     with pytest.raises(RGTGError, match=r"mlp\.down_proj"):
-        language_backbone(wide, "auto", None).attach(adapter, scores_candidates=True)
-    assert "does not have" in str(adapter.misfit(make_lm(num_hidden_layers=1)))
+        language_runner(wide, "auto", None).attach(adapter, scores_candidates=True)
+    assert "does not have" in str(adapter.shape_mismatch(make_lm(num_hidden_layers=1)))
 
 
 def test_a_reward_needs_one_label(tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_without_a_fingerprint_the_name_decides(tmp_path: Path) -> None:
     lm.config._name_or_path = "somebody/model"
     (write_adapter(tmp_path, lm, 1) / "rgtg_fast.json").unlink()
     adapter = Adapter.load(tmp_path)
-    assert adapter.mismatch(lm) is None
+    assert adapter.base_mismatch(lm) is None
     lm.config._name_or_path = "somebody/other"
-    assert "was trained on somebody/model, not on somebody/other" in str(adapter.mismatch(lm))
+    assert "was trained on somebody/model, not on somebody/other" in str(adapter.base_mismatch(lm))
 
 
 FIRST, SECOND = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{factor}.weight" for factor in "AB")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
-from rgtg_fast.models.loading import language_backbone, reward_backbone
+from rgtg_fast.models.loading import language_runner, reward_runner
 
 SMALL = {
     "vocab_size": 50,
@@ -106,52 +106,52 @@ def engine(request: pytest.FixtureRequest) -> str:
 @torch.inference_mode()
 def test_language_model_equals_its_own_uncached_forward(family: str, engine: str) -> None:
     model = _model(tf.AutoModelForCausalLM, family)
-    backbone = language_backbone(model, engine, None)
-    backbone.reserve(len(PREFIXES), 16)
+    runner = language_runner(model, engine, None)
+    runner.reserve(len(PREFIXES), 16)
     for slot, ids in enumerate(PREFIXES):
-        backbone.prefill(slot, ids[:-1])
+        runner.prefill(slot, ids[:-1])
     texts = [list(ids) for ids in PREFIXES]
     for step in range(4):
         tokens = torch.tensor([[text[-1]] for text in texts])
-        logits = backbone.logits(backbone.step(tokens).squeeze(1))
-        backbone.commit(torch.zeros(len(texts), dtype=torch.int64))
+        logits = runner.logits(runner.step(tokens).squeeze(1))
+        runner.commit(torch.zeros(len(texts), dtype=torch.int64))
         for row, text in enumerate(texts):
             expected = model(torch.tensor([text]), use_cache=False).logits[0, -1]
             assert (logits[row] - expected).abs().max() <= 1e-4, (row, step)
             text.append(30 + 3 * step + row)
-    assert backbone.counter.tokens == 4 * len(PREFIXES)
-    assert backbone.counter.prompt_tokens == sum(len(ids) - 1 for ids in PREFIXES)
+    assert runner.counter.tokens == 4 * len(PREFIXES)
+    assert runner.counter.prompt_tokens == sum(len(ids) - 1 for ids in PREFIXES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_candidates_score_as_if_each_stood_alone(family: str, engine: str) -> None:
     model = _model(tf.AutoModelForSequenceClassification, family, num_labels=1)
-    backbone = reward_backbone(model, engine, None)
-    backbone.reserve(len(PREFIXES), 16)
+    runner = reward_runner(model, engine, None)
+    runner.reserve(len(PREFIXES), 16)
     for slot, ids in enumerate(PREFIXES):
-        backbone.prefill(slot, ids)
+        runner.prefill(slot, ids)
     texts = [list(ids) for ids in PREFIXES]
     generator = torch.Generator().manual_seed(3)
     for step in range(3):
         candidates = torch.randint(2, 50, (len(texts), 5), generator=generator)
-        rewards = backbone.scores(backbone.step(candidates))
+        rewards = runner.scores(runner.step(candidates))
         choice = torch.tensor([step, 4 - step, 2])
-        backbone.commit(choice)
+        runner.commit(choice)
         for row, text in enumerate(texts):
             for at, token in enumerate(candidates[row].tolist()):
                 ids = torch.tensor([[*text, token]])
                 hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, -1]
                 assert (rewards[row, at] - model.score(hidden)).abs() <= 1e-4, (row, at, step)
             text.append(int(candidates[row, choice[row]]))
-    assert backbone.counter.tokens == 3 * len(PREFIXES) * 5
+    assert runner.counter.tokens == 3 * len(PREFIXES) * 5
 
 
 def test_the_model_still_works_outside_the_decoder() -> None:
     model = _model(tf.AutoModelForCausalLM, "llama-gqa")
     ids = torch.tensor([PREFIXES[0]])
     before = model(ids).logits
-    language_backbone(model, "transformers", None)
+    language_runner(model, "transformers", None)
     torch.testing.assert_close(model(ids).logits, before)
     padded = torch.tensor([[0, 0, *PREFIXES[2]]])
     mask = torch.tensor([[0, 0, 1, 1, 1]])

@@ -8,9 +8,9 @@ from transformers import AutoModelForSequenceClassification
 
 from rgtg_fast import FunctionReward, Guidance, RADReward, RewardGuidedDecoder, SequenceReward
 from rgtg_fast.models.final_norm import FinalNorm
-from rgtg_fast.models.loading import reward_backbone
+from rgtg_fast.models.loading import reward_runner
 from tests.conftest import make_lm, make_rm, make_tokenizer
-from tests.decoding.support import prompts_of
+from tests.engine.support import prompts_of
 from tests.models.test_families import FAMILIES
 
 NORMED = ("llama-gqa", "qwen2", "qwen3", "mistral", "gemma")
@@ -31,10 +31,10 @@ def reward_model(family: str, dtype: torch.dtype = torch.float64) -> torch.nn.Mo
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_choosing_is_scoring_and_drawing(family: str, dtype: torch.dtype) -> None:
     guide = SequenceReward((reward_model(family, dtype), None))
-    backbone = guide.backbone = reward_backbone(guide.source[0], "transformers", None)  # pyright: ignore
+    runner = guide.runner = reward_runner(guide.source[0], "transformers", None)  # pyright: ignore
     guide.reserve(2, 8)
     for slot, ids in enumerate(([5, 6, 7], [8])):
-        backbone.prefill(slot, ids)
+        runner.prefill(slot, ids)
     candidates = torch.tensor([[9, 10, 11], [12, 13, 14]])
     wide = torch.promote_types(dtype, torch.float32)
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -4.0, -4.0]], dtype=wide)
@@ -90,8 +90,8 @@ def test_who_is_fused() -> None:
     tokenizer = make_tokenizer()
     guide = SequenceReward((make_rm(), tokenizer))
     RewardGuidedDecoder.from_pretrained((make_lm(), tokenizer), guide, engine="transformers")
-    assert guide.backbone is not None
-    assert guide.backbone.layers.final_norm is not None
-    assert guide.fused == (guide.backbone.device.type == "cuda")
+    assert guide.runner is not None
+    assert guide.runner.layers.final_norm is not None
+    assert guide.fused == (guide.runner.device.type == "cuda")
     assert not RADReward("somewhere").fused
     assert not FunctionReward(lambda prefixes, candidates: candidates).fused

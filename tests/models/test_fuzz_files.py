@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rgtg_fast import RewardGuidedDecoder, RGTGError, SequenceReward
 from rgtg_fast.models.adapter import CONFIG, RECIPE, WEIGHTS, Adapter, LowRank
-from rgtg_fast.models.native import NativeLayers
+from rgtg_fast.models.cpp_layers import NativeLayers
 from tests.conftest import make_lm, make_tokenizer
 from tests.models.adapters import write_adapter
 
@@ -56,7 +56,7 @@ def _refusal(lm: Any, folder: Path) -> str | None:
     try:
         adapter = Adapter.load(folder)
         adapter.reward_head()
-        reason = adapter.misfit(lm) or NativeLayers.supported(lm.base_model)
+        reason = adapter.shape_mismatch(lm) or NativeLayers.supported(lm.base_model)
         if reason:
             raise RGTGError(reason)
         native = NativeLayers(lm.base_model)

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
-from rgtg_fast.models.loading import refusal, resolve_device, resolve_dtype, reward_backbone
+from rgtg_fast.models.loading import refusal, resolve_device, resolve_dtype, reward_runner
 from rgtg_fast.models.verification import probe
 from tests.conftest import make_lm, make_rm, make_tokenizer, tiny_config
 
@@ -183,14 +183,14 @@ def test_context_is_the_models() -> None:
 def test_a_reward_near_zero_is_no_reason_to_refuse(size: int) -> None:
     """The rounding of bfloat16 is no difference, whatever a head says about the tokens that are tried."""
     model = make_rm(dtype=torch.bfloat16)
-    ids = probe(reward_backbone(model, "transformers", None))
+    ids = probe(reward_runner(model, "transformers", None))
     with torch.inference_mode():
         state = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1].float()
         weight = size * model.score.weight.float()
         weight -= torch.outer(weight @ state, state) / state.square().sum()
         model.score.weight.copy_(weight)
-    reward_backbone(model, "transformers", None)
-    reward_backbone(model, "auto", None)
+    reward_runner(model, "transformers", None)
+    reward_runner(model, "auto", None)
 
 
 def test_a_reward_model_that_scales_its_scores_is_found_out() -> None:
@@ -204,7 +204,7 @@ def test_a_reward_model_that_scales_its_scores_is_found_out() -> None:
 
     model.forward = scaled
     with pytest.raises(RGTGError, match="cannot be served"):
-        reward_backbone(model, "auto", None)
+        reward_runner(model, "auto", None)
 
 
 def test_a_family_that_scales_its_logits_is_found_out() -> None:
@@ -217,8 +217,8 @@ def test_a_family_that_scales_its_logits_is_found_out() -> None:
 def test_a_loaded_pair_keeps_its_dtype_unless_told_otherwise() -> None:
     lm, rm = make_lm(dtype=torch.bfloat16), make_rm(dtype=torch.float64)
     decoder = RewardGuidedDecoder.from_pretrained((lm, None), reward=SequenceReward((rm, None)))
-    assert lm.dtype == decoder.lm.backbone.cache.dtype == torch.bfloat16
-    assert rm.dtype == decoder.reward.backbone.cache.dtype == torch.float64
+    assert lm.dtype == decoder.lm.runner.cache.dtype == torch.bfloat16
+    assert rm.dtype == decoder.reward.runner.cache.dtype == torch.float64
     assert decoder.generate([[5, 6]], 3)[0].rewards
     RewardGuidedDecoder.from_pretrained((lm, None), reward=SequenceReward((rm, None)), dtype="float32")
     assert lm.dtype == rm.dtype == torch.float32

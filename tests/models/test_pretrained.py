@@ -214,11 +214,11 @@ def test_tied_embeddings_need_no_head_of_their_own(saved: Path) -> None:
 def test_a_new_head_is_said_and_begins_at_0(saved: Path, tmp_path: Path) -> None:
     said: list[str] = []
     for name in ("lm", "tied"):
-        model, _ = load_base(saved / name, say=said.append)
+        model, _ = load_base(saved / name, progress=said.append)
         assert not model.get_submodule("score").weight.any()
     assert len(said) == 2
     assert "no reward head" in said[0]
-    model, _ = load_base(saved / "rm", say=said.append)
+    model, _ = load_base(saved / "rm", progress=said.append)
     assert len(said) == 2
     torch.testing.assert_close(model.get_submodule("score").weight, make_rm().score.weight, rtol=0, atol=0)
     model, _ = load_causal(saved / "tied", new_head=True)
@@ -428,7 +428,7 @@ def test_nothing_else_in_the_package_loads_by_name() -> None:
             if node.func.attr == "from_pretrained" and owner.startswith("Auto"):
                 found.append(path.relative_to(PACKAGE).as_posix())
     # The embedded model's weights come as GGUF, which has no folder of its own.
-    assert set(found) == {"models/pretrained.py", "app/embedded.py"}
+    assert set(found) == {"models/pretrained.py", "bundled/embedded.py"}
 
 
 def test_weights_larger_than_the_free_memory(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

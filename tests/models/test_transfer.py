@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from rgtg_fast.models import transfer
-from rgtg_fast.models.transfer import Arrival
+from rgtg_fast.models.transfer import AsyncCopy
 
 
 def test_a_copy_on_the_host_keeps_what_was_there() -> None:
     x = torch.arange(4)
-    arrival = Arrival([x])
+    arrival = AsyncCopy([x])
     x.zero_()
     assert arrival.get()[0].tolist() == [0, 1, 2, 3]
 
@@ -40,7 +40,7 @@ def test_the_event_waits_for_the_stream_of_the_tensors_device(monkeypatch: pytes
     monkeypatch.setattr(transfer.torch.cuda, "Event", Event)
     monkeypatch.setattr(transfer.torch.cuda, "current_stream", lambda device: f"stream of {device}")
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), shape=(2,), dtype=torch.float64)
-    arrival = Arrival([tensor])  # type: ignore[list-item]
+    arrival = AsyncCopy([tensor])  # type: ignore[list-item]
     assert recorded == ["stream of cuda:1"]
     arrival.get()
     assert recorded == ["stream of cuda:1", "waited"]

@@ -11,8 +11,8 @@ import transformers as tf
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
 from rgtg_fast.models import verification
 from rgtg_fast.models.attention import NAME
-from rgtg_fast.models.cache import PrefixCache
-from rgtg_fast.models.loading import language_backbone, reward_backbone
+from rgtg_fast.models.kv_cache import PrefixCache
+from rgtg_fast.models.loading import language_runner, reward_runner
 from tests.conftest import make_lm, make_rm, tiny_config
 from tests.models.tiny_families import outcome, tiny_model
 
@@ -47,7 +47,7 @@ def test_an_attention_of_another_scale(dtype: torch.dtype, monkeypatch: pytest.M
         PrefixCache, "attend", lambda self, layer, q, k, v, scale: attend(self, layer, q, k, v, 1.02 * scale)
     )
     model = tiny_model("lm", "Qwen2Config", dtype)
-    assert "cached forward differs" in refused(lambda: language_backbone(model, "transformers", None))
+    assert "cached forward differs" in refused(lambda: language_runner(model, "transformers", None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,7 +64,7 @@ def test_logits_that_are_scaled_or_capped(
 ) -> None:
     model = tiny_model("lm", family, dtype, **settings)
     model.get_output_embeddings().weight.data *= 0.1  # logits so small that no cap changes them
-    assert named in refused(lambda: language_backbone(model, "auto", None))
+    assert named in refused(lambda: language_runner(model, "auto", None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,7 +78,7 @@ def test_rewards_that_are_capped(dtype: torch.dtype) -> None:
         return found
 
     model.forward = capped
-    assert "its logits differ" in refused(lambda: reward_backbone(model, "auto", None))
+    assert "its logits differ" in refused(lambda: reward_runner(model, "auto", None))
 
 
 @pytest.mark.parametrize("engine", ["auto", "transformers"])
@@ -88,10 +88,10 @@ def test_a_score_head_with_a_bias_is_served(engine: str, dtype: torch.dtype) -> 
     model = make_rm()
     model.score = torch.nn.Linear(32, 1)
     model.score.bias.data.fill_(3.0)
-    backbone = reward_backbone(model.to(dtype), engine, None)
-    backbone.reserve(1, 8)
-    backbone.prefill(0, [5, 6])
-    found = float(backbone.scores(backbone.step(torch.tensor([[7]])))[0, 0])
+    runner = reward_runner(model.to(dtype), engine, None)
+    runner.reserve(1, 8)
+    runner.prefill(0, [5, 6])
+    found = float(runner.scores(runner.step(torch.tensor([[7]])))[0, 0])
     expected = float(model(torch.tensor([[5, 6, 7]])).logits[0, 0])
     assert found == pytest.approx(
         expected, abs=1e-4 if dtype == torch.float32 else 0.05 * abs(expected) + 0.05
@@ -105,7 +105,7 @@ def test_ropes_are_served_as_far_as_they_do_not_depend_on_the_length(rope: str, 
     model = tiny_model(kind, "LlamaConfig", **settings)
     for engine in ("auto", "transformers"):
         assert outcome(kind, model, engine) == "served"  # up to the length that a refusal names
-    load = language_backbone if kind == "lm" else reward_backbone
+    load = language_runner if kind == "lm" else reward_runner
     if rope == "longrope":
         assert "max_length=16 works" in refused(lambda: load(model, "auto", None))
         assert "longrope" in refused(lambda: load(model, "auto", 17))
@@ -117,40 +117,40 @@ def test_ropes_are_served_as_far_as_they_do_not_depend_on_the_length(rope: str, 
 def test_an_unknown_rope_is_refused_by_name() -> None:
     model = make_lm()
     model.config.rope_parameters["rope_type"] = "spiral"
-    assert "rope type 'spiral' is unknown" in refused(lambda: language_backbone(model, "auto", None))
+    assert "rope type 'spiral' is unknown" in refused(lambda: language_runner(model, "auto", None))
 
 
 def test_an_unknown_kind_of_layer_is_refused_by_name() -> None:
     model = tiny_model("lm", "Qwen2Config")
     model.config.layer_types = ["full_attention", "strided_attention", "full_attention", "full_attention"]
-    assert "'strided_attention'" in refused(lambda: language_backbone(model, "auto", None))
+    assert "'strided_attention'" in refused(lambda: language_runner(model, "auto", None))
 
 
 def test_steps_are_tried_beyond_the_original_context() -> None:
     model = tiny_model("lm", "LlamaConfig", rope_parameters=ROPES["yarn"], max_position_embeddings=64)
-    assert len(verification.probe(language_backbone(model, "auto", None))) == 18
-    assert len(verification.probe(language_backbone(model, "auto", 9))) == 9
-    assert len(verification.probe(language_backbone(make_lm(), "auto", None))) == 6
+    assert len(verification.probe(language_runner(model, "auto", None))) == 18
+    assert len(verification.probe(language_runner(model, "auto", 9))) == 9
+    assert len(verification.probe(language_runner(make_lm(), "auto", None))) == 6
 
 
 @torch.inference_mode()
 def test_a_window_that_no_config_names_is_refused_when_it_is_reached() -> None:
     model = tiny_model("lm", "MistralConfig", sliding_window=None)
-    backbone = language_backbone(model, "transformers", None)
+    runner = language_runner(model, "transformers", None)
     model.config.sliding_window = 8
-    backbone.reserve(1, 8)
-    backbone.prefill(0, [5, 6, 7])
-    backbone.reserve(1, 9)
-    assert "sliding window of 8 tokens" in refused(lambda: backbone.prefill(0, [5, 6, 7]))
+    runner.reserve(1, 8)
+    runner.prefill(0, [5, 6, 7])
+    runner.reserve(1, 9)
+    assert "sliding window of 8 tokens" in refused(lambda: runner.prefill(0, [5, 6, 7]))
 
 
 def test_a_refused_model_keeps_its_attention() -> None:
     model = tiny_model("lm", "CohereConfig")
     model.set_attn_implementation("eager")
-    refused(lambda: language_backbone(model, "auto", None))
+    refused(lambda: language_runner(model, "auto", None))
     assert model.config._attn_implementation == model.model.config._attn_implementation == "eager"
     served = tiny_model("lm", "GPT2Config")
-    language_backbone(served, "auto", None)
+    language_runner(served, "auto", None)
     assert served.config._attn_implementation == NAME
 
 
@@ -209,9 +209,9 @@ def _prefix(ids: list[int]) -> object:
 def test_float32_beneath_half_precision_reads_the_weights_as_they_are() -> None:
     """The comparison's reference is the forward of a copy of the model in float32."""
     model = tiny_model("lm", "MixtralConfig", torch.bfloat16)
-    backbone, ids = language_backbone(model, "transformers", None), [5, 6, 7, 8]
+    runner, ids = language_runner(model, "transformers", None), [5, 6, 7, 8]
     with torch.inference_mode():
-        found = verification._uncached_in_float32(backbone, ids, 0)
+        found = verification._uncached_in_float32(runner, ids, 0)
         model.float().set_attn_implementation("eager")
         expected = model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
     assert found.dtype == torch.float32

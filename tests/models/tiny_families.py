@@ -15,14 +15,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rgtg_fast import RGTGError
-from rgtg_fast.models.loading import language_backbone, reward_backbone
+from rgtg_fast.models.loading import language_runner, reward_runner
 
 KINDS = {
-    "lm": (MODEL_FOR_CAUSAL_LM_MAPPING, tf.AutoModelForCausalLM, language_backbone),
+    "lm": (MODEL_FOR_CAUSAL_LM_MAPPING, tf.AutoModelForCausalLM, language_runner),
     "reward": (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         tf.AutoModelForSequenceClassification,
-        reward_backbone,
+        reward_runner,
     ),
 }
 # A model larger than this has a size that the table below does not know.
@@ -180,7 +180,7 @@ def outcome(kind: str, model: tf.PreTrainedModel, engine: str) -> str:
     reference, load = copy.deepcopy(model), KINDS[kind][2]
     with torch.inference_mode():
         try:
-            backbone = load(model, engine, None)
+            runner = load(model, engine, None)
         except RGTGError as error:
             line = str(error)
             assert "\n" not in line
@@ -189,9 +189,9 @@ def outcome(kind: str, model: tf.PreTrainedModel, engine: str) -> str:
             hint = re.search(r"max_length=(\d+) works", line)
             if hint is None:
                 return line
-            backbone = load(model, engine, int(hint[1]))
-        largest = _largest_difference(kind, backbone, reference)
-    assert largest <= 1e-4, (backbone.engine, largest)
+            runner = load(model, engine, int(hint[1]))
+        largest = _largest_difference(kind, runner, reference)
+    assert largest <= 1e-4, (runner.engine, largest)
     return "served"
 
 
@@ -202,20 +202,20 @@ def _unchanged(model: Any, reference: Any) -> None:
         assert torch.equal(model(text, use_cache=False).logits, expected), "a refused model has changed"
 
 
-def _largest_difference(kind: str, backbone: Any, reference: Any) -> float:
+def _largest_difference(kind: str, runner: Any, reference: Any) -> float:
     steps, largest = 3, 0.0
-    longest = min(backbone.limit, 40)
+    longest = min(runner.limit, 40)
     texts = [[2 + (5 * i + j) % 61 for i in range(n)] for j, n in enumerate((longest - steps, 1, 4))]
-    backbone.reserve(len(texts), longest)
+    runner.reserve(len(texts), longest)
     for slot, text in enumerate(texts):
-        backbone.prefill(slot, text[:-1] if kind == "lm" else text)
+        runner.prefill(slot, text[:-1] if kind == "lm" else text)
     for step in range(steps):
         tokens = torch.tensor([[text[-1]] for text in texts])
         if kind == "reward":
             tokens = torch.tensor([[10 + step, 20 + row, 30] for row in range(len(texts))])
-        hidden = backbone.step(tokens)
-        found = backbone.logits(hidden[:, 0]) if kind == "lm" else backbone.scores(hidden)
-        backbone.commit(torch.zeros(len(texts), dtype=torch.int64))
+        hidden = runner.step(tokens)
+        found = runner.logits(hidden[:, 0]) if kind == "lm" else runner.scores(hidden)
+        runner.commit(torch.zeros(len(texts), dtype=torch.int64))
         for row, text in enumerate(texts):
             if kind == "lm":
                 expected = reference(torch.tensor([text]), use_cache=False).logits[0, -1]

@@ -16,7 +16,7 @@ from tests.ops.support import cases_of, shape_and_dtype
 
 SPECS = ops.specs()
 CASES = daily(cases_of({name: spec.shapes for name, spec in SPECS.items() if spec.has_cpp}), shape_and_dtype)
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "advance": ("tokens", "position")}
+WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
 
 
 def small(dtypes: tuple[torch.dtype, ...], names: Iterable[str] = SPECS) -> list[Any]:

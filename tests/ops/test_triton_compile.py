@@ -15,11 +15,11 @@ import torch
 
 from benchmarks.ops import instructions, kernel_table
 from rgtg_fast.ops import specs
-from rgtg_fast.ops.advance import launch as advance
 from rgtg_fast.ops.commit import launch as commit
+from rgtg_fast.ops.finish_step import launch as finish_step
 from rgtg_fast.ops.partial_bt_loss import launch as partial_bt_loss
 from rgtg_fast.ops.resample import launch as resample
-from rgtg_fast.ops.reward_tail import launch as reward_tail
+from rgtg_fast.ops.score_and_sample import launch as score_and_sample
 from rgtg_fast.ops.topk_logprobs import launch as topk_logprobs
 from rgtg_fast.ops.tree_attention import launch as tree_attention
 from tests.covering import daily
@@ -245,12 +245,12 @@ def test_what_is_launched_is_compiled():
         known("resample", "resample_kernel", resample.configuration(K))
     for K in (1, 4, 5, 40, 65, 512, 513, 2000):
         for E in (16, 128, 129, 4096):
-            known("reward_tail", "reward_tail_kernel", reward_tail.configuration(K, E))
+            known("score_and_sample", "score_and_sample_kernel", score_and_sample.configuration(K, E))
     for mode in partial_bt_loss.MODES:
         for weight in partial_bt_loss.WEIGHTS:
             known("partial_bt_loss", "pair_kernel", partial_bt_loss.pair_configuration(mode, weight))
     for K in (1, 10, 64, 65, 4096, 256000):
-        known("advance", "advance_kernel", advance.configuration(K))
+        known("finish_step", "finish_step_kernel", finish_step.configuration(K))
     known("partial_bt_loss", "sum_kernel", partial_bt_loss.sum_configuration())
     for V in (1, 100, 32000, 128256, 151936, 262144, 262208, 600000, topk_logprobs.MAX_V):
         known("topk_logprobs", "topk_segment_kernel", topk_logprobs.segment_configuration(V))

@@ -30,8 +30,8 @@ from rgtg_fast.ops._triton import _tickets, tickets
 from rgtg_fast.ops.tree_attention import launch as tree_attention_launch
 from rgtg_fast.ops.tree_attention.launch import SPAN
 from tests.covering import daily, each
-from tests.decoding.support import prompts_of
-from tests.decoding.test_ahead import as_numbers, make_decoder
+from tests.engine.support import prompts_of
+from tests.engine.test_ahead import as_numbers, make_decoder
 from tests.ops.interpreted import interpreted
 from tests.ops.support import cases_of, compare, shape_and_dtype
 
@@ -49,7 +49,7 @@ def _missing() -> str:
 
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(bool(_missing()), reason=_missing() or "none")]
 SPECS = ops.specs()
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "advance": ("tokens", "position")}
+WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
 INF, NAN = math.inf, math.nan
 
 # Small enough for an interpreter that walks through every program one by one; the same edges as the specs' own.
@@ -70,8 +70,8 @@ SHAPES = {
     ),
     "resample": tuple(shape for shape in SPECS["resample"].shapes if shape["B"] <= 8),
     "commit": SPECS["commit"].shapes,
-    "reward_tail": SPECS["reward_tail"].shapes,
-    "advance": SPECS["advance"].shapes,
+    "score_and_sample": SPECS["score_and_sample"].shapes,
+    "finish_step": SPECS["finish_step"].shapes,
     "partial_bt_loss": tuple(shape for shape in SPECS["partial_bt_loss"].shapes if shape["N"] <= 8),
 }
 CASES = daily(cases_of(SHAPES), shape_and_dtype)

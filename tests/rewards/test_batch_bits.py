@@ -21,7 +21,7 @@ from rgtg_fast import (
     SequenceReward,
     VocabularyReward,
 )
-from rgtg_fast.models.native import NativeLayers
+from rgtg_fast.models.cpp_layers import NativeLayers
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models.adapters import write_adapter
 

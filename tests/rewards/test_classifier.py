@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, TextReward
-from rgtg_fast.models.backbone import Counter
+from rgtg_fast.models.runner import Counter
 from rgtg_fast.rewards.classifier import Classifier
 from tests.conftest import CHAT_TEMPLATE, make_lm, make_rm, make_tokenizer
 

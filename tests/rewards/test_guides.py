@@ -28,7 +28,7 @@ from rgtg_fast import (
     VocabularyReward,
     named_guide,
 )
-from rgtg_fast.app.methods import METHODS, Method
+from rgtg_fast.cli.methods import METHODS, Method
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.covering import daily, each
 from tests.rewards import naive
@@ -137,7 +137,7 @@ def test_greedy_equals_the_naive_formula(name: str, support: str, engine: str, d
     prompts = ragged_prompts(7)
     result = decoder.generate(prompts, 7, Guidance(5, 0.8, 0, support))
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    lm = decoder.lm.backbone.model
+    lm = decoder.lm.runner.model
     for prompt, row in zip(prompts, result, strict=True):
         tokens, rewards = naive.guided(lm, case.formula, prompt, 5, 0.8, support, 7, EOS)
         assert row.tokens == tokens
@@ -154,7 +154,7 @@ def test_a_trace_lists_the_rewards_of_the_support(
     decoder = decoder_for(case.reward, engine, dtype)
     prompt = [9, 10, 11]
     row = decoder.generate([prompt], 3, Guidance(6, 0.8, 0.9, support), seed=5, trace=True)[0]
-    lm = decoder.lm.backbone.model
+    lm = decoder.lm.runner.model
     for step in row.trace:
         answer = row.tokens[: step.position]
         logprobs = naive.logits_after(lm, [*prompt, *answer]).log_softmax(-1).tolist()
@@ -196,7 +196,7 @@ def test_rows_of_every_support_in_one_call(name: str) -> None:
     prompts = ragged_prompts(6, seed=4)
     rows = decoder.generate(prompts, 5, [Guidance(5, 0.8, 0, support) for support in supports])
     for prompt, support, row in zip(prompts, supports, rows, strict=True):
-        lm = decoder.lm.backbone.model
+        lm = decoder.lm.runner.model
         assert row.tokens == naive.guided(lm, case.formula, prompt, 5, 0.8, support, 5, EOS)[0]
 
 
@@ -263,20 +263,20 @@ def test_costs_are_the_table(method: Method, monkeypatch: pytest.MonkeyPatch) ->
     reward = _cost_cases()[method.name]()
     tokenizer = make_tokenizer()
     decoder = RewardGuidedDecoder.from_pretrained((make_lm(), tokenizer), reward=reward, max_batch=3)
-    decoder.lm.backbone.model.generation_config.eos_token_id = []  # no row ends early
-    backbones = [("lm", decoder.lm.backbone)]
-    backbones += [("reward", f.backbone) for f in getattr(reward, "_followers", [])]
+    decoder.lm.runner.model.generation_config.eos_token_id = []  # no row ends early
+    backbones = [("lm", decoder.lm.runner)]
+    backbones += [("reward", f.runner) for f in getattr(reward, "_followers", [])]
     if isinstance(reward, SequenceReward):
-        backbones.append(("reward", reward.backbone))
+        backbones.append(("reward", reward.runner))
     seen: dict[str, list[int]] = {"lm": [], "reward": []}
-    for name, backbone in backbones:
-        forward = backbone.layers.forward
+    for name, runner in backbones:
+        forward = runner.layers.forward
 
         def counted(ids: torch.Tensor, *args: Any, name: str = name, forward: Any = forward) -> torch.Tensor:
             seen[name].append(ids.numel())
             return forward(ids, *args)
 
-        monkeypatch.setattr(backbone.layers, "forward", counted)
+        monkeypatch.setattr(runner.layers, "forward", counted)
     prompts = [[7, 8, 9, 10], [11, 12], [13, 14, 15]]
     rows, k, steps = len(prompts), 6, 5
     texts: Any = [tokenizer.decode(ids) for ids in prompts]
@@ -303,7 +303,7 @@ def test_a_mixture_costs_what_its_guides_cost() -> None:
     parts = [_pargs(torch.float32).reward, _eft(torch.float32).reward, ContrastiveReward("w1", "w2")]
     tokenizer = make_tokenizer()
     decoder = RewardGuidedDecoder.from_pretrained((make_lm(), tokenizer), reward=MixtureReward(parts))
-    decoder.lm.backbone.model.generation_config.eos_token_id = []  # no row ends early
+    decoder.lm.runner.model.generation_config.eos_token_id = []  # no row ends early
     stats = decoder.generate(["w1 w2", "w3"], 5, Guidance(k=6)).stats
     assert (stats.lm_calls, stats.lm_tokens) == (5, 5 * 2 * 3)
     assert (stats.reward_calls, stats.reward_tokens) == (5 * 3, 5 * (2 * 6 + 2 * 2))
@@ -326,7 +326,7 @@ def test_weights_per_request() -> None:
     for prompt, given, row in zip(prompts, weights, rows, strict=True):
         pair = given or (1.0, 1.0)
         formula = naive.mixture((pair[0], first.formula), (pair[1], second.formula))
-        tokens, rewards = naive.guided(decoder.lm.backbone.model, formula, prompt, 6, 1.0, "lm", 6, EOS)
+        tokens, rewards = naive.guided(decoder.lm.runner.model, formula, prompt, 6, 1.0, "lm", 6, EOS)
         assert row.tokens == tokens
         assert row.rewards == pytest.approx(rewards[: len(tokens)], abs=1e-4)
     mixture.weights = (0.0, 2.0)
@@ -346,9 +346,7 @@ def test_weights_follow_their_row_to_another_slot() -> None:
     assert rows[0].tokens == []
     for prompt, (weight, _), row in list(zip(prompts, weights, rows, strict=True))[1:]:
         formula = naive.mixture((weight, first.formula))
-        assert (
-            row.tokens == naive.guided(decoder.lm.backbone.model, formula, prompt, 64, 1.0, "lm", 8, EOS)[0]
-        )
+        assert row.tokens == naive.guided(decoder.lm.runner.model, formula, prompt, 64, 1.0, "lm", 8, EOS)[0]
 
 
 def test_a_mixture_of_contexts_texts_and_functions() -> None:
@@ -399,7 +397,7 @@ def test_a_weight_of_zero_takes_out_what_a_guide_says() -> None:
     farma = _farma(torch.float32)
     decoder = decoder_for(MixtureReward([farma.reward, nothing], [1.0, 0.0]), "auto", torch.float32)
     row = decoder.generate([[9, 10]], 5, Guidance(k=5, temperature=0))[0]
-    lm = decoder.lm.backbone.model
+    lm = decoder.lm.runner.model
     assert row.tokens == naive.guided(lm, farma.formula, [9, 10], 5, 1.0, "lm", 5, EOS)[0]
     assert decoder.score([[9]], [[10]])[0] == pytest.approx([farma.formula([9], [], 10)], abs=1e-4)
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, named_guide
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.config import TrainConfig, train_reward_model
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import Lora, add_adapters
 from rgtg_fast.training.packing import answer_positions, collate, preceding_positions
 from rgtg_fast.training.probe import fit
-from rgtg_fast.training.recipe import Recipe, train_reward_model
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 from tests.conftest import make_lm
@@ -25,7 +25,7 @@ from tests.training.support import EOS, needs_loaded_heads, rows, save_lm, setti
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
 
-QUICK = Recipe(token_budget=128, accumulation=2, learning_rate=0.01, max_length=64, held_out=0)
+QUICK = TrainConfig(token_budget=128, accumulation=2, learning_rate=0.01, max_length=64, held_out=0)
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import torch
 
 from rgtg_fast import RGTGError
 from rgtg_fast.evaluation.accuracy import length_verdicts, score_pairs, verdicts
+from rgtg_fast.training.config import TrainConfig, train_reward_model
 from rgtg_fast.training.data import PreferencePair, TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.labels import LabelJudge
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import load_base
 from rgtg_fast.training.packing import collate, pack, packed_rewards, use_packed_attention
-from rgtg_fast.training.recipe import Recipe, train_reward_model
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from tests.conftest import make_rm, make_tokenizer
 from tests.training.support import EOS, rows, save_lm
@@ -172,7 +172,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_knows_which_answers_ended(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="LoRA training needs peft")
-    recipe = Recipe("full_bt", token_budget=128, max_length=64, held_out=0.2)
+    recipe = TrainConfig("full_bt", token_budget=128, max_length=64, held_out=0.2)
     said: list[str] = []
     seen: list[Any] = []
 
@@ -181,7 +181,7 @@ def test_a_run_knows_which_answers_ended(base: Path, tmp_path: Path) -> None:
         return {}
 
     result = train_reward_model(
-        base, data(), tmp_path / "out", recipe, device="cpu", say=said.append, metrics=metrics
+        base, data(), tmp_path / "out", recipe, device="cpu", progress=said.append, metrics=metrics
     )
     counts = [result.data[part] for part in ("train", "eval")]
     assert sum(part["cut"] for part in counts) == 20
@@ -198,7 +198,7 @@ def test_a_run_knows_which_answers_ended(base: Path, tmp_path: Path) -> None:
             base, data(), tmp_path / "out", recipe, answers_ended="yes", resume=True, device="cpu"
         )
     with pytest.raises(RGTGError, match="answers_ended='some' is unknown"):
-        Recipe(answers_ended="some")
+        TrainConfig(answers_ended="some")
 
 
 def test_a_labelling_judge_reads_a_cut_answer_at_its_last_token(base: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import guides
 from benchmarks.harness import read
-from rgtg_fast.evaluation import benchmark
-from rgtg_fast.training.recipe import Recipe
+from rgtg_fast.bench import benchmark
+from rgtg_fast.training.config import TrainConfig
 from tests.training.support import rows, save_lm
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
@@ -22,8 +22,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e9)
     small = {"token_budget": 128, "learning_rate": 0.01}
     found = {
-        "args-a": Recipe(objective="full_bt", lora_rank=2, **small),
-        "pargs-b": Recipe(objective="partial_bt", full=True, **small),
+        "args-a": TrainConfig(objective="full_bt", lora_rank=2, **small),
+        "pargs-b": TrainConfig(objective="partial_bt", full=True, **small),
     }
     monkeypatch.setattr(guides, "recipes", lambda: found)
     data = tmp_path / "pairs.jsonl"

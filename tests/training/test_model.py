@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.training.config import train_reward_model
 from rgtg_fast.training.model import (
     Lora,
     add_adapters,
@@ -21,7 +22,6 @@ from rgtg_fast.training.model import (
     use_packed_forward,
 )
 from rgtg_fast.training.packing import _ShortAttention, collate, pack
-from rgtg_fast.training.recipe import train_reward_model
 from tests.conftest import make_rm
 from tests.training.support import needs_loaded_heads, rows, save_lm, tokenized
 

@@ -16,15 +16,15 @@ pytest.importorskip("peft", reason="LoRA training needs peft")
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
 from rgtg_fast.models.loading import load_causal_lm
-from rgtg_fast.training.policy import PolicyRecipe, train_policy
-from rgtg_fast.training.policy_reward import reward_function
+from rgtg_fast.training.policy.launch import PolicyTrainConfig, train_policy
+from rgtg_fast.training.policy.reward import reward_function
 from rgtg_fast.training.t_reg import Templates
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models.adapters import write_adapter
 from tests.training.support import CHOSEN, rows, save_lm, settings_by_day
 
 TEMPLATES = Templates("w1 {question} w2 {answer} w3", "w1 {question} w2 {answer} w4")
-QUICK = PolicyRecipe(learning_rate=0.01, max_length=64, held_out=0, batch_size=4, accumulation=2)
+QUICK = PolicyTrainConfig(learning_rate=0.01, max_length=64, held_out=0, batch_size=4, accumulation=2)
 
 
 @pytest.fixture(scope="module")

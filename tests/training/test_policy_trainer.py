@@ -20,7 +20,7 @@ from rgtg_fast.training.answer_scores import fill_reference
 from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.model import Lora, lora_config
 from rgtg_fast.training.packing import use_packed_attention
-from rgtg_fast.training.policy_trainer import TRegTrainer, preference_dataset
+from rgtg_fast.training.policy.trainer import TRegTrainer, preference_dataset
 from rgtg_fast.training.run import checkpointing
 from rgtg_fast.training.t_reg import Templates, fill_token_rewards
 from tests.conftest import make_lm, make_tokenizer

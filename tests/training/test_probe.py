@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from transformers import TrainingArguments
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.config import TrainConfig
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import Lora, add_adapters, load_base
 from rgtg_fast.training.packing import answer_positions, collate, pack, packed_hidden, pretrained
 from rgtg_fast.training.probe import POINTS, compared_prefixes, differences, fit
-from rgtg_fast.training.recipe import Recipe
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from tests.training.support import save_lm, tokenized
 
@@ -82,7 +82,7 @@ def test_the_head_is_fitted_on_the_models_own_states(tmp_path: Path, name: str, 
     )
     trainer.fit_head(0.1)
     if trainer.lower is not None:
-        trainer.lower.put_back()
+        trainer.lower.restore()
     found, weights = [], []
     with torch.no_grad():
         for row in pack(pairs, 64):
@@ -114,7 +114,7 @@ def test_the_head_is_fitted_on_the_models_own_states(tmp_path: Path, name: str, 
 )
 def test_bad_settings_are_one_line(settings, said):
     with pytest.raises(RGTGError, match=said) as caught:
-        Recipe(**settings)
+        TrainConfig(**settings)
     assert "\n" not in str(caught.value)
 
 

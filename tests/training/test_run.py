@@ -10,15 +10,17 @@ import pytest
 
 from rgtg_fast import RGTGError
 from rgtg_fast.files import only_writer
-from rgtg_fast.training.recipe import Recipe
-from rgtg_fast.training.run import LOCK_FILE, TrainingLog, one_run, silent
+from rgtg_fast.training.config import TrainConfig
+from rgtg_fast.training.run import LOCK_FILE, TrainingLog, no_progress, one_run
 
 STATE: Any = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=4)
 NONE: Any = None
 
 
 @one_run
-def train(output: str, work: Callable[[Path], None], *, resume: bool = False, say: Callable = silent) -> str:
+def train(
+    output: str, work: Callable[[Path], None], *, resume: bool = False, progress: Callable = no_progress
+) -> str:
     work(Path(output))
     return output
 
@@ -63,7 +65,7 @@ def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
 
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        train(str(tmp_path / "run"), interrupt, say=said.append)
+        train(str(tmp_path / "run"), interrupt, progress=said.append)
     assert said == [
         f"interrupted: the last good checkpoint is {tmp_path / 'run' / 'checkpoint-7'}: go on with resume"
     ]
@@ -88,13 +90,13 @@ def test_a_log_on_a_full_disk_is_one_line() -> None:
     with pytest.raises(
         RGTGError, match=r"cannot write /dev/full \(No space left on device\); there is no checkpoint"
     ):
-        TrainingLog(Path("/dev/full"), silent).on_log(NONE, STATE, NONE, {"loss": 1.0})
+        TrainingLog(Path("/dev/full"), no_progress).on_log(NONE, STATE, NONE, {"loss": 1.0})
 
 
 def test_a_resumed_log_keeps_whole_lines_up_to_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n\n{"st\nnonsense\n{"step": 3}\n{"step": 4}\n{"step"')
-    TrainingLog(path, silent).on_train_begin(NONE, STATE, NONE)
+    TrainingLog(path, no_progress).on_train_begin(NONE, STATE, NONE)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
@@ -116,7 +118,7 @@ def test_a_resumed_log_keeps_whole_lines_up_to_its_checkpoint(tmp_path: Path) ->
 def test_settings_out_of_range(name: str, value: Any) -> None:
     settings: dict[str, Any] = {name: value}
     with pytest.raises(RGTGError, match=f"{'LoRA rank' if name == 'lora_rank' else name}"):
-        Recipe(**settings)
+        TrainConfig(**settings)
 
 
 def test_a_folder_that_is_held_is_free_afterwards(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.config import TrainConfig, train_reward_model
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import Lora, add_adapters
 from rgtg_fast.training.packing import cost
-from rgtg_fast.training.recipe import Recipe, train_reward_model
 from rgtg_fast.training.trainer import PartialRewardTrainer, _RowBatches
 from tests.conftest import make_rm, make_tokenizer
 from tests.training.support import rows, save_lm, settings_by_day, tokenized
@@ -32,7 +32,7 @@ pytest.importorskip("peft", reason="LoRA training needs peft")
 ROOT = Path(__file__).parent.parent.parent
 # Seconds after which a process counts as one that hangs, many times what any of them takes.
 HANGS = 3000
-QUICK = Recipe(token_budget=128, accumulation=2, learning_rate=0.01, max_length=64, held_out=0)
+QUICK = TrainConfig(token_budget=128, accumulation=2, learning_rate=0.01, max_length=64, held_out=0)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -433,7 +433,7 @@ train_and_evaluate(Path({base!r}), Path({out!r}), {settings!r})
 
 
 def train_and_evaluate(base: Path, out: Path, settings: dict[str, Any]) -> None:
-    recipe = Recipe(**(QUICK.__dict__ | settings))
+    recipe = TrainConfig(**(QUICK.__dict__ | settings))
     held = rows(9, seed=1)
     train(base, out, recipe=recipe, eval_data=held, save_steps=2, eval_steps=2, epochs=2)
 

@@ -1,0 +1,1 @@
+"""Measuring: the table of methods, the published algorithms, timing and the memory floor."""

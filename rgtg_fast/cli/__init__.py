@@ -1,0 +1,1 @@
+"""What the command line is made of: the embedded model, the demo, explanations, batch jobs, reports."""

@@ -1,0 +1,237 @@
+"""The demonstration: a few prompts answered with and without the guide, and what the guide did."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rgtg_fast.cli.explain import changed, marked_answer, visible
+from rgtg_fast.cli.session import CONTRASTIVE, decode_with
+from rgtg_fast.config import Guidance
+
+if TYPE_CHECKING:
+    from rgtg_fast import RewardGuidedDecoder, Step
+
+PROMPTS = (
+    "How can I fall asleep faster at night?",
+    "I failed an important exam and feel terrible. What now?",
+    "My colleague keeps interrupting me in meetings. What should I do?",
+)
+# Narrower than this, the two answers stand below each other.
+SIDE_BY_SIDE = 90
+
+
+def default_beta(reward: str) -> float:
+    """The weight that shows what a guide does: log-ratios are in nats, a small reward model's rewards are smaller."""
+    return 2.0 if reward == CONTRASTIVE else 5.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and its mean reward under the guide."""
+
+    text: str
+    tokens: int
+    finish_reason: str
+    mean_reward: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt answered without and with the guide."""
+
+    prompt: str
+    unguided: Answer
+    guided: Answer
+    marked: Text
+    changes: list[tuple[int, str, str]]
+    decisions: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the demonstration found."""
+
+    comparisons: list[Comparison]
+    unguided_stats: Any
+    guided_stats: Any
+    description: dict[str, Any]
+    guidance: Guidance
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return {
+            "models": self.description,
+            "guidance": vars(self.guidance),
+            "prompts": [
+                {
+                    "prompt": c.prompt,
+                    "unguided": vars(c.unguided),
+                    "guided": vars(c.guided),
+                    "changed": [{"position": n, "token": new, "unguided": old} for n, new, old in c.changes],
+                }
+                for c in self.comparisons
+            ],
+            "unguided_stats": self.unguided_stats.as_dict(),
+            "guided_stats": self.guided_stats.as_dict(),
+        }
+
+
+def run(
+    decoder: "RewardGuidedDecoder",
+    unguided: "RewardGuidedDecoder",
+    prompts: list[Any],
+    max_new_tokens: int,
+    guidance: Guidance,
+    seed: int,
+) -> Report:
+    """Answers prompts without and with the guide, with the same noise, and has the guide judge both.
+
+    Args:
+        decoder: the guided decoder.
+        unguided: a decoder of the same model without a reward, so that its speed is that of the model alone.
+        prompts: texts or chat message lists.
+        max_new_tokens: tokens of each answer at most.
+        guidance: the guidance; the unguided run takes the same with β = 0.
+        seed: the seed of both runs.
+
+    Raises:
+        RGTGError: a prompt does not fit, or the guidance is not possible with these models.
+    """
+    plain = Guidance(guidance.k, 0.0, guidance.temperature)
+    # The first calls pay for threads and memory that later ones find ready: keep that out of both timings.
+    for each in (decoder, unguided):
+        each.generate(
+            prompts[0], max_new_tokens=2, guidance=guidance if each is decoder else plain, seed=seed
+        )
+    before = unguided.generate(prompts, max_new_tokens=max_new_tokens, guidance=plain, seed=seed)
+    after = decoder.generate(prompts, max_new_tokens=max_new_tokens, guidance=guidance, seed=seed, trace=True)
+    comparisons, decode = [], decode_with(decoder)
+    plain_scores, guided_scores = (_scores(decoder, prompts, result) for result in (before, after))
+    for i, prompt in enumerate(prompts):
+        steps = after[i].trace or []
+        comparisons.append(
+            Comparison(
+                prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                unguided=_answer(before[i], plain_scores[i]),
+                guided=_answer(after[i], guided_scores[i]),
+                marked=marked_answer(steps[: len(after[i].tokens)], decode),
+                changes=[(s.position, s.text, _base_text(s, decode)) for s in steps if changed(s)],
+                decisions=len(steps),
+            )
+        )
+    return Report(comparisons, before.stats, after.stats, decoder.describe(), guidance)
+
+
+def _scores(decoder: "RewardGuidedDecoder", prompts: list[Any], result: Any) -> list[list[float]]:
+    """The guide's reward of every token of every answer; an answer that ended at once has none."""
+    said = [i for i in range(len(prompts)) if result[i].tokens]
+    scores: list[list[float]] = [[] for _ in prompts]
+    if said:
+        found = decoder.score([prompts[i] for i in said], [result[i].tokens for i in said])
+        for i, rewards in zip(said, found, strict=True):
+            scores[i] = rewards
+    return scores
+
+
+def _answer(row: Any, scores: list[float]) -> Answer:
+    mean = fmean(scores) if scores else float("nan")
+    return Answer(row.text, len(row.tokens), row.finish_reason, mean)
+
+
+def _base_text(step: "Step", decode: Callable[[list[int]], str]) -> str:
+    for candidate in step.candidates:
+        if candidate.token == step.base_token:
+            return candidate.text
+    return decode([step.base_token])
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints a report: the answers side by side, rewards, changed tokens, speed and model calls."""
+    for number, c in enumerate(report.comparisons, start=1):
+        console.print()
+        console.print(Text.assemble((f"{number}. ", "bold"), (c.prompt, "bold")))
+        wide = console.width >= SIDE_BY_SIDE
+        grid = Table.grid(expand=True, padding=(0, 1 if wide else 0))
+        plain = _panel("unguided", Text(c.unguided.text), c.unguided, "dim")
+        guided = _panel("guided", c.marked, c.guided, "green")
+        if wide:
+            grid.add_column(ratio=1)
+            grid.add_column(ratio=1)
+            grid.add_row(plain, guided)
+        else:
+            grid.add_column()
+            grid.add_row(plain)
+            grid.add_row(guided)
+        console.print(grid)
+        console.print(_changes(c))
+    console.print()
+    console.print(_summary(report))
+    if not report.guided_stats.reward_calls:
+        note = "The guide's tokens are rows of the base model's calls: it makes none of its own."
+        console.print(Text(note, style="dim"))
+    g = report.guidance
+    console.print(
+        Text(
+            f"k={g.k} β={g.beta:g} temperature={g.temperature:g}; both runs use the same noise, so every "
+            'marked token is the guide\'s doing. Look closer with: rgtg-fast explain "your prompt"',
+            style="dim",
+        )
+    )
+
+
+def _panel(title: str, text: Text, answer: Answer, style: str) -> Panel:
+    end = "" if answer.finish_reason != "length" else "…"
+    body = Text.assemble(text, (end, "dim"))
+    return Panel(
+        body,
+        title=f"[bold]{title}[/]",
+        subtitle=f"mean reward {_mean([answer])} over {answer.tokens} tokens",
+        border_style=style,
+        height=None,
+    )
+
+
+def _changes(c: Comparison, limit: int = 8) -> Text:
+    line = Text(f"The guide changed {len(c.changes)} of {c.decisions} tokens", style="")
+    if c.changes:
+        line.append(": ")
+        for n, (position, new, old) in enumerate(c.changes[:limit]):
+            line.append(", " if n else "")
+            line.append(f"#{position} ", style="dim")
+            line.append(visible(old), style="strike dim")
+            line.append(" → ", style="dim")
+            line.append(visible(new), style="bold black on yellow")
+        if len(c.changes) > limit:
+            line.append(f" and {len(c.changes) - limit} more", style="dim")
+    return line
+
+
+def _mean(answers: list[Answer]) -> str:
+    """The mean reward over the answers that say something."""
+    rewards = [answer.mean_reward for answer in answers if answer.tokens]
+    return f"{fmean(rewards):+.3f}" if rewards else "–"
+
+
+def _summary(report: Report) -> Table:
+    table = Table(header_style="bold")
+    for name in ("", "mean reward", "tokens", "tokens/s", "base model calls", "reward calls"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, stats, answers in (
+        ("unguided", report.unguided_stats, [c.unguided for c in report.comparisons]),
+        ("guided", report.guided_stats, [c.guided for c in report.comparisons]),
+    ):
+        table.add_row(
+            name,
+            _mean(answers),
+            str(stats.tokens),
+            f"{stats.tokens_per_second:.1f}",
+            f"{stats.lm_calls} ({stats.lm_tokens} tokens)",
+            f"{stats.reward_calls} ({stats.reward_tokens} tokens)",
+        )
+    return table

@@ -1,0 +1,271 @@
+"""Batch jobs of `rgtg-fast generate`: prompts from a JSON Lines file, answers to another, one row a line.
+
+Every finished row is written and flushed at once, so that whatever ends a run leaves complete rows and at
+most one broken last line, which resuming cuts off.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rgtg_fast.config import Guidance
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.jsonl import JsonlWriter, plain
+from rgtg_fast.files import reason, same_file
+
+Prompt: TypeAlias = "str | list[dict[str, str]] | list[int]"
+# What names a row across runs: its id where it has one, else its line in the prompts file.
+Key: TypeAlias = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt with everything that decides its answer."""
+
+    line: int
+    prompt: Prompt
+    guidance: Guidance
+    seed: int
+    id: str | int | None = None
+    strategy: str | None = None  # with its settings, in place of the guidance; None for token by token
+
+    @property
+    def key(self) -> Key:
+        """The row's name across runs."""
+        return ("line", self.line) if self.id is None else ("id", self.id)
+
+    def header(self) -> dict[str, Any]:
+        """The fields of an output row that are known before the answer is."""
+        name = {"line": self.line} if self.id is None else {"line": self.line, "id": self.id}
+        g = self.guidance
+        settings: dict[str, Any] = {
+            "k": g.k,
+            "beta": g.beta,
+            "temperature": g.temperature,
+            "support": g.support,
+        }
+        if g.weights is not None:
+            settings["weights"] = g.weights
+        if g.gate_entropy is not None:
+            settings["gate_entropy"] = g.gate_entropy
+        if self.strategy is not None:
+            settings = {"strategy": self.strategy}
+        return {**name, "prompt": self.prompt, "seed": self.seed, **settings}
+
+
+def read_prompts(
+    path: Path, guidance: Guidance, seed: int, field: str, complain: Callable[[str], None]
+) -> tuple[list[Job], int]:
+    """Reads a prompts file (plain or gzip), one JSON object a line.
+
+    A row has the prompt (a text, chat messages or token ids) under `field` and may have `id`, `seed`, `k`,
+    `beta`, `temperature`, `weights` and `gate_entropy`. Broken lines are reported and skipped; empty lines are skipped.
+
+    Args:
+        path: the file.
+        guidance: the guidance of rows that name none.
+        seed: the seed of rows that name none.
+        field: the name of the prompt's field.
+        complain: receives one line of text for every broken line.
+
+    Returns:
+        The jobs in file order and the number of broken lines.
+
+    Raises:
+        RGTGError: the file cannot be read.
+    """
+    jobs: list[Job] = []
+    seen: dict[Key, int] = {}
+    broken = 0
+    for number, text in _lines(path):
+        try:
+            job = _parse(number, text, guidance, seed, field)
+            if job.key in seen:
+                raise RGTGError(f"id {job.id!r} was already used on line {seen[job.key]}")
+        except RGTGError as error:
+            complain(f"{path}:{number}: {error}")
+            broken += 1
+            continue
+        seen[job.key] = number
+        jobs.append(job)
+    return jobs, broken
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                # A line that is not UTF-8 breaks itself alone: its bytes are kept, to be found by the parser.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+                if text.strip():
+                    yield number, text
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, RGTGError):
+            raise
+        raise RGTGError(f"cannot read {path}: {reason(error)}") from error
+
+
+def _parse(number: int, text: str, guidance: Guidance, seed: int, field: str) -> Job:
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise RGTGError("not UTF-8")
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits is a plain ValueError.
+        why = error.msg if isinstance(error, json.JSONDecodeError) else reason(error)
+        raise RGTGError(f"not JSON ({why})") from error
+    if not isinstance(row, dict):
+        raise RGTGError(f'a row is an object like {{"{field}": "..."}}, not {_kind(row)}')
+    if field not in row:
+        raise RGTGError(f'no "{field}" in the row (its fields: {", ".join(map(repr, row)) or "none"})')
+    prompt = row[field]
+    check_prompt(prompt)
+    name = row.get("id")
+    if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
+        raise RGTGError(f"id must be a string or an integer, not {_kind(name)}")
+    # A field that is null is as good as absent.
+    own = {
+        f: row[f] for f in ("k", "beta", "temperature", "weights", "gate_entropy") if row.get(f) is not None
+    }
+    row_seed = seed if row.get("seed") is None else row["seed"]
+    if isinstance(row_seed, bool) or not isinstance(row_seed, int):
+        raise RGTGError(f"seed={row_seed!r} is not a whole number")
+    return Job(line=number, prompt=prompt, guidance=replace(guidance, **own), seed=row_seed, id=name)
+
+
+def check_prompt(prompt: Any) -> None:
+    """Checks that a prompt is a text, chat messages or token ids, and not empty.
+
+    Raises:
+        RGTGError: it is none of these, or empty.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RGTGError("the prompt is empty: give it at least one character")
+        return
+    if not isinstance(prompt, list) or not prompt:
+        raise RGTGError(
+            f"a prompt is a text, a list of chat messages or a list of token ids, not {_kind(prompt)}"
+        )
+    if all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        return
+    for message in prompt:
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(f), str) for f in ("role", "content")
+        ):
+            raise RGTGError('a chat message is an object with the texts "role" and "content"')
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    if isinstance(value, (list, str)) and not value:
+        return "an empty list" if isinstance(value, list) else "an empty text"
+    return names.get(type(value), f"{value!r}")
+
+
+class AnswerFile:
+    """The output of a job: complete rows, each handed to the operating system as soon as it is written.
+
+    Used as a context: a run that fails before its first row leaves no new file, and rows to be overwritten stay until
+    the first new one is there.
+
+    Args:
+        path: the file.
+        resume: keep the rows that are there and leave out their jobs.
+        overwrite: start anew even if the file has rows.
+        source: the file that the prompts are read from, None where there is none.
+
+    Raises:
+        RGTGError: the file has rows and neither `resume` nor `overwrite` is given; it is no answer file, is the
+            prompts' own, is being written by another process, or cannot be written.
+    """
+
+    def __init__(self, path: Path, resume: bool, overwrite: bool, source: Path | None = None) -> None:
+        self.path = path
+        self.done: dict[Key, dict[str, Any]] = {}
+        if path.suffix == ".gz":
+            raise RGTGError(
+                f"{path}: answers are written as plain JSON Lines, so that rows can be added: drop the .gz"
+            )
+        if source is not None and same_file(path, source):
+            raise RGTGError(f"--output {path} is the file of --input ({source}): name another --output")
+        if not (resume or overwrite) and _size(path):
+            raise RGTGError(
+                f"{path} has rows already: pass --resume to continue it or --overwrite to start anew"
+            )
+        again = "continue with --resume"
+        self._journal = JsonlWriter(path, ("line",), "name another --output", again, anew=overwrite)
+        for number, row in enumerate(self._journal.rows, start=1):
+            key = ("id", row["id"]) if "id" in row else ("line", row["line"])
+            if not isinstance(key[1], (str, int)):
+                self._journal.close()
+                raise RGTGError(f"{path}:{number} is no row of an earlier run: name another --output")
+            self.done[key] = row
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._journal.__exit__(*error)
+
+    def remaining(self, jobs: list[Job], run: dict[str, Any]) -> list[Job]:
+        """The jobs that have no row yet.
+
+        Args:
+            jobs: all jobs.
+            run: the settings common to all rows, as they will be written.
+
+        Raises:
+            RGTGError: a row was made from another prompt or with other settings: the file would mix two runs.
+        """
+        for job in jobs:
+            row = self.done.get(job.key)
+            if row is None:
+                continue
+            for name, value in plain({**job.header(), **run}).items():
+                if name != "line" and row.get(name) != value:
+                    raise RGTGError(
+                        f"{self.path}: the row of line {job.line} was made with "
+                        f"{name}={_short(row.get(name))} and this run has {_short(value)}: "
+                        "name another --output or pass --overwrite"
+                    )
+        return [job for job in jobs if job.key not in self.done]
+
+    def write(self, key: Key, row: dict[str, Any]) -> None:
+        """Adds a row and hands it to the operating system at once.
+
+        Args:
+            key: what names the row across runs.
+            row: its fields.
+
+        Raises:
+            RGTGError: the file cannot be written any more, for instance because the disk is full.
+        """
+        self._journal.add(row)
+        self.done[key] = row
+
+    def check_place(self) -> None:
+        """Refuses to go on where the file was deleted or replaced.
+
+        Raises:
+            RGTGError: it was.
+        """
+        self._journal.check_place()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,225 @@
+"""Rows of several adapters through a model's own modules in one forward, by hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from rgtg_fast.models.adapter import Adapter, LowRank, decoder_layers
+from rgtg_fast.models.fused_projections import SIBLINGS
+
+
+class Part(NamedTuple):
+    """One adapter's correction of one linear layer: columns first..last-1 of the first products, times b [outer, r]."""
+
+    first: int
+    last: int
+    b: torch.Tensor
+
+
+class Factors(NamedTuple):
+    """The corrections of all adapters to linear layers that read one input.
+
+    Attributes:
+        a: the first factors one below the other [Σ r, inner].
+        parts: of each linear layer, by adapter; None where an adapter leaves it alone.
+    """
+
+    a: torch.Tensor
+    parts: tuple[tuple[Part | None, ...], ...]
+
+    @classmethod
+    def of(
+        cls, corrections: Sequence[Sequence[LowRank | None]], device: torch.device, dtype: torch.dtype
+    ) -> Factors:
+        """The factors of corrections by linear layer and adapter, of which at least one is there."""
+        first, a, parts = 0, [], []
+        for pairs in corrections:
+            own: list[Part | None] = []
+            for pair in pairs:
+                if pair is None:
+                    own.append(None)
+                    continue
+                own.append(Part(first, first + len(pair.a), pair.b.to(device, dtype)))
+                first += len(pair.a)
+                a.append(pair.a)
+            parts.append(tuple(own))
+        return cls(torch.cat(a).to(device, dtype), tuple(parts))
+
+
+class LowRankRows:
+    """Hooks by which a model's forward runs each row under its own adapter, or under none.
+
+    From layer `fork` on, every row stands `variants` times next to each other: as it is, then once for each adapter.
+    Linear layers compute the product for all rows at once. So do the first factors of all adapters, once for all layers
+    that read the same input; what each adapter's rows get of it, times its second factor, is added to those rows of the
+    output in place. The factors have the model's dtype.
+
+    Outside of `interleaved` and `only` the model works as if there were no hooks; they go with this object. The
+    compiler traces through them.
+
+    Args:
+        model: the base model, whose weights stay as they are.
+        adapters: one for each variant after the first.
+        fork: the first layer that any of them changes.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter], fork: int):
+        self.variants = 1 + len(adapters)
+        layers = decoder_layers(model)
+        places = _places({where for adapter in adapters for where in adapter.low_rank})
+        self._factors = [
+            Factors.of(
+                [[adapter.low_rank.get((number, name)) for adapter in adapters] for name in names],
+                model.device,
+                model.dtype,
+            )
+            for number, names in places
+        ]
+        # Of the forward that runs: its slots, and the variants of each next to each other. None outside of ours.
+        self._slots = 0
+        self._running: tuple[int, ...] = ()
+        # What its modules share: the last input of a place with its products, and repeated rows of what all layers get.
+        self._products: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._repeats: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # The model may outlive this object: its hooks must not keep the adapters alive.
+        me: weakref.ref[LowRankRows] = weakref.ref(self)
+        handles = []
+        for number, layer in enumerate(layers):
+            if number >= fork:
+                begins = number == fork
+                handles.append(
+                    layer.register_forward_pre_hook(partial(_enter_layer, me, begins), with_kwargs=True)
+                )
+        for place, (number, names) in enumerate(places):
+            for index, name in enumerate(names):
+                module = layers[number].get_submodule(name)
+                handles.append(module.register_forward_hook(partial(_correct, me, place, index)))
+        weakref.finalize(self, _remove, handles)
+
+    @contextmanager
+    def interleaved(self, slots: int) -> Iterator[None]:
+        """The forward that follows has `slots` rows, which become slots · variants rows at the fork."""
+        self._slots, self._running = slots, tuple(range(self.variants))
+        try:
+            yield
+        finally:
+            self._end()
+
+    @contextmanager
+    def only(self, variant: int) -> Iterator[None]:
+        """All rows of the forward that follows are of one variant."""
+        self._slots, self._running = 1, (variant,)
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._slots, self._running, self._products, self._repeats = 0, (), None, []
+
+    def enter_layer(
+        self, begins: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Repeats the rows where the fork begins, and the positions for every layer from there on."""
+        if len(self._running) < self.variants:
+            return None
+        kwargs = dict(kwargs)
+        if begins and args:
+            args = (self._repeated(args[0]), *args[1:])
+        elif begins:
+            kwargs["hidden_states"] = self._repeated(kwargs["hidden_states"])
+        for name in ("position_embeddings", "position_ids"):
+            given = kwargs.get(name)
+            if isinstance(given, torch.Tensor):
+                kwargs[name] = self._repeated_once(given)
+            elif given is not None:
+                kwargs[name] = tuple(self._repeated_once(part) for part in given)
+        return args, kwargs
+
+    def correct(self, place: int, index: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Adds the corrections of a place's linear layer to its output [..., outer]."""
+        if not any(self._running):
+            return
+        factors = self._factors[place]
+        known = self._products
+        if known is None or known[0] != place or known[1] is not x:
+            known = self._products = (place, x, functional.linear(x, factors.a))
+        sizes = (self._slots, len(self._running), -1)
+        products, rows = known[2].view(*sizes, len(factors.a)), out.view(*sizes, out.shape[-1])
+        for number, variant in enumerate(self._running):
+            part = factors.parts[index][variant - 1] if variant else None
+            if part is not None:
+                b = part.b.T.expand(self._slots, -1, -1)
+                _add_product(rows[:, number], products[:, number, :, part.first : part.last], b)
+
+    def _repeated(self, rows: torch.Tensor) -> torch.Tensor:
+        """Every row `variants` times next to each other; what is the same for all rows stays as it is."""
+        if rows.shape[0] != self._slots:
+            return rows
+        return rows.unsqueeze(1).expand(-1, self.variants, *rows.shape[1:]).flatten(0, 1)
+
+    def _repeated_once(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same for what all layers are given."""
+        for given, repeated in self._repeats:
+            if given is rows:
+                return repeated
+        repeated = self._repeated(rows)
+        self._repeats.append((rows, repeated))
+        return repeated
+
+
+def _places(wheres: set[tuple[int, str]]) -> list[tuple[int, list[str]]]:
+    """Linear layers, each (layer, name), together with those that read the same input."""
+    places: dict[tuple[int, str, Sequence[str]], list[str]] = {}
+    for number, name in sorted(wheres):
+        parent, _, leaf = name.rpartition(".")
+        siblings = next((group for group in SIBLINGS if leaf in group), (leaf,))
+        places.setdefault((number, parent, siblings), []).append(name)
+    return [(number, names) for (number, _, _), names in places.items()]
+
+
+def _enter_layer(
+    me: weakref.ref[LowRankRows],
+    begins: bool,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    rows = me()
+    return None if rows is None else rows.enter_layer(begins, args, kwargs)
+
+
+def _correct(
+    me: weakref.ref[LowRankRows],
+    place: int,
+    index: int,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    out: torch.Tensor,
+) -> None:
+    rows = me()
+    if rows is not None:
+        rows.correct(place, index, args[0], out)
+
+
+def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Adds x·y to `total`, all of them batches of matrices."""
+    if torch.compiler.is_compiling():
+        # The compiler joins the sum with what reads it.
+        total += torch.bmm(x, y)
+    else:
+        total.baddbmm_(x, y)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,587 @@
+"""A causal transformer with its prefix cache: prefill a slot, step all rows, commit what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.models.attention import use_prefix_attention
+from rgtg_fast.models.cpp_layers import NativeLayers, linear
+from rgtg_fast.models.final_norm import FinalNorm
+from rgtg_fast.models.fused_projections import fuse_projections, refresh_products
+from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
+from rgtg_fast.models.lora import LowRankRows
+from rgtg_fast.models.owner_changes import Watched
+from rgtg_fast.models.transfer import to_device
+from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
+from rgtg_fast.ops import _extension
+
+ENGINES = ("auto", "native", "transformers")
+
+
+class Layers(Protocol):
+    """What runs a model's blocks over the forward that its cache has begun.
+
+    Attributes:
+        final_norm: the norm after the last block, None where it cannot be left out of a forward.
+    """
+
+    final_norm: FinalNorm | None
+
+    def compile(self, options: Mapping[str, Any] | None) -> None:
+        """Steps run as compiled code from now on, each shape compiled at its first use, with the compiler's options."""
+        ...
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+    ) -> torch.Tensor:
+        """States [B · variants, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
+        ...
+
+    def refresh(self) -> None:
+        """Takes over what has been written into the model's weights."""
+        ...
+
+    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
+        """Forwards have a variant for each adapter from now on; `rows` hooks the same into the model's own modules."""
+        ...
+
+    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+        """Logits [B, V] of hidden states [B, E]."""
+        ...
+
+
+class TransformersLayers:
+    """The model's own blocks, untouched, with our attention function."""
+
+    def __init__(self, model: PreTrainedModel):
+        use_prefix_attention(model)
+        self.trunk = model.base_model
+        self.final_norm = FinalNorm.of(self.trunk)
+        self._keyword = cache_keyword(type(self.trunk))
+        self._rows: LowRankRows | None = None
+        self._compiled: Callable[..., torch.Tensor] | None = None
+
+    def refresh(self) -> None:
+        refresh_products(self.trunk)
+
+    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
+        self._rows = rows
+
+    def compile(self, options: Mapping[str, Any] | None) -> None:
+        try:
+            # Sizes of a step are few and worth kernels of their own; the cache's may be any (`PrefixCache.reserve`).
+            self._compiled = torch.compile(_run, fullgraph=True, dynamic=False, options=dict(options or {}))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise RGTGError(f"torch.compile refuses the options {dict(options or {})}: {reason}") from error
+        # The compiler joins the norm with its neighbours itself.
+        self.final_norm = None
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+    ) -> torch.Tensor:
+        # Prompts have any length: compiling a prefill would cost more than it saves.
+        if self._compiled is None or cache.causal:
+            return _run(self.trunk, self._rows, ids, positions, cache, self._keyword)
+        # The compiler's own limit for one function is 8 sizes, those of all models in the process together.
+        config = torch._dynamo.config
+        with config.patch(recompile_limit=config.accumulated_recompile_limit):
+            return self._compiled(self.trunk, self._rows, ids, positions, cache, self._keyword)
+
+    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+        return head(hidden.to(head.weight.dtype))
+
+
+def _run(
+    trunk: nn.Module,
+    rows: LowRankRows | None,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    cache: PrefixCache | ForkedCache,
+    keyword: str,
+) -> torch.Tensor:
+    with nullcontext() if rows is None else rows.interleaved(len(ids)):
+        out = trunk(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=True,
+            prefix_cache=cache,
+            **{keyword: cache},
+            **OUTPUTS,
+        )
+    return out.last_hidden_state
+
+
+class FusedLayers:
+    """The same blocks fused into one C++ call a pass (CPU, Llama-like families)."""
+
+    final_norm: FinalNorm | None = None
+
+    def __init__(self, model: PreTrainedModel):
+        self.native = NativeLayers(model.base_model)
+
+    def compile(self, options: Mapping[str, Any] | None) -> None:
+        raise RGTGError("compile=True and engine='native', which is compiled: use engine='transformers'")
+
+    def refresh(self) -> None:
+        self.native.refresh()
+
+    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
+        self.native.adapt(adapters)
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+    ) -> torch.Tensor:
+        x = ids
+        for first, last, variants, part in cache.parts:
+            if variants > 1:
+                x, positions = x.repeat_interleave(variants, 0), positions.repeat_interleave(variants, 0)
+            keys, values, lengths = part.active
+            x = self.native.forward(
+                x,
+                positions,
+                keys,
+                values,
+                lengths,
+                part.k_new,
+                part.v_new,
+                causal=part.causal,
+                ancestors=part.ancestors,
+                first=first,
+                last=last,
+                variants=variants,
+            )
+        return x
+
+    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+        return self.native.logits(hidden, head.weight, head.bias)
+
+
+def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
+    """The engine that serves and the layers it runs; `"auto"` takes the native one where it can.
+
+    Raises:
+        RGTGError: an unknown engine, or `"native"` for a model that it cannot run (with the reason).
+    """
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
+    if engine != "transformers":
+        reason = NativeLayers.supported(model.base_model)
+        if reason is None:
+            return "native", FusedLayers(model)
+        if engine == "native":
+            raise RGTGError(f"engine='native' cannot run {type(model).__name__}: {reason}; use engine='auto'")
+    return "transformers", TransformersLayers(model)
+
+
+@dataclass
+class Counter:
+    """Forwards of a model and tokens through it, prompts apart from decode steps."""
+
+    calls: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+
+
+class ModelRunner:
+    """One transformers model, its head and its PrefixCache.
+
+    Rows live in slots 0..n-1. `prefill` fills one slot's prefix, `step` runs S undecided tokens per row, `commit`
+    appends the chosen one. Nothing is ever computed twice.
+
+    Guides whose weights are an adapter on this model share its forward (`attach`): from the first layer that an adapter
+    changes on, each row runs once more under that adapter.
+
+    Args:
+        model: a causal model with a head: `lm_head` (language model) or `score` (reward model).
+        head: the head's linear layer.
+        engine: `"auto"`, `"native"` or `"transformers"`.
+        limit: tokens that the model's context holds.
+
+    Attributes:
+        shared_forward: whether a step runs the candidates themselves, because an attached guide scores them. The
+            state after the chosen one then gives the next token's logits, and no token is run again.
+        compiled: whether steps run compiled blocks.
+        contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached guides
+            look at the first alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: nn.Linear, engine: str, limit: int):
+        self.model, self.head, self.limit = model, head, limit
+        self.device, self.dtype = head.weight.device, head.weight.dtype
+        self.engine, self.layers = choose_layers(model, engine)
+        self._watched = Watched(model, head)
+        if self.engine == "native" or self.device.type != "cpu":
+            self._watched.pin()
+        config: Any = model.config.get_text_config()
+        heads = config.num_attention_heads
+        self.geometry = (
+            int(config.num_hidden_layers),
+            int(getattr(config, "num_key_value_heads", None) or heads),
+            int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        )
+        self.counter = Counter()
+        self.shared_forward = self.compiled = False
+        self.contexts = 1
+        self._adapters: list[Adapter] = []
+        self.cache = self.new_cache(self.dtype)
+        self._rows: LowRankRows | None = None
+        # States [B, variants, S, E] of the last step's tokens; with shared_forward, [slots, variants, E] of the newest.
+        self._stepped = self._states = self._newest = torch.empty(0)
+        # The host's copy of cache.lengths, so that nothing waits for the device.
+        self._lengths: list[int] = []
+        # What each slot's prefix began with (`begin`), as long as it does.
+        self._prompts: list[Sequence[int]] = []
+        self._encoded: list[int] = []
+
+    @property
+    def name(self) -> str:
+        """The model's path or hub id, or its class where it has none."""
+        return self.model.config._name_or_path or type(self.model).__name__
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes in the cache, with all its variants."""
+        layers, kv_heads, head_dim = self.geometry
+        stored = self.fork + (layers - self.fork) * self.variants
+        return PrefixCache.bytes_per_token(stored, kv_heads, head_dim, self.dtype)
+
+    @property
+    def step_bytes_per_token(self) -> int:
+        """Bytes that an undecided token takes in a step: its keys and values, and about what a block computes."""
+        config: Any = self.model.config.get_text_config()
+        inner = int(getattr(config, "intermediate_size", None) or 4 * self.head.in_features)
+        numbers = 4 * self.head.in_features + 2 * inner
+        return self.cache_bytes_per_token + numbers * self.variants * max(4, self.dtype.itemsize)
+
+    # ---- guides that share the forward ------------------------------------------------------------------------------
+
+    @property
+    def variants(self) -> int:
+        """Rows of a slot above the fork: the model's own, and one for each attached adapter."""
+        return 1 + len(self._adapters)
+
+    @property
+    def fork(self) -> int:
+        """The first layer that an attached adapter changes; the number of layers where there is none."""
+        forks = [adapter.fork for adapter in self._adapters]
+        return min((fork for fork in forks if fork is not None), default=self.geometry[0])
+
+    @torch.inference_mode()
+    def attach(self, adapter: Adapter, scores_candidates: bool) -> Attached:
+        """Lets a guide's adapter take part in every forward of this model from now on.
+
+        Args:
+            adapter: low-rank corrections on this model's weights. One without any (a head alone) costs no rows.
+            scores_candidates: whether the guide wants the state after each candidate, or that of the newest token.
+
+        Raises:
+            RGTGError: the adapter does not fit this model, or its cached forward differs from the uncached one.
+        """
+        reason = adapter.shape_mismatch(self.model)
+        if reason is not None:
+            raise RGTGError(f"{reason}: name an adapter of this model")
+        self.shared_forward = self.shared_forward or scores_candidates
+        if adapter.fork is None:
+            return Attached(self, 0)
+        self._adapters.append(adapter)
+        self._rows = LowRankRows(self.model, self._adapters, self.fork)
+        self._watched.pin()
+        self._watched.remember()
+        self.layers.adapt(self._adapters, self._rows)
+        self.cache = self.new_cache(self.dtype)
+        verify_variant(self, self.variants - 1, adapter.name)
+        return Attached(self, self.variants - 1)
+
+    def new_cache(self, dtype: torch.dtype) -> PrefixCache | ForkedCache:
+        """An empty cache for the model's layers and the attached adapters'."""
+        if self.variants == 1:
+            return PrefixCache(*self.geometry, dtype, self.device)
+        return ForkedCache(*self.geometry, dtype, self.device, self.fork, self.variants)
+
+    @property
+    def stepped(self) -> torch.Tensor:
+        """States [B, variants, S, E] of the last step's tokens."""
+        return self._stepped
+
+    def next_logits(self, rows: int) -> torch.Tensor:
+        """The head's output [B, V] for the token after each of the first `rows` slots' newest.
+
+        Without `shared_forward` the newest token is the one that was stepped last.
+        """
+        newest = self._states[:rows] if self.shared_forward else self._stepped[:, :, 0]
+        self._newest = newest
+        return self.logits(newest[:, 0])
+
+    def newest(self, variant: int) -> torch.Tensor:
+        """States [B, E] under a variant, from which this step's next token is decided."""
+        return self._newest[:: self.contexts, variant]
+
+    def candidates(self, variant: int) -> torch.Tensor:
+        """States [B, k, E] under a variant after each token of the last step."""
+        return self._stepped[:: self.contexts, variant]
+
+    # ---- a model that its owner changes -----------------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        """Takes over what was written into the weights since the last run.
+
+        Raises:
+            RGTGError: the model was changed in another way, or its weights are no longer what a guide's adapter was
+                attached to.
+        """
+        change = self._watched.change()
+        if change is not None:
+            raise RGTGError(f"{self.name} was changed after it was loaded ({change}): make a new decoder")
+        if self._adapters:
+            if self._watched.written():
+                raise RGTGError(
+                    f"the weights of {self.name} changed after {self._adapters[0].name} was attached to them: make a "
+                    "new decoder with share_trunk=False, or train the adapter again"
+                )
+        else:
+            self._watched.remember()
+        self.layers.refresh()
+
+    def check_run(self) -> None:
+        """Between the steps of a run.
+
+        Raises:
+            RGTGError: weights were written to since it began.
+        """
+        if self._watched.written():
+            raise RGTGError(
+                f"the weights of {self.name} changed in the middle of a run: finish or drop an iterator first"
+            )
+
+    # ---- forwards ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Empties the cache and makes room for `slots` rows of `length` tokens."""
+        self.cache.reserve(slots, length)
+        self._lengths = [0] * slots
+        self._prompts, self._encoded = [()] * slots, [0] * slots
+        self.counter = Counter()
+        if self.shared_forward:
+            width = self.head.in_features
+            dtype = torch.float32 if self.engine == "native" else self.dtype
+            if len(self._states) < slots or self._states.shape[1] != self.variants:
+                self._states = torch.zeros(slots, self.variants, width, dtype=dtype, device=self.device)
+
+    def begin(self, slot: int, ids: Sequence[int]) -> None:
+        """A slot's prefix is a prompt from now on.
+
+        Samples of one prompt are encoded once: what another slot's prefix began with is copied from there, and
+        what this one's began with stays.
+        """
+        source = self._holding(ids)
+        if source is None:
+            self.roll_back(slot, 0)
+            self.prefill(slot, ids)
+        else:
+            if source != slot:
+                self.cache.move(source, slot, len(ids))
+                if self.shared_forward:
+                    self._states[slot] = self._states[source]
+            self.roll_back(slot, len(ids))
+        self._prompts[slot] = ids
+        self._encoded[slot] = len(ids) if source is None else 0
+
+    def encoded(self, slot: int) -> int:
+        """Tokens that the last `begin` of a slot ran: its prompt's, or 0 where they were found in the cache."""
+        return self._encoded[slot]
+
+    def _holding(self, ids: Sequence[int]) -> int | None:
+        """A slot whose prefix began with a prompt; with shared_forward one that still stands at its last token."""
+        slots = [slot for slot, prompt in enumerate(self._prompts) if ids and prompt == ids]
+        return next(
+            (slot for slot in slots if not self.shared_forward or self._lengths[slot] == len(ids)), None
+        )
+
+    def prefill(self, slot: int, ids: Sequence[int]) -> torch.Tensor:
+        """Appends tokens to a slot's prefix in one causal forward; returns their hidden states [S, E]."""
+        if not ids:
+            return torch.empty(0)
+        start, count = self._lengths[slot], len(ids)
+        tokens = to_device([ids], torch.int64, self.device)
+        positions = torch.arange(start, start + count, device=self.device).unsqueeze(0)
+        self.cache.begin_prefill(slot, start, count)
+        hidden = self.layers.forward(tokens, positions, self.cache)
+        self.cache.end_prefill(count)
+        if self.shared_forward:
+            self._states[slot] = hidden[:, -1]
+        self._lengths[slot] += count
+        self.counter.prompt_tokens += count
+        return hidden[0]
+
+    def roll_back(self, slot: int, length: int) -> None:
+        """Cuts a slot's prefix back to its first `length` tokens; nothing is copied or computed."""
+        self.cache.roll_back(slot, length)
+        self._lengths[slot] = length
+        if length < len(self._prompts[slot]):
+            self._prompts[slot] = ()
+
+    def length(self, slot: int) -> int:
+        """Tokens in a slot's prefix, from the host's own count."""
+        return self._lengths[slot]
+
+    def step(self, tokens: torch.Tensor, normed: bool = True) -> torch.Tensor:
+        """States [B, S, E] of S undecided tokens [B, S] per row, each of which sees its prefix and itself.
+
+        Args:
+            normed: whether the final norm is part of the forward; False only where `layers.final_norm` is known.
+        """
+        rows, new_tokens = tokens.shape
+        self.cache.begin_step(rows, new_tokens)
+        positions = self.cache.lengths[:rows, None].expand(rows, new_tokens)
+        self.counter.calls += 1
+        self.counter.tokens += rows * new_tokens
+        norm = None if normed else self.layers.final_norm
+        with nullcontext() if norm is None else norm.skipped():
+            hidden = self.layers.forward(tokens, positions, self.cache)
+        self._stepped = hidden.unflatten(0, (rows, -1))
+        return self._stepped[:, 0]
+
+    def commit(self, choice: torch.Tensor) -> None:
+        """Appends undecided token `choice[b]` [B] to each row's prefix."""
+        self.cache.commit(choice)
+        if self.shared_forward:
+            rows = torch.arange(len(choice), device=self.device)
+            self._states[: len(choice)] = self._stepped[rows, :, choice]
+        for slot in range(len(choice)):
+            self._lengths[slot] += 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each slot's prefix by the host's own count; set after steps that ran without the host."""
+        return list(self._lengths)
+
+    @lengths.setter
+    def lengths(self, lengths: Sequence[int]) -> None:
+        self._lengths = list(lengths)
+
+    def compile(self, options: Mapping[str, Any] | None = None) -> None:
+        """Steps run the blocks as compiled code from now on.
+
+        Args:
+            options: torch.compile's.
+
+        Raises:
+            RGTGError: the engine is native, or an option is unknown.
+        """
+        self.layers.compile(options)
+        self.compiled = True
+
+    def fuse_projections(self) -> None:
+        """Linear layers that read the same input run as one product from now on (`rgtg_fast.models.fused_projections`).
+
+        Raises:
+            RGTGError: the engine is native.
+        """
+        if self.engine == "native":
+            raise RGTGError(
+                "fuse_projections=True and engine='native', which needs no such thing: use engine='transformers'"
+            )
+        fuse_projections(self.model.base_model)
+        self._watched.pin()
+
+    def step_state(self) -> list[torch.Tensor]:
+        """What a step changes besides keys and values: lengths, and with shared_forward the newest states."""
+        return [*(part.cache.lengths for part in self.cache.parts), self._states]
+
+    def buffers(self) -> list[torch.Tensor]:
+        """The memory of the prefixes, at the addresses that a captured step will use."""
+        return [x for part in self.cache.parts for x in part.cache.buffers()]
+
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` moves to slot `target`."""
+        self.cache.move(source, target, self._lengths[source])
+        if self.shared_forward:
+            self._states[target] = self._states[source]
+        self._lengths[target] = self._lengths[source]
+        self._prompts[target] = self._prompts[source]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's output [B, V] for hidden states [B, E]."""
+        return self.layers.logits(hidden, self.head)
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The one-label head's output [B, S] in at least float32 for hidden states [B, S, E]."""
+        return scores_of(hidden, self.head)
+
+    @torch.inference_mode()
+    def verify(self) -> None:
+        """Compares a few cached steps with the model's own uncached forward, once at load time.
+
+        What a family does beyond its blocks (scaled or capped logits, an unknown kind of attention) would otherwise
+        go unnoticed and change every result. A difference is told from a half precision's rounding by the same
+        comparison in float32.
+
+        Raises:
+            RGTGError: the two differ by more than the dtype's rounding.
+        """
+        verify(self)
+
+    @property
+    def embeddings(self) -> int:
+        """Rows of the input embedding."""
+        weight: Any = self.model.get_input_embeddings().weight
+        return int(weight.shape[0])
+
+    def hidden_uncached(self, ids: Sequence[int], variant: int = 0) -> torch.Tensor:
+        """States [T, E] of a whole text by the model's own uncached forward, under an attached adapter where named."""
+        tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        with nullcontext() if self._rows is None else self._rows.only(variant):
+            out = self.model.base_model(input_ids=tokens, use_cache=False, **OUTPUTS)
+        return out.last_hidden_state[0]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A guide's place in a forward that it shares.
+
+    Attributes:
+        backbone: the base model. variant: which rows are the guide's, 0 where they are the base model's own.
+    """
+
+    runner: ModelRunner
+    variant: int
+
+    def encoded(self, row: int) -> int:
+        """Prompt tokens that a row's own context cost when it was admitted."""
+        return self.runner.encoded(row * self.runner.contexts)
+
+    def newest(self) -> torch.Tensor:
+        """States [B, E] of each row's newest token under the guide's adapter, for the step that has begun."""
+        return self.runner.newest(self.variant)
+
+    def candidates(self) -> torch.Tensor:
+        """States [B, k, E] after each candidate of this step under the guide's adapter."""
+        return self.runner.candidates(self.variant)
+
+    def hidden_uncached(self, ids: Sequence[int]) -> torch.Tensor:
+        """States [T, E] of a whole text under the guide's adapter."""
+        return self.runner.hidden_uncached(ids, self.variant)
+
+
+def scores_of(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+    """A one-label head's output [...] in at least float32 for states [..., E], on a CPU by the native engine's product.
+
+    A library's product may add a row up in another order when there are more rows.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    weight = head.weight.detach().to(dtype)
+    if hidden.device.type == "cpu" and dtype == torch.float32 and not _extension.missing_reason():
+        return linear(hidden.flatten(0, -2), weight.contiguous(), head.bias).view(hidden.shape[:-1])
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return functional.linear(hidden.to(dtype), weight, bias).squeeze(-1)

@@ -1,0 +1,266 @@
+"""The trunk below the fork: frozen, so it runs once over the data, and training reads its activations from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from torch import nn
+
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import fingerprint
+from rgtg_fast.training.data import TokenizedPair
+from rgtg_fast.training.model import decoder_layers
+from rgtg_fast.training.packing import (
+    PackedBatch,
+    collate,
+    cost,
+    forward_arguments,
+    pack,
+    pretrained,
+)
+
+# Files hold bits, since numpy has no bfloat16.
+_BITS = {torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16, torch.float64: np.int64}
+
+
+class _Passed(nn.Module):
+    """In the place of a layer that is not run: hands its input on, or the activations that were stored."""
+
+    def __init__(self, layer: nn.Module, in_tuple: bool, last: bool):
+        super().__init__()
+        self.in_tuple, self.last = in_tuple, last
+        kind = vars(layer).get("attention_type")
+        if kind is not None:
+            self.attention_type = kind
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, trunk_states: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if self.last and trunk_states is None:
+            raise RGTGError("the layers below the fork are set aside: pass their activations as trunk_states")
+        out = trunk_states if self.last else hidden_states
+        return (out,) if self.in_tuple else out
+
+
+class LowerLayers:
+    """The layers below the fork, set aside while only those above run.
+
+    Args:
+        model: a reward model, with or without adapters, with all its layers.
+        fork_layer: the first layer that runs.
+    """
+
+    def __init__(self, model: nn.Module, fork_layer: int):
+        self._layers = decoder_layers(model)[1]
+        self._lower = [self._layers[i] for i in range(fork_layer)]
+        in_tuple = _returns_tuple(model, self._lower[-1])
+        self._passed = [
+            _Passed(layer, in_tuple, layer is self._lower[-1]).train(layer.training) for layer in self._lower
+        ]
+
+    def detach(self) -> None:
+        """Takes the layers out of the model: they are neither run nor moved nor saved with it."""
+        for i, passed in enumerate(self._passed):
+            self._layers[i] = passed
+
+    def restore(self) -> None:
+        """Makes the model whole again."""
+        for i, layer in enumerate(self._lower):
+            self._layers[i] = layer
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The model with all its layers, for a while."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self.detach()
+
+
+def _returns_tuple(model: nn.Module, layer: nn.Module) -> bool:
+    trunk: Any = pretrained(model).base_model
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=trunk.device)
+    return isinstance(_output_of(layer, trunk, input_ids=tokens, use_cache=False), tuple)
+
+
+@torch.no_grad()
+def _output_of(layer: nn.Module, trunk: nn.Module, **inputs: Any) -> Any:
+    """What a layer gives in a forward of the trunk, which goes no further."""
+    out: list[Any] = []
+
+    def stop(_: nn.Module, __: Any, output: Any) -> None:
+        out.append(output)
+        raise _ForkReachedError
+
+    hook = layer.register_forward_hook(stop)
+    try:
+        trunk(**inputs)
+    except _ForkReachedError:
+        pass
+    finally:
+        hook.remove()
+    return out[0]
+
+
+class ActivationCache:
+    """Activations entering layer f for every token of every pair, in a file that training maps into memory.
+
+    The file is named by what the activations depend on: the pairs' tokens, the base model (its fingerprint), f, and
+    the precision. It grows row by row and gets its final name when complete; a broken run goes on where it stopped.
+
+    Args:
+        folder: where the files lie; several runs may share it.
+        model: the model, with or without adapters from layer f on.
+        pairs: what the activations are of.
+        fork_layer: f, at least 1.
+        budget: tokens of a row while the trunk runs.
+        eos_padding: as in `collate`.
+        autocast: the trunk runs in bfloat16 autocast over float32 weights.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        pairs: Sequence[TokenizedPair],
+        fork_layer: int,
+        budget: int,
+        eos_padding: bool = False,
+        autocast: bool = False,
+    ):
+        inner = pretrained(model)
+        self._pairs, self._eos_padding = pairs, eos_padding
+        self._fork_layer, self._autocast = fork_layer, autocast
+        self._width, self._dtype = int(inner.config.get_text_config().hidden_size), inner.dtype
+        self._rows = pack(pairs, budget, eos_padding)
+        self._starts, at = [0] * len(pairs), 0
+        for row in self._rows:
+            for i in row:
+                self._starts[i] = at
+                at += cost(pairs[i], eos_padding)
+        self.tokens = at
+        key = {
+            "pairs": hash_pairs(pairs),
+            "model": fingerprint(inner),
+            "fork_layer": fork_layer,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "autocast": autocast,
+            "eos_padding": eos_padding,
+            "budget": budget,
+        }
+        self.path = Path(folder) / (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".states")
+        self._map: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the complete file."""
+        return self.tokens * self._token_bytes
+
+    @property
+    def _token_bytes(self) -> int:
+        return self._width * self._dtype.itemsize
+
+    def fill(self, model: nn.Module, progress: Callable[[str], None] = lambda message: None) -> None:
+        """Runs the trunk over what the file lacks.
+
+        Args:
+            model: with all its layers.
+            say: receives a line now and then.
+
+        Raises:
+            RGTGError: the file cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Runs that need the same activations wait for the one that computes them.
+            with filelock.FileLock(self.path.with_suffix(".lock")):
+                if not self.path.exists():
+                    self._write(model, progress)
+            self._map = np.memmap(self.path, _BITS[self._dtype], "r", shape=(self.tokens, self._width))
+        except OSError as error:
+            raise RGTGError(
+                f"cannot keep the trunk's activations in {self.path.parent} ({error.strerror or error}): free "
+                f"{self.nbytes / 2**30:.1f} GiB there, name another folder, or train without this cache"
+            ) from error
+
+    def _write(self, model: nn.Module, progress: Callable[[str], None]) -> None:
+        partial = self.path.with_suffix(".partial")
+        with partial.open("ab") as file:
+            done, size = self._complete_rows(file.tell())
+            file.truncate(size)
+            began, before, told = time.monotonic(), size, time.monotonic()
+            for row in self._rows[done:]:
+                file.write(self._compute(model, row))
+                file.flush()
+                # A power cut must not leave a file of the right size with a hole in it.
+                os.fsync(file.fileno())
+                size = file.tell()
+                if time.monotonic() - told > 10:
+                    told = time.monotonic()
+                    rate = (size - before) / self._token_bytes / (told - began)
+                    progress(
+                        f"activations below layer {self._fork_layer}: {size / self.nbytes:.0%} of {self.tokens:,} "
+                        f"tokens, {rate:,.0f} tokens/s"
+                    )
+        partial.replace(self.path)
+
+    def _complete_rows(self, size: int) -> tuple[int, int]:
+        """Rows that a file of this size holds whole, and their bytes."""
+        total = 0
+        for done, row in enumerate(self._rows):
+            end = total + sum(cost(self._pairs[i], self._eos_padding) for i in row) * self._token_bytes
+            if end > size:
+                return done, total
+            total = end
+        return len(self._rows), total
+
+    def _compute(self, model: nn.Module, row: Sequence[int]) -> bytes:
+        trunk: Any = pretrained(model).base_model
+        layers = decoder_layers(model)[1]
+        batch = collate(self._pairs, [row], 0, eos_padding=self._eos_padding).to(trunk.device)
+        training = trunk.training
+        trunk.eval()
+        with torch.autocast(trunk.device.type, torch.bfloat16, enabled=self._autocast):
+            arguments = forward_arguments(trunk, batch)
+            out = _output_of(layers[self._fork_layer - 1], trunk, input_ids=batch.input_ids, **arguments)
+        trunk.train(training)
+        hidden = out[0] if isinstance(out, tuple) else out
+        states = hidden[0].to("cpu", self._dtype).contiguous()
+        return states.view(torch.uint8).numpy().tobytes()
+
+    def states(self, batch: PackedBatch) -> torch.Tensor:
+        """The activations [R, S, E] of a packed batch, 0 at padding.
+
+        Args:
+            batch: of the pairs that the cache was made for.
+        """
+        assert self._map is not None
+        rows, size = batch.input_ids.shape
+        out = np.zeros((rows, size, self._width), self._map.dtype)
+        for pair, (row, start, _, _, end) in zip(batch.pairs, batch.spans.tolist(), strict=True):
+            first = self._starts[pair]
+            out[row, start:end] = self._map[first : first + end - start]
+        return torch.from_numpy(out).view(self._dtype)
+
+
+class _ForkReachedError(Exception):
+    """A forward has gone as far as it has to."""
+
+
+def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:
+    """sha256 over the pairs' token ids, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
+    return digest.hexdigest()
