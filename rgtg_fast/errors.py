@@ -1,4 +1,4 @@
-"""The errors a user can cause: one line each, naming the value, the limit and the way out."""
+"""Errors that a user can cause: one line each, with the value, the limit and the way out."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from typing import Any
 
 
 class RGTGError(ValueError):
-    """Raised for every input that cannot work; its message is one line that says what would."""
+    """An input that cannot work; the message is one line that says what would."""
 
     def __init__(self, message: str = ""):
-        # What a message quotes, such as another library's error, may have lines of its own.
-        super().__init__(" ".join(message.split("\n")) if "\n" in message else message)
+        # A quoted part, such as another library's error, may contain line breaks.
+        super().__init__(message.replace("\n", " "))
 
 
 class MemoryTooSmallError(RGTGError):
-    """Raised before anything is allocated: the prefix caches of a call would not fit the device's memory."""
+    """The prefix caches of a call would not fit the device's memory; raised before anything is allocated."""
 
 
 class RewardNaNError(RGTGError):
-    """A reward is NaN (or +inf) in the middle of a run.
+    """A reward is NaN (or +inf) during a run.
 
     Attributes:
         row: index of the prompt in the call.
         step: index of the answer token being chosen, from 0.
         token: id of the first candidate whose reward is NaN.
-        finished: the rows (`GeneratedRow`) that had finished before, in the order they finished.
+        text: that token as text, empty where it is unknown.
+        finished: rows (`GeneratedRow`) that had finished before, in the order in which they finished.
     """
 
     def __init__(self, row: int, step: int, token: int, text: str = "", finished: list[Any] | None = None):
@@ -37,18 +38,23 @@ class RewardNaNError(RGTGError):
         self.finished: list[Any] = finished if finished is not None else []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process gets the error by its arguments, not by its message.
+        # An exception is pickled by its `args`, which hold the message alone.
         return type(self), (self.row, self.step, self.token, self.text, self.finished)
 
 
-def shown(value: object, most: int = 80) -> str:
-    """A value as a message shows it: its repr in one line of at most `most` characters, or what it is."""
+def shown(value: object, limit: int = 80) -> str:
+    """A value for a message: its repr in one line of at most `limit` characters, else the name of its class."""
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001 - of any object
         text = ""
-    if isinstance(value, (str, bytes)) and len(text) > most:
-        return f"{text[: most - 3]}..."
-    if not text or "\n" in text or len(text) > most:
+    if isinstance(value, (str, bytes)) and len(text) > limit:
+        return f"{text[: limit - 3]}..."
+    if not text or "\n" in text or len(text) > limit:
         return f"an object of class {type(value).__name__}"
     return text
+
+
+def one_line(error: BaseException, limit: int | None = 160) -> str:
+    """Another library's error for a message: its text in one line, cut at `limit` characters, else its class."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Files in which nothing is lost: complete or as they were, and with one writer at a time."""
+"""Writes files completely or not at all, checks output paths, and locks files against a second writer."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, one_line
 
-# Bytes of a file's name that are kept where something is put before or behind it.
+# Longest part of a file's name in the name of its temporary file; file systems allow 255 bytes.
 _NAME_BYTES = 200
 
 
 def reason(error: BaseException) -> str:
     """Why a file could not be used, in one line."""
-    told = error.strerror if isinstance(error, OSError) else None
-    return told or " ".join(str(error).split())[:160] or type(error).__name__
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
 def check_writable(path: Path, *inputs: Path | str | None) -> None:
-    """Refuses a place for a new file before work begins whose result could not be written there.
+    """Checks that a file can be written, before the work whose result it will hold.
 
     Args:
-        path: of the file; one that exists is to be replaced.
-        inputs: files that are read, which it must not be, under whatever name.
+        path: of the file, which may exist and will be replaced.
+        inputs: paths of files that are read; `path` must not lead to one of them.
 
     Raises:
-        RGTGError: no such folder, no right to write, a folder of that name, or one of the inputs.
+        RGTGError: no such folder, no permission, a folder of that name, or one of the inputs.
     """
     try:
         folder, exists = path.parent, os.path.lexists(path)
@@ -42,7 +41,7 @@ def check_writable(path: Path, *inputs: Path | str | None) -> None:
         if not os.access(path if path.exists() else folder, os.W_OK):
             raise RGTGError(f"cannot write {path}: no permission, name another place")
         if not exists:
-            # The name may be too long, or hold what the file system does not take.
+            # Fails where the file system does not allow the name.
             path.stat()
     except FileNotFoundError:
         pass
@@ -56,7 +55,7 @@ def check_writable(path: Path, *inputs: Path | str | None) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file: by links, by another spelling, or on a file system without case."""
+    """Whether two paths lead to one file: links, another spelling, or a case-insensitive file system."""
     try:
         return one.samefile(other)
     except (OSError, ValueError):
@@ -65,10 +64,12 @@ def same_file(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when the block ends without an error.
+    """Replaces a file atomically: gives a temporary path to write to, and renames it when the block succeeds.
 
-    Whatever goes wrong, `path` keeps what it had, and the half-written file is removed. What is no regular file (a
-    device, a pipe) is written to directly.
+    After an error `path` is unchanged and the temporary file is removed. A device or a pipe is written to directly.
+
+    Args:
+        path: of the file; a link's target is replaced.
 
     Raises:
         RGTGError: the file cannot be written.
@@ -80,7 +81,7 @@ def replacing(path: Path) -> Iterator[Path]:
             return
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(13, "Permission denied")
-        partial = target.with_name(f".{_short(target.name)}.partial")
+        partial = target.with_name(f".{os.fsdecode(os.fsencode(target.name)[:_NAME_BYTES])}.partial")
         try:
             yield partial
             if target.exists():
@@ -95,7 +96,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text as UTF-8, complete or not at all; lone surrogates become question marks.
+    """Writes a text as UTF-8, completely or not at all; lone surrogates become question marks.
 
     Raises:
         RGTGError: the file cannot be written.
@@ -104,19 +105,17 @@ def write_text(path: Path, text: str) -> None:
         partial.write_bytes(text.encode("utf-8", "replace"))
 
 
-def _short(name: str) -> str:
-    return os.fsdecode(os.fsencode(name)[:_NAME_BYTES])
-
-
 def hold(file: IO[bytes], path: Path, instead: str, wait: bool = False) -> None:
-    """Holds an open file against a second writer; the lock ends with the process, however it ends.
+    """Locks an open file; the operating system releases the lock when the process ends.
 
     Args:
-        path: of the file. instead: what the second writer is told to do.
-        wait: until the other one is done, in place of an error.
+        file: the open file.
+        path: its path, for the message.
+        instead: what else the second writer can do, for the message: "wait for it or ...".
+        wait: whether to wait for another writer instead of raising an error.
 
     Raises:
-        RGTGError: another process holds it.
+        RGTGError: another process has locked the file.
     """
     if sys.platform == "win32":
         return
@@ -127,25 +126,26 @@ def hold(file: IO[bytes], path: Path, instead: str, wait: bool = False) -> None:
     except BlockingIOError as error:
         raise RGTGError(f"{path} is being written by another process: wait for it or {instead}") from error
     except OSError as error:
-        # Some network file systems know no locks.
+        # Some network file systems have no locks.
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
             raise
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path, name: str, instead: str = "", wait: bool = False) -> Iterator[None]:
-    """Holds a folder against a second writer, by a file in it that is removed afterwards.
+    """Locks a folder against a second writer, with a lock file in it that is removed afterwards.
 
-    What a killed process leaves of it holds nobody up.
+    A lock file that a killed process has left does not block.
 
     Args:
-        folder: made where it is missing.
-        name: of the lock's file.
-        instead, wait: as in `hold`.
+        folder: created if it is missing.
+        name: of the lock file.
+        instead: as in `hold`.
+        wait: as in `hold`.
 
     Raises:
         RGTGError: another process writes there.
-        OSError: nobody can.
+        OSError: the lock file cannot be written.
     """
     path = folder / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def only_writer(folder: Path, name: str, instead: str = "", wait: bool = False) 
         except BaseException:
             lock.close()
             raise
-        # The one before may have removed the file that this one waited for.
+        # The previous writer may have removed the file while this one waited for it.
         if sys.platform == "win32" or still_at(path, lock):
             break
         lock.close()
@@ -170,7 +170,7 @@ def only_writer(folder: Path, name: str, instead: str = "", wait: bool = False) 
 
 
 def still_at(path: Path, file: IO[bytes]) -> bool:
-    """Whether an open file is what its path leads to, neither deleted nor replaced."""
+    """Whether an open file is still the one at its path, neither deleted nor replaced."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:
@@ -178,10 +178,14 @@ def still_at(path: Path, file: IO[bytes]) -> bool:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Gives a complete folder its name, in place of what has it; a power cut leaves no file of it half-written.
+    """Renames a complete folder, replacing an older one; its files are flushed to disk first.
+
+    Args:
+        partial: the folder with all its files.
+        final: its new path.
 
     Raises:
-        OSError: the disk.
+        OSError: the file system refuses.
     """
     for path in partial.rglob("*"):
         if path.is_file():

@@ -115,7 +115,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rgtg_fast.models.keys import Difference
+    from rgtg_fast.models.state_dict import StateDictMismatch
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.eos_token = EOS_TOKEN
@@ -129,7 +129,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         output_loading_info=True,
     )
     quantised, info = loaded
-    Difference.of(quantised, info).refuse(quantised, gguf, "default model")
+    StateDictMismatch.of(quantised, info).refuse(quantised, gguf, "default model")
     # A model read from GGUF calls itself quantised and refuses to be saved, so its
     # values move to a plain one.
     config: Any = copy.deepcopy(quantised.config)

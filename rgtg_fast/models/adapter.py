@@ -1,4 +1,4 @@
-"""LoRA adapters as the decoder serves them: beside the base weights, never merged into them."""
+"""LoRA adapters in PEFT's format: reads and checks their files, and merges them into copies of their base."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.checkpoint import names, read_json, safetensors_header
-from rgtg_fast.models.keys import wrapper_of
+from rgtg_fast.models.checkpoint import error_prefix, names, read_json, read_tensors
+from rgtg_fast.models.state_dict import wrapper_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_MOST_ALPHA = torch.finfo(torch.float32).max
+# What this library's trainer writes beside PEFT's files.
 RECIPE = "rgtg_fast.json"
 HEADS = ("score", "lm_head")
 
+_MAX_ALPHA = torch.finfo(torch.float32).max
 _FINGERPRINT_VALUES = 64
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight$")
-# What PEFT can do to a model beside adding B·A to a linear layer: (its option, what it is called here).
-_BEYOND = (
+# What PEFT can change beside adding B·A to a linear layer: (its option, the change in words).
+_UNSUPPORTED = (
     ("use_dora", "DoRA magnitudes"),
     ("lora_bias", "biases of the low-rank part"),
     ("trainable_token_indices", "retrained token embeddings"),
@@ -44,21 +43,22 @@ _BEYOND = (
     ("arrow_config", "routed adapters (Arrow)"),
     ("lora_ga_config", "changed base weights (LoRA-GA)"),
 )
-# Initialisations that also change the base weights.
+# Initialisations of LoRA that also change the base weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """Identifies a model's trunk: sha256 over name, shape and first values of every parameter but heads and adapters.
+    """Identifies a model's trunk by a hash of name, shape and first values of every parameter.
 
-    The values are rounded to bfloat16, so that a model has one fingerprint in float32 and in bfloat16.
+    Heads and adapters that PEFT has added do not count. Values are rounded to bfloat16, so that a model has the same
+    fingerprint in float32 and in bfloat16.
 
     Args:
-        model: a transformers model of any head; adapters that PEFT has put into its modules do not count.
+        model: a transformers model with any head.
 
     Returns:
-        64 hexadecimal digits.
+        The sha256 hash as 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     named = {
@@ -82,7 +82,11 @@ def is_adapter(source: object) -> bool:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of a causal transformer, under whatever name its family keeps them."""
+    """The blocks of a causal transformer.
+
+    Raises:
+        RGTGError: a family that keeps its blocks under another name than `layers` or `h`.
+    """
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.base_model.named_modules():
         if (
@@ -99,13 +103,14 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The correction y += (x aᵀ) bᵀ of one linear layer.
+    """The low-rank update y += (x aᵀ) bᵀ of one linear layer.
 
     Attributes:
-        a: [r, inner] float32. b: [outer, r] float32, the scale α/r multiplied in.
+        a: [r, inner], float32.
+        b: [outer, r], float32, multiplied by the scale α/r.
 
     Raises:
-        RGTGError: two factors that cannot be multiplied.
+        RGTGError: shapes that do not fit together.
     """
 
     a: torch.Tensor
@@ -119,7 +124,7 @@ class LowRank:
             )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
-        """The same correction elsewhere or in another dtype."""
+        """The same update on another device and in another dtype."""
         return LowRank(self.a.to(device, dtype), self.b.to(device, dtype))
 
 
@@ -128,13 +133,14 @@ class Adapter:
     """A LoRA adapter and the head saved with it.
 
     Attributes:
-        name: the folder. base_name: the base model as PEFT wrote it down.
-        base_fingerprint: `fingerprint` of the base model, where the adapter was trained here.
-        low_rank: the corrections by layer and linear layer, for example (3, "self_attn.q_proj").
-        head: the saved head in float32, a reward's [1, E] or one as large as a vocabulary; None where none was saved.
+        name: the folder.
+        base_name: name or path of the base model in PEFT's configuration.
+        base_fingerprint: `fingerprint` of the base model, None where another library trained the adapter.
+        low_rank: the updates by block and linear layer, for example (3, "self_attn.q_proj").
+        head: the saved head in float32: [1, E] of a reward, or [V, E]; None where none was saved.
         head_name: `"score"` or `"lm_head"`, the module that it replaces.
-        targets: endings of the names of the linear layers that are adapted in every layer from the fork on; empty where
-            the configuration does not tell.
+        targets: last parts of the names of the linear layers that are adapted in every block from the fork on; empty
+            where the configuration does not list them.
     """
 
     name: str
@@ -147,23 +153,34 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Adapter:
-        """Reads an adapter from PEFT's files, without PEFT.
+        """Reads an adapter's files; PEFT need not be installed.
+
+        Args:
+            folder: the folder that the adapter was saved to.
 
         Raises:
-            RGTGError: no adapter there, or one that does more than add B·A to linear layers.
+            RGTGError: no adapter there, or one that changes more than linear layers by B·A and a head.
         """
         path = Path(folder)
         if not is_adapter(path):
             raise RGTGError(
                 f"{str(folder)!r} holds no {CONFIG}: name the folder that an adapter was saved to"
             )
-        config = _read(path / CONFIG)
-        _refuse(config, path)
+        broken = f"the adapter {str(path)!r} cannot be read"
+        with error_prefix(broken):
+            config = read_json(path / CONFIG)
+        _check_config(config, path)
         if not (path / WEIGHTS).is_file():
             raise RGTGError(f"{str(folder)!r} holds no {WEIGHTS}: save the adapter with safetensors")
-        recipe = _read(path / RECIPE) if (path / RECIPE).is_file() else {}
-        factors, heads = _sorted(_tensors(path / WEIGHTS), path)
-        _check_saved(config, heads, path)
+        with error_prefix(broken):
+            recipe = read_json(path / RECIPE) if (path / RECIPE).is_file() else {}
+            tensors = read_tensors(path / WEIGHTS)
+        factors, heads = _split_tensors(tensors, path)
+        # A missing classifier's head is refused in `reward_head`, since it may have one of several names.
+        if "lm_head" in (config.get("modules_to_save") or []) and "lm_head.weight" not in heads:
+            raise RGTGError(
+                f"{path} trained lm_head (modules_to_save) and its file holds none: save it again"
+            )
         low_rank = {}
         for module, pair in factors.items():
             a, b = _factors(pair, config, module, path)
@@ -183,7 +200,7 @@ class Adapter:
 
     @property
     def fork(self) -> int | None:
-        """The first layer that the adapter changes, None where it changes none (a head on the frozen trunk)."""
+        """The first block that the adapter changes, None where it changes none (a head on the frozen trunk)."""
         return min((layer for layer, _ in self.low_rank), default=None)
 
     @property
@@ -192,9 +209,9 @@ class Adapter:
         return sum(pair.a.nbytes + pair.b.nbytes for pair in self.low_rank.values())
 
     def base_mismatch(self, model: PreTrainedModel) -> str | None:
-        """Why the adapter's base is not this model, in words; None where it is.
+        """Why this model is not the adapter's base; None where it is.
 
-        Where the adapter knows its base's fingerprint, that decides, else the base's name.
+        The base's fingerprint decides where the adapter has it, else the base's name.
         """
         if self.base_fingerprint is not None:
             if fingerprint(model) == self.base_fingerprint:
@@ -207,10 +224,10 @@ class Adapter:
         return self.shape_mismatch(model)
 
     def shape_mismatch(self, model: PreTrainedModel) -> str | None:
-        """Which of the adapter's shapes does not fit a model, in words; None where all do.
+        """The first of the adapter's shapes that does not fit a model, in words; None where all do.
 
         Raises:
-            RGTGError: the adapter's file lacks factors that its configuration names.
+            RGTGError: the adapter's file lacks factors that its configuration lists.
         """
         layers = decoder_layers(model)
         for (layer, name), pair in self.low_rank.items():
@@ -222,10 +239,10 @@ class Adapter:
             shape = (len(pair.b), pair.a.shape[1])
             if linear_shape(module) != shape:
                 return f"{self.name} is {shape} at {where}, where {_title(model)} has {linear_shape(module)}"
-        lacking = self._lacking(layers)
-        if lacking:
+        missing = self._missing_factors(layers)
+        if missing:
             raise RGTGError(
-                f"{self.name} adapts {', '.join(self.targets)} and its file lacks the factors of {names(lacking)}: "
+                f"{self.name} adapts {', '.join(self.targets)} and its file lacks the factors of {names(missing)}: "
                 "save it again"
             )
         width = model.config.get_text_config().hidden_size
@@ -235,8 +252,8 @@ class Adapter:
             )
         return None
 
-    def _lacking(self, layers: nn.ModuleList) -> list[str]:
-        """Linear layers from the fork on that the adapter's configuration names and its file leaves out."""
+    def _missing_factors(self, layers: nn.ModuleList) -> list[str]:
+        """Linear layers from the fork on that the adapter's configuration lists and its file does not hold."""
         fork = self.fork
         if fork is None:
             return []  # a head alone
@@ -265,10 +282,10 @@ class Adapter:
         return self.head
 
     def merged(self, base: PreTrainedModel) -> PreTrainedModel:
-        """A model of its own: the base's weights copied, the adapter added to the copy in float32 and then rounded.
+        """Merges the adapter into a copy of its base; sums are computed in float32 and rounded to the base's dtype.
 
         Args:
-            base: the adapter's base model, which stays as it is.
+            base: the adapter's base model, which does not change.
 
         Returns:
             A sequence classifier where the adapter has a `score` head, else a causal language model.
@@ -298,7 +315,7 @@ class Adapter:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(outer, inner) of a linear layer, GPT-2's transposed one included; None for another module."""
+    """(outer, inner) of a linear layer or of GPT-2's transposed one; None for other modules."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
         return None
@@ -306,40 +323,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return int(outer), int(inner)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except RGTGError as error:
-        raise RGTGError(f"the adapter {str(path.parent)!r} cannot be read: {error}") from error
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        safetensors_header(path)
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise RGTGError(f"the adapter {str(path.parent)!r} cannot be read: {detail}") from error
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise RGTGError(f"{path}: {key} holds NaN or an infinity: the file or its training is broken")
-    return tensors
-
-
 def _targets(config: dict[str, Any]) -> tuple[str, ...]:
-    """Layers that PEFT adapts wherever they occur, where its configuration says so plainly."""
+    """Last parts of the names of linear layers that PEFT adapts in every block; empty for other selections."""
     targets = config.get("target_modules")
     narrowed = any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     if narrowed or not isinstance(targets, list):
         return ()
     return tuple(sorted(name for name in targets if isinstance(name, str) and "." not in name))
-
-
-def _check_saved(config: dict[str, Any], heads: dict[str, torch.Tensor], path: Path) -> None:
-    """Refuses an adapter whose configuration names a trained vocabulary head that its file does not hold."""
-    # A classifier's head may have one of several names, and `reward_head` misses it.
-    if "lm_head" in (config.get("modules_to_save") or []) and "lm_head.weight" not in heads:
-        raise RGTGError(f"{path} trained lm_head (modules_to_save) and its file holds none: save it again")
 
 
 def _factors(
@@ -365,11 +355,12 @@ def _factors(
     return a.float(), b.float() * _scale(config, module, len(a), path)
 
 
-def _refuse(config: dict[str, Any], path: Path) -> None:
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Refuses an adapter that is more than a LoRA of linear layers."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise RGTGError(f"{path} is a {kind} adapter: only LORA can be served, or a merged model")
-    for option, what in _BEYOND:
+    for option, what in _UNSUPPORTED:
         if config.get(option):
             raise RGTGError(
                 f"{path} has {what} ({option}), which cannot be served: merge it into a full model"
@@ -386,10 +377,15 @@ def _refuse(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def _sorted(
+def _split_tensors(
     tensors: dict[str, torch.Tensor], path: Path
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """The tensors of the file: factors by the module they belong to, and the head's by name."""
+    """The file's tensors: factors by their linear layer, and a head's by name."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise RGTGError(
+                f"{path / WEIGHTS}: {key} holds NaN or an infinity: the file or its training is broken"
+            )
     factors: dict[str, dict[str, torch.Tensor]] = {}
     heads: dict[str, torch.Tensor] = {}
     for key, tensor in sorted(tensors.items()):
@@ -412,11 +408,11 @@ def _sorted(
 
 
 def _pattern(config: dict[str, Any], name: str, module: str, usual: Any) -> Any:
-    """A setting of one module: what the first pattern that fits its name says, else the usual one."""
+    """One module's value of a setting: that of the first pattern that matches its name, else the usual one."""
     patterns = config.get(name) or {}
     try:
-        fitting = (own for pattern, own in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        return next(fitting, usual)
+        matching = (own for pattern, own in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        return next(matching, usual)
     except (AttributeError, re.error) as error:
         raise RGTGError(
             f"{name}={patterns!r} of an adapter's {CONFIG} is no mapping of patterns: put it back"
@@ -425,7 +421,7 @@ def _pattern(config: dict[str, Any], name: str, module: str, usual: Any) -> Any:
 
 def _scale(config: dict[str, Any], module: str, rank: int, path: Path) -> float:
     alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _MOST_ALPHA:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _MAX_ALPHA:
         raise RGTGError(f"{path / CONFIG}: lora_alpha={alpha!r} is no finite number: put it back")
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 

@@ -1,16 +1,23 @@
-"""What lies in a model's folder, seen before any library reads it: files that cannot be weights are refused by name."""
+"""Reads the files of a model's folder before transformers loads them, and refuses those that it would misread.
+
+Messages begin with "it holds" or "its FILE": a caller adds the model's role and name (`error_prefix`).
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rgtg_fast.errors import RGTGError
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from rgtg_fast.errors import RGTGError, one_line
 
 CONFIG = "config.json"
 # The names under which transformers looks for weights, in its order.
@@ -38,76 +45,74 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "tokenizer.model",
 )
-_POINTER = b"version https://git-lfs"
-# Kinds of numbers that safetensors names and that are no weights unless a quantisation says how to read them.
-_CODES = ("I", "U", "F8", "F4", "BOOL")
+_LFS_POINTER = b"version https://git-lfs"
+# Prefixes of safetensors dtypes that hold weights only together with a quantization_config.
+_QUANTISED_DTYPES = ("I", "U", "F8", "F4", "BOOL")
 _SAVE = "save it with save_pretrained(folder)"
+_AGAIN = "download or save it again"
+# What reading a damaged file raises.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors of a folder's weight files.
-
-    Attributes:
-        shapes: of every tensor by its name in the files; empty where the files are pickled.
-        parameters: numbers in all of them, None where the files are pickled.
-    """
-
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    parameters: int | None = None
+@contextmanager
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Puts a prefix, such as a model's role and name, before the messages of this module's errors."""
+    try:
+        yield
+    except RGTGError as error:
+        raise RGTGError(f"{prefix}: {error}") from error
 
 
-def check_model(source: Path) -> Tensors:
-    """Looks at a model's folder before it is loaded.
+def check_model(folder: Path) -> int | None:
+    """Checks a model's folder before it is loaded.
 
     Args:
-        source: an existing path.
+        folder: an existing path.
 
     Returns:
-        The names and shapes of the tensors, from the headers of the files.
+        The number of parameters in the weight files; None where they are pickled.
 
     Raises:
-        RGTGError: a file in the place of a folder, no configuration, no weights, or files that cannot be read; without
-            the model's role and name, which the caller knows.
+        RGTGError: a file instead of a folder, no configuration, no weights, or files that cannot be read.
     """
-    if source.is_file():
-        raise RGTGError(_single_file(source))
-    if not (source / CONFIG).is_file():
-        raise RGTGError(f"it holds no {CONFIG}{_instead(source)}")
-    config = read_json(source / CONFIG)
+    if folder.is_file():
+        raise RGTGError(_single_file(folder))
+    if not (folder / CONFIG).is_file():
+        raise RGTGError(f"it holds no {CONFIG}{_instead_of_config(folder)}")
+    config = read_json(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise RGTGError(f"its {CONFIG} names no model_type: {_SAVE} from transformers")
-    if (source / "generation_config.json").is_file():
-        read_json(source / "generation_config.json")
-    files = _weight_files(source, config)
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+    files = _weight_files(folder, config)
     if any(file.suffix != ".safetensors" for file in files):
         for file in files:
             # torch's format is a zip archive, whose table of contents comes last.
             if _first_bytes(file).startswith(b"PK") and not zipfile.is_zipfile(file):
-                raise RGTGError(f"its {file.name} was cut off: download or save it again")
-        return Tensors()
-    shapes: dict[str, tuple[int, ...]] = {}
+                raise RGTGError(f"its {file.name} was cut off: {_AGAIN}")
+        return None
+    entries: dict[str, dict[str, Any]] = {}
     for file in files:
         header = safetensors_header(file)
         if not config.get("quantization_config"):
-            _check_numbers(file, header)
-        shapes |= {key: tuple(entry["shape"]) for key, entry in header.items()}
-    return Tensors(shapes, sum(math.prod(shape) for shape in shapes.values()))
+            _check_dtypes(file, header)
+        entries |= header
+    return sum(math.prod(entry["shape"]) for entry in entries.values())
 
 
-def check_tokenizer(source: Path) -> None:
-    """Looks at a tokenizer's files before they are loaded.
+def check_tokenizer(folder: Path) -> None:
+    """Checks a tokenizer's files before they are loaded.
 
     Raises:
         RGTGError: none there, or one that cannot be read.
     """
-    present = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if not any(any(source.glob(pattern)) for pattern in ("tokenizer.json", "*vocab*", "*.model")):
+    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(any(folder.glob(pattern)) for pattern in ("tokenizer.json", "*vocab*", "*.model")):
         raise RGTGError(
             "it holds no tokenizer (tokenizer.json): save it there with tokenizer.save_pretrained(folder), or pass a "
             "(model, tokenizer) pair"
         )
-    for path in [*present, *source.glob("*.jinja")]:
+    for path in [*present, *folder.glob("*.jinja")]:
         if path.suffix == ".json":
             read_json(path)
         else:
@@ -115,32 +120,33 @@ def check_tokenizer(source: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object.
 
     Raises:
-        RGTGError: a pointer file, no JSON, or JSON that is no object.
+        RGTGError: a Git LFS pointer, no JSON, or JSON that is no object.
     """
     _first_bytes(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RGTGError(f"its {path.name} is not readable JSON ({_short(error)}): {_SAVE} again") from error
+        raise RGTGError(
+            f"its {path.name} is not readable JSON ({one_line(error, 80)}): {_SAVE} again"
+        ) from error
     if not isinstance(found, dict):
         raise RGTGError(f"its {path.name} is no JSON object: {_SAVE} again")
     return found
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Kind, shape and place of every tensor of a safetensors file, by its name.
+    """Reads dtype, shape and offsets of every tensor of a safetensors file, by the tensor's name.
 
     Raises:
-        RGTGError: a pointer file, a cut one, or no safetensors at all.
+        RGTGError: a Git LFS pointer, a truncated file, or no safetensors file.
     """
-    size = path.stat().st_size
     length = int.from_bytes(_first_bytes(path)[:8], "little")
-    again = "download or save it again"
+    size = path.stat().st_size
     if size < 8 or length > size - 8:
-        raise RGTGError(f"its {path.name} is no safetensors file, or was cut off ({size} bytes): {again}")
+        raise RGTGError(f"its {path.name} is no safetensors file, or was cut off ({size} bytes): {_AGAIN}")
     try:
         with path.open("rb") as file:
             file.seek(8)
@@ -150,24 +156,40 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         for entry in header.values():
             if min(entry["shape"], default=0) < 0 or not isinstance(entry["dtype"], str):
                 raise ValueError(f"shape {entry['shape']}")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise RGTGError(
-            f"its {path.name} has no header that can be read ({_short(error)}): {again}"
+            f"its {path.name} has no header that can be read ({one_line(error, 80)}): {_AGAIN}"
         ) from error
     if end != size - 8 - length:
         raise RGTGError(
             f"its {path.name} holds {size - 8 - length} bytes of weights where its header counts {end}: it was cut "
-            f"off; {again}"
+            f"off; {_AGAIN}"
         )
     return header
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:80] or type(error).__name__
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a safetensors file.
+
+    Raises:
+        RGTGError: a file that cannot be read.
+    """
+    safetensors_header(path)
+    try:
+        return load_file(path)
+    except (*_UNREADABLE, RuntimeError, SafetensorError) as error:
+        raise RGTGError(one_line(error, 200)) from error
+
+
+def names(keys: Iterable[str], limit: int = 2) -> str:
+    """The first names of weights, quoted since a file may contain any, and how many more there are."""
+    ordered = sorted(keys)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(repr(key[:120]) for key in ordered[:limit]) + more
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The beginning of a file, which is refused where it only points to the file."""
+    """The beginning of a file that is not empty and not a Git LFS pointer."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -175,56 +197,58 @@ def _first_bytes(path: Path) -> bytes:
         raise RGTGError(
             f"its {path.name} cannot be read ({error.strerror or error}): check its permissions"
         ) from error
-    if start.startswith(_POINTER):
+    if start.startswith(_LFS_POINTER):
         raise RGTGError(
             f"its {path.name} is a pointer of Git LFS, not the file: run `git lfs pull` in the folder"
         )
     if not start:
-        raise RGTGError(f"its {path.name} is empty: download or save it again")
+        raise RGTGError(f"its {path.name} is empty: {_AGAIN}")
     return start
 
 
-def _single_file(source: Path) -> str:
-    if source.suffix == ".gguf":
+def _single_file(path: Path) -> str:
+    if path.suffix == ".gguf":
         return (
             "it is a GGUF file, whose weights are quantised: name the folder of the original model, or convert it "
-            f"(AutoModelForCausalLM.from_pretrained(folder, gguf_file={source.name!r}))"
+            f"(AutoModelForCausalLM.from_pretrained(folder, gguf_file={path.name!r}))"
         )
     return f"it is a file: name the folder that holds it, with its {CONFIG}"
 
 
-def _instead(source: Path) -> str:
-    """What a folder without a configuration holds in its place, and the way out."""
-    if (source / "adapter_config.json").is_file():
+def _instead_of_config(folder: Path) -> str:
+    """What a folder without a configuration holds instead, and the way out."""
+    if (folder / "adapter_config.json").is_file():
         return " but adapter_config.json: it is an adapter; name it alone as reward or lm, or merge it into its base"
-    inner = [
-        path.parent
-        for path in sorted(source.glob("*/" + CONFIG)) + sorted(source.glob("snapshots/*/" + CONFIG))
-    ]
-    if inner:
-        return f": name the folder inside it, such as {str(inner[-1].relative_to(source))!r}"
-    for pattern, what in _OTHER_WEIGHTS.items():
-        if any(source.glob(pattern)):
-            return f" but {what}: name the folder that transformers' save_pretrained wrote"
-    if not any(source.iterdir()):
+    configs = sorted(folder.glob("*/" + CONFIG)) + sorted(folder.glob("snapshots/*/" + CONFIG))
+    if configs:
+        return f": name the folder inside it, such as {str(configs[-1].parent.relative_to(folder))!r}"
+    other = _other_weights(folder)
+    if other is not None:
+        return f" but {other}: name the folder that transformers' save_pretrained wrote"
+    if not any(folder.iterdir()):
         return " (it is empty): name a folder that a model was saved to"
     return ": name a folder that a model was saved to"
 
 
-def _weight_files(source: Path, config: dict[str, Any]) -> list[Path]:
+def _other_weights(folder: Path) -> str | None:
+    """The first kind of weights in a folder that transformers does not look for, None for none."""
+    return next((what for pattern, what in _OTHER_WEIGHTS.items() if any(folder.glob(pattern))), None)
+
+
+def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     named = config.get("transformers_weights")
-    names = (named,) if isinstance(named, str) else _WEIGHTS
-    first = next((source / name for name in names if (source / name).is_file()), None)
+    candidates = (named,) if isinstance(named, str) else _WEIGHTS
+    first = next((folder / name for name in candidates if (folder / name).is_file()), None)
     if first is None:
-        other = next((what for pattern, what in _OTHER_WEIGHTS.items() if any(source.glob(pattern))), None)
-        held = f" but {other}" if other else ""
-        raise RGTGError(f"it holds no weights ({names[0]}){held}: {_SAVE}, or complete the download")
+        other = _other_weights(folder)
+        instead = f" but {other}" if other else ""
+        raise RGTGError(f"it holds no weights ({candidates[0]}){instead}: {_SAVE}, or complete the download")
     if first.suffix != ".json":
         return [first]
     shards = read_json(first).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise RGTGError(f"its {first.name} has no weight_map of file names: {_SAVE} again")
-    paths = [source / name for name in sorted(set(shards.values()))]
+    paths = [folder / name for name in sorted(set(shards.values()))]
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
         raise RGTGError(
@@ -234,18 +258,11 @@ def _weight_files(source: Path, config: dict[str, Any]) -> list[Path]:
     return paths
 
 
-def _check_numbers(file: Path, header: dict[str, dict[str, Any]]) -> None:
-    """Refuses integers in the place of weights, which transformers would take for the weights' values."""
+def _check_dtypes(file: Path, header: dict[str, dict[str, Any]]) -> None:
+    """Refuses integers as weights, whose values transformers would take as they are."""
     for key, entry in header.items():
-        if key.endswith(".weight") and entry["dtype"].startswith(_CODES):
+        if key.endswith(".weight") and entry["dtype"].startswith(_QUANTISED_DTYPES):
             raise RGTGError(
                 f"its {file.name} holds {key!r} as {entry['dtype']} and its {CONFIG} names no quantization_config: it "
                 "is quantised; name the unquantised model"
             )
-
-
-def names(keys: Iterable[str], shown: int = 2) -> str:
-    """A few of some keys, quoted since a file may name them anything, and how many more there are."""
-    ordered = sorted(keys)
-    more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
-    return ", ".join(repr(key[:120]) for key in ordered[:shown]) + more

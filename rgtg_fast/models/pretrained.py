@@ -1,16 +1,16 @@
-"""The one door through which models, configurations and tokenizers come in from folders and the hub.
+"""Loads models, configurations and tokenizers from folders and the hub; nothing else calls transformers' loaders.
 
-transformers fills weights that the files lack with random numbers, ignores those that it has no place for, asks on
-stdin whether a folder's code may run, and raises errors of a dozen kinds. Here a model is either what its files say, or
-it is refused in one line. Code that comes with a model never runs.
+transformers initialises weights that the files lack at random, ignores those that the model lacks, asks on stdin
+whether it may run a folder's code, and raises many kinds of errors. Here a model has exactly the weights of its files
+or is refused in one line, and code that comes with a model never runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from rgtg_fast import bundled
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.checkpoint import Tensors, check_model, check_tokenizer
-from rgtg_fast.models.keys import Difference
-from rgtg_fast.models.memory import free_bytes, is_out_of_memory, too_large
+from rgtg_fast.models.checkpoint import check_model, check_tokenizer, error_prefix
+from rgtg_fast.models.device import fits_in_memory, free_bytes, too_large
+from rgtg_fast.models.state_dict import StateDictMismatch
 
-# What libraries print to a terminal in bold or in colour.
+# Terminal escapes and control characters, which libraries put into their messages.
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[a-zA-Z]|[\x00-\x08\x0e-\x1f\x7f]")
 
 Source = str | os.PathLike[str]
@@ -38,44 +38,83 @@ def read_pretrained(
     configure: Callable[[Any], None] = lambda config: None,
     new_head: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """A model with exactly the weights that its files hold, and its tokenizer.
+    """Loads a model with exactly the weights of its files, and its tokenizer.
 
     Args:
         kind: transformers' class to load it with, such as `AutoModelForCausalLM`.
-        source: folder or hub id. role: what it is to be, for messages: "language model".
-        device: where it will go; it is loaded to the CPU.
-        configure: may refuse or change the configuration.
-        new_head: the head will be trained anew, so that the files need not hold it.
+        source: folder or hub id.
+        role: what it is used as, for messages: "language model".
+        dtype: dtype of the weights.
+        device: where the model will run, for the check of free memory; it is loaded to the CPU.
+        configure: called with the configuration, which it may change or refuse.
+        new_head: whether the head will be trained anew, so that the files may lack it.
 
     Returns:
-        The model, its tokenizer, and whether the files hold no head.
+        The model, its tokenizer, and whether the files lack the head.
 
     Raises:
-        RGTGError: nothing there, files that cannot be read, names or shapes that are not the model's, or weights that
+        RGTGError: nothing there, files that cannot be read, keys or shapes that are not the model's, or weights that
             do not fit the memory.
     """
-    path = _local(source, role)
-    with _named(source, role):
-        held = Tensors() if path is None else check_model(path)
     title = f"{role} {str(source)!r}"
-    with _one_line(source, role):
+    path = _local_path(source, role)
+    parameters = None
+    if path is not None:
+        with _file_errors(title):
+            parameters = check_model(path)
+    with _loader_errors(title, source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         configure(config)
         if config._attn_implementation not in (None, "eager", "sdpa"):
-            # Others are packages of their own, or code from the hub.
+            # Others need further packages, or code from the hub.
             config._attn_implementation = None
     tokenizer = read_tokenizer(source, role)
-    _check_room(title, held.parameters, dtype, torch.device(device))
-    with _one_line(source, role, held.parameters, dtype):
-        # Shapes that differ are refused below, by name.
+    _check_memory(title, parameters, dtype, torch.device(device))
+    with _loader_errors(title, source), fits_in_memory(title, parameters, dtype):
         model, info = kind.from_pretrained(
             source,
             config=config,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            # Shapes that differ are refused below, with the weight's name.
             ignore_mismatched_sizes=True,
         )
+    _check_format(model, title)
+    mismatch, headless = StateDictMismatch.of(model, info), False
+    if new_head:
+        mismatch, headless = mismatch.without_new_head(model)
+    mismatch.refuse(model, source, role)
+    return model, tokenizer, headless
+
+
+def read_tokenizer(source: Source, role: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a folder or hub id.
+
+    Args:
+        source: folder or hub id.
+        role: what its model is used as, for messages.
+
+    Raises:
+        RGTGError: none there, or one that cannot be read.
+    """
+    path = _local_path(source, role)
+    if path is not None:
+        with _file_errors(f"{role} {str(source)!r}"):
+            check_tokenizer(path)
+    with _loader_errors(f"tokenizer of {role} {str(source)!r}", source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def _check_memory(title: str, parameters: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses weights that cannot fit before any is read: a system without memory may kill the process."""
+    free = free_bytes(device) if device.type in ("cpu", "cuda") else None
+    if parameters is not None and free is not None and parameters * dtype.itemsize > free:
+        raise RGTGError(too_large(title, parameters, dtype, free))
+
+
+def _check_format(model: PreTrainedModel, title: str) -> None:
+    """Refuses an adapter on the hub, and a quantisation that transformers has ignored."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RGTGError(f"{title} is an adapter on the hub: download it and name its folder")
     quantised: Any = getattr(model.config, "quantization_config", None)
@@ -83,47 +122,10 @@ def read_pretrained(
         raise RGTGError(
             f"{title} is quantised by a method that transformers does not know: name an unquantised model"
         )
-    difference, headless = Difference.of(model, info), False
-    if new_head:
-        difference, headless = difference.without_new_head(model)
-    difference.refuse(model, source, role)
-    return model, tokenizer, headless
 
 
-def read_tokenizer(source: Source, role: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id.
-
-    Raises:
-        RGTGError: none there, or one that cannot be read.
-    """
-    path = _local(source, role)
-    if path is not None:
-        with _named(source, role):
-            check_tokenizer(path)
-    with _one_line(source, f"tokenizer of {role}"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-
-
-@contextlib.contextmanager
-def fits_in_memory(title: str, parameters: int | None, dtype: torch.dtype) -> Iterator[None]:
-    """Turns an error of any library that says that memory ran out into one line."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RGTGError(too_large(title, parameters, dtype)) from error
-
-
-def _check_room(title: str, parameters: int | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuses weights that cannot fit before any of them is read: a system that runs out ends the process."""
-    free = free_bytes(device) if device.type in ("cpu", "cuda") else None
-    if parameters is not None and free is not None and parameters * dtype.itemsize > free:
-        raise RGTGError(too_large(title, parameters, dtype, free))
-
-
-def _local(source: Source, role: str) -> Path | None:
-    """The path where there is one, None for what may be on the hub."""
+def _local_path(source: Source, role: str) -> Path | None:
+    """The path of a local folder or file; None for what may be on the hub."""
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise RGTGError(f"{role} {source!r} is no name: use a path, a hub id or a (model, tokenizer) pair")
     if str(source).startswith(bundled.PREFIX):
@@ -138,42 +140,34 @@ def _local(source: Source, role: str) -> Path | None:
         raise RGTGError(f"{role} {str(source)[:80]!r} is no path: check the name") from error
 
 
-@contextlib.contextmanager
-def _named(source: Source, role: str) -> Iterator[None]:
-    """Puts the model's role and name before what `checkpoint` says of its files."""
+@contextmanager
+def _file_errors(title: str) -> Iterator[None]:
+    """Puts the model's role and name before errors about its files."""
     try:
-        yield
-    except RGTGError as error:
-        raise RGTGError(
-            f"{role} {str(source)!r} is not a folder that transformers can load: {error}"
-        ) from error
+        with error_prefix(f"{title} is not a folder that transformers can load"):
+            yield
     except OSError as error:
-        raise RGTGError(
-            f"{role} {str(source)!r} cannot be read ({error.strerror or error}): check it"
-        ) from error
+        raise RGTGError(f"{title} cannot be read ({error.strerror or error}): check it") from error
 
 
-@contextlib.contextmanager
-def _one_line(
-    source: Source, role: str, parameters: int | None = None, dtype: torch.dtype = torch.float32
-) -> Iterator[None]:
-    """Turns the loaders' errors into one line."""
-    title = f"{role} {str(source)!r}"
+@contextmanager
+def _loader_errors(title: str, source: Source) -> Iterator[None]:
+    """Replaces the errors of transformers' loaders with one line."""
     try:
-        with fits_in_memory(title, parameters, dtype):
+        with fits_in_memory(title, None, torch.float32):
             yield
     except (RGTGError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers' Rust code panics with a BaseException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise RGTGError(f"{title} {_why(source, error)}") from error
+        raise RGTGError(f"{title} {_explain(source, error)}") from error
 
 
-def _why(source: Source, error: BaseException) -> str:
+def _explain(source: Source, error: BaseException) -> str:
     """What a loader's error means, and the way out."""
     path, text = Path(source), " ".join(_ESCAPES.sub("", str(error)).split())
-    detail = f"({text[:160]})" if text else f"({type(error).__name__})"
+    detail = f"({text[:160] or type(error).__name__})"
     if not path.exists():
         if len(path.parts) > 2 or path.is_absolute():
             return "does not exist: check the path"

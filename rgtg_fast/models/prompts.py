@@ -1,4 +1,4 @@
-"""What a user may give as a prompt, and its token ids for a model."""
+"""Prompts and answers as users pass them (texts, chats, token ids), checked and tokenized for a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.errors import RGTGError, one_line, shown
 
 PromptLike = str | Sequence[int] | Sequence[dict[str, Any]]
 
@@ -18,10 +18,14 @@ _PASS = "pass a string, a list of chat messages, a list of token ids, or a list 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: a text, chat messages or token ids, and its index in the call.
+    """One prompt.
 
-    A text goes to the tokenizer as it is, chat messages through the chat template with the generation prompt, ids
-    nowhere. An answer follows: the end of text that some tokenizers append is left out.
+    A text is tokenized as it is, chat messages after the chat template with the generation prompt. An answer follows,
+    so that the end-of-text token that some tokenizers append is left out.
+
+    Attributes:
+        given: a text, chat messages or token ids.
+        index: of the prompt in the call, for messages.
     """
 
     given: PromptLike
@@ -35,13 +39,14 @@ class Prompt:
         return None
 
     def ids(self, tokenizer: PreTrainedTokenizerBase | None, template: str | None = None) -> list[int]:
-        """Token ids for a model with this tokenizer.
+        """Token ids for a model.
 
         Args:
+            tokenizer: the model's tokenizer, None where prompts are ids.
             template: a Jinja chat template in place of the tokenizer's own.
 
         Raises:
-            RGTGError: no tokenizer or chat template for it, or one that does not take it.
+            RGTGError: no tokenizer or chat template for this prompt, or a template that refuses it.
         """
         messages, what = self.messages, f"prompt {self.index}"
         if messages is None and not isinstance(self.given, str):
@@ -59,14 +64,17 @@ class Prompt:
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, special: bool = False) -> list[int]:
-    """The token ids of a text that other text may follow.
+    """The token ids of a text that another text may follow.
 
     Args:
-        what: names the text in an error. special: with what the tokenizer puts before a text. The end of text
-            that some append is left out, and so is a beginning of text where the text itself begins with one.
+        tokenizer: the model's tokenizer.
+        text: the text.
+        what: names the text in a message.
+        special: whether to add the special tokens that the tokenizer puts before a text. Those that it puts behind are
+            left out, and so is its beginning-of-text token where the text begins with one.
 
     Raises:
-        RGTGError: a text that is no Unicode.
+        RGTGError: a lone surrogate in the text.
     """
     check_text(text, what)
     if not special:
@@ -74,7 +82,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, specia
     encoded = cast("dict[str, list[int]]", tokenizer(text, return_special_tokens_mask=True))
     ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
     bos, end = tokenizer.bos_token_id, len(ids)
-    # A text without tokens keeps its beginning of text.
+    # A text without tokens keeps its beginning-of-text token.
     while end and added[end - 1] and (ids[end - 1] != bos or bos == tokenizer.eos_token_id):
         end -= 1
     twice = ids[:2] == [bos, bos] and added[0] and not added[1]
@@ -82,10 +90,14 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, specia
 
 
 def check_text(text: str, what: str) -> None:
-    """Refuses a text that holds half of a surrogate pair, which no tokenizer takes.
+    """Refuses a text with a lone surrogate, which tokenizers cannot encode.
+
+    Args:
+        text: the text.
+        what: names the text in a message.
 
     Raises:
-        RGTGError: naming the character.
+        RGTGError: with the character and its position.
     """
     try:
         text.encode()
@@ -104,14 +116,17 @@ def rendered(
     *,
     answer_follows: bool,
 ) -> str:
-    """A chat as the chat template writes it.
+    """A chat rendered by the chat template.
 
     Args:
-        what: names the chat in an error. template: in place of the tokenizer's own.
-        answer_follows: with the generation prompt.
+        tokenizer: the model's tokenizer.
+        messages: the chat.
+        what: names the chat in a message.
+        template: a Jinja chat template in place of the tokenizer's own.
+        answer_follows: whether to add the generation prompt.
 
     Raises:
-        RGTGError: a message without role or text, or a template that does not take the chat.
+        RGTGError: a message without role or text, or a template that refuses the chat.
     """
     for at, message in enumerate(messages):
         _check_message(message, f"message {at} of {what}")
@@ -123,10 +138,10 @@ def rendered(
             tokenize=False,
             chat_template=template,
         )
-    except Exception as error:  # a template is a program of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # a template is a program, which may raise anything
         raise RGTGError(
-            f"{what} is a chat that {title} does not take ({reason}): pass one that it takes, or a plain string"
+            f"{what} is a chat that {title} does not take ({one_line(error, None)}): pass one that it takes, or a "
+            "plain string"
         ) from error
     for message in messages:
         for part in _parts(message) if message["role"] != "tool" else []:
@@ -141,15 +156,15 @@ def rendered(
 def as_prompts(
     prompts: PromptLike | Sequence[PromptLike], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Prompt]:
-    """One prompt or many as a list.
-
-    Tensors and arrays of ids are lists of ids, a column of a table is a list of prompts.
+    """A list of the prompts given.
 
     Args:
-        tokenizer: the base model's, by whose padding token padded rows are known.
+        prompts: one prompt or many. Tensors and arrays of ids count as lists of ids, a table's column as a list of
+            prompts.
+        tokenizer: the base model's, whose padding token tells padded rows.
 
     Raises:
-        RGTGError: nothing given, an empty prompt, or something that is no prompt.
+        RGTGError: no prompt, an empty one, or something that is no prompt.
     """
     whole = _plain(prompts)
     if _is_one(whole):
@@ -157,23 +172,27 @@ def as_prompts(
     elif isinstance(whole, Iterator) or _is_list(whole):
         many = [_plain(prompt) for prompt in cast("Sequence[object]", whole)]
     else:
-        raise RGTGError(f"the prompt is {_named(prompts)}")
+        raise RGTGError(f"the prompt is {_explain(prompts)}")
     if not many:
         raise RGTGError("there is no prompt: pass a string, chat messages, token ids or a list of these")
     for index, prompt in enumerate(many):
         if isinstance(prompt, Sequence) and not len(prompt):
             raise RGTGError(f"prompt {index} is empty: pass at least one token")
         if not _is_one(prompt):
-            raise RGTGError(f"prompt {index} is {_named(prompt)}")
+            raise RGTGError(f"prompt {index} is {_explain(prompt)}")
     if all(_is_list(prompt) and _are_ids(prompt) for prompt in many):
         _check_unpadded(cast("list[list[int]]", many), tokenizer)
-    return [Prompt(_kept(prompt), index) for index, prompt in enumerate(many)]
+    return [Prompt(_plain_types(prompt), index) for index, prompt in enumerate(many)]
 
 
 def as_answers(
     answers: str | Sequence[str | Sequence[int]], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[list[int]]:
-    """The token ids of given answers, each a text or ids.
+    """The token ids of the answers given.
+
+    Args:
+        answers: one answer or many, each a text or token ids.
+        tokenizer: the base model's, None where answers are ids.
 
     Raises:
         RGTGError: an empty answer, or something that is no answer.
@@ -198,10 +217,15 @@ def as_answers(
 
 
 def check_known(ids: Sequence[int], vocabulary: int, what: str) -> None:
-    """Refuses token ids that a model does not know.
+    """Refuses token ids outside a model's vocabulary.
+
+    Args:
+        ids: token ids.
+        vocabulary: V, the size of the vocabulary.
+        what: names the text in a message.
 
     Raises:
-        RGTGError: naming the first.
+        RGTGError: with the first such id.
     """
     outside = next((token for token in ids if not 0 <= token < vocabulary), None)
     if outside is not None:
@@ -211,7 +235,7 @@ def check_known(ids: Sequence[int], vocabulary: int, what: str) -> None:
 
 
 def _plain(value: object) -> object:
-    """Tensors, arrays and columns as lists, by themselves or one level deep."""
+    """Converts tensors, arrays and columns to lists, the value itself or its items."""
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
         return value
     if hasattr(value, "tolist"):
@@ -239,7 +263,7 @@ def _are_ids(value: object) -> bool:
 
 
 def _is_chat(prompt: object) -> bool:
-    """Whether it is a list of mappings of which one is a chat message."""
+    """Whether it is a list of mappings, at least one of them a chat message."""
     if not _is_list(prompt):
         return False
     items = cast("Sequence[object]", prompt)
@@ -259,18 +283,18 @@ def _check_message(message: Mapping[str, Any], what: str) -> None:
 
 
 def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The parts of a message's content, none where it is no list of parts."""
+    """The parts of a message's content; empty where the content is no list of parts."""
     content = message.get("content")
     parts = list(cast("Sequence[Any]", content)) if _is_list(content) else []
     return parts if all(isinstance(part, Mapping) for part in parts) else []
 
 
 def _check_unpadded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuses rows of one length that are padded: which of their tokens are text, only the attention mask says."""
+    """Refuses padded rows of equal length: without the attention mask, text and padding cannot be told apart."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
     if tokenizer is None or pad is None or len(rows) == 1 or len(set(map(len, rows))) > 1:
         return
-    # Where padding is also the beginning or end of a text, a column of nothing else is that.
+    # Where the padding token is also that for the beginning or end of a text, it may be so in all rows.
     borders = pad in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     for side in (0, -1):
         padded = [row[side] == pad for row in rows]
@@ -280,15 +304,15 @@ def _check_unpadded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenize
             )
 
 
-def _kept(prompt: object) -> PromptLike:
-    """The prompt as it was given, in plain types."""
+def _plain_types(prompt: object) -> PromptLike:
+    """The prompt as a string, a list or tuple of ids, or a list of dicts."""
     if _is_chat(prompt):
         return [dict(message) for message in cast("Sequence[Mapping[str, Any]]", prompt)]
     return cast("PromptLike", prompt if isinstance(prompt, str | list | tuple) else list(cast("Any", prompt)))
 
 
-def _named(value: object) -> str:
-    """What was given in place of a prompt, and what to pass instead."""
+def _explain(value: object) -> str:
+    """What was given in place of a prompt, and the way out."""
     if isinstance(value, Mapping):
         if "role" in value:
             return "one chat message and a chat is a list of messages: pass [message]"

@@ -1,4 +1,4 @@
-"""Checks at load time that a model's cached forward computes what the model computes by itself."""
+"""Checks at load time that a model's cached forward equals its own uncached one."""
 
 from __future__ import annotations
 
@@ -14,37 +14,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.attention import own_attention
-from rgtg_fast.models.limits import original_length
+from rgtg_fast.models.support import TESTED_FAMILIES, original_length
 
 if TYPE_CHECKING:
     from rgtg_fast.models.runner import ModelRunner
 
-# What every forward of a trunk is to return, whatever its config says.
+# Keyword arguments of every forward of a trunk, which override its config.
 OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 
-# How far, relative to their norm, states of two correct forwards differ at most. For a half precision the bound is
-# coarse: a deep model rounds as much as a small mistake changes, and only a wider dtype tells the two apart.
+# Largest difference, relative to their norm, between states of two correct forwards. In half precision the bound is
+# coarse: a deep model's rounding is as large as the effect of a small mistake, and only a wider dtype separates them.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-# The same of a half precision's weights in float32.
+# The same for half-precision weights computed in float32.
 _WIDENED = 2e-3
-# A rounding that sends a token to other experts changes its states by as much as these weigh: no half precision is
-# better, and only the comparison in a wider dtype can tell.
+# Rounding may route a token to other experts, which changes its states by as much as their weights: in half precision
+# nothing closer can be asked for, and the comparison in a wider dtype decides.
 _ROUTED = 0.5
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _HALF = (torch.float16, torch.bfloat16)
-# The head reads the same states on both sides, so that only its own rounding differs.
+# The head gets the same states in both forwards, so that only its own rounding differs.
 _HEAD = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# Errors of two correct forwards of one model, against the same forward in a wider dtype, are of one size.
+# Two correct forwards of one model have errors of similar size against the same forward in a wider dtype.
 _SIMILAR = 4.0
-# An output far beyond any cap that is put on logits.
+# An output far beyond the caps that models put on logits.
 _LARGE = 1000.0
-# Texts beyond a model's original context are tried where they are no longer than this.
+# Longest text tried beyond a model's original context.
 _LONGEST_PROBE = 256
 _SCALES = ("softcap", "soft_cap", "logit_scale", "logits_scal", "output_multiplier", "mup_width_multiplier")
 
 
 def verify(runner: ModelRunner) -> None:
-    """Compares cached steps and the head with the model's own uncached forward under its own attention.
+    """Compares cached steps and the head with the model's own uncached forward and attention.
+
+    Args:
+        runner: the model with its cache, which is empty afterwards.
 
     Raises:
         RGTGError: they differ by more than rounding.
@@ -57,16 +60,17 @@ def verify(runner: ModelRunner) -> None:
     if error is not None:
         raise RGTGError(
             f"{name} cannot be served: its cached forward differs from its own by {error:.1%}, more than "
-            f"{runner.dtype} rounds; use a tested family (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, "
-            "OPT, GPT-2)"
+            f"{runner.dtype} rounds; use a tested family ({TESTED_FAMILIES})"
         )
 
 
 def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
-    """The same for the states of an attached adapter's rows beside the model's own.
+    """Compares cached and uncached states of the rows that run under an attached adapter.
 
     Args:
-        variant: which rows. name: the adapter's.
+        runner: the model with its cache, which is empty afterwards.
+        variant: index of the adapter's rows.
+        name: of the adapter.
 
     Raises:
         RGTGError: they differ by more than rounding.
@@ -83,24 +87,23 @@ def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
 
 
 def probe(runner: ModelRunner) -> list[int]:
-    """A few tokens that this model surely knows, and enough to exceed a short original context."""
+    """A few token ids of the model's vocabulary, enough to exceed a short original context."""
     config: Any = runner.model.config.get_text_config()
     original = original_length(config)
     length = 6 if original is None or original + 2 > _LONGEST_PROBE else max(6, original + 2)
-    # The padding token stays out: a reward model's own forward would score the token before it. A short context, or
-    # a window as short, is not exceeded.
+    # No padding token: a reward model's own forward would score the token before it. The runner's limit is kept.
     pad, count = getattr(config, "pad_token_id", None), runner.embeddings
     numbers = ((3 + 7 * index) % count for index in range(min(length, runner.limit)))
     return [number if number != pad else (number + 1) % count for number in numbers]
 
 
 def _states_error(runner: ModelRunner, ids: list[int], own: torch.Tensor, variant: int) -> float | None:
-    """How far the cached steps' states lie from `own` [T, E] where that is more than rounding, else None."""
+    """The difference between the cached steps' states and `own` [T, E] if it exceeds rounding, else None."""
     dtype = runner.dtype
     found = _cached_states(runner, ids)[variant]
     error = _difference(found, own[-len(found) :])
     if dtype not in _HALF:
-        # A GPU may compute float32 products in TF32.
+        # A GPU may multiply float32 matrices in TF32.
         rounding = _ROUNDING[dtype] * (10 if runner.device.type == "cuda" else 1)
         return None if error <= rounding else error
     routed = any(getattr(runner.model.config.get_text_config(), name, None) for name in _EXPERTS)
@@ -115,12 +118,12 @@ def _states_error(runner: ModelRunner, ids: list[int], own: torch.Tensor, varian
 def _float32_error(
     runner: ModelRunner, ids: list[int], variant: int, found: torch.Tensor, own: torch.Tensor
 ) -> float | None:
-    """As `_states_error` of states [n, E] in half precision, by what float32 gives for the same weights."""
+    """As `_states_error`, for states [n, E] in half precision: compares with float32 and the same weights."""
     exact = _uncached_in_float32(runner, ids, variant)[-len(found) :]
     if runner.engine == "native":
         error = _difference(found, exact)
-        usual = max(_difference(own, exact), torch.finfo(runner.dtype).eps / 2)
-        return None if error <= _SIMILAR * usual else error
+        typical = max(_difference(own, exact), torch.finfo(runner.dtype).eps / 2)
+        return None if error <= _SIMILAR * typical else error
     with _in_float32(runner):
         error = _difference(_cached_states(runner, ids)[variant], exact)
     return None if error <= _WIDENED else error
@@ -132,7 +135,7 @@ def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
 
 
 def _cached_states(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
-    """States [variants, n, E] of the last n of a few tokens: the first are prefilled, the last decoded."""
+    """States [variants, n, E] of the last n tokens, which are decoded after a prefill of the others."""
     runner.reserve(1, len(ids))
     first = max(len(ids) - 3, 0)
     runner.prefill(0, ids[:first])
@@ -146,7 +149,7 @@ def _cached_states(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
 
 
 def _uncached_in_float32(runner: ModelRunner, ids: list[int], variant: int) -> torch.Tensor:
-    """States [T, E] by the model's own forward and attention, computed in float32 from the same weights."""
+    """States [T, E] of the model's own forward and attention, in float32 with the same weights."""
     with own_attention(runner.model), _Float32():
         return runner.hidden_uncached(ids, variant)
 
@@ -157,7 +160,7 @@ def _uncached_in_float32(runner: ModelRunner, ids: list[int], variant: int) -> t
 def _check_head(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
     """Compares the head with the model's own logits; returns the trunk's states [T, E] in the model's own forward.
 
-    Large states show what small ones hide: a cap on the logits.
+    The comparison is repeated with large states, since only large logits are changed by a cap.
     """
     with _recorded(runner.model.base_model) as recorder:
         logits = _own_logits(runner, ids)
@@ -174,18 +177,19 @@ def _check_head(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
 
 
 def _own_logits(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
-    """The last row [1, V] of what the model's own forward returns."""
+    """The last row [1, V] of the logits of the model's own forward."""
     text = torch.tensor([ids], device=runner.device)
     logits = runner.model(input_ids=text, use_cache=False, return_dict=True).logits
     return logits.reshape(-1, runner.head.out_features)[-1:].double()
 
 
 def _check_logits(runner: ModelRunner, state: torch.Tensor, own: torch.Tensor) -> None:
+    """Refuses a model whose own logits [1, V] are not its head's output for the state [1, E]."""
     head = runner.head
     found = runner.logits(state.float() if runner.engine == "native" else state).double()
-    # A single reward may be near 0 by chance: it is measured by what such a head gives to states as long as this.
-    usual = head.weight.double().norm() * state.double().norm() / state.shape[-1] ** 0.5
-    size = own.norm() if own.shape[-1] > 1 else torch.maximum(own.norm(), usual)
+    # A single reward may be near 0 by chance: the error is relative to the head's typical output for such a state.
+    typical = head.weight.double().norm() * state.double().norm() / state.shape[-1] ** 0.5
+    size = own.norm() if own.shape[-1] > 1 else torch.maximum(own.norm(), typical)
     error = float((found - own).norm() / size.clamp_min(torch.finfo(torch.float64).tiny))
     if error <= _HEAD[runner.dtype]:
         return
@@ -197,13 +201,12 @@ def _check_logits(runner: ModelRunner, state: torch.Tensor, own: torch.Tensor) -
     ]
     raise RGTGError(
         f"{type(runner.model).__name__} cannot be served: its logits differ from its head's output by {error:.1%}"
-        f" ({', '.join(named) or 'it scales, caps or adds to them'}); use a tested family (Llama, Qwen2, Qwen3, "
-        "Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
+        f" ({', '.join(named) or 'it scales, caps or adds to them'}); use a tested family ({TESTED_FAMILIES})"
     )
 
 
 def _large_state(head: nn.Linear) -> torch.Tensor:
-    """A state [E] that one of the head's outputs answers with `_LARGE`, or as much as half precision holds."""
+    """A state [E] for which one of the head's outputs is `_LARGE`, or as large as half precision can hold."""
     weight = head.weight.detach().double()
     row = weight[weight.norm(dim=1).argmax()]
     square = row.square().sum()
@@ -214,7 +217,7 @@ def _large_state(head: nn.Linear) -> torch.Tensor:
 
 
 class _Recorder:
-    """What a trunk returned, or is to return instead of running: states [T, E]."""
+    """A trunk's output, and states [T, E] to return in place of running it."""
 
     output: Any = None
     replacement: torch.Tensor | None = None
@@ -222,7 +225,7 @@ class _Recorder:
 
 @contextmanager
 def _recorded(trunk: nn.Module) -> Iterator[_Recorder]:
-    """Forwards of a trunk within are kept, and replaced once the recorder says by what."""
+    """Records a trunk's output within the block, or replaces it once the recorder has a replacement."""
     recorder, forward, patched = _Recorder(), trunk.forward, vars(trunk).get("forward")
 
     def record(*args: Any, **kwargs: Any) -> Any:
@@ -247,9 +250,9 @@ def _recorded(trunk: nn.Module) -> Iterator[_Recorder]:
 
 
 class _Float32(TorchDispatchMode):
-    """Operations within read tensors of half precision, the weights among them, as float32, and make no others.
+    """Computes in float32: operations read half-precision tensors, weights included, as float32.
 
-    One tensor at a time is copied: a model need not fit the memory in float32.
+    One tensor at a time is converted, so that the model need not fit the memory in float32.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -259,12 +262,12 @@ class _Float32(TorchDispatchMode):
             for arg, spec in zip(args, schema.arguments, strict=False)
             if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, torch.Tensor)
         ]
-        # Rows of an embedding, like a view, are widened where they are read; a cast may be a view.
+        # Views and rows of an embedding are converted where they are read; a cast may be a view.
         cast = any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values()))
         view = not written and not cast and any(result.alias_info is not None for result in schema.returns)
         if view or func is torch.ops.aten.embedding.default:
             return func(*args, **kwargs)
-        # What is written keeps its dtype, and the other operands must have the same.
+        # A tensor that is written to keeps its dtype, and the other operands must have the same.
         dtype = written[0].dtype if written else torch.float32
 
         def widened(x: Any) -> Any:
@@ -284,7 +287,7 @@ class _Float32(TorchDispatchMode):
 
 @contextmanager
 def _in_float32(runner: ModelRunner) -> Iterator[None]:
-    """The backbone's forwards run in float32, over a cache of their own."""
+    """Runs the model in float32, with a float32 cache."""
     cache = runner.cache
     runner.cache = runner.new_cache(torch.float32)
     try:

@@ -413,7 +413,7 @@ def test_no_code_of_a_folder_runs_and_nothing_is_asked(
 
 
 def test_nothing_else_in_the_package_loads_by_name() -> None:
-    """Every call of a loader of transformers goes through one door, or says that no code may run."""
+    """Only `models/pretrained.py` calls transformers' loaders, and every call sets trust_remote_code=False."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")

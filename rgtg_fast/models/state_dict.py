@@ -1,4 +1,4 @@
-"""The names in a model's files against the names in the model: any that differ are refused, with the likely reason."""
+"""Compares the keys of a model's weight files with those of the model; differences are refused with a likely reason."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import names
 
-# What older versions saved and newer ones compute: positions, rotary frequencies, causal masks.
+# What a refusal says: what the files likely are, and the way out.
+Reason = tuple[str, str]
+
+# Buffers that older versions of transformers saved and newer ones compute.
 _COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|causal_mask)$")
-# Wrappers that put their own name before every weight's.
+# Prefixes that wrappers add to every key, and where the files come from.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile: save model._orig_mod",
     "_fsdp_wrapped_module.": "FSDP: save its full state dict",
@@ -27,32 +30,34 @@ _WRAPPERS = {
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|absmax|weight_scale|weight_scale_inv|weight_packed|SCB)$"
 )
-# Under these a training framework's checkpoint keeps the weights.
+# Keys under which training frameworks' checkpoints keep the state dict.
 _NESTED = {"state_dict", "model_state_dict", "model", "module"}
-_LOW_RANK = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)\.")
+_LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _REWARD_HEADS = ("score.", "classifier.", "v_head.", "value_head.", "reward_head.", "regression_layer.")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How the names in a model's files differ from those in the model.
+class StateDictMismatch:
+    """How the state dict in a model's files differs from the model's own.
 
     Attributes:
-        missing: in the model alone; transformers fills them with random numbers.
-        unexpected: in the files alone.
-        reshaped: shapes in the files and in the model by the name, where they differ.
+        missing: keys of the model alone; transformers initialises these weights at random.
+        unexpected: keys of the files alone.
+        mismatched: (shape in the files, shape in the model) by key, where the shapes differ.
     """
 
     missing: frozenset[str]
     unexpected: frozenset[str]
-    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, info: dict[str, Any]) -> Difference:
-        """The differences that matter, from what transformers reports with `output_loading_info=True`.
+    def of(cls, model: PreTrainedModel, info: dict[str, Any]) -> StateDictMismatch:
+        """The differences that matter, without what a family computes itself or is known to ignore.
 
-        What a family computes itself, or is known to ignore, is no difference.
+        Args:
+            model: the loaded model.
+            info: what transformers returns with `output_loading_info=True`.
         """
         buffers = [name for name, _ in model.named_buffers()]
 
@@ -67,10 +72,10 @@ class Difference:
             {key: (tuple(held), tuple(wanted)) for key, held, wanted in info["mismatched_keys"]},
         )
 
-    def without_new_head(self, model: PreTrainedModel) -> tuple[Difference, bool]:
-        """What is left where the head is to be trained anew, and whether the files have none.
+    def without_new_head(self, model: PreTrainedModel) -> tuple[StateDictMismatch, bool]:
+        """The differences apart from a head that will be trained anew, and whether the files have no such head.
 
-        A base model's vocabulary head is then no surprise beside a classifier's.
+        Where a classifier's head is new, the files may hold a base model's vocabulary head.
         """
         head = head_name(model) + "."
         new = any(key.startswith(head) for key in self.missing)
@@ -81,26 +86,30 @@ class Difference:
         return replace(self, missing=missing, unexpected=unexpected), new
 
     def refuse(self, model: PreTrainedModel, source: object, role: str) -> None:
-        """Raises:
-        RGTGError: there is a difference.
+        """Raises an error where there is a difference.
+
+        Args:
+            model: the loaded model.
+            source: folder or hub id that it was loaded from.
+            role: what it is used as, for the message: "language model".
+
+        Raises:
+            RGTGError: with the first keys and a likely reason.
         """
-        if not (self.missing or self.unexpected or self.reshaped):
+        if not (self.missing or self.unexpected or self.mismatched):
             return
-        kind, parts = type(model).__name__, []
+        parts = []
         if self.missing:
             parts.append(f"{names(self.missing)} missing from its files")
         if self.unexpected:
             parts.append(f"{names(self.unexpected)} not in the model")
-        for key, (held, wanted) in sorted(self.reshaped.items())[:1]:
+        for key, (held, wanted) in sorted(self.mismatched.items())[:1]:
             parts.append(f"{key!r} {list(held)} in its files and {list(wanted)} by its config.json")
-        what, way_out = self._reason(model)
+        what, way_out = self._other_format() or self._other_head(model) or self._other_config(model)
+        kind = type(model).__name__
         raise RGTGError(f"{role} {str(source)!r} {what} ({kind}: {'; '.join(parts)}): {way_out}")
 
-    def _reason(self, model: PreTrainedModel) -> tuple[str, str]:
-        """What the files likely are, and the way out."""
-        return self._other_format() or self._other_head(model) or self._other_shapes(model)
-
-    def _other_format(self) -> tuple[str, str] | None:
+    def _other_format(self) -> Reason | None:
         nested = sorted(self.unexpected & _NESTED)
         if nested:
             return (
@@ -108,11 +117,8 @@ class Difference:
                 "save the model with save_pretrained",
             )
         if any(map(_QUANTISED.search, self.unexpected)):
-            return (
-                "holds quantised weights that nothing here can read",
-                "name the unquantised model",
-            )
-        if any(map(_LOW_RANK.search, self.unexpected)):
+            return "holds quantised weights that nothing here can read", "name the unquantised model"
+        if any(map(_LORA.search, self.unexpected)):
             return (
                 "holds an adapter that is not merged",
                 "save model.merge_and_unload(), or name the adapter's folder",
@@ -121,20 +127,16 @@ class Difference:
         if wrapped is not None:
             return f"has names that begin with {wrapped[0]!r}", f"it was saved from {wrapped[1]}"
         prefixes = _other_prefix(self.missing, self.unexpected)
-        if prefixes is not None:
-            theirs, ours = prefixes
-            where = (
-                f"{theirs!r} where the model has {ours!r}"
-                if ours
-                else f"{theirs!r} before those of the model"
-            )
-            return (
-                f"has names with {where}",
-                "rename them in the file, or save the model with save_pretrained",
-            )
-        return None
+        if prefixes is None:
+            return None
+        theirs, ours = prefixes
+        instead = f"where the model has {ours!r}" if ours else "before those of the model"
+        return (
+            f"has names with {theirs!r} {instead}",
+            "rename them in the file, or save the model with save_pretrained",
+        )
 
-    def _other_head(self, model: PreTrainedModel) -> tuple[str, str] | None:
+    def _other_head(self, model: PreTrainedModel) -> Reason | None:
         head = head_name(model) + "."
         headless = bool(self.missing) and all(key.startswith(head) for key in self.missing)
         theirs = sorted(key for key in self.unexpected if key.startswith(_REWARD_HEADS))
@@ -174,23 +176,23 @@ class Difference:
             )
         return None
 
-    def _other_shapes(self, model: PreTrainedModel) -> tuple[str, str]:
-        for key, (held, _) in self.reshaped.items():
+    def _other_config(self, model: PreTrainedModel) -> Reason:
+        for key, (held, _) in self.mismatched.items():
             if key.startswith("score.") and held[0] != 1:
                 return (
                     f"has a head of {held[0]} labels",
                     "a reward model needs 1: use a model with num_labels=1",
                 )
-        depth = model.config.get_text_config().num_hidden_layers
-        if self.reshaped:
+        if self.mismatched:
             return (
                 "has other shapes than its config.json",
                 "put back the config.json that belongs to the weights",
             )
-        beyond = _layers(self.unexpected)
-        if beyond and min(beyond) >= depth:
+        depth = model.config.get_text_config().num_hidden_layers
+        layers = {int(found[1]) for found in map(_LAYER.search, self.unexpected) if found is not None}
+        if layers and min(layers) >= depth:
             return (
-                f"holds {max(beyond) + 1} layers and its config.json says num_hidden_layers={depth}",
+                f"holds {max(layers) + 1} layers and its config.json says num_hidden_layers={depth}",
                 "put back the config.json that belongs to the weights",
             )
         if self.missing:
@@ -202,7 +204,7 @@ class Difference:
 
 
 def wrapper_of(keys: Iterable[str]) -> tuple[str, str] | None:
-    """The prefix that a wrapper has put before some of the names, and what it is with the way out; None for none."""
+    """The prefix that a wrapper has added to some keys, and the wrapper with the way out; None for none."""
     held = list(keys)
     for prefix, origin in _WRAPPERS.items():
         if any(key.startswith(prefix) or f".{prefix}" in key for key in held):
@@ -223,7 +225,7 @@ def _is_causal(model: PreTrainedModel) -> bool:
 
 
 def _vocabulary_head(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the weights that the causal language model over a classifier's trunk has beside it."""
+    """Keys that the causal language model over a classifier's trunk has and the classifier has not."""
     try:
         with torch.device("meta"):
             causal = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
@@ -232,12 +234,8 @@ def _vocabulary_head(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(causal.state_dict()) - frozenset(model.state_dict())
 
 
-def _layers(keys: Iterable[str]) -> set[int]:
-    return {int(found[1]) for found in map(_LAYER.search, keys) if found is not None}
-
-
 def _other_prefix(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[str, str] | None:
-    """The prefixes (in the files, in the model) that tell most of the missing names from the unexpected ones."""
+    """The prefixes (in the files, in the model) by which most missing keys differ from unexpected ones."""
     wanted, held = set(missing), set(unexpected)
     first = min((key for key in wanted if _LAYER.search(key)), default=None)
     if first is None:

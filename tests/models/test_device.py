@@ -1,4 +1,4 @@
-"""Copies between host and device, on a device that is played by stand-ins."""
+"""Asynchronous copies to the host, with mocks in place of a CUDA device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from rgtg_fast.models import transfer
-from rgtg_fast.models.transfer import AsyncCopy
+from rgtg_fast.models import device
+from rgtg_fast.models.device import AsyncCopy
 
 
 def test_a_copy_on_the_host_keeps_what_was_there() -> None:
     x = torch.arange(4)
-    arrival = AsyncCopy([x])
+    copy = AsyncCopy([x])
     x.zero_()
-    assert arrival.get()[0].tolist() == [0, 1, 2, 3]
+    assert copy.get()[0].tolist() == [0, 1, 2, 3]
 
 
 def test_the_event_waits_for_the_stream_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current device is another one: an event on its stream would be over before the copy."""
+    """The current device is another one: an event on its stream could complete before the copy."""
     recorded: list[str] = []
 
     class Event:
@@ -36,11 +36,11 @@ def test_the_event_waits_for_the_stream_of_the_tensors_device(monkeypatch: pytes
         assert pin_memory
         return SimpleNamespace(copy_=lambda x, non_blocking: empty(shape, dtype=dtype))
 
-    monkeypatch.setattr(transfer.torch, "empty", unpinned)
-    monkeypatch.setattr(transfer.torch.cuda, "Event", Event)
-    monkeypatch.setattr(transfer.torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(device.torch, "empty", unpinned)
+    monkeypatch.setattr(device.torch.cuda, "Event", Event)
+    monkeypatch.setattr(device.torch.cuda, "current_stream", lambda where: f"stream of {where}")
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), shape=(2,), dtype=torch.float64)
-    arrival = AsyncCopy([tensor])  # type: ignore[list-item]
+    copy = AsyncCopy([tensor])  # type: ignore[list-item]
     assert recorded == ["stream of cuda:1"]
-    arrival.get()
+    copy.get()
     assert recorded == ["stream of cuda:1", "waited"]

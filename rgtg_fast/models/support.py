@@ -1,0 +1,186 @@
+"""Which architectures work with a prefix cache, and up to which sequence length, judged by a model's config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from rgtg_fast.errors import RGTGError
+
+TESTED_FAMILIES = "Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2"
+# Rope types whose frequencies depend on the position only; the others also depend on the longest row of a batch.
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+# Rope types that are static up to a length.
+_STATIC_UP_TO_A_LENGTH = frozenset({"dynamic", "longrope"})
+_FULL_ATTENTION = frozenset({"full_attention", "attention"})
+_WINDOWED_ATTENTION = frozenset({"sliding_attention", "chunked_attention"})
+_RECURRENT_LAYERS = frozenset({"linear_attention", "mamba", "recurrent", "conv"})
+_RECURRENT_MODELS = (
+    "mamba",
+    "rwkv",
+    "recurrent",
+    "jamba",
+    "zamba",
+    "bamba",
+    "hawk",
+    "xlstm",
+    "lfm",
+    "falcon_h1",
+)
+
+
+class Limit(NamedTuple):
+    """A sequence length up to which a prefix cache is exact.
+
+    Attributes:
+        tokens: the longest such sequence.
+        beyond: what the model does beyond it, to follow "it" in a message.
+    """
+
+    tokens: int
+    beyond: str
+
+
+def refusal(model: PreTrainedModel, length: int | None) -> str | None:
+    """Why a model cannot work with a prefix cache, or None.
+
+    Args:
+        model: the model.
+        length: tokens that a row may have, None for the model's whole context.
+    """
+    reason = unsupported_architecture(model)
+    nearest = exceeded_limit(model.config.get_text_config(), length)
+    if nearest is None:
+        return reason
+    cache = "its whole context" if length is None else f"{length} tokens"
+    way_out = f"max_length={nearest.tokens} works" if reason is None else f"besides, {reason}"
+    return f"it {nearest.beyond}, the cache is for {cache} ({way_out})"
+
+
+def unsupported_architecture(model: PreTrainedModel) -> str | None:
+    """Why a model cannot work with a prefix cache of any length, or None."""
+    config: Any = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    recurrent = any(name in str(config.model_type) for name in _RECURRENT_MODELS)
+    if recurrent or model._is_stateful or _layer_types(config) & _RECURRENT_LAYERS:
+        return "it keeps a recurrent state"
+    if model.base_model is model:
+        return "its trunk cannot be told from its head"
+    if not model._supports_attention_backend:
+        return "its attention cannot be replaced"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it caps its attention logits"
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return "its keys and values are compressed (multi-head latent attention)"
+    if _head_sizes_differ(config):
+        return "its layers differ in the size of their heads"
+    if _context(config) is None:
+        return "its config names no length of its context (max_position_embeddings)"
+    unknown_layers = _layer_types(config) - _FULL_ATTENTION - _WINDOWED_ATTENTION
+    if unknown_layers:
+        return f"its layers of the kind {min(unknown_layers)!r} are unknown"
+    unknown_ropes = {str(_rope_type(rope)) for rope in _ropes(config)} - STATIC_ROPE - _STATIC_UP_TO_A_LENGTH
+    return f"its rope type {min(unknown_ropes)!r} is unknown" if unknown_ropes else None
+
+
+def exceeded_limit(config: Any, length: int | None) -> Limit | None:
+    """The lowest of a text model's limits where a cache of `length` tokens exceeds it, else None."""
+    reach = min((tokens for tokens in (length, _context(config)) if tokens is not None), default=None)
+    nearest = min(_limits(config), default=None)
+    return None if nearest is None or (reach is not None and reach <= nearest.tokens) else nearest
+
+
+def _limits(config: Any) -> Iterator[Limit]:
+    """Every sequence length beyond which a text model computes something that a prefix cache does not."""
+    window = _window(config)
+    if window is not None:
+        yield Limit(window, f"attends a sliding window of {window} tokens")
+    for rope in _ropes(config):
+        kind = _rope_type(rope)
+        if kind in _STATIC_UP_TO_A_LENGTH:
+            tokens = int(config.max_position_embeddings if kind == "dynamic" else _original(config, rope))
+            yield Limit(
+                tokens, f"chooses the frequencies of its {kind} rope by the length beyond {tokens} tokens"
+            )
+    if getattr(config, "attn_temperature_tuning", False):
+        tokens = int(config.floor_scale) - 1
+        yield Limit(tokens, f"scales its attention by the position beyond {tokens} tokens")
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that the model's context holds.
+
+    Raises:
+        RGTGError: fewer than 2.
+    """
+    config: Any = model.config.get_text_config()
+    limit = int(config.max_position_embeddings)
+    if limit < 2:
+        raise RGTGError(
+            f"{title(model)} has a context of {limit} tokens by its config.json: put back the right one"
+        )
+    return limit
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def original_length(config: Any) -> int | None:
+    """The context that a text model had before its rope was scaled, None where the config names none."""
+    lengths = [_original(config, rope) for rope in _ropes(config)]
+    return max((int(length) for length in lengths if length), default=None)
+
+
+def title(model: PreTrainedModel) -> str:
+    """A model's name with its class, or the class alone."""
+    name = model.config._name_or_path
+    return f"{name} ({type(model).__name__})" if name else type(model).__name__
+
+
+def _context(config: Any) -> int | None:
+    context = getattr(config, "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else None
+
+
+def _head_sizes_differ(config: Any) -> bool:
+    # transformers raises where a config has one value for each layer.
+    try:
+        for name in ("head_dim", "num_key_value_heads"):
+            getattr(config, name, None)
+    except Exception:  # noqa: BLE001 - the class that transformers raises is private to it
+        return True
+    return False
+
+
+def _layer_types(config: Any) -> set[str]:
+    return set(getattr(config, "layer_types", None) or [])
+
+
+def _original(config: Any, rope: dict[str, Any]) -> Any:
+    return rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The config's rope parameters: one set, or one for each kind of layer."""
+    found = getattr(config, "rope_parameters", None)
+    if not isinstance(found, dict):
+        return []
+    nested = [each for each in found.values() if isinstance(each, dict)]
+    return nested or [found]
+
+
+def _window(config: Any) -> int | None:
+    """Tokens of the shortest attention window, None where all layers attend the whole prefix."""
+    kinds = _layer_types(config)
+    if (kinds and not kinds & _WINDOWED_ATTENTION) or (
+        not kinds and getattr(config, "use_sliding_window", True) is False
+    ):
+        return None
+    names = ("sliding_window", "attention_chunk_size") if kinds else ("sliding_window",)
+    return min((int(size) for name in names if (size := getattr(config, name, None))), default=None)
