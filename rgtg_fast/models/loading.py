@@ -90,19 +90,13 @@ def load_sequence_classifier(
 def load_vocabulary_model(
     source: Source, lm: PreTrainedModel, dtype: torch.dtype | None
 ) -> ModelAndTokenizer:
-    """Loads a reward model that is a causal language model, and its tokenizer.
-
-    Args:
-        source: a path or hub id, or a loaded pair.
-        lm: the base model, whose device it shares.
-        dtype: None keeps a loaded pair's, and takes the base model's otherwise.
+    """Loads a reward model that is a causal language model; arguments as in `load_sequence_classifier`.
 
     Raises:
         RGTGError: nothing there, or no vocabulary head in the files.
     """
-    return _load_beside(
-        AutoModelForCausalLM, _as_source(source, "reward model"), lm, dtype, _check_vocabulary_head
-    )
+    source = _as_source(source, "reward model")
+    return _load_beside(AutoModelForCausalLM, source, lm, dtype, _check_vocabulary_head)
 
 
 def _load_beside(
@@ -295,16 +289,7 @@ def language_runner(model: PreTrainedModel, engine: str, max_length: int | None)
 
 
 def reward_runner(model: PreTrainedModel, engine: str, max_length: int | None) -> ModelRunner:
-    """Makes a ModelRunner of a causal reward model with one label.
-
-    Args:
-        model: the model, whose attention implementation is replaced.
-        engine: `"auto"`, `"native"` or `"transformers"`.
-        max_length: tokens of a row at most, None for the model's context.
-
-    Raises:
-        RGTGError: a model that cannot be served, with its name and the reason.
-    """
+    """Makes a ModelRunner of a causal reward model with one label; arguments and errors as in `language_runner`."""
     head = dict(model.named_children()).get("score")
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise RGTGError(

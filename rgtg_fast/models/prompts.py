@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -170,7 +170,7 @@ def as_prompts(
     if _is_one(whole):
         many: list[object] = [whole]
     elif isinstance(whole, Iterator) or _is_list(whole):
-        many = [_plain(prompt) for prompt in cast("Sequence[object]", whole)]
+        many = [_plain(prompt) for prompt in whole]
     else:
         raise RGTGError(f"the prompt is {_explain(prompts)}")
     if not many:
@@ -180,7 +180,7 @@ def as_prompts(
             raise RGTGError(f"prompt {index} is empty: pass at least one token")
         if not _is_one(prompt):
             raise RGTGError(f"prompt {index} is {_explain(prompt)}")
-    if all(_is_list(prompt) and _are_ids(prompt) for prompt in many):
+    if all(_are_ids(prompt) for prompt in many):
         _check_unpadded(cast("list[list[int]]", many), tokenizer)
     return [Prompt(_plain_types(prompt), index) for index, prompt in enumerate(many)]
 
@@ -199,7 +199,7 @@ def as_answers(
     """
     whole, found = _plain(answers), []
     if isinstance(whole, Iterator) or (_is_list(whole) and not _are_ids(whole)):
-        many = [_plain(answer) for answer in cast("Sequence[object]", whole)]
+        many = [_plain(answer) for answer in whole]
     else:
         many = [whole]
     for index, answer in enumerate(many):
@@ -207,8 +207,8 @@ def as_answers(
             if tokenizer is None:
                 raise RGTGError("an answer is text and the model came without a tokenizer: pass token ids")
             found.append(text_ids(tokenizer, answer, f"answer {index}"))
-        elif _is_list(answer) and (_are_ids(answer) or not len(cast("Sequence[object]", answer))):
-            found.append(list(cast("Sequence[int]", answer)))
+        elif _are_ids(answer):
+            found.append(list(answer))
         else:
             raise RGTGError(f"answer {index} is {shown(answer)}: pass a string or a list of token ids")
         if not found[-1]:
@@ -240,35 +240,30 @@ def _plain(value: object) -> object:
         return value
     if hasattr(value, "tolist"):
         return cast("Any", value).tolist()
-    if _is_list(value) and any(hasattr(item, "tolist") for item in cast("Sequence[object]", value)):
-        return [_plain(item) for item in cast("Sequence[object]", value)]
+    if _is_list(value) and any(hasattr(item, "tolist") for item in value):
+        return [_plain(item) for item in value]
     return value
 
 
-def _is_list(value: object) -> bool:
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def _is_one(prompt: object) -> bool:
-    if isinstance(prompt, str):
-        return True
-    if not _is_list(prompt) or not len(cast("Sequence[object]", prompt)):
-        return False
-    return _are_ids(prompt) or _is_chat(prompt)
+    return isinstance(prompt, str) or (_are_ids(prompt) and len(prompt) > 0) or _is_chat(prompt)
 
 
-def _are_ids(value: object) -> bool:
-    items = cast("Sequence[object]", value)
-    return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
+def _are_ids(value: object) -> TypeGuard[Sequence[int]]:
+    """Whether it is a list of token ids, or empty."""
+    return _is_list(value) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
 
 
-def _is_chat(prompt: object) -> bool:
+def _is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Whether it is a list of mappings, at least one of them a chat message."""
-    if not _is_list(prompt):
-        return False
-    items = cast("Sequence[object]", prompt)
-    return all(isinstance(item, Mapping) for item in items) and any(
-        "role" in cast("Any", item) for item in items
+    return (
+        _is_list(prompt)
+        and all(isinstance(item, Mapping) for item in prompt)
+        and any("role" in cast("Any", item) for item in prompt)
     )
 
 
@@ -285,7 +280,7 @@ def _check_message(message: Mapping[str, Any], what: str) -> None:
 def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The parts of a message's content; empty where the content is no list of parts."""
     content = message.get("content")
-    parts = list(cast("Sequence[Any]", content)) if _is_list(content) else []
+    parts: list[Any] = list(content) if _is_list(content) else []
     return parts if all(isinstance(part, Mapping) for part in parts) else []
 
 
@@ -307,7 +302,7 @@ def _check_unpadded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenize
 def _plain_types(prompt: object) -> PromptLike:
     """The prompt as a string, a list or tuple of ids, or a list of dicts."""
     if _is_chat(prompt):
-        return [dict(message) for message in cast("Sequence[Mapping[str, Any]]", prompt)]
+        return [dict(message) for message in prompt]
     return cast("PromptLike", prompt if isinstance(prompt, str | list | tuple) else list(cast("Any", prompt)))
 
 
@@ -324,7 +319,7 @@ def _explain(value: object) -> str:
     if isinstance(value, bytes | bytearray | memoryview):
         return "bytes: pass a string, as in prompt.decode()"
     if _is_list(value):
-        kinds = dict.fromkeys(type(item).__name__ for item in cast("Sequence[object]", value))
+        kinds = dict.fromkeys(type(item).__name__ for item in value)
         return f"a list of {' and '.join(list(kinds)[:3])}: {_PASS}"
     if hasattr(value, "columns") or hasattr(value, "column_names"):
         return f"a table ({type(value).__name__}): pass the column that holds the prompts, as in list(rows['prompt'])"

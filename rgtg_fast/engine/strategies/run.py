@@ -17,8 +17,8 @@ from rgtg_fast.engine.strategies.sampler import Sampler
 from rgtg_fast.engine.strategies.segments import SegmentDecoder
 from rgtg_fast.engine.strategies.stopping import StoppingCriteria
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.device import free_bytes
+from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.runner import Counter
 from rgtg_fast.rewards.base import Reward
 
