@@ -1,4 +1,4 @@
-"""Files that are complete or as they were, and folders with one writer."""
+"""Files are written completely or not at all, and folders have one writer."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def _fill_the_disk(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
 
-def test_a_file_keeps_what_it_had_where_writing_fails(tmp_path: Path) -> None:
+def test_a_file_is_unchanged_where_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text("before")
     with pytest.raises(RGTGError, match=r"cannot write .*page\.html: No space left"):
@@ -33,7 +33,7 @@ def test_a_file_keeps_what_it_had_where_writing_fails(tmp_path: Path) -> None:
     assert path.read_text() == "after ?"
 
 
-def test_a_link_stays_and_leads_to_the_new_text(tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_replaced(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("before")
     target.chmod(0o640)
@@ -44,7 +44,7 @@ def test_a_link_stays_and_leads_to_the_new_text(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
+def test_output_paths_are_checked(tmp_path: Path) -> None:
     source, link, hard = tmp_path / "source", tmp_path / "link", tmp_path / "hard"
     source.write_text("x")
     link.symlink_to(source)
@@ -66,7 +66,7 @@ def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
 
 
 @linux
-def test_a_folder_has_one_writer_and_no_lock_is_left(tmp_path: Path) -> None:
+def test_a_folder_has_one_writer_and_its_lock_file_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
     with (
         only_writer(folder, ".lock", "name another folder"),
@@ -80,7 +80,7 @@ def test_a_folder_has_one_writer_and_no_lock_is_left(tmp_path: Path) -> None:
 
 
 @linux
-def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:
     code = """
         import os, signal, sys
         from pathlib import Path
@@ -96,7 +96,7 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)  # noqa: PTH208
 
 
-def test_what_steers_a_terminal_is_shown_by_its_code() -> None:
+def test_control_characters_are_replaced_by_their_codes() -> None:
     text = "a\tb\nc é 😀 \x1b]0;t\x07 \x9b31m \x7f \r \u202e \u2066 \ud83d"
     shown = "a\tb\nc é 😀 \\x1b]0;t\\x07 \\x9b31m \\x7f \\r \\u202e \\u2066 \\ud83d"
     assert printable(text) == shown

@@ -1,4 +1,4 @@
-"""Random adapters in PEFT's format, written without PEFT, and the naive model that they stand for."""
+"""Writes random adapters in PEFT's format, without PEFT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,15 @@ def write_adapter(
     """A random adapter of `base` from layer `fork` on.
 
     Args:
-        size: of the correction's entries relative to the weights' own. head: its outputs, None for no head.
+        folder: where to write it.
+        base: its base model.
+        fork: the first block that it changes.
+        rank: of the updates.
+        seed: of the random values.
+        size: of the updates' entries relative to the weights'.
+        names: of the linear layers that it changes in each block.
+        head: outputs of its head, None for no head.
+        config: further settings of PEFT's configuration.
     """
     torch.manual_seed(seed)
     prefix = "base_model.model." + (f"{base.base_model_prefix}." if base.base_model is not base else "")

@@ -1,4 +1,4 @@
-"""Adapters from PEFT's files: equal to PEFT, refused in words where they do more, merged only into copies."""
+"""Adapters: equal to PEFT's, refused where they change more than linear layers, merged only into copies."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_family_shares_its_forward(tmp_path: Path, family: str, engine: st
 def test_families_share_a_compiled_forward(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced as the compiler would, in one graph; without the compiler's own code, which takes longer."""
+    """Traced as one graph; the backend runs it without generating code, which would take longer."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     check_shared_forward(tmp_path, family, "transformers", compile=True)
 
@@ -109,8 +109,10 @@ def check_shared_forward(tmp_path: Path, family: str, engine: str, compile: bool
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
-def test_inputs_are_multiplied_with_first_factors_once(tmp_path: Path, adapters: int) -> None:
-    """Products of a step, counted: q, k and v read one input, gate and up another."""
+def test_first_factors_of_layers_with_one_input_are_multiplied_together(
+    tmp_path: Path, adapters: int
+) -> None:
+    """Counts the matrix products of a step: q, k and v read one input, gate and up another."""
     lm = make_lm(num_hidden_layers=3)
     runner = language_runner(lm, "transformers", None)
     for i in range(adapters):
@@ -146,7 +148,7 @@ def test_merging_leaves_the_base_alone(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), before[1], strict=True))
 
 
-def test_a_fingerprint_is_the_trunk_s() -> None:
+def test_a_fingerprint_is_of_the_trunk() -> None:
     one, other = make_lm(), make_lm(seed=1)
     assert fingerprint(one) != fingerprint(other)
     assert fingerprint(one) == fingerprint(make_lm()) == fingerprint(make_lm().to(torch.bfloat16))
@@ -165,7 +167,7 @@ def test_a_fingerprint_is_the_trunk_s() -> None:
         ({"trainable_token_indices": [1]}, "retrained token embeddings"),
     ],
 )
-def test_what_cannot_be_served_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_unsupported_adapters_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     write_adapter(tmp_path, make_lm(), 1, **change)
     with pytest.raises(RGTGError, match=message) as error:
         Adapter.load(tmp_path)
@@ -188,7 +190,7 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
         Adapter.load(tmp_path)
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
+def test_folders_without_an_adapter(tmp_path: Path) -> None:
     assert not is_adapter(tmp_path)
     assert not is_adapter(make_lm())
     with pytest.raises(RGTGError, match=r"holds no adapter_config\.json"):
@@ -282,7 +284,7 @@ def test_files_that_do_not_hold_their_adapter(case: str, tmp_path: Path) -> None
         ({"modules_to_save": ["lm_head"]}, "its file holds none"),
     ],
 )
-def test_configurations_that_are_not_the_adapters(
+def test_configurations_that_do_not_fit_the_weights(
     settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RGTGError) as error:
@@ -292,7 +294,7 @@ def test_configurations_that_are_not_the_adapters(
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "rgtg_fast.json"])
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"", b"{bad", b"[1]"])
-def test_files_that_are_none(name: str, content: bytes, tmp_path: Path) -> None:
+def test_files_without_content(name: str, content: bytes, tmp_path: Path) -> None:
     (write_adapter(tmp_path, make_lm()) / name).write_bytes(content)
     with pytest.raises(RGTGError) as error:
         Adapter.load(tmp_path)

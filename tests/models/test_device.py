@@ -12,7 +12,7 @@ from rgtg_fast.models import device
 from rgtg_fast.models.device import AsyncCopy
 
 
-def test_a_copy_on_the_host_keeps_what_was_there() -> None:
+def test_a_copy_keeps_the_values_at_its_start() -> None:
     x = torch.arange(4)
     copy = AsyncCopy([x])
     x.zero_()

@@ -1,4 +1,4 @@
-"""Every family of transformers is served with its own model's numbers, or refused in one line."""
+"""Every model family of transformers gives the numbers of its own forward, or is refused in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.models.tiny_families import KINDS, UnbuiltError, families, outcome, tiny_model
 
-# Families that most models belong to; the others are tried too, and take longer.
+# The families of most models; the slow test covers the others.
 USUAL = {
     "lm": {
         "LlamaConfig": "served",
@@ -54,7 +54,7 @@ USUAL = {
         "BertConfig": "no one-label `score` head",
     },
 }
-# Families without a tiny model, and what their config or constructor says.
+# Families of which no tiny model can be made, and a part of the error.
 UNBUILT = {
     "lm": {
         "BltConfig": "parameters",
@@ -101,7 +101,7 @@ def test_every_other_family(kind: str) -> None:
         found = {outcome(kind, model, engine) for engine in ENGINES[1:]}
         served += found == {"served"}
     assert served > 20
-    # Older versions of transformers lack some families; what is there is as it is listed.
+    # Older versions of transformers lack some families.
     expected = {family: reason for family, reason in UNBUILT[kind].items() if family in families(kind)}
     assert {family for family in expected if expected[family] in unbuilt.get(family, "")} == set(expected), (
         unbuilt

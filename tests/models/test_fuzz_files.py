@@ -1,4 +1,4 @@
-"""Adapter files that were cut, changed or written by somebody else: refused in one line, or read right."""
+"""Truncated, changed and foreign adapter files are refused in one line, or read correctly."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _copy(original: Path, tmp_path: Path) -> Path:
 
 
 def _refusal(lm: Any, folder: Path) -> str | None:
-    """What is said of an adapter, in one line; None where the native engine runs it and gives numbers."""
+    """The message with which an adapter is refused; None where the native engine runs it with finite results."""
     try:
         adapter = Adapter.load(folder)
         adapter.reward_head()
@@ -72,7 +72,7 @@ def _refusal(lm: Any, folder: Path) -> str | None:
 
 
 def _check(lm: Any, folder: Path) -> None:
-    """Whatever is said of it is one line."""
+    """A refusal is one line."""
     assert "\n" not in (_refusal(lm, folder) or "")
 
 
@@ -144,7 +144,7 @@ def test_a_decoder_refuses_an_adapter_of_two_ranks(lm: Any, original: Path, tmp_
 
 
 def test_the_extension_refuses_factors_that_do_not_fit(lm: Any, original: Path) -> None:
-    """Past the checks in Python: an adapter that was changed after they were made."""
+    """An adapter that was changed after the checks in Python."""
     if reason := NativeLayers.supported(lm.base_model):
         pytest.skip(f"the native engine does not run here: {reason}")
     native = NativeLayers(lm.base_model)
@@ -158,15 +158,13 @@ def test_the_extension_refuses_factors_that_do_not_fit(lm: Any, original: Path) 
     native.adapt([Adapter.load(original)])
 
 
-def test_a_correction_made_by_hand_is_checked_too() -> None:
+def test_the_shapes_of_a_low_rank_update_are_checked() -> None:
     with pytest.raises(RGTGError, match=r"A \[4, 32\] and B \[32, 3\]"):
         LowRank(torch.zeros(4, 32), torch.zeros(32, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
-def test_factors_of_whole_numbers_are_refused(
-    lm: Any, original: Path, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_integer_factors_are_refused(lm: Any, original: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     folder = _copy(original, tmp_path)
     tensors = load_file(folder / WEIGHTS)
     tensors[f"{PREFIX}A.weight"] = torch.ones(4, 32, dtype=dtype)
@@ -174,7 +172,7 @@ def test_factors_of_whole_numbers_are_refused(
     assert "dtype" in (_refusal(lm, folder) or "")
 
 
-def test_numbers_that_are_not_finite_are_refused(lm: Any, original: Path, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused(lm: Any, original: Path, tmp_path: Path) -> None:
     for value in (torch.nan, torch.inf):
         folder = _copy(original, tmp_path)
         tensors = load_file(folder / WEIGHTS)
@@ -183,7 +181,7 @@ def test_numbers_that_are_not_finite_are_refused(lm: Any, original: Path, tmp_pa
         assert "NaN or an infinity" in (_refusal(lm, folder) or "")
 
 
-def test_two_corrections_of_one_layer_are_refused(lm: Any, original: Path, tmp_path: Path) -> None:
+def test_two_updates_of_one_layer_are_refused(lm: Any, original: Path, tmp_path: Path) -> None:
     folder = _copy(original, tmp_path)
     tensors = load_file(folder / WEIGHTS)
     for factor in "AB":
@@ -199,12 +197,12 @@ def test_two_corrections_of_one_layer_are_refused(lm: Any, original: Path, tmp_p
 @FAST
 @given(data=st.data())
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-def test_cut_and_changed_bytes(
+def test_truncated_and_changed_bytes(
     lm: Any, original: Path, tmp_path: Path, name: str, data: st.DataObject
 ) -> None:
     folder = _copy(original, tmp_path)
     content = bytearray((folder / name).read_bytes())
-    # Half of the changes hit the header, which says where the tensors are.
+    # Half of the changes are in the header, which holds the tensors' offsets.
     header = min(len(content), 1200)
     for _ in range(data.draw(st.integers(0, 3))):
         at = data.draw(st.integers(0, header - 1) | st.integers(0, len(content) - 1))
@@ -229,7 +227,7 @@ def test_settings_of_other_types(lm: Any, original: Path, tmp_path: Path, key: s
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '"x"', "1", "{", "[" * 100_000, "\ud800"])
-def test_what_is_no_json_object_is_refused(original: Path, tmp_path: Path, content: str) -> None:
+def test_files_without_a_json_object_are_refused(original: Path, tmp_path: Path, content: str) -> None:
     for name in (CONFIG, RECIPE):
         folder = _copy(original, tmp_path)
         (folder / name).write_bytes(content.encode("utf-8", "surrogatepass"))

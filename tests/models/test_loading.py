@@ -1,4 +1,4 @@
-"""Models that cannot work are refused by name, with the reason and the way out in one line."""
+"""Models that cannot be served are refused with their name, the reason and the way out in one line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_window_shorter_than_the_check_at_load_time(length: int) -> None:
 
 
 @pytest.mark.parametrize("pad", [3, 17, 38, 40])
-def test_a_padding_token_anywhere_is_no_reason_to_refuse(pad: int) -> None:
+def test_any_padding_token_is_accepted(pad: int) -> None:
     rm = make_rm(pad_token_id=pad)
     decoder = RewardGuidedDecoder.from_pretrained((make_lm(), None), reward=SequenceReward((rm, None)))
     assert decoder.generate([[5, 6]], 2)[0].rewards
@@ -149,7 +149,7 @@ def test_rows_of_a_padded_vocabulary_are_never_candidates() -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-model", "no/such"])
-def test_missing_models_are_one_line(name: str) -> None:
+def test_missing_models_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(RGTGError) as error:
         RewardGuidedDecoder.from_pretrained(name)
     assert name in one_line(error)
@@ -173,7 +173,7 @@ def test_devices_and_dtypes() -> None:
             resolve_device("cuda")
 
 
-def test_context_is_the_models() -> None:
+def test_the_default_length_is_the_models_context() -> None:
     decoder = RewardGuidedDecoder.from_pretrained((make_lm(max_position_embeddings=48), None))
     assert decoder.max_length == 48
     assert tiny_config().max_position_embeddings == 128
@@ -181,7 +181,7 @@ def test_context_is_the_models() -> None:
 
 @pytest.mark.parametrize("size", [1, 10])
 def test_a_reward_near_zero_is_no_reason_to_refuse(size: int) -> None:
-    """The rounding of bfloat16 is no difference, whatever a head says about the tokens that are tried."""
+    """The rounding of bfloat16 is no reason to refuse, even where the probe's reward is close to 0."""
     model = make_rm(dtype=torch.bfloat16)
     ids = probe(reward_runner(model, "transformers", None))
     with torch.inference_mode():
@@ -193,7 +193,7 @@ def test_a_reward_near_zero_is_no_reason_to_refuse(size: int) -> None:
     reward_runner(model, "auto", None)
 
 
-def test_a_reward_model_that_scales_its_scores_is_found_out() -> None:
+def test_a_reward_model_that_scales_its_scores_is_refused() -> None:
     model = make_rm()
     forward = model.forward
 
@@ -207,14 +207,14 @@ def test_a_reward_model_that_scales_its_scores_is_found_out() -> None:
         reward_runner(model, "auto", None)
 
 
-def test_a_family_that_scales_its_logits_is_found_out() -> None:
+def test_a_family_that_scales_its_logits_is_refused() -> None:
     config = tf.GraniteConfig(**BASE, num_key_value_heads=1, logits_scaling=4.0)
     message = refused(tf.AutoModelForCausalLM.from_config(config))
     assert "GraniteForCausalLM cannot be served" in message
     assert "75" in message or "300" in message
 
 
-def test_a_loaded_pair_keeps_its_dtype_unless_told_otherwise() -> None:
+def test_a_loaded_pair_keeps_its_dtype_by_default() -> None:
     lm, rm = make_lm(dtype=torch.bfloat16), make_rm(dtype=torch.float64)
     decoder = RewardGuidedDecoder.from_pretrained((lm, None), reward=SequenceReward((rm, None)))
     assert lm.dtype == decoder.lm.runner.cache.dtype == torch.bfloat16

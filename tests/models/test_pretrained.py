@@ -1,4 +1,4 @@
-"""A model is what its files say, or it is refused in one line that names the key or the file."""
+"""A model has exactly the weights of its files, or is refused in one line that names the key or the file."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def added(**more: torch.Tensor) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {**tensors, **{key.replace("__", "."): x for key, x in more.items()}}
 
 
-# What is done to which model's file, the names that the message holds, and the reason that it gives.
+# The model, the change to its weight file, a name in the message, and the reason in the message.
 KEYS: dict[str, tuple[str, Callable[[Tensors], Tensors], str, str]] = {
     "a layer's part": ("lm", without("layers.1.mlp"), "model.layers.1.mlp.down_proj.weight", "lacks weights"),
     "a whole layer": ("lm", without("layers.1."), "model.layers.1.input_layernorm.weight", "lacks weights"),
@@ -119,7 +119,7 @@ KEYS: dict[str, tuple[str, Callable[[Tensors], Tensors], str, str]] = {
 
 
 @pytest.mark.parametrize("case", KEYS)
-def test_names_that_differ_are_refused_with_the_reason(case: str, saved: Path, tmp_path: Path) -> None:
+def test_keys_that_differ_are_refused_with_the_reason(case: str, saved: Path, tmp_path: Path) -> None:
     source, change, name, reason = KEYS[case]
     message = refusal(edited(saved, source, tmp_path, change))
     assert name in message
@@ -144,7 +144,7 @@ REWARD_KEYS: dict[str, tuple[str, Callable[[Tensors], Tensors], str, str]] = {
 
 
 @pytest.mark.parametrize("case", REWARD_KEYS)
-def test_a_reward_models_names_too(case: str, saved: Path, tmp_path: Path) -> None:
+def test_a_reward_models_keys_that_differ(case: str, saved: Path, tmp_path: Path) -> None:
     source, change, name, reason = REWARD_KEYS[case]
     folder = edited(saved, source, tmp_path, change)
     file = folder / "config.json"
@@ -155,7 +155,7 @@ def test_a_reward_models_names_too(case: str, saved: Path, tmp_path: Path) -> No
     assert reason in message
 
 
-def test_every_way_to_load_refuses_them(saved: Path, tmp_path: Path) -> None:
+def test_every_way_to_load_refuses_missing_weights(saved: Path, tmp_path: Path) -> None:
     lm = (make_lm(), make_tokenizer())
     part = str(edited(saved, "lm", tmp_path, without("layers.1.mlp")))
     reward = str(edited(saved, "rm", tmp_path, without("layers.1.mlp")))
@@ -176,7 +176,7 @@ def test_every_way_to_load_refuses_them(saved: Path, tmp_path: Path) -> None:
             way()
 
 
-def test_what_the_model_computes_itself_is_no_difference(saved: Path, tmp_path: Path) -> None:
+def test_computed_buffers_in_files_are_ignored(saved: Path, tmp_path: Path) -> None:
     more = {
         "model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4),
         "model__position_ids": torch.arange(8),
@@ -188,7 +188,7 @@ def test_what_the_model_computes_itself_is_no_difference(saved: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])
-def test_masks_of_older_files_are_no_difference(family: str, tmp_path: Path) -> None:
+def test_masks_in_older_files_are_ignored(family: str, tmp_path: Path) -> None:
     config: tf.PretrainedConfig = (
         tf.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=8)
         if family == "gpt2"
@@ -211,7 +211,7 @@ def test_tied_embeddings_need_no_head_of_their_own(saved: Path) -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_a_new_head_is_said_and_begins_at_0(saved: Path, tmp_path: Path) -> None:
+def test_a_new_head_is_reported_and_starts_at_0(saved: Path, tmp_path: Path) -> None:
     said: list[str] = []
     for name in ("lm", "tied"):
         model, _ = load_base(saved / name, progress=said.append)
@@ -236,7 +236,7 @@ def test_a_new_head_is_said_and_begins_at_0(saved: Path, tmp_path: Path) -> None
     ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"],
 )
 @pytest.mark.parametrize(("content", "reason"), [(POINTER, "Git LFS"), (b"", "empty"), (b"{bad", "")])
-def test_files_that_are_none(name: str, content: bytes, reason: str, saved: Path, tmp_path: Path) -> None:
+def test_files_without_content(name: str, content: bytes, reason: str, saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, "lm", tmp_path)
     (folder / name).write_bytes(content)
     message = refusal(folder)
@@ -251,7 +251,7 @@ def test_a_chat_template_that_is_a_pointer(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [4, 8, 100, 3000, -1])
-def test_cut_weights(kept: int, saved: Path, tmp_path: Path) -> None:
+def test_truncated_weights(kept: int, saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, "lm", tmp_path)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
@@ -261,7 +261,7 @@ def test_cut_weights(kept: int, saved: Path, tmp_path: Path) -> None:
 
 
 def test_flipped_bits_of_a_header(saved: Path, tmp_path: Path) -> None:
-    """Each is refused, or changes nothing that is read."""
+    """Each is refused, or changes no weight."""
     folder = copied(saved, "lm", tmp_path)
     file = folder / "model.safetensors"
     whole = file.read_bytes()
@@ -304,7 +304,7 @@ def test_configurations_that_do_not_fit(case: str, saved: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "kernels-community/flash-attn"])
-def test_a_configurations_attention_kernels_are_not_fetched(
+def test_attention_kernels_in_a_configuration_are_not_downloaded(
     attention: str, saved: Path, tmp_path: Path
 ) -> None:
     folder = configured(saved, "lm", tmp_path, attn_implementation=attention)
@@ -312,7 +312,7 @@ def test_a_configurations_attention_kernels_are_not_fetched(
     assert model.config._attn_implementation in ("sdpa", "eager")
 
 
-def test_integers_are_no_weights(saved: Path, tmp_path: Path) -> None:
+def test_integer_weights_are_refused(saved: Path, tmp_path: Path) -> None:
     folder = edited(
         saved, "lm", tmp_path, lambda t: {k: x.to(torch.int8) if "proj" in k else x for k, x in t.items()}
     )
@@ -331,7 +331,7 @@ def test_shards(saved: Path, tmp_path: Path) -> None:
     assert "no weight_map" in refusal(folder)
 
 
-def test_pickled_checkpoints_are_tensors_alone(saved: Path, tmp_path: Path) -> None:
+def test_pickled_checkpoints_load_only_tensors(saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, "lm", tmp_path)
     (folder / "model.safetensors").unlink()
     file, ran = folder / "pytorch_model.bin", tmp_path / "ran"
@@ -352,7 +352,7 @@ def test_pickled_checkpoints_are_tensors_alone(saved: Path, tmp_path: Path) -> N
     assert not ran.exists()
 
 
-def test_folders_and_files_in_their_place(saved: Path, tmp_path: Path) -> None:
+def test_sources_that_are_no_model_folder(saved: Path, tmp_path: Path) -> None:
     assert "it is empty" in refusal(tmp_path)
     assert "name the folder inside it, such as 'tied'" in refusal(saved)
     assert "name the folder that holds it" in refusal(saved / "lm" / "model.safetensors")
@@ -374,7 +374,7 @@ def test_a_folder_without_a_tokenizer(saved: Path, tmp_path: Path) -> None:
 # ---- code and memory -----------------------------------------------------------------------------------------------
 
 
-def test_no_code_of_a_folder_runs_and_nothing_is_asked(
+def test_code_in_a_folder_never_runs_and_stdin_is_not_read(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = tmp_path / "ran"
@@ -412,7 +412,7 @@ def test_no_code_of_a_folder_runs_and_nothing_is_asked(
     assert capsys.readouterr().out == ""
 
 
-def test_nothing_else_in_the_package_loads_by_name() -> None:
+def test_one_module_calls_the_loaders_of_transformers() -> None:
     """Only `models/pretrained.py` calls transformers' loaders, and every call sets trust_remote_code=False."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -427,7 +427,7 @@ def test_nothing_else_in_the_package_loads_by_name() -> None:
                 assert trusts.value is False, f"{path}:{node.lineno}"
             if node.func.attr == "from_pretrained" and owner.startswith("Auto"):
                 found.append(path.relative_to(PACKAGE).as_posix())
-    # The embedded model's weights come as GGUF, which has no folder of its own.
+    # The embedded model is converted from a GGUF file, which needs other arguments.
     assert set(found) == {"models/pretrained.py", "bundled/embedded.py"}
 
 

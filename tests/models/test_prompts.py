@@ -1,4 +1,4 @@
-"""What may be given as a prompt: every shape is read as it is meant, or refused in one line."""
+"""Every form of a prompt is read as meant, or refused in one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PARTS_TEMPLATE = CHAT_TEMPLATE.replace(
 
 
 def framed(single: str, **special: str) -> PreTrainedTokenizerFast:
-    """A tokenizer that frames texts: `$A` is the text."""
+    """A tokenizer that adds special tokens around a text, `$A`."""
     tokenizer = make_tokenizer()
     tokens = [("<eos>", 1), ("w50", 56), ("w51", 57)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
@@ -102,7 +102,7 @@ def test_shapes_of_prompts(given: Any, read: list[list[int]]) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_prompt(given: Any, message: str) -> None:
+def test_values_that_are_no_prompt(given: Any, message: str) -> None:
     with pytest.raises(RGTGError, match=message) as raised:
         as_prompts(given, TOKENIZER)
     assert "\n" not in str(raised.value)
@@ -136,18 +136,18 @@ def test_padded_rows_are_refused(side: str, kind: str | None) -> None:
         ("{{ 'w1' }}", {"role": "user", "content": [{"type": "text", "text": "w2"}]}, "content in parts"),
     ],
 )
-def test_chats_that_a_template_does_not_take(template: str, message: dict[str, Any], refusal: str) -> None:
+def test_chats_that_a_template_refuses(template: str, message: dict[str, Any], refusal: str) -> None:
     with pytest.raises(RGTGError, match=refusal) as raised:
         Prompt([message]).ids(TOKENIZER, template)
     assert "\n" not in str(raised.value)
 
 
-def test_content_in_parts_is_read_by_a_template_that_knows_parts() -> None:
+def test_content_in_parts_with_a_template_for_parts() -> None:
     parts = [{"type": "text", "text": "w1"}, {"type": "text", "text": "w2"}]
     assert Prompt([{"role": "user", "content": parts}]).ids(TOKENIZER, PARTS_TEMPLATE) == [3, 7, 8, 4]
 
 
-def test_one_bad_prompt_is_named_before_anything_is_decoded() -> None:
+def test_an_invalid_prompt_is_refused_before_decoding() -> None:
     decoder = RewardGuidedDecoder.from_pretrained((make_lm(), make_tokenizer(NO_SYSTEM)))
     system = [{"role": "system", "content": "w2"}, *CHAT]
     for bad, message in (
@@ -165,7 +165,7 @@ def test_one_bad_prompt_is_named_before_anything_is_decoded() -> None:
 
 
 @pytest.mark.parametrize("single", ["$A <eos>", "$A <eos> w51"])
-def test_an_answer_follows_its_prompt_and_no_end_of_text(single: str) -> None:
+def test_an_end_of_text_that_the_tokenizer_appends_is_left_out(single: str) -> None:
     plain, ending = make_tokenizer(), framed(single)
     expected = RewardGuidedDecoder.from_pretrained(
         (make_lm(), plain), reward=SequenceReward((make_rm(), plain))
@@ -179,7 +179,7 @@ def test_an_answer_follows_its_prompt_and_no_end_of_text(single: str) -> None:
         assert decoder.score("w1 w2", [row.tokens])[0] == pytest.approx(row.rewards, abs=1e-5)
 
 
-def test_what_a_tokenizer_puts_around_a_text() -> None:
+def test_special_tokens_around_a_text() -> None:
     framing = framed("w50 $A <eos>", bos_token="w50")
     assert text_ids(framing, "w1 <eos>", "x", special=True) == [56, 7, 1]  # the text's own end is text
     assert text_ids(framing, "w50 w1", "x", special=True) == [56, 7]  # one beginning of text
@@ -189,14 +189,14 @@ def test_what_a_tokenizer_puts_around_a_text() -> None:
     assert text_ids(framed("w50 w51 $A"), "w1", "x", special=True) == [56, 57, 7]
 
 
-def test_contrastive_instructions_before_ids_begin_one_text() -> None:
+def test_contrastive_instructions_before_ids_have_one_beginning_of_text() -> None:
     tokenizer = framed("w50 $A", bos_token="w50")
-    guide = ContrastiveReward("w2", "w3")
-    RewardGuidedDecoder.from_pretrained((make_lm(), tokenizer), reward=guide)
-    assert guide.encode(Prompt([56, 7])) == [[56, 8, 7], [56, 9, 7]]
+    reward = ContrastiveReward("w2", "w3")
+    RewardGuidedDecoder.from_pretrained((make_lm(), tokenizer), reward=reward)
+    assert reward.encode(Prompt([56, 7])) == [[56, 8, 7], [56, 9, 7]]
 
 
-def test_a_guide_with_fewer_embeddings_refuses_an_id_by_name() -> None:
+def test_a_reward_model_with_fewer_embeddings_names_the_token_id() -> None:
     decoder = RewardGuidedDecoder.from_pretrained(
         (make_lm(vocab_size=128), make_tokenizer()), reward=SequenceReward((make_rm(), make_tokenizer()))
     )

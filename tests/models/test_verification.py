@@ -1,4 +1,4 @@
-"""What a family does that a prefix cache does not compute is noticed in every dtype, and refused by name."""
+"""Models whose forward differs from the cached one are refused in every dtype, with their name."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_score_head_with_a_bias_is_served(engine: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("kind", ["lm", "reward"])
 @pytest.mark.parametrize("rope", ROPES)
-def test_ropes_are_served_as_far_as_they_do_not_depend_on_the_length(rope: str, kind: str) -> None:
+def test_ropes_are_served_up_to_the_length_where_they_change(rope: str, kind: str) -> None:
     settings = {"rope_parameters": ROPES[rope], "max_position_embeddings": 64}
     model = tiny_model(kind, "LlamaConfig", **settings)
     for engine in ("auto", "transformers"):
@@ -114,19 +114,19 @@ def test_ropes_are_served_as_far_as_they_do_not_depend_on_the_length(rope: str, 
         assert load(model, "auto", None).limit == 64
 
 
-def test_an_unknown_rope_is_refused_by_name() -> None:
+def test_an_unknown_rope_is_named() -> None:
     model = make_lm()
     model.config.rope_parameters["rope_type"] = "spiral"
     assert "rope type 'spiral' is unknown" in refused(lambda: language_runner(model, "auto", None))
 
 
-def test_an_unknown_kind_of_layer_is_refused_by_name() -> None:
+def test_an_unknown_kind_of_layer_is_named() -> None:
     model = tiny_model("lm", "Qwen2Config")
     model.config.layer_types = ["full_attention", "strided_attention", "full_attention", "full_attention"]
     assert "'strided_attention'" in refused(lambda: language_runner(model, "auto", None))
 
 
-def test_steps_are_tried_beyond_the_original_context() -> None:
+def test_the_probe_exceeds_the_original_context() -> None:
     model = tiny_model("lm", "LlamaConfig", rope_parameters=ROPES["yarn"], max_position_embeddings=64)
     assert len(verification.probe(language_runner(model, "auto", None))) == 18
     assert len(verification.probe(language_runner(model, "auto", 9))) == 9
@@ -134,7 +134,7 @@ def test_steps_are_tried_beyond_the_original_context() -> None:
 
 
 @torch.inference_mode()
-def test_a_window_that_no_config_names_is_refused_when_it_is_reached() -> None:
+def test_a_window_set_after_loading_is_refused_when_it_is_reached() -> None:
     model = tiny_model("lm", "MistralConfig", sliding_window=None)
     runner = language_runner(model, "transformers", None)
     model.config.sliding_window = 8
@@ -167,7 +167,7 @@ def test_a_refused_model_keeps_its_attention() -> None:
     ],
 )
 @pytest.mark.parametrize("engine", ["auto", "transformers"])
-def test_settings_of_a_config_that_change_no_number(name: str, value: object, engine: str) -> None:
+def test_config_settings_that_change_no_result(name: str, value: object, engine: str) -> None:
     def made(auto: type, **settings: object) -> tf.PreTrainedModel:
         torch.manual_seed(0)
         config = tiny_config(**settings)
@@ -206,8 +206,8 @@ def _prefix(ids: list[int]) -> object:
     return Prefix(Prompt(ids), ids)
 
 
-def test_float32_beneath_half_precision_reads_the_weights_as_they_are() -> None:
-    """The comparison's reference is the forward of a copy of the model in float32."""
+def test_float32_comparison_uses_the_half_precision_weights() -> None:
+    """Equal to the forward of a copy of the model in float32."""
     model = tiny_model("lm", "MixtralConfig", torch.bfloat16)
     runner, ids = language_runner(model, "transformers", None), [5, 6, 7, 8]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A tiny model of every family of transformers, and what serving it must come to."""
+"""A tiny model of every family of transformers, and the checks of a model that is served or refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = {
         reward_runner,
     ),
 }
-# A model larger than this has a size that the table below does not know.
+# A larger model has a size that is missing in the table below.
 _PARAMETERS = 8_000_000
 
 _SIZES: dict[Any, str] = {
@@ -54,7 +54,7 @@ _SIZES: dict[Any, str] = {
     0: "pad_token_id",
 }
 _SIZE = {key: size for size, keys in _SIZES.items() for key in keys.split()}
-# Sizes that a config derives from others where it is given none.
+# Sizes that a config derives from others by default.
 _ALSO_NONE = frozenset({"head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id"})
 # What a config derives from the number of layers.
 _DERIVED = frozenset(
@@ -83,7 +83,7 @@ _GENERAL = frozenset(
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-# Where one size is bound to another.
+# Families with further constraints on their sizes.
 _SETTINGS: dict[str, dict[str, object]] = {
     "Dots1Config": {"n_routed_experts": 4},
     "DoryConfig": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
@@ -98,7 +98,7 @@ _SETTINGS: dict[str, dict[str, object]] = {
 
 
 class UnbuiltError(Exception):
-    """The table of sizes does not give a family's tiny model."""
+    """No tiny model of a family can be made from the table of sizes."""
 
 
 def families(kind: str) -> dict[str, type]:
@@ -172,10 +172,10 @@ def tiny_model(
 
 
 def outcome(kind: str, model: tf.PreTrainedModel, engine: str) -> str:
-    """ "served" or the line by which the model is refused, after all that must hold then.
+    """Checks that a model is served correctly or refused properly; returns "served" or the message.
 
-    A model that is served gives, over a ragged batch of prefixes as long as it is served, what its own uncached forward
-    gives. One that is refused works as before, and what its line says works does.
+    A served model must equal its own uncached forward over a ragged batch of prefixes, up to the length that is served.
+    A refused one must work as before, and must be served with the `max_length` that the message offers.
     """
     reference, load = copy.deepcopy(model), KINDS[kind][2]
     with torch.inference_mode():
