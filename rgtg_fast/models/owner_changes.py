@@ -1,3 +1,5 @@
+"""Import from `rgtg_fast.models.model_state`."""
+
 from rgtg_fast.models.model_state import InferenceState as Served
 from rgtg_fast.models.model_state import ModelSnapshot as Watched
 
