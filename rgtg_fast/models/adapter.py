@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import error_prefix, names, read_json, read_tensors
 from rgtg_fast.models.state_dict import wrapper_of
+from rgtg_fast.models.support import model_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -183,11 +184,11 @@ class Adapter:
             )
         low_rank = {}
         for module, pair in factors.items():
-            a, b = _factors(pair, config, module, path)
+            update = _low_rank(pair, config, module, path)
             layer, name = _LAYER.search(module).groups()  # pyright: ignore[reportOptionalMemberAccess]
             if (int(layer), name) in low_rank:
                 raise RGTGError(f"{path} holds two pairs of factors for layer {layer} {name}: save it again")
-            low_rank[int(layer), name] = LowRank(a.contiguous(), b.contiguous())
+            low_rank[int(layer), name] = update
         return cls(
             name=str(folder),
             base_name=str(config.get("base_model_name_or_path") or ""),
@@ -216,11 +217,9 @@ class Adapter:
         if self.base_fingerprint is not None:
             if fingerprint(model) == self.base_fingerprint:
                 return self.shape_mismatch(model)
-            return f"{self.name} was trained on other weights than those of {_title(model)}"
+            return f"{self.name} was trained on other weights than those of {model_name(model)}"
         if not self.base_name or not _same_name(self.base_name, model.config._name_or_path):
-            return (
-                f"{self.name} was trained on {self.base_name or 'an unnamed model'}, not on {_title(model)}"
-            )
+            return f"{self.name} was trained on {self.base_name or 'an unnamed model'}, not on {model_name(model)}"
         return self.shape_mismatch(model)
 
     def shape_mismatch(self, model: PreTrainedModel) -> str | None:
@@ -235,10 +234,12 @@ class Adapter:
             parts = dict(layers[layer].named_modules()) if 0 <= layer < len(layers) else {}
             module = parts.get(name)
             if module is None:
-                return f"{self.name} changes {where}, which {_title(model)} does not have"
+                return f"{self.name} changes {where}, which {model_name(model)} does not have"
             shape = (len(pair.b), pair.a.shape[1])
             if linear_shape(module) != shape:
-                return f"{self.name} is {shape} at {where}, where {_title(model)} has {linear_shape(module)}"
+                return (
+                    f"{self.name} is {shape} at {where}, where {model_name(model)} has {linear_shape(module)}"
+                )
         missing = self._missing_factors(layers)
         if missing:
             raise RGTGError(
@@ -247,9 +248,7 @@ class Adapter:
             )
         width = model.config.get_text_config().hidden_size
         if self.head is not None and self.head.in_features != width:
-            return (
-                f"{self.name} has a head on {self.head.in_features} numbers and {_title(model)} gives {width}"
-            )
+            return f"{self.name} has a head on {self.head.in_features} numbers and {model_name(model)} gives {width}"
         return None
 
     def _missing_factors(self, layers: nn.ModuleList) -> list[str]:
@@ -323,36 +322,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return int(outer), int(inner)
 
 
-def _targets(config: dict[str, Any]) -> tuple[str, ...]:
-    """Last parts of the names of linear layers that PEFT adapts in every block; empty for other selections."""
-    targets = config.get("target_modules")
-    narrowed = any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if narrowed or not isinstance(targets, list):
-        return ()
-    return tuple(sorted(name for name in targets if isinstance(name, str) and "." not in name))
+def _same_name(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    return Path(one).is_dir() and Path(other).is_dir() and Path(one).resolve() == Path(other).resolve()
 
 
-def _factors(
-    pair: dict[str, torch.Tensor], config: dict[str, Any], module: str, path: Path
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, inner] and B [outer, r] in float32, the scale multiplied into B, of one linear layer."""
-    if set(pair) != {"A", "B"}:
-        raise RGTGError(f"{path}: {module} has only one of its two factors (lora_{min(pair)}): save it again")
-    a, b = pair["A"], pair["B"]
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or 0 in (*a.shape, *b.shape):
-        raise RGTGError(
-            f"{path}: {module} has the factors A {list(a.shape)} and B {list(b.shape)}, which are not [r, inner] and "
-            "[outer, r] of one rank r: save it again"
-        )
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise RGTGError(f"{path}: {module} has factors of dtype {a.dtype} and {b.dtype}: save it unquantised")
-    rank = _pattern(config, "rank_pattern", module, config.get("r", 8))
-    if rank != len(a):
-        raise RGTGError(
-            f"{path}: {module} has rank {len(a)} in its file and r={rank!r} in its {CONFIG}: put back the one that "
-            "belongs to it"
-        )
-    return a.float(), b.float() * _scale(config, module, len(a), path)
+# ---- PEFT's files ----------------------------------------------------------------------------------------------------
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:
@@ -375,6 +351,15 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
             f"{path} began with init_lora_weights={start!r}, which changes the base weights: save it converted, "
             "or merge it"
         )
+
+
+def _targets(config: dict[str, Any]) -> tuple[str, ...]:
+    """Last parts of the names of linear layers that PEFT adapts in every block; empty for other selections."""
+    targets = config.get("target_modules")
+    narrowed = any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if narrowed or not isinstance(targets, list):
+        return ()
+    return tuple(sorted(name for name in targets if isinstance(name, str) and "." not in name))
 
 
 def _split_tensors(
@@ -405,6 +390,28 @@ def _split_tensors(
             )
         heads[".".join(parts)] = tensor
     return factors, heads
+
+
+def _low_rank(pair: dict[str, torch.Tensor], config: dict[str, Any], module: str, path: Path) -> LowRank:
+    """The update of one linear layer, from its factors A [r, inner] and B [outer, r]."""
+    if set(pair) != {"A", "B"}:
+        raise RGTGError(f"{path}: {module} has only one of its two factors (lora_{min(pair)}): save it again")
+    a, b = pair["A"], pair["B"]
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or 0 in (*a.shape, *b.shape):
+        raise RGTGError(
+            f"{path}: {module} has the factors A {list(a.shape)} and B {list(b.shape)}, which are not [r, inner] and "
+            "[outer, r] of one rank r: save it again"
+        )
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise RGTGError(f"{path}: {module} has factors of dtype {a.dtype} and {b.dtype}: save it unquantised")
+    rank = _pattern(config, "rank_pattern", module, config.get("r", 8))
+    if rank != len(a):
+        raise RGTGError(
+            f"{path}: {module} has rank {len(a)} in its file and r={rank!r} in its {CONFIG}: put back the one that "
+            "belongs to it"
+        )
+    scaled = b.float() * _scale(config, module, len(a), path)
+    return LowRank(a.float().contiguous(), scaled.contiguous())
 
 
 def _pattern(config: dict[str, Any], name: str, module: str, usual: Any) -> Any:
@@ -448,13 +455,3 @@ def _head(tensors: dict[str, torch.Tensor], path: Path) -> nn.Linear | None:
     if bias is not None:
         head.bias = nn.Parameter(bias.float().contiguous(), requires_grad=False)
     return head
-
-
-def _same_name(one: str, other: str) -> bool:
-    if one == other:
-        return True
-    return Path(one).is_dir() and Path(other).is_dir() and Path(one).resolve() == Path(other).resolve()
-
-
-def _title(model: PreTrainedModel) -> str:
-    return model.config._name_or_path or type(model).__name__

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rgtg_fast.errors import RGTGError, one_line
+from rgtg_fast.files import reason
 
 CONFIG = "config.json"
 # The names under which transformers looks for weights, in its order.
@@ -194,9 +195,7 @@ def _first_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
-        raise RGTGError(
-            f"its {path.name} cannot be read ({error.strerror or error}): check its permissions"
-        ) from error
+        raise RGTGError(f"its {path.name} cannot be read ({reason(error)}): check its permissions") from error
     if start.startswith(_LFS_POINTER):
         raise RGTGError(
             f"its {path.name} is a pointer of Git LFS, not the file: run `git lfs pull` in the folder"

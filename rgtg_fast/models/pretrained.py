@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from rgtg_fast import bundled
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.files import reason
 from rgtg_fast.models.checkpoint import check_model, check_tokenizer, error_prefix
 from rgtg_fast.models.device import fits_in_memory, free_bytes, too_large
 from rgtg_fast.models.state_dict import StateDictMismatch
@@ -147,7 +148,7 @@ def _file_errors(title: str) -> Iterator[None]:
         with error_prefix(f"{title} is not a folder that transformers can load"):
             yield
     except OSError as error:
-        raise RGTGError(f"{title} cannot be read ({error.strerror or error}): check it") from error
+        raise RGTGError(f"{title} cannot be read ({reason(error)}): check it") from error
 
 
 @contextmanager

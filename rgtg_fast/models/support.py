@@ -135,8 +135,13 @@ def original_length(config: Any) -> int | None:
     return max((int(length) for length in lengths if length), default=None)
 
 
+def model_name(model: PreTrainedModel) -> str:
+    """A model's path or hub id, or its class where it has none."""
+    return model.config._name_or_path or type(model).__name__
+
+
 def title(model: PreTrainedModel) -> str:
-    """A model's name with its class, or the class alone."""
+    """A model's path or hub id with its class, or the class alone."""
     name = model.config._name_or_path
     return f"{name} ({type(model).__name__})" if name else type(model).__name__
 
