@@ -121,7 +121,7 @@ class LowRank:
         a, b = tuple(self.a.shape), tuple(self.b.shape)
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
             raise RGTGError(
-                f"a low-rank correction has factors A {list(a)} and B {list(b)}: use [r, inner] and [outer, r], r >= 1"
+                f"a low-rank update has factors A {list(a)} and B {list(b)}: use [r, inner] and [outer, r], r >= 1"
             )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
@@ -422,14 +422,14 @@ def _pattern(config: dict[str, Any], name: str, module: str, usual: Any) -> Any:
         return next(matching, usual)
     except (AttributeError, re.error) as error:
         raise RGTGError(
-            f"{name}={patterns!r} of an adapter's {CONFIG} is no mapping of patterns: put it back"
+            f"{name}={patterns!r} of an adapter's {CONFIG} is not a mapping of patterns: put it back"
         ) from error
 
 
 def _scale(config: dict[str, Any], module: str, rank: int, path: Path) -> float:
     alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _MAX_ALPHA:
-        raise RGTGError(f"{path / CONFIG}: lora_alpha={alpha!r} is no finite number: put it back")
+        raise RGTGError(f"{path / CONFIG}: lora_alpha={alpha!r} is not a finite number: put it back")
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 

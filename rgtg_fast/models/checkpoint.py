@@ -29,12 +29,12 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _OTHER_WEIGHTS = {
-    "*.gguf": "weights in GGUF",
-    "*.onnx": "weights for ONNX",
-    "tf_model.h5": "weights of TensorFlow",
-    "flax_model.msgpack": "weights of Flax",
-    "consolidated*": "weights in Meta's or Mistral's own format",
-    "*.ckpt": "a checkpoint of Lightning",
+    "*.gguf": "GGUF weights",
+    "*.onnx": "ONNX weights",
+    "tf_model.h5": "TensorFlow weights",
+    "flax_model.msgpack": "Flax weights",
+    "consolidated*": "weights in Meta's or Mistral's format",
+    "*.ckpt": "a Lightning checkpoint",
     "model-*-of-*.safetensors": "shards without their model.safetensors.index.json",
     "pytorch_model-*-of-*.bin": "shards without their pytorch_model.bin.index.json",
 }
@@ -134,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"its {path.name} is not readable JSON ({one_line(error, 80)}): {_SAVE} again"
         ) from error
     if not isinstance(found, dict):
-        raise RGTGError(f"its {path.name} is no JSON object: {_SAVE} again")
+        raise RGTGError(f"its {path.name} is not a JSON object: {_SAVE} again")
     return found
 
 
@@ -147,7 +147,7 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     length = int.from_bytes(_first_bytes(path)[:8], "little")
     size = path.stat().st_size
     if size < 8 or length > size - 8:
-        raise RGTGError(f"its {path.name} is no safetensors file, or was cut off ({size} bytes): {_AGAIN}")
+        raise RGTGError(f"its {path.name} is not a safetensors file, or was cut off ({size} bytes): {_AGAIN}")
     try:
         with path.open("rb") as file:
             file.seek(8)
@@ -159,7 +159,7 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"shape {entry['shape']}")
     except _UNREADABLE as error:
         raise RGTGError(
-            f"its {path.name} has no header that can be read ({one_line(error, 80)}): {_AGAIN}"
+            f"its {path.name} has a header that cannot be read ({one_line(error, 80)}): {_AGAIN}"
         ) from error
     if end != size - 8 - length:
         raise RGTGError(
@@ -198,7 +198,7 @@ def _first_bytes(path: Path) -> bytes:
         raise RGTGError(f"its {path.name} cannot be read ({reason(error)}): check its permissions") from error
     if start.startswith(_LFS_POINTER):
         raise RGTGError(
-            f"its {path.name} is a pointer of Git LFS, not the file: run `git lfs pull` in the folder"
+            f"its {path.name} is a Git LFS pointer, not the file: run `git lfs pull` in the folder"
         )
     if not start:
         raise RGTGError(f"its {path.name} is empty: {_AGAIN}")

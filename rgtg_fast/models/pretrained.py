@@ -128,7 +128,7 @@ def _check_format(model: PreTrainedModel, title: str) -> None:
 def _local_path(source: Source, role: str) -> Path | None:
     """The path of a local folder or file; None for what may be on the hub."""
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
-        raise RGTGError(f"{role} {source!r} is no name: use a path, a hub id or a (model, tokenizer) pair")
+        raise RGTGError(f"{role} {source!r} is not a name: use a path, a hub id or a (model, tokenizer) pair")
     if str(source).startswith(bundled.PREFIX):
         bundled.resolve(str(source))  # an unknown name is refused as such
         raise RGTGError(
@@ -138,7 +138,7 @@ def _local_path(source: Source, role: str) -> Path | None:
     try:
         return path if path.exists() else None
     except (OSError, ValueError) as error:  # too long a name, or one with a zero byte
-        raise RGTGError(f"{role} {str(source)[:80]!r} is no path: check the name") from error
+        raise RGTGError(f"{role} {str(source)[:80]!r} is not a path: check the name") from error
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def _explain(source: Source, error: BaseException) -> str:
         if len(path.parts) > 2 or path.is_absolute():
             return "does not exist: check the path"
         if isinstance(error, OSError):
-            return f"is neither a local folder nor to be had from the hub: check the name {detail}"
+            return f"is neither a local folder nor a model that the hub provides: check the name {detail}"
     if "trust_remote_code" in text or "custom code" in text:
         return "needs code of its own (auto_map), which is never run: name a model of a family that transformers has"
     if isinstance(error, ImportError):
@@ -184,5 +184,5 @@ def _explain(source: Source, error: BaseException) -> str:
             f"safetensors {detail}"
         )
     if "does not recognize this architecture" in text or "Unrecognized configuration class" in text:
-        return f"is of a family that cannot serve here: name a model of another {detail}"
+        return f"is of a family that is not supported: name a model of another {detail}"
     return f"is not a folder that transformers can load: check its files {detail}"

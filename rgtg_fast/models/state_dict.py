@@ -198,7 +198,7 @@ class StateDictMismatch:
         if self.missing:
             return "lacks weights, which would be random", "complete the download, or save it again"
         return (
-            "holds weights that the model has no place for",
+            "holds weights that the model does not have",
             "put back the config.json that belongs to them, or save it again",
         )
 

@@ -111,7 +111,7 @@ def _states_error(runner: ModelRunner, ids: list[int], own: torch.Tensor, varian
         return error
     try:
         return _float32_error(runner, ids, variant, found, own[-len(found) :])
-    except Exception:  # noqa: BLE001 - kernels of quantised weights may know no float32, and raise what they like
+    except Exception:  # noqa: BLE001 - kernels of quantised weights may lack float32, and raise anything
         return None
 
 

@@ -108,11 +108,11 @@ KEYS: dict[str, tuple[str, Callable[[Tensors], Tensors], str, str]] = {
         "lm",
         added(model__layers__0__mlp__up_proj__bias=torch.ones(48)),
         "up_proj.bias",
-        "no place for",
+        "does not have",
     ),
     "quantised": ("lm", renamed("up_proj.weight", "up_proj.qweight"), "qweight", "quantised"),
     "a head of TRL": ("lm", added(v_head__summary__weight=torch.ones(1, 32)), "v_head", "is a reward model"),
-    "a terminal's": ("lm", added(**{"\x1b[31mred\n": torch.ones(1)}), "red", "no place for"),
+    "a terminal's": ("lm", added(**{"\x1b[31mred\n": torch.ones(1)}), "red", "does not have"),
     "a reward model": ("rm", lambda tensors: tensors, "score.weight", "is a reward model"),
     "a tied one": ("rm-tied", lambda tensors: tensors, "score.weight", "is a reward model"),
 }
@@ -247,7 +247,7 @@ def test_files_without_content(name: str, content: bytes, reason: str, saved: Pa
 def test_a_chat_template_that_is_a_pointer(saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, "lm", tmp_path)
     (folder / "chat_template.jinja").write_bytes(POINTER)
-    assert "chat_template.jinja is a pointer of Git LFS" in refusal(folder)
+    assert "chat_template.jinja is a Git LFS pointer" in refusal(folder)
 
 
 @pytest.mark.parametrize("kept", [4, 8, 100, 3000, -1])
@@ -278,7 +278,7 @@ def test_flipped_bits_of_a_header(saved: Path, tmp_path: Path) -> None:
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no model_type": ({"model_type": None}, "names no model_type"),
-    "an unknown one": ({"model_type": "evilmodel"}, "family that cannot serve"),
+    "an unknown one": ({"model_type": "evilmodel"}, "of a family that is not supported"),
     "another vocabulary": ({"vocab_size": 70}, "[64, 32] in its files and [70, 32]"),
     "fewer layers": ({"num_hidden_layers": 1}, "holds 2 layers and its config.json says num_hidden_layers=1"),
     "untied": ({"num_key_value_heads": 4}, "[16, 32] in its files and [32, 32]"),
@@ -357,7 +357,7 @@ def test_sources_that_are_no_model_folder(saved: Path, tmp_path: Path) -> None:
     assert "name the folder inside it, such as 'tied'" in refusal(saved)
     assert "name the folder that holds it" in refusal(saved / "lm" / "model.safetensors")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "weights in GGUF" in refusal(tmp_path)
+    assert "GGUF weights" in refusal(tmp_path)
     assert "it is a GGUF file" in refusal(tmp_path / "model.gguf")
     for name in ("", " ", None, 5, "x" * 5000):
         assert "language model" in refusal(name)
