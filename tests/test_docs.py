@@ -149,4 +149,4 @@ def test_the_tested_versions_are_allowed_and_complete() -> None:
 
 def test_readme_has_a_place_for_the_benchmarks() -> None:
     text = PAGES[0].read_text(encoding="utf-8")
-    assert text.index("<!-- benchmarks:begin -->") < text.index("<!-- benchmarks:end -->")
+    assert text.index("<!-- shared-trunk:begin -->") < text.index("<!-- shared-trunk:end -->")
