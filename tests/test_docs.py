@@ -1,6 +1,7 @@
 """What the documents say exists, and their code is code."""
 
 import ast
+import doctest
 import importlib
 import re
 import shlex
@@ -62,6 +63,19 @@ def test_python_blocks_are_python(page: Path) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_examples_import_what_exists(example: Path) -> None:
     check_names(example.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_examples_in_docstrings_run(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    failed, tried = doctest.testmod(module)
+    assert tried
+    assert not failed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
