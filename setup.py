@@ -19,6 +19,8 @@ KERNELS = sorted(p.stem for p in (ROOT / "csrc").glob("*.cpp") if "RGTG_ISA" in 
 # Files compiled once, for any machine.
 COMMON = sorted(p.stem for p in (ROOT / "csrc").glob("*.cpp") if p.stem not in KERNELS)
 
+# RGTG_FAST_REQUIRE_EXTENSION=1 makes a failed build an error.
+REQUIRED = os.environ.get("RGTG_FAST_REQUIRE_EXTENSION") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # No contraction: a * b + c keeps its two roundings unless fma() is written, so that every instruction set orders
 # candidates as the reference does.
@@ -40,8 +42,8 @@ if X86:
         "avx512bf16": [*AVX512, "-mavx512bf16", "-mprefer-vector-width=512"],
     }
 
-
-LINK_FLAGS = ["-pthread", "-s"]
+# Apple's linker does not know -s (strip symbols).
+LINK_FLAGS = ["-pthread"] if sys.platform == "darwin" else ["-pthread", "-s"]
 
 # For tests: RGTG_FAST_SANITIZE=address,undefined builds the kernels so that they stop at a read out of bounds. One
 # instruction set is enough and quicker to build; RGTG_FAST_ISA names it (plain).
@@ -63,7 +65,7 @@ class BuildExtension(build_ext):
         try:
             super().run()
         except Exception as error:
-            if os.environ.get("RGTG_FAST_REQUIRE_EXTENSION") == "1":
+            if REQUIRED:
                 raise
             print(f"rgtg_fast: built without its C++ kernels ({error})", file=sys.stderr)
 
@@ -98,6 +100,6 @@ class BuildExtension(build_ext):
 
 sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("*.cpp"))]
 setup(
-    ext_modules=[Extension("rgtg_fast._C", sources, optional=True)],
+    ext_modules=[Extension("rgtg_fast._C", sources, optional=not REQUIRED)],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -21,7 +21,8 @@ PREDICTED = RESULTS / "predicted.csv"
 STUDY = ROOT / "benchmarks" / "study" / "results" / "summary.csv"
 CONTROL = STUDY.parent.parent / "control" / "summary.csv"
 # Names of the generated sections.
-DECODING, TRUNK, ACCURACY, COST = "benchmarks", "shared-trunk", "accuracy", "training-cost"
+DECODING, DECODING_PHASES, TRUNK = "benchmarks", "phases", "shared-trunk"
+ACCURACY, COST = "accuracy", "training-cost"
 FORK = "fork"
 GPU_TARGETS, GPU_DECODING, GPU_OPS, GPU_PREDICTED = "gpu-targets", "gpu-decoding", "gpu-ops", "gpu-predicted"
 METHOD_COSTS, EVIDENCE, TRAINED, CONTROLLED = "costs", "evidence", "study-training", "study-control"
@@ -382,9 +383,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(path)
     for page, text, name in (
         (given.readme, trunk_block(rows), TRUNK),
-        (given.readme, block(rows), DECODING),
-        (given.readme, targets_block(gpus), GPU_TARGETS),
-        (given.performance, phases_block(rows), DECODING),
+        (given.performance, block(rows), DECODING),
+        (given.performance, targets_block(gpus), GPU_TARGETS),
+        (given.performance, phases_block(rows), DECODING_PHASES),
         (given.performance, block(rows, "cuda"), GPU_DECODING),
         (given.performance, ops_block(gpus), GPU_OPS),
         (given.performance, predicted_block(read(PREDICTED), gpus), GPU_PREDICTED),
@@ -396,7 +397,7 @@ def main(arguments: list[str] | None = None) -> int:
         (given.evaluation, study_block(study), BLOCK),
         (given.evaluation, budgets_block(read(given.study.parent / BUDGETS)), TRAINED),
         (given.evaluation, study_block(read(CONTROL)), CONTROLLED),
-        (given.readme, headline_block(study, pairs), HEADLINE),
+        (given.evaluation, headline_block(study, pairs), HEADLINE),
     ):
         print(page, name, "changed" if write_block(page, text, name) else "unchanged")
     return 0

@@ -1,4 +1,4 @@
-"""Guides a language model with itself: the same question under three pairs of instructions, in one batch each.
+"""Contrastive prompts: answers the same question with two pairs of system prompts, two samples each.
 
 Run: python examples/contrastive.py [question]
 """
@@ -19,7 +19,7 @@ chat = [{"role": "user", "content": QUESTION}]
 guidance = Guidance(k=10, beta=1.5, temperature=0.7)
 for name, (better, worse) in PAIRS.items():
     decoder = RewardGuidedDecoder.from_pretrained(model, reward=ContrastiveReward(better, worse))
-    # The same prompt with several seeds: several answers.
+    # Several seeds give several answers to the same prompt.
     result = decoder.generate([chat] * 2, max_new_tokens=40, guidance=guidance, seed=[1, 2])
     for row in result:
         print(f"\n{name}, log-ratio {row.reward:+.2f}: {row.text}")

@@ -1,4 +1,4 @@
-"""Guides with a Python function: answers without the letter e, streamed.
+"""A Python function as the reward: streams an answer that avoids the letter e.
 
 Run: python examples/own_reward.py
 """
@@ -16,9 +16,9 @@ def main() -> None:
     texts = tokenizer.batch_decode([[token] for token in range(decoder.lm.vocabulary)])
     penalty = torch.tensor([-float("e" in text.lower()) for text in texts])
     chat = [{"role": "user", "content": "Describe a forest at dawn."}]
-    # Among 50 candidates there is nearly always one without an e; beta decides how much it may cost.
-    for piece in decoder.stream(chat, max_new_tokens=40, guidance=Guidance(k=50, beta=20.0, temperature=0.7)):
-        print(piece.text, end="", flush=True)
+    # Among 50 candidates there is nearly always one without an e; beta sets how strongly it is preferred.
+    for chunk in decoder.stream(chat, max_new_tokens=40, guidance=Guidance(k=50, beta=20.0, temperature=0.7)):
+        print(chunk.text, end="", flush=True)
     print()
 
 

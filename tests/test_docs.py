@@ -1,12 +1,15 @@
 """What the documents say exists, and their code is code."""
 
 import ast
+import doctest
+import importlib
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from typer.main import get_command
 
@@ -14,7 +17,9 @@ import rgtg_fast
 from rgtg_fast.cli.main import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+PACKAGE = ROOT / "rgtg_fast"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -27,9 +32,16 @@ def blocks(page: Path, language: str) -> list[str]:
 def check_names(source: str) -> None:
     """Every name that is imported from the package is there."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "rgtg_fast":
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rgtg_fast":
+            module = importlib.import_module(node.module or "")
             for alias in node.names:
-                assert getattr(rgtg_fast, alias.name) is not None
+                assert getattr(module, alias.name) is not None
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that lead to the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -38,6 +50,8 @@ def test_links_lead_somewhere(page: Path) -> None:
     local = [target for target in targets if not target.startswith("https://")]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
+    for target, fragment in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert fragment in anchors(page.parent / target if target else page), f"{target}#{fragment}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -49,6 +63,19 @@ def test_python_blocks_are_python(page: Path) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_examples_import_what_exists(example: Path) -> None:
     check_names(example.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_examples_in_docstrings_run(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    failed, tried = doctest.testmod(module)
+    assert tried
+    assert not failed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -149,4 +176,26 @@ def test_the_tested_versions_are_allowed_and_complete() -> None:
 
 def test_readme_has_a_place_for_the_benchmarks() -> None:
     text = PAGES[0].read_text(encoding="utf-8")
-    assert text.index("<!-- benchmarks:begin -->") < text.index("<!-- benchmarks:end -->")
+    assert text.index("<!-- shared-trunk:begin -->") < text.index("<!-- shared-trunk:end -->")
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE))
+    missing = sorted(name for name in named if not (PACKAGE / name).exists() and not (ROOT / name).exists())
+    assert not missing, "docs/architecture.md names what is not there"
+    folders = {name for name in named if name.endswith("/")} | {"cli/", "ops/"}
+    modules = [path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    # An old import path that is kept for one release says so in its first line.
+    modules = [path for path in modules if not path.read_text(encoding="utf-8").startswith('"""Deprecated')]
+    names = {str(path.relative_to(PACKAGE)) for path in modules} - named
+    unnamed = sorted(name for name in names if not any(name.startswith(folder) for folder in folders))
+    assert not unnamed, "docs/architecture.md does not name these"
+
+
+def test_files_for_the_repository_host_are_valid() -> None:
+    for path in (ROOT / ".github").rglob("*.yml"):
+        assert yaml.safe_load(path.read_text(encoding="utf-8")), path
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == rgtg_fast.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()

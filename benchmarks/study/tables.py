@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rgtg_fast.evaluation.study.report import file_name
 
 BLOCK, HEADLINE = "study", "study-headline"
-FRONTIER = "benchmarks/study/results/figures/reward_over_kl_{judge}.svg"
+FRONTIER = "../benchmarks/study/results/figures/reward_over_kl_{judge}.svg"
 NOT_RUN = "Not run yet: `python -m benchmarks.study`."
 Row = dict[str, str]
 

@@ -1,9 +1,9 @@
 # %% [markdown]
-# # A reward model that was never asked about prefixes
+# # A reward model that was never trained on prefixes
 #
-# Makes the figures and the numbers of README.md, which has the text and the proofs. Every cell runs on the ones before;
-# `python -m docs.theory.partial_sequences` (from the root of the repository) runs all of them in half a minute, and
-# `--networks` trains the networks of the last section anew, which takes some minutes.
+# Makes the figures and the numbers of README.md, which has the text and the proofs. Each cell needs those before it.
+# `python -m docs.theory.partial_sequences` (from the root of the repository) runs all of them in half a minute;
+# `--networks` also trains the networks of the last section again, which takes some minutes.
 
 # %%
 import argparse
@@ -20,7 +20,7 @@ from docs.theory import toy
 
 parser = argparse.ArgumentParser(description="Makes the figures and the numbers of docs/theory/README.md.")
 parser.add_argument("--page", type=Path, default=Path(__file__).with_name("README.md"))
-parser.add_argument("--networks", action="store_true", help="train the networks anew")
+parser.add_argument("--networks", action="store_true", help="train the networks again")
 given, _ = parser.parse_known_args()
 
 FOLDER = given.page.parent
@@ -249,7 +249,7 @@ print("\n".join(lines))
 
 # %% [markdown]
 # ## The decoder itself
-# `RewardGuidedDecoder` draws answers with the three tables as its guide; their mean reward against the enumeration.
+# `RewardGuidedDecoder` samples answers with the three tables as its reward; their mean reward against the enumeration.
 
 # %%
 DRAWN = 4000
@@ -257,7 +257,7 @@ lines = [
     f"{DRAWN:,} answers drawn by `RewardGuidedDecoder`, `Guidance(k={world.vocabulary}, beta={BETA:g})`, against the "
     "enumerated policy.",
     "",
-    "| guide | mean r*, drawn (± SE) | enumerated | χ² against the policy, p |",
+    "| reward | mean r*, drawn (± SE) | enumerated | χ² against the policy, p |",
     "|---|--:|--:|--:|",
 ]
 for title, tables in models.items():
@@ -274,8 +274,8 @@ print("\n".join(lines))
 
 # %% [markdown]
 # ## Networks
-# What a transformer makes of its prefixes when nothing asks it to: two a world, of the same size, trained on the same
-# 4,096 sampled pairs by this package's objectives. Their results are kept in networks.csv.
+# How transformers score prefixes that they were not trained on: two per world, of the same size, trained on the same
+# 4,096 sampled pairs with this package's objectives. Their results are kept in networks.csv.
 
 # %%
 COLUMNS = ("world", "objective", "beta", "reward", "kl", *(f"right_on_{i}" for i in tokens))

@@ -27,7 +27,7 @@ PROMPT = 0  # the token that stands for x
 
 @dataclass(frozen=True)
 class World:
-    """A base model, a true reward, and preferences between answers that the base model has written.
+    """A base model, a true reward, and preferences between answers that the base model generates.
 
     Attributes:
         model: the base model, in float64. vocabulary: V. length: n.
@@ -47,7 +47,7 @@ class World:
 
     @cached_property
     def whole(self) -> Tensor:
-        """What both Bradley-Terry losses make of whole answers, `[V^n]`: r* up to a constant."""
+        """The minimum of both Bradley-Terry losses on whole answers, `[V^n]`: r* up to a constant."""
         return bradley_terry(self.wins)
 
     @property
@@ -117,7 +117,7 @@ def randomise(model: PreTrainedModel, numbers: np.random.Generator, scale: float
 
 
 def prefix_wins(wins: Tensor, vocabulary: int, length: int) -> Tensor:
-    """The same preferences, told of the first `length` tokens of both answers alone, `[V^length, V^length]`."""
+    """The same preferences, as a function of the first `length` tokens of both answers, `[V^length, V^length]`."""
     prefixes = vocabulary**length
     return wins.view(prefixes, -1, prefixes, wins.shape[1] // prefixes).sum((1, 3))
 
@@ -276,8 +276,8 @@ def ceiling(world: World) -> list[float]:
     return shares
 
 
-def guide(world: World, rewards: Tables) -> FunctionReward:
-    """A guide for the decoder that looks rewards up in tables."""
+def table_reward(world: World, rewards: Tables) -> FunctionReward:
+    """A reward for the decoder that looks rewards up in tables."""
 
     def look_up(prefix_ids: list[Tensor], candidates: Tensor) -> Tensor:
         found = []
@@ -294,7 +294,7 @@ def guide(world: World, rewards: Tables) -> FunctionReward:
 def draw(world: World, rewards: Tables, beta: float, count: int) -> Tensor:
     """Answers that `RewardGuidedDecoder` draws with seeds 0 … count − 1, as places among all answers, `[count]`."""
     decoder = RewardGuidedDecoder.from_pretrained(
-        (world.model, None), reward=guide(world, rewards), engine="transformers", max_batch=256
+        (world.model, None), reward=table_reward(world, rewards), engine="transformers", max_batch=256
     )
     result = decoder.generate(
         [[PROMPT]] * count, world.length, Guidance(world.vocabulary, beta), seed=list(range(count))

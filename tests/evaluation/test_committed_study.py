@@ -90,7 +90,7 @@ def test_the_table() -> None:
 def test_the_documentation_has_the_tables_of_the_results(study: Study) -> None:
     assert ROOT / study.output / "summary.csv" == STUDY
     assert current_block(ROOT / "docs" / "evaluation.md", BLOCK) == study_block(read(STUDY))
-    assert current_block(ROOT / "README.md", HEADLINE) == headline_block(
+    assert current_block(ROOT / "docs" / "evaluation.md", HEADLINE) == headline_block(
         read(STUDY), read(STUDY.parent / PAIRWISE)
     )
     assert current_block(ROOT / "docs" / "evaluation.md", TRAINED) == budgets_block(
