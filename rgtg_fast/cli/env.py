@@ -1,14 +1,18 @@
-"""What `rgtg-fast env` tells: versions, device, extension, which backend serves which op."""
+"""`rgtg-fast env`: versions, device, extension, and which backend serves which op."""
 
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rgtg_fast import __version__
 from rgtg_fast.bundled import embedded
+from rgtg_fast.cli.options import json_option
+from rgtg_fast.cli.session import quiet
+from rgtg_fast.cli.terminal import print_json, print_line
 
 PACKAGES = (
     "torch",
@@ -31,6 +35,25 @@ VARIABLES = (
     "HF_HUB_OFFLINE",
     "CUDA_VISIBLE_DEVICES",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Env:
+    """Tell versions, device, extension and which backend serves which op: paste it into a bug report."""
+
+    json: bool = json_option()
+
+    def run(self) -> None:
+        """Prints the report."""
+        quiet()
+        report = collect()
+        if self.json:
+            print_json(report)
+            return
+        rows = lines(report)
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            print_line(f"{name:<{width}}  {value}")
 
 
 def collect() -> dict[str, Any]:

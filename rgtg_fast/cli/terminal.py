@@ -22,6 +22,9 @@ from rgtg_fast.evaluation.jsonl import plain, to_json
 from rgtg_fast.files import reason
 from rgtg_fast.plaintext import printable
 
+# The exit code after an error that the user can mend.
+USER_ERROR = 2
+
 
 class OutputError(RGTGError):
     """Raised where stdout takes no more: its disk is full, its reader has gone, or it was closed from the start."""
