@@ -17,11 +17,11 @@ from rgtg_fast.files import check_writable
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Judge guides by preference pairs: how often the chosen answer wins, by the share of it that is read."""
+    """Compare reward models on preference pairs: how often the chosen answer wins, by the share of it that is read."""
 
     reward: list[str] = option(
-        "Guide, as in the other commands: path or hub id of a reward model or adapter, `bundled:NAME`, `text:PATH`, "
-        "`contrastive`, … (repeatable, to compare guides).",
+        "Reward, as in the other commands: path or hub id of a reward model or adapter, `bundled:NAME`, `text:PATH`, "
+        "`contrastive`, … (repeatable, to compare several).",
         panel=MODELS,
     )
     data: str = option(f"{PAIRS_HELP}.", panel=DATA)

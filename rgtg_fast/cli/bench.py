@@ -14,7 +14,7 @@ from rgtg_fast.cli.terminal import console, print_json, status
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time our decoder against the published algorithms, in one run, outputs compared first."""
+    """Time the decoder against the published algorithms in one run, after comparing their outputs."""
 
     setup: Setup = include("lm device")
     rm: str | None = option(
@@ -31,7 +31,7 @@ class Bench:
     batch: int = option("Prompts at once.", 1)
     new_tokens: int = option("Tokens of each answer.", 32)
     dtype: str = option("float32, bfloat16 or float16.", "float32")
-    repeats: int = option("Timed runs of each method; the median is told.", 3)
+    repeats: int = option("Timed runs of each method; the median is reported.", 3)
     methods: str = option(
         "Methods to time, separated by commas: ours, ours_transformers, ours_eager (no CUDA graphs), ours_compiled "
         "(torch.compile), shared_trunk, shared_compiled, two_models, args_replicated, pargs_serial, unguided "

@@ -31,7 +31,7 @@ SIDE_BY_SIDE = 90
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Answer a few prompts without and with the guide, side by side."""
+    """Answer a few prompts without and with the reward model, side by side."""
 
     prompt: list[str] | None = option("Your own prompt (repeatable).", None)
     setup: Setup = include("lm reward better worse dtype device engine")

@@ -39,7 +39,7 @@ VARIABLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Env:
-    """Tell versions, device, extension and which backend serves which op: paste it into a bug report."""
+    """Print versions, device, extension and the backend of each op, for a bug report."""
 
     json: bool = json_option()
 

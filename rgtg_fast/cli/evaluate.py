@@ -23,7 +23,7 @@ class Evaluate:
     output: str | None = option("Folder of the results.", None, OUTPUT, shown="the file's")
     limit: int | None = option("Prompts to take at most.", None, LENGTH, shown="the file's", min=1)
     methods: str | None = option(
-        "Methods to take, separated by commas; the baseline always is.", None, shown="all of the file"
+        "Methods to run, separated by commas; the baseline always runs.", None, shown="all of the file"
     )
     setup: Setup = include("device")
     json: bool = json_option()

@@ -44,7 +44,7 @@ class Generate:
     )
     output: Path | None = option("Where finished rows go, each at once, as JSON Lines.", None, OUTPUT)
     field: str = option("The name of the prompt's field in --input.", "prompt", OUTPUT)
-    resume: bool = option("Continue a broken run: keep the rows of --output.", False, OUTPUT)
+    resume: bool = option("Continue an interrupted run: keep the rows of --output.", False, OUTPUT)
     overwrite: bool = option("Start anew where --output has rows.", False, OUTPUT)
     stream: bool = option("Print tokens as they come.", False, OUTPUT)
     json: bool = json_option()

@@ -13,7 +13,7 @@ from rgtg_fast.cli.terminal import console, print_json
 
 @dataclass(frozen=True, kw_only=True)
 class Methods:
-    """List the guides: formula, paper, what a token costs, how `--reward` names them."""
+    """List the methods: formula, paper, cost of a token, and how `--reward` names them."""
 
     json: bool = json_option()
 

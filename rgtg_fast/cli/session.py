@@ -25,8 +25,8 @@ BUNDLED = "bundled:pargs"
 BETA_HELP = "Weight of the reward; 0 is the base model."
 PAIRS_HELP = "Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a data set of Hugging Face"
 ANSWERS_ENDED_HELP = (
-    "Whether answers ended: auto by the data's finish_reason (by default they did), or yes or no for all. One that was "
-    "cut gets no end token and is read at its last text token."
+    "Whether answers ended: auto (by the data's finish_reason; without one they did), or yes or no for all. An answer "
+    "that was cut gets no end token and is read at its last text token."
 )
 Progress = Callable[[str], None]
 
@@ -39,7 +39,7 @@ class Setup:
         "Language model: path or hub id.", None, MODELS, shown="the embedded SmolLM2-135M-Instruct"
     )
     reward: str | None = option(
-        "Reward model: path or hub id, or `bundled:pargs`; after a method's name and a colon for another guide "
+        "Reward model: path or hub id, or `bundled:pargs`; after a method's name and a colon for another reward "
         "(`farma:PATH`, `genarm:PATH`, `rad:PATH`, `eft:TUNED,UNTUNED`, `text:PATH`, "
         "`mixture:0.7*pargs:PATH+0.3*contrastive`: see `rgtg-fast methods`); `contrastive` guides with the language "
         "model itself under a better and a worse system prompt; `none` is the language model alone.",
@@ -55,7 +55,10 @@ class Setup:
     device: str | None = option("cpu or cuda.", None, MODELS, shown="cuda where there is one")
     engine: str = option("auto, native (fused C++ layers) or transformers.", "auto", MODELS)
     graphs: bool | None = option(
-        "Replay each step as one CUDA graph.", None, MODELS, shown="on a GPU, where the guide stays on it"
+        "Replay each step as one CUDA graph.",
+        None,
+        MODELS,
+        shown="on a GPU, where the reward is computed on it",
     )
     compile: bool = option(
         "Compile the models' blocks (torch.compile, --engine transformers): tens of seconds at first, faster steps "
@@ -165,7 +168,7 @@ class Decoding:
         shown="everywhere",
     )
     strategy: str = option(
-        "How the models are spent: tokenwise, `best_of_n:n=8`, `segment:target=8.5` or `blockwise:k=4,length=16` "
+        "How tokens are chosen: tokenwise, `best_of_n:n=8`, `segment:target=8.5` or `blockwise:k=4,length=16` "
         "(settings behind the colon; see `rgtg-fast methods`).",
         "tokenwise",
         GUIDANCE,

@@ -21,7 +21,7 @@ _WORSE, _BETTER = (200, 60, 50), (40, 140, 80)
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRewards:
-    """Show what T-REG's contrastive prompts make of every token of an answer."""
+    """Show T-REG's reward of every token of an answer, from its contrastive prompts."""
 
     prompt: str = argument("The question, or a dialogue in HH-RLHF's turns.")
     answer: str = argument("The answer to judge; `-` reads it from stdin.")

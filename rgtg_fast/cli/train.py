@@ -48,7 +48,9 @@ class Learning:
     weight_decay: float = option("Weight decay.", 0.0, STEPS)
     accumulation: int
     bf16: bool = option("Compute in bfloat16.", False, STEPS)
-    gradient_checkpointing: bool = option("Less memory for more time.", False, STEPS)
+    gradient_checkpointing: bool = option(
+        "Recompute activations in the backward pass: less memory, more time.", False, STEPS
+    )
     seed: int = option("Seed of the order of the data, the initial adapters and dropout.", 0, STEPS)
 
 
@@ -64,7 +66,7 @@ class RewardLearning(Learning):
         "hold",
         OBJECTIVE,
     )
-    weight: str = option("Every prefix counts the same, or every pair.", "prefix", OBJECTIVE)
+    weight: str = option("prefix: every prefix counts the same; pair: every pair does.", "prefix", OBJECTIVE)
     beta_r: float = option("genarm: scale of the log-probabilities.", 0.05, OBJECTIVE)
     stop_gradient: bool = option(
         "farma: the best next reward is a target without a gradient.", False, OBJECTIVE
@@ -152,7 +154,7 @@ class Train(Training):
         "Folder for the activations below --fork-layer.", None, TRAINED, shown="in the user's cache folder"
     )
     no_trunk_cache: bool = option(
-        "Run the layers below --fork-layer in every step, for want of disk.", False, TRAINED
+        "Run the layers below --fork-layer in every step, to save disk space.", False, TRAINED
     )
     eval_steps: int | None = option(
         "Steps between evaluations.", None, OUTPUT, shown="at the end", min=1, before="logging_steps"

@@ -27,7 +27,7 @@ class PolicyLearning(Learning):
     alpha: float = option("Weight of T-REG's regulariser.", 0.25, OBJECTIVE)
     samples: int = option("Answers to a prompt (rloo).", 4, OBJECTIVE)
     max_new_tokens: int = option("Tokens of an answer (rloo).", 64, OBJECTIVE)
-    temperature: float = option("Of the answers (rloo).", 1.0, OBJECTIVE)
+    temperature: float = option("Temperature of the answers (rloo).", 1.0, OBJECTIVE)
     iterations: int = option("Steps on the same answers, with PPO's clipped ratio (rloo).", 1, OBJECTIVE)
     fork_layer: int = option("Train from this layer on.", 0, TRAINED)
     epochs: float = option("Passes over the data.", 1.0, STEPS)
