@@ -111,8 +111,8 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     from rgtg_fast.evaluation.accuracy import FractionAccuracy, figure
 
     curves = {
-        guide["reward"]: [FractionAccuracy(**point) for point in guide["accuracy"]]
-        for guide in report["guides"]
+        model["reward"]: [FractionAccuracy(**point) for point in model["accuracy"]]
+        for model in report["guides"]
     }
     title = f"{Path(report['data']['file']).name}, {report['longer_wins']['n']} pairs"
     figure(curves, path, FractionAccuracy(fraction=1.0, **report["longer_wins"]), title)
@@ -123,21 +123,20 @@ def _show(report: dict[str, Any], console: Console) -> None:
         box=box.SIMPLE, title=f"Chosen answer preferred, of {report['longer_wins']['n']} pairs (95 %)"
     )
     table.add_column("answer read", justify="right")
-    for guide in report["guides"]:
-        table.add_column(guide["reward"], justify="right")
-    for row in zip(*(guide["accuracy"] for guide in report["guides"]), strict=True):
+    models = report["guides"]
+    for model in models:
+        table.add_column(model["reward"], justify="right")
+    for row in zip(*(model["accuracy"] for model in models), strict=True):
         table.add_row(f"{100 * row[0]['fraction']:g} %", *map(_interval, row))
     table.add_section()
-    table.add_row("longer wins", *[_interval(report["longer_wins"])] * len(report["guides"]))
+    table.add_row("longer wins", *[_interval(report["longer_wins"])] * len(models))
     console.print(table)
-    console.print(report["read_at"], highlight=False, markup=False)
+    console.print(report["read_at"])
     for gap in report["differences"]:
         one, other = gap["rewards"]
         low, high = gap["ci95"]
         console.print(
-            f"{100 * gap['fraction']:g} %: {one} − {other} = {gap['difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
-            highlight=False,
-            markup=False,
+            f"{100 * gap['fraction']:g} %: {one} − {other} = {gap['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
 
 

@@ -1,4 +1,4 @@
-"""`rgtg-fast bench`: how fast the decoder is beside the published algorithms."""
+"""`rgtg-fast bench`: times the decoder and the published algorithms."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ class Bench:
     json: bool = json_option()
 
     def run(self) -> None:
-        """Times the methods, with the embedded model where neither a model nor a shape is named."""
+        """Times the methods, by default with the embedded model."""
         quiet()
         names = (
             "rm",
@@ -101,7 +101,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
     if extended:
         console.print(f"measured on part of the job and extended: {', '.join(extended)}", style="dim")
     for name, reason in result["left_out"].items():
-        console.print(f"left out: {name}: {reason}", markup=False)
+        console.print(f"left out: {name}: {reason}")
 
 
 def _milliseconds(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`rgtg-fast demo`: a few prompts answered with and without the reward model, and what it changed."""
+"""`rgtg-fast demo`: answers a few prompts with and without the reward model and shows what it changed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ PROMPTS = (
     "I failed an important exam and feel terrible. What now?",
     "My colleague keeps interrupting me in meetings. What should I do?",
 )
-# Narrower than this, the two answers stand below each other.
+# On a narrower terminal, in columns, the two answers are printed one below the other.
 SIDE_BY_SIDE = 90
 
 
@@ -40,13 +40,13 @@ class Demo:
     json: bool = json_option()
 
     def run(self) -> None:
-        """Answers the prompts twice and shows the answers."""
+        """Answers the prompts twice and prints the comparison."""
         setup, options = self.setup.with_reward(), self.decoding
         if setup.reward == NONE:
             raise RGTGError(
                 "the demo compares with and without a guide: --reward none leaves nothing to compare"
             )
-        # Log-ratios are in nats; a small reward model's rewards are smaller.
+        # Log-ratios of the contrastive reward are larger than the rewards of a small reward model.
         beta = (2.0 if setup.reward == CONTRASTIVE else 5.0) if self.beta is None else self.beta
         guidance = Guidance(options.k, beta, options.temperature)
         texts = self.prompt or list(PROMPTS)
@@ -66,7 +66,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and its mean reward under the guide."""
+    """One answer and its mean reward per token."""
 
     text: str
     tokens: int
@@ -76,7 +76,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt answered without and with the guide."""
+    """One prompt answered without and with the reward model.
+
+    Attributes:
+        prompt: as text.
+        unguided: the answer of the base model alone.
+        guided: the answer with the reward model.
+        marked: the guided answer with the changed tokens highlighted.
+        changes: position, text and unguided text of each changed token.
+        decisions: tokens that were chosen, the end-of-sequence token included.
+    """
 
     prompt: str
     unguided: Answer
@@ -88,7 +97,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What the demonstration found."""
+    """The comparison of all prompts, with the statistics of both runs."""
 
     comparisons: list[Comparison]
     unguided_stats: Any
@@ -123,21 +132,21 @@ def run(
     guidance: Guidance,
     seed: int,
 ) -> Report:
-    """Answers prompts without and with the guide, with the same noise, and has the guide judge both.
+    """Answers prompts without and with the reward model, with the same noise, and scores both answers with it.
 
     Args:
-        decoder: the guided decoder.
-        unguided: a decoder of the same model without a reward, so that its speed is that of the model alone.
-        prompts: texts or chat message lists.
+        decoder: the decoder with the reward model.
+        unguided: a decoder of the same model without a reward, whose speed is that of the model alone.
+        prompts: texts or lists of chat messages.
         max_new_tokens: tokens of each answer at most.
-        guidance: the guidance; the unguided run takes the same with β = 0.
-        seed: the seed of both runs.
+        guidance: of the guided run; the unguided run uses β = 0.
+        seed: of both runs.
 
     Raises:
         RGTGError: a prompt does not fit, or the guidance is not possible with these models.
     """
     plain = Guidance(guidance.k, 0.0, guidance.temperature)
-    # The first calls pay for threads and memory that later ones find ready: keep that out of both timings.
+    # Warm up: the first call of each decoder starts threads and allocates memory.
     for each in (decoder, unguided):
         each.generate(
             prompts[0], max_new_tokens=2, guidance=guidance if each is decoder else plain, seed=seed
@@ -162,7 +171,7 @@ def run(
 
 
 def _scores(decoder: "RewardGuidedDecoder", prompts: list[Any], result: Any) -> list[list[float]]:
-    """The guide's reward of every token of every answer; an answer that ended at once has none."""
+    """The reward of every token of every answer; an empty answer has none."""
     said = [i for i in range(len(prompts)) if result[i].tokens]
     scores: list[list[float]] = [[] for _ in prompts]
     if said:
@@ -185,7 +194,7 @@ def _base_text(step: "Step", decode: Callable[[list[int]], str]) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints a report: the answers side by side, rewards, changed tokens, speed and model calls."""
+    """Prints the answers side by side, rewards, changed tokens, speed and model calls."""
     for number, c in enumerate(report.comparisons, start=1):
         console.print()
         console.print(Text.assemble((f"{number}. ", "bold"), (c.prompt, "bold")))
@@ -246,7 +255,7 @@ def _changes(c: Comparison, limit: int = 8) -> Text:
 
 
 def _mean(answers: list[Answer]) -> str:
-    """The mean reward over the answers that say something."""
+    """The mean reward over the answers that are not empty."""
     rewards = [answer.mean_reward for answer in answers if answer.tokens]
     return f"{fmean(rewards):+.3f}" if rewards else "–"
 

@@ -4,7 +4,6 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ class Env:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that decides how this installation runs, as plain values."""
+    """Versions, hardware, device and backends, as plain values."""
     import torch
 
     return {
@@ -93,6 +92,8 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

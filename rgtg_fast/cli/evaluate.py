@@ -1,4 +1,4 @@
-"""`rgtg-fast evaluate`: a study from its file to its report."""
+"""`rgtg-fast evaluate`: runs a study and prints its summary."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class Evaluate:
     json: bool = json_option()
 
     def run(self) -> None:
-        """Decodes, judges and reports what the study's file asks for."""
+        """Runs the study, writes its report and prints the summary."""
         quiet()
         from rgtg_fast.evaluation.study.report import HTML, write_report
         from rgtg_fast.evaluation.study.run import run_study
@@ -59,7 +59,7 @@ class Evaluate:
 
 
 def _facts(device: str | None) -> dict[str, Any]:
-    """What the answers were made on; speeds mean nothing without it."""
+    """Hardware and versions, for the report."""
     from rgtg_fast.bench.benchmark import machine
     from rgtg_fast.models.loading import resolve_device
 
@@ -73,7 +73,7 @@ def _facts(device: str | None) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]], baseline: str, console: Console) -> None:
-    """Rewards, differences and speeds as a table for each judge."""
+    """Prints a table of rewards, differences and speeds for each judge."""
     for judge in dict.fromkeys(row["judge"] for row in rows):
         title = f"against {baseline}, 95 % intervals over prompts"
         table = Table(box=box.SIMPLE, title=title if judge is None else f"judge {judge}, {title}")
@@ -91,7 +91,7 @@ def show(rows: list[dict[str, Any]], baseline: str, console: Console) -> None:
                 )
         console.print(table)
         if judge is not None:
-            console.print(_read_at([row for row in rows if row["judge"] == judge]), highlight=False)
+            console.print(_read_at([row for row in rows if row["judge"] == judge]))
 
 
 def _read_at(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""`rgtg-fast explain`: why every token was chosen, as a coloured table and as a self-contained HTML page."""
+"""`rgtg-fast explain`: the candidates of every token as a coloured table and as a self-contained HTML page."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ class Explain:
     )
 
     def run(self) -> None:
-        """Answers the prompt and shows its trace."""
+        """Answers the prompt and prints the trace."""
         text = read_stdin() if self.prompt == "-" else self.prompt
         check_prompt(text)
         options, guidance = self.decoding, self.decoding.guidance()
@@ -77,13 +77,13 @@ class Explain:
 
 
 def visible(text: str) -> str:
-    """A token's text with its white space and control characters made visible."""
+    """A token's text with visible white space and control characters."""
     shown = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in shown) or "∅"
 
 
 def changed(step: "Step") -> bool:
-    """Whether the guide changed the token: the same noise with β = 0 would have chosen another one."""
+    """Whether the reward changed the token: with β = 0 and the same noise another one would have been chosen."""
     return step.token != step.base_token
 
 
@@ -107,7 +107,7 @@ def pieces(steps: "list[Step]", decode: Callable[[list[int]], str]) -> list[str]
 
 
 def added_texts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """What each token adds to the text; a token that only begins a character adds nothing yet."""
+    """What each token adds to the text; a token that ends within a character adds nothing."""
     texts, shown = [], 0
     for count in range(1, len(tokens) + 1):
         text = decode(tokens[:count])
@@ -118,7 +118,7 @@ def added_texts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[s
 
 
 def marked_answer(steps: "list[Step]", decode: Callable[[list[int]], str]) -> Text:
-    """The answer with the tokens that the guide changed set off."""
+    """The answer with the tokens that the reward changed highlighted."""
     text = Text()
     for step, piece in zip(steps, pieces(steps, decode), strict=True):
         text.append(piece, style="bold black on yellow" if changed(step) else "")
@@ -130,7 +130,7 @@ def table(steps: "list[Step]", show: int | None = None) -> RenderableType:
 
     Args:
         steps: the trace of one answer.
-        show: at most so many candidates of each step (the chosen one is always among them); None shows all.
+        show: maximum number of candidates of each step, besides the chosen one; None shows all.
     """
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     grid.add_column("#", justify="right", style="dim")
@@ -185,7 +185,7 @@ def _range(values: list[float | None]) -> tuple[float, float]:
 
 
 def _relative(value: float | None, low: float, high: float) -> float | None:
-    """Where a reward stands among the step's rewards, 0 the worst and 1 the best."""
+    """Position of a reward among the step's rewards, from 0 (lowest) to 1 (highest)."""
     if value is None or not math.isfinite(value) or high <= low:
         return None
     return (value - low) / (high - low)
@@ -197,7 +197,7 @@ def _reward_style(value: float | None, low: float, high: float) -> str:
 
 
 def _of_place(place: float | None, best: str, worst: str, other: str) -> str:
-    """Chooses by whether a reward is in the best or the worst third of the step's rewards."""
+    """Chooses by whether a reward is in the highest or the lowest third of the step's range."""
     if place is None:
         return other
     return best if place > 2 / 3 else worst if place < 1 / 3 else other

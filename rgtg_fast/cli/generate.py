@@ -52,7 +52,11 @@ class Generate:
     decoding: Decoding = include()
 
     def run(self) -> None:
-        """Answers what is asked for; ends with exit code 2 where prompts were left out."""
+        """Answers the prompts.
+
+        Raises:
+            Exit: with code 2, some prompts could not be answered.
+        """
         self._check_options()
         job = self._settings()
         self.setup = self.setup.with_reward(self.decoding.support)
@@ -108,9 +112,9 @@ class Generate:
             raise RGTGError("--stream shows tokens as they are chosen: leave out --strategy")
 
     def _settings(self) -> Job:
-        """The settings that the options give every prompt, as a job without one.
+        """The settings of every prompt, as a job with an empty one.
 
-        A strategy samples the base model by settings of its own, of which the temperature has an option too.
+        A strategy has settings of its own instead of the guidance; its temperature may come from --temperature.
         """
         options, strategy = self.decoding, self.decoding.strategy
         if strategy == "tokenwise":
@@ -124,7 +128,7 @@ class Generate:
         return job
 
     def _common(self) -> dict[str, Any]:
-        """The settings that all rows have in common, as every row tells them."""
+        """The settings that all rows have in common; every row of the output repeats them."""
         return {**self.setup.names(), **self._lengths(), "chat": self.setup.chat}
 
     def _lengths(self) -> dict[str, Any]:
@@ -222,7 +226,7 @@ class Generate:
         return refused
 
     def _possible(self, decoder: "RewardGuidedDecoder", jobs: list[Job]) -> tuple[list[Job], int]:
-        """The jobs whose prompts fit, and the number of the others, each of which is reported in one line."""
+        """The jobs whose prompts can be used, and the number of the others; each of those is reported in one line."""
         fitting = []
         for job in jobs:
             try:
@@ -237,7 +241,7 @@ class Generate:
             except RGTGError as error:
                 complain(f"line {job.line}: {str(error).replace('prompt 0 ', 'the prompt ', 1)}")
             except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-                # What a tokenizer, a template or torch makes of a row must not cost the others their answers.
+                # A row that a tokenizer, a template or torch cannot handle must not end the run.
                 complain(f"line {job.line}: the prompt cannot be used ({type(error).__name__}: {error})")
             else:
                 fitting.append(job)

@@ -49,7 +49,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class _OneLineErrors(TyperGroup):
-    """Turns every error that a user can cause into one line on stderr and exit code 2."""
+    """Prints every error that a user can cause as one line on stderr and exits with code 2."""
 
     def main(
         self,
@@ -73,7 +73,7 @@ class _OneLineErrors(TyperGroup):
                 )
         except UsageError as error:
             message = error.format_message().rstrip(".")
-            # Without a command the help is shown, and that is all there is to say.
+            # Without a command the help has been shown, and there is no message.
             code = _fail(f"{message}: see `{_command(error)} --help`") if message else USER_ERROR
         except RGTGError as error:
             code = _fail(str(error))
@@ -85,7 +85,7 @@ class _OneLineErrors(TyperGroup):
                     "out of memory: use a smaller --max-batch, --max-length or --k, or --dtype bfloat16"
                 )
             elif isinstance(error, OSError):
-                # Every file that a command is about has a message of its own; this is for the others.
+                # The files that options name have messages of their own; this is for all others.
                 at = "" if error.filename is None else f" ({error.filename})"
                 code = _fail(f"{reason(error)}{at}: check the path, the permissions and the room on the disk")
             else:
@@ -98,10 +98,10 @@ class _OneLineErrors(TyperGroup):
 
 @contextlib.contextmanager
 def _ended_by_signals(ended: list[int]) -> Iterator[None]:
-    """Ends a command as an interrupt does, in order, where the system asks for it or the terminal is closed.
+    """Turns SIGTERM and SIGHUP into `KeyboardInterrupt`, so that a command ends in order.
 
     Args:
-        ended: gets the signal's number.
+        ended: receives the signal's number.
     """
 
     def end(number: int, frame: object) -> None:
@@ -112,7 +112,7 @@ def _ended_by_signals(ended: list[int]) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            # What is ignored, as by nohup, stays ignored.
+            # A signal that is ignored, for example by nohup, stays ignored.
             if number is not None and signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, end)
     try:
@@ -129,7 +129,7 @@ def _command(error: Any) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch has a class of its own for CUDA alone; others raise a RuntimeError, an OSError or an ImportError."""
+    """Only CUDA has an exception class for it; on a CPU it is a RuntimeError, an OSError or an ImportError."""
     text = str(error).lower()
     texts = ("out of memory", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, MemoryError) or any(part in text for part in texts)

@@ -1,4 +1,4 @@
-"""What the commands share: options that choose models and guidance, and a decoder made of them."""
+"""What the commands have in common: the options of models and of decoding, and loading the decoder."""
 
 import importlib.util
 import warnings
@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The options that choose models and how they run."""
+    """The options of the models."""
 
     lm: str | None = option(
         "Language model: path or hub id.", None, MODELS, shown="the embedded SmolLM2-135M-Instruct"
@@ -83,7 +83,7 @@ class Setup:
             )
 
     def with_reward(self, support: str = "lm") -> "Setup":
-        """These options with a reward: the bundled one where none is named and it fits, else the contrastive one.
+        """A copy with a reward: where none is named the bundled one if it fits the models, else the contrastive one.
 
         Args:
             support: of the guidance; all but "lm" need a reward over the whole vocabulary.
@@ -94,14 +94,14 @@ class Setup:
         return replace(self, reward=BUNDLED if fits else CONTRASTIVE)
 
     def names(self) -> dict[str, Any]:
-        """The models by name, as every output row tells them."""
+        """The names of the models; every row of the output has them."""
         names: dict[str, Any] = {"lm": self.lm or embedded.NAME, "reward_model": self.reward}
         if self.better is not None or self.worse is not None:
             names |= {"better": self.better, "worse": self.worse}
         return names
 
     def source(self, progress: Progress) -> str:
-        """The language model's path or hub id; by default the embedded one, converted if need be."""
+        """The language model's path or hub id; the embedded one is converted at its first use."""
         return self.lm if self.lm is not None else str(embedded.default_model(progress))
 
     def pair(self, progress: Progress) -> Any:
@@ -145,7 +145,7 @@ class Setup:
         )
 
     def as_chat(self, prompt: Prompt, decoder: "RewardGuidedDecoder") -> Prompt:
-        """A text as one user message, where that is wanted and the model has a chat template."""
+        """The prompt as one user message if it is a text, the model has a chat template and --no-chat is not given."""
         if self.chat and isinstance(prompt, str) and tokenizer_of(decoder).chat_template is not None:
             return [{"role": "user", "content": prompt}]
         return prompt
@@ -153,7 +153,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """The options of guidance and lengths."""
+    """The options of decoding: guidance, lengths and batch."""
 
     k: int = option("Candidates per token.", 10, GUIDANCE)
     beta: float = option(BETA_HELP, 1.0, GUIDANCE)
@@ -191,7 +191,11 @@ class Decoding:
 
 
 def quiet() -> None:
-    """Keeps the progress bars, notes and retries of the Hugging Face libraries off the terminal."""
+    """Turns off the progress bars and log messages of the Hugging Face libraries.
+
+    Raises:
+        RGTGError: transformers is not installed.
+    """
     if importlib.util.find_spec("transformers") is None:
         raise RGTGError("transformers is not installed: `pip install rgtg-fast` brings it")
     from huggingface_hub.utils import logging as hub_logging
@@ -200,17 +204,17 @@ def quiet() -> None:
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # A warning is one line too, without the place in the code that gave it.
+    # A warning is one line too, without the source line that issued it.
     warnings.formatwarning = lambda message, *place: f"{message}\n"
 
 
 def tokenizer_of(decoder: "RewardGuidedDecoder") -> "PreTrainedTokenizerBase":
-    """The tokenizer, which every model that is named on the command line comes with."""
+    """The tokenizer; models that the command line loads always have one."""
     assert decoder.tokenizer is not None
     return decoder.tokenizer
 
 
 def decode_with(decoder: "RewardGuidedDecoder") -> Callable[[list[int]], str]:
-    """Token ids to text."""
+    """A function from token ids to text."""
     tokenizer = tokenizer_of(decoder)
     return lambda ids: str(tokenizer.decode(ids))

@@ -33,7 +33,7 @@ class TokenRewards:
     setup: Setup = include("lm dtype device")
 
     def run(self) -> None:
-        """Computes the rewards and shows them."""
+        """Computes the rewards and prints them."""
         if self.html is not None:
             check_writable(self.html, self.templates)
         text = read_stdin() if self.answer == "-" else self.answer
@@ -56,7 +56,9 @@ class TokenReward:
     """One token of an answer.
 
     Attributes:
-        token: its id. text: what it adds to the answer. reward: r̂ in [−½, ½].
+        token: its id.
+        text: what it adds to the answer.
+        reward: r̂ in [−½, ½].
     """
 
     token: int
@@ -68,7 +70,7 @@ def compute(setup: Setup, prompt: str, answer: str, templates: Path | None) -> l
     """T-REG's reward of every token of an answer and of the end of sequence after it.
 
     Args:
-        setup: names the language model.
+        setup: the language model.
         prompt: a question, or a dialogue in HH-RLHF's turns.
         templates: file of the contrastive prompts, by default the project's own.
 
@@ -101,12 +103,12 @@ def _mean(tokens: list[TokenReward]) -> float:
 
 
 def _strength(tokens: list[TokenReward]) -> float:
-    """The reward that gets the full colour."""
+    """The largest absolute reward, which gets the full colour."""
     return max(max(abs(token.reward) for token in tokens), 1e-9)
 
 
 def coloured(tokens: list[TokenReward]) -> RenderableType:
-    """The answer with a colour behind every token, and the tokens with the largest and smallest rewards."""
+    """The answer with coloured tokens, and the tokens with the largest and smallest rewards."""
     top = _strength(tokens)
     text = Text()
     for token in tokens:

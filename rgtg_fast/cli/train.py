@@ -1,4 +1,4 @@
-"""`rgtg-fast train`: from preference pairs to a reward model, and what came out."""
+"""`rgtg-fast train`: trains a reward model on preference pairs and prints its accuracy."""
 
 import warnings
 from dataclasses import asdict, dataclass
@@ -29,8 +29,8 @@ Scores = list[tuple[list[float], list[float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learning:
-    """What reward models and policies learn by; the fields are those that both configurations have in common."""
+class TrainingOptions:
+    """Options for the fields that `TrainConfig` and `PolicyTrainConfig` have in common."""
 
     held_out: float = option("Share of --data to evaluate on, by prompt.", 0.1, DATA)
     limit: int | None = option("Pairs to take at most.", None, DATA, shown="all")
@@ -55,8 +55,8 @@ class Learning:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardLearning(Learning):
-    """The fields of `TrainConfig` as options."""
+class RewardOptions(TrainingOptions):
+    """Options for the fields of `TrainConfig`."""
 
     objective: str = option(
         "partial_bt (PARGS), full_bt (ARGS, judges), cd_fudge, rad, farma or genarm.", "partial_bt", OBJECTIVE
@@ -104,14 +104,14 @@ class RewardLearning(Learning):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """What both training commands have in common."""
+class TrainingCommand:
+    """The options and arguments that both training commands have in common."""
 
     data: str = option(f"{PAIRS_HELP}.", panel=DATA)
     output: Path
     model: str | None
     eval_data: str | None = option("Pairs to evaluate on.", None, DATA, shown="--held-out of --data")
-    config: Learning
+    config: TrainingOptions
     setup: Setup = include("device")
     resume: bool = option("Go on from the last checkpoint in --output.", False, OUTPUT)
     save_steps: int = option("Steps between checkpoints.", 50, OUTPUT, min=1)
@@ -132,14 +132,14 @@ class Training:
         return self.model if self.model is not None else str(embedded.default_model(progress))
 
     def arguments(self) -> dict[str, Any]:
-        """What `train_reward_model` and `train_policy` take by the same names."""
+        """The arguments that `train_reward_model` and `train_policy` have in common."""
         names = ("eval_data", "resume", "merged", "save_steps", "logging_steps")
         more = {"report_to": self.report_to or "none", "device": self.setup.device, "progress": note}
         return {name: getattr(self, name) for name in names} | more
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Training):
+class Train(TrainingCommand):
     """Train a reward model on preference pairs."""
 
     output: Path = option("New folder for the reward model.", panel=OUTPUT)
@@ -149,7 +149,7 @@ class Train(Training):
         MODELS,
         shown="the embedded SmolLM2-135M-Instruct",
     )
-    config: RewardLearning = include()
+    config: RewardOptions = include()
     trunk_cache: Path | None = option(
         "Folder for the activations below --fork-layer.", None, TRAINED, shown="in the user's cache folder"
     )
@@ -164,9 +164,9 @@ class Train(Training):
     )
 
     def run(self) -> None:
-        """Trains the model and shows what came out."""
+        """Trains the model and prints the result."""
         quiet()
-        # transformers' own calls of what it has deprecated.
+        # transformers calls functions that it has deprecated itself.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
         with status("Loading") as progress:
             from rgtg_fast.evaluation.accuracy import check_figure
@@ -205,7 +205,11 @@ class Train(Training):
 
 
 class PrefixAccuracy:
-    """Accuracy by the share of the answers that is read, as numbers for the log; keeps the last evaluation."""
+    """Accuracy by the share of each answer that is read, as metrics for the log.
+
+    Attributes:
+        points: of the last evaluation.
+    """
 
     def __init__(self) -> None:
         self.points: list[Any] = []
@@ -218,7 +222,11 @@ class PrefixAccuracy:
 
 
 def _read_at(counts: dict[str, Any]) -> str:
-    """At which token the held-out answers were read, of their counts."""
+    """At which token the held-out answers were read.
+
+    Args:
+        counts: of the evaluation data, as the result of a training has them.
+    """
     from rgtg_fast.training.report import ends_text
 
     return ends_text(2 * counts["kept"] - counts["cut"], counts["cut"], counts["unstated"])

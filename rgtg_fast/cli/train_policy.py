@@ -1,4 +1,4 @@
-"""`rgtg-fast train-policy`: from preferences to a policy, and what came out."""
+"""`rgtg-fast train-policy`: trains a language model on preferences and prints its metrics."""
 
 import warnings
 from dataclasses import asdict, dataclass
@@ -8,12 +8,12 @@ from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.options import DATA, MODELS, OBJECTIVE, OUTPUT, STEPS, TRAINED, include, option
 from rgtg_fast.cli.session import PAIRS_HELP, quiet
 from rgtg_fast.cli.terminal import print_json, print_line, status
-from rgtg_fast.cli.train import Learning, Training
+from rgtg_fast.cli.train import TrainingCommand, TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyLearning(Learning):
-    """The fields of `PolicyTrainConfig` as options."""
+class PolicyOptions(TrainingOptions):
+    """Options for the fields of `PolicyTrainConfig`."""
 
     limit: int | None = option("Pairs or prompts to take at most.", None, DATA, shown="all")
     objective: str = option("dpo, simpo, treg, treg_simpo or rloo.", "dpo", OBJECTIVE)
@@ -39,7 +39,7 @@ class PolicyLearning(Learning):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainPolicy(Training):
+class TrainPolicy(TrainingCommand):
     """Train the language model itself on preferences: DPO, SimPO, T-REG or RLOO, by TRL."""
 
     data: str = option(f"{PAIRS_HELP}; for rloo rows with a prompt.", panel=DATA)
@@ -50,7 +50,7 @@ class TrainPolicy(Training):
         MODELS,
         shown="the embedded SmolLM2-135M-Instruct",
     )
-    config: PolicyLearning = include()
+    config: PolicyOptions = include()
     reward: str | None = option(
         "What rloo maximises: path or hub id of a reward model or adapter, or `bundled:NAME`.",
         None,
@@ -73,9 +73,9 @@ class TrainPolicy(Training):
     )
 
     def run(self) -> None:
-        """Trains the policy and shows what came out."""
+        """Trains the policy and prints the result."""
         quiet()
-        # What transformers, TRL and PEFT have deprecated of each other.
+        # transformers, TRL and PEFT call deprecated functions of each other.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
         with status("Loading") as progress:
             from rgtg_fast.training.policy.launch import PolicyTrainConfig, train_policy

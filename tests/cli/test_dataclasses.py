@@ -10,8 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from rgtg_fast.cli.options import argument, include, option, options_of, register
-from rgtg_fast.cli.train import RewardLearning
-from rgtg_fast.cli.train_policy import PolicyLearning
+from rgtg_fast.cli.train import RewardOptions
+from rgtg_fast.cli.train_policy import PolicyOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def test_training_options_are_the_fields_of_the_configurations() -> None:
     from rgtg_fast.training.config import TrainConfig
     from rgtg_fast.training.policy.launch import PolicyTrainConfig
 
-    for options, config in ((RewardLearning, TrainConfig), (PolicyLearning, PolicyTrainConfig)):
+    for options, config in ((RewardOptions, TrainConfig), (PolicyOptions, PolicyTrainConfig)):
         offered = {each.name: each.default for each in options_of(options)}
         assert set(offered) == {f.name for f in fields(options)}
         assert offered == {f.name: f.default for f in fields(config) if f.name != "warmup"}
