@@ -15,11 +15,13 @@ class Cost:
     """What one step of B rows with k candidates costs.
 
     Attributes:
-        lm_calls: forwards of the base model. lm_rows, lm_candidates: tokens through it per row, and per candidate of a
-            row.
-        reward_calls: forwards of reward models. reward_rows, reward_candidates: tokens through them per row, and per
-            candidate of a row.
-        whole_texts: the tokens above are whole texts, encoded again at every step.
+        lm_calls: forwards of the base model.
+        lm_rows: tokens through the base model per row.
+        lm_candidates: tokens through the base model per candidate of a row.
+        reward_calls: forwards of reward models.
+        reward_rows: tokens through the reward models per row.
+        reward_candidates: tokens through the reward models per candidate of a row.
+        whole_texts: each of the reward models' tokens stands for a whole text, encoded again in every step.
     """
 
     lm_calls: int = 1
@@ -39,28 +41,28 @@ class Cost:
         return rows * (self.reward_rows + k * self.reward_candidates)
 
     def lm_words(self) -> str:
-        """Calls and tokens of the base model, to be read."""
+        """Forwards and tokens of the base model as a formula."""
         return f"{self.lm_calls} × {f'{_times(self.lm_rows)}B' if self.lm_rows else 'B·k'}"
 
     def reward_words(self) -> str:
-        """Calls and tokens of the reward models, to be read."""
+        """Forwards and tokens of the reward models as a formula."""
         if not self.reward_calls:
             return "–"
         each = f"{_times(self.reward_rows // self.reward_calls)}B" if self.reward_rows else "B·k"
         return f"{self.reward_calls} × {each}{' texts' if self.whole_texts else ''}"
 
     def shared(self) -> Cost:
-        """The cost where the guides are adapters that run in the base model's own forward.
+        """The cost where the reward models are adapters that run in the base model's forward.
 
-        Their tokens ride along from the layer on where an adapter begins. A guide that scores candidates has them run
-        instead of the newest token.
+        Their tokens join the base model's from the adapters' first layer on. A reward that scores candidates replaces
+        the newest token of each row by the candidates.
         """
         if self.reward_candidates:
             return replace(self, lm_rows=0, lm_candidates=1, reward_calls=0)
         return replace(self, reward_calls=0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Calls per step, and tokens per step in words and as numbers."""
+        """The fields by name, and both formulas."""
         return {**asdict(self), "lm": self.lm_words(), "reward": self.reward_words()}
 
 
@@ -70,14 +72,19 @@ def _times(count: int) -> str:
 
 @dataclass(frozen=True)
 class Method:
-    """One method of the field.
+    """One method of reward-guided decoding.
 
     Attributes:
-        name: what `--reward` and `named_guide` call it. title: in words.
-        reward_class: the public class. usage: for `--reward`, None where only Python can give it.
-        source: paper, empty where there is none. formula: g(v). support: values of `Guidance.support` that it serves.
-        cost: of a step, None where it is the sum of others'. objective: of `rgtg-fast train`, None where it has none.
-        published: the settings of the paper or its code.
+        name: prefix of `--reward` and `named_guide`.
+        title: name in words.
+        reward_class: public class.
+        usage: value of `--reward`, None where the method is available from Python alone.
+        source: paper, empty where there is none.
+        formula: guidance g(v) of token v.
+        support: values of `Guidance.support` that the reward class can be used with.
+        cost: of a step, None where it is the sum of others' costs.
+        objective: of `rgtg-fast train`, None where there is none.
+        published: settings of the paper or its code.
     """
 
     name: str
@@ -93,19 +100,19 @@ class Method:
 
     @property
     def page(self) -> str:
-        """Its page, from the root of the repository."""
+        """Path of its page, from the root of the repository."""
         return f"docs/methods/{self.name}.md"
 
     def lm_words(self) -> str:
-        """Calls and tokens of the base model in a step, to be read."""
+        """Forwards and tokens of the base model in a step as a formula."""
         return "sum" if self.cost is None else self.cost.lm_words()
 
     def reward_words(self) -> str:
-        """Calls and tokens of the reward models in a step, to be read."""
+        """Forwards and tokens of the reward models in a step as a formula."""
         return "sum" if self.cost is None else self.cost.reward_words()
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The fields by name, for JSON."""
         cost = None if self.cost is None else self.cost.as_dict()
         return {**asdict(self), "support": list(self.support), "cost": cost, "page": self.page}
 
@@ -242,12 +249,17 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Strategy:
-    """Another way to spend the same two models than token by token.
+    """A way of decoding other than choosing token by token.
 
     Attributes:
-        name: for `--strategy` and `generate(strategy=...)`. strategy_class: the public class. usage: with settings.
-        source: paper, empty where there is none. rule: what it does.
-        lm, reward: what an answer of n tokens costs, in tokens through each model. guides: which guides can serve.
+        name: for `--strategy` and `generate(strategy=...)`.
+        strategy_class: public class.
+        usage: value of `--strategy` with settings.
+        source: paper, empty where there is none.
+        rule: what it does.
+        lm: tokens through the base model for an answer of n tokens.
+        reward: tokens through the reward model for an answer of n tokens.
+        guides: reward classes that it can be used with.
     """
 
     name: str
@@ -261,7 +273,7 @@ class Strategy:
 
     @property
     def page(self) -> str:
-        """Its page, from the root of the repository."""
+        """Path of its page, from the root of the repository."""
         return f"docs/methods/{self.name.replace('_', '-')}.md"
 
 
@@ -304,9 +316,14 @@ class Policy:
     """One way to train the language model itself.
 
     Attributes:
-        name: for `--objective`. title: in words. page: from the root of the repository.
-        source: paper. formula: the loss. trainer: TRL's class beneath. data: what it learns from.
-        cost: a training step's forwards, in answers' tokens; decoding costs one forward of the policy a token.
+        name: value of `--objective`.
+        title: name in words.
+        page: path from the root of the repository.
+        source: paper.
+        formula: the loss.
+        trainer: TRL's class that is used.
+        data: what it learns from.
+        cost: forwards of a training step; decoding costs one forward of the policy per token.
     """
 
     name: str
