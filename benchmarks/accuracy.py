@@ -17,8 +17,9 @@ from typing import Any
 from benchmarks.harness import MACHINE, RESULTS, append, read, shown
 from rgtg_fast import bundled
 from rgtg_fast.bench.benchmark import machine
-from rgtg_fast.cli.accuracy import Data, judge
+from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.compare import PairData, compare_rewards
 
 # What a row tells: a guide's accuracy, its distance from preferring the longer answer, or two guides' distance.
 ACCURACY, ABOVE_LONGER, DIFFERENCE, LONGER = "accuracy", "above_longer_wins", "difference", "longer_wins"
@@ -73,10 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, help="file that an interrupted run goes on from")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.csv")
     given = parser.parse_args(arguments)
+    quiet()
     try:
-        data = Data(str(given.data), limit=given.limit, max_length=given.max_length, keep=given.keep)
+        data = PairData(str(given.data), limit=given.limit, max_length=given.max_length, keep=given.keep)
         guides = given.reward or bundled.names()
-        report, _ = judge(guides, data, "0.1,0.25,0.5,0.75,1", {"lm": given.lm, "dtype": given.dtype}, print)
+        report, _ = compare_rewards(guides, data, lm=given.lm, dtype=given.dtype, progress=print)
         facts = {
             "date": datetime.date.today().isoformat(),
             **machine(),

@@ -19,12 +19,13 @@ from benchmarks.harness import MACHINE, RESULTS, append, shown
 from rgtg_fast import bundled
 from rgtg_fast.bench.benchmark import run_bench
 from rgtg_fast.bundled import embedded
-from rgtg_fast.cli.accuracy import Data, judge
+from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.evaluation.compare import PairData, compare_rewards
 from rgtg_fast.models.adapter import Adapter
 
 METHODS = ("shared_trunk", "two_models", "ours_unguided")
-FRACTIONS = "0.25,0.5,1"
+FRACTIONS = (0.25, 0.5, 1.0)
 COLUMNS = (
     "date",
     *MACHINE,
@@ -38,19 +39,20 @@ COLUMNS = (
     "objective",
     "fork_layer",
     "adapter_bytes",
-    *(f"accuracy_{f}" for f in FRACTIONS.split(",")),
+    *(f"accuracy_{f:g}" for f in FRACTIONS),
     "ci95_low_1",
     "ci95_high_1",
     *(f"{method}_tokens_per_second" for method in METHODS),
 )
 
 
-def measure(reward: str, data: Data, given: argparse.Namespace) -> dict[str, Any]:
+def measure(reward: str, data: PairData, given: argparse.Namespace) -> dict[str, Any]:
     """One guide's row."""
     lm = given.lm or str(embedded.default_model(print))
     folder = Path(bundled.resolve(reward))
     adapter = Adapter.load(folder)
-    report, _ = judge([reward], data, FRACTIONS, {"lm": given.lm, "dtype": given.dtype}, print)
+    quiet()
+    report, _ = compare_rewards([reward], data, FRACTIONS, lm=given.lm, dtype=given.dtype, progress=print)
     found = run_bench(
         lm=lm,
         rm=reward,
@@ -97,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "fork.csv")
     given = parser.parse_args(arguments)
-    data = Data(str(given.data), limit=given.limit)
+    data = PairData(str(given.data), limit=given.limit)
     try:
         for reward in given.reward:
             row = measure(reward, data, given)

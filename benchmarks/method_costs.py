@@ -51,8 +51,8 @@ from rgtg_fast import (
 )
 from rgtg_fast.bench.benchmark import machine
 from rgtg_fast.bundled import embedded
-from rgtg_fast.cli.methods import METHODS, Cost
 from rgtg_fast.config import Strategy
+from rgtg_fast.methods import METHODS, Cost
 from rgtg_fast.models.adapter import RECIPE, fingerprint
 from rgtg_fast.models.loading import ModelAndTokenizer, load_causal_lm
 from rgtg_fast.models.runner import FusedLayers, ModelRunner, TransformersLayers

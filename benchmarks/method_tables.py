@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from benchmarks.method_costs import GATE, MEASURED, STRATEGY
 from benchmarks.study.tables import interval, setting
-from rgtg_fast.cli.methods import METHODS, STRATEGIES
-from rgtg_fast.cli.policies import POLICIES
+from rgtg_fast.methods import METHODS, POLICIES, STRATEGIES
 
 Row = dict[str, str]
 

@@ -6,7 +6,7 @@ Run: python examples/contrastive.py [question]
 import sys
 
 from rgtg_fast import ContrastiveReward, Guidance, RewardGuidedDecoder
-from rgtg_fast.bundled.embedded import default_model
+from rgtg_fast.bundled import default_model
 
 QUESTION = sys.argv[1] if len(sys.argv) > 1 else "What should I cook tonight?"
 PAIRS = {

@@ -6,7 +6,7 @@ Run: python examples/own_reward.py
 import torch
 
 from rgtg_fast import Guidance, RewardGuidedDecoder
-from rgtg_fast.bundled.embedded import default_model
+from rgtg_fast.bundled import default_model
 
 
 def main() -> None:

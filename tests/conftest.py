@@ -109,7 +109,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, converted into the cache at the first use."""
-    from rgtg_fast.bundled.embedded import default_model
+    from rgtg_fast.bundled import default_model
     from rgtg_fast.errors import RGTGError
 
     try:

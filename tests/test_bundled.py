@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,13 @@ PROMPTS = ["How do I make tea?", "My neighbour plays loud music at night. What s
 def test_both_are_there_and_small() -> None:
     assert bundled.names() == list(GUIDES)
     assert sum(path.stat().st_size for path in bundled.FOLDER.rglob("*") if path.is_file()) < LIMIT
+
+
+def test_the_former_place_of_the_default_model_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "rgtg_fast.app.embedded", raising=False)
+    with pytest.warns(DeprecationWarning, match=r"use `from rgtg_fast.bundled import default_model`"):
+        former = importlib.import_module("rgtg_fast.app.embedded")
+    assert former.default_model is bundled.default_model
 
 
 def test_another_name_is_refused() -> None:

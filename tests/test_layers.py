@@ -17,11 +17,12 @@ REWARDS = MODELS | {"rewards"}
 ENGINE = REWARDS | {"engine"}
 DECODER = ENGINE | {"decoder"}
 TRAINING = MODELS | {"training"}
-EVALUATION = DECODER | {"bench", "evaluation", "training"}
+EVALUATION = DECODER | {"bench", "evaluation", "methods", "training"}
 ALLOWED = {
     "config": {"errors"},
     "errors": set(),
     "files": {"errors"},
+    "methods": set(),
     "plaintext": set(),
     "profiling": {"config", "errors"},
     "app": {"bundled"},

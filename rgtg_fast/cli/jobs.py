@@ -1,7 +1,7 @@
 """Batch jobs of `rgtg-fast generate`: prompts from a JSON Lines file, answers to another, one row a line.
 
-Every finished row is written and flushed at once, so that whatever ends a run leaves complete rows and at
-most one broken last line, which resuming cuts off.
+Every finished row is written at once. A run that is interrupted leaves complete rows and at most one incomplete last
+line, which --resume cuts off.
 """
 
 import gzip
@@ -18,28 +18,37 @@ from rgtg_fast.evaluation.jsonl import JsonlWriter, plain
 from rgtg_fast.files import reason, same_file
 
 Prompt: TypeAlias = "str | list[dict[str, str]] | list[int]"
-# What names a row across runs: its id where it has one, else its line in the prompts file.
+# Identifies a row across runs: ("id", its id), or ("line", its line in the prompts file) where it has none.
 Key: TypeAlias = tuple[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt with everything that decides its answer."""
+    """One prompt with the settings that decide its answer.
+
+    Attributes:
+        line: in the prompts file, from 1.
+        prompt: a text, chat messages or token ids.
+        guidance: of every token.
+        seed: of the sampling noise.
+        id: the row's own name, None where it has none.
+        strategy: in place of the guidance, with its settings; None for token by token.
+    """
 
     line: int
     prompt: Prompt
     guidance: Guidance
     seed: int
     id: str | int | None = None
-    strategy: str | None = None  # with its settings, in place of the guidance; None for token by token
+    strategy: str | None = None
 
     @property
     def key(self) -> Key:
-        """The row's name across runs."""
+        """What identifies the row across runs."""
         return ("line", self.line) if self.id is None else ("id", self.id)
 
     def header(self) -> dict[str, Any]:
-        """The fields of an output row that are known before the answer is."""
+        """The fields of the output row that come before the answer."""
         name = {"line": self.line} if self.id is None else {"line": self.line, "id": self.id}
         g = self.guidance
         settings: dict[str, Any] = {
@@ -101,7 +110,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             packed = raw.read(2) == b"\x1f\x8b"
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                # A line that is not UTF-8 breaks itself alone: its bytes are kept, to be found by the parser.
+                # A line that is not UTF-8 must not end the run: its bytes are kept, and `_parse` refuses it.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
                 if text.strip():
                     yield number, text
@@ -129,7 +138,7 @@ def _parse(number: int, text: str, guidance: Guidance, seed: int, field: str) ->
     name = row.get("id")
     if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
         raise RGTGError(f"id must be a string or an integer, not {_kind(name)}")
-    # A field that is null is as good as absent.
+    # null counts as absent.
     own = {
         f: row[f] for f in ("k", "beta", "temperature", "weights", "gate_entropy") if row.get(f) is not None
     }
@@ -170,20 +179,23 @@ def _kind(value: Any) -> str:
 
 
 class AnswerFile:
-    """The output of a job: complete rows, each handed to the operating system as soon as it is written.
+    """The output file of a run, to which each finished row is written at once.
 
-    Used as a context: a run that fails before its first row leaves no new file, and rows to be overwritten stay until
-    the first new one is there.
+    A context manager: a run that fails before its first row leaves no new file, and rows to be overwritten are kept
+    until the first new one is written.
 
     Args:
         path: the file.
-        resume: keep the rows that are there and leave out their jobs.
-        overwrite: start anew even if the file has rows.
-        source: the file that the prompts are read from, None where there is none.
+        resume: keep the rows of an earlier run and skip their jobs.
+        overwrite: replace the rows of an earlier run.
+        source: the prompts file, None where there is none.
+
+    Attributes:
+        done: the finished rows.
 
     Raises:
         RGTGError: the file has rows and neither `resume` nor `overwrite` is given; it is no answer file, is the
-            prompts' own, is being written by another process, or cannot be written.
+            prompts file, is being written by another process, or cannot be written.
     """
 
     def __init__(self, path: Path, resume: bool, overwrite: bool, source: Path | None = None) -> None:
@@ -219,10 +231,10 @@ class AnswerFile:
 
         Args:
             jobs: all jobs.
-            run: the settings common to all rows, as they will be written.
+            run: the settings that all rows have in common.
 
         Raises:
-            RGTGError: a row was made from another prompt or with other settings: the file would mix two runs.
+            RGTGError: a row has another prompt or other settings, so that the file would mix two runs.
         """
         for job in jobs:
             row = self.done.get(job.key)
@@ -238,23 +250,23 @@ class AnswerFile:
         return [job for job in jobs if job.key not in self.done]
 
     def write(self, key: Key, row: dict[str, Any]) -> None:
-        """Adds a row and hands it to the operating system at once.
+        """Writes a finished row.
 
         Args:
-            key: what names the row across runs.
+            key: identifies the row across runs.
             row: its fields.
 
         Raises:
-            RGTGError: the file cannot be written any more, for instance because the disk is full.
+            RGTGError: the file cannot be written any more, for example because the disk is full.
         """
         self._journal.add(row)
         self.done[key] = row
 
     def check_place(self) -> None:
-        """Refuses to go on where the file was deleted or replaced.
+        """Checks that the file has not been deleted or replaced.
 
         Raises:
-            RGTGError: it was.
+            RGTGError: it has.
         """
         self._journal.check_place()
 

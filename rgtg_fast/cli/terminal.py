@@ -1,7 +1,7 @@
-"""What goes to the terminal: results to stdout, everything else to stderr.
+"""Output of the commands: results to stdout, everything else to stderr.
 
-Texts of models and users are data: nothing in them is taken for markup, and on a terminal what would steer it is shown
-by its code. A pipe or a file gets texts as they are.
+Texts of models and users are data: nothing in them is interpreted as markup, and on a terminal control characters are
+shown by their codes. A pipe or a file gets texts unchanged.
 """
 
 import contextlib
@@ -22,16 +22,19 @@ from rgtg_fast.evaluation.jsonl import plain, to_json
 from rgtg_fast.files import reason
 from rgtg_fast.plaintext import printable
 
+# The exit code after an error that the user can mend.
+USER_ERROR = 2
+
 
 class OutputError(RGTGError):
-    """Raised where stdout takes no more: its disk is full, its reader has gone, or it was closed from the start."""
+    """Stdout cannot be written: the disk is full, the reader has gone, or it was closed from the start."""
 
 
 class _Stream:
-    """A standard stream for which a failing write is an error in one line (stdout), or none at all (stderr)."""
+    """A standard stream whose failing writes raise `OutputError` (stdout) or are ignored (stderr)."""
 
     def __init__(self, file: Any, fatal: bool):
-        # A progress bar puts a proxy in the stream's place.
+        # A rich progress bar replaces the stream by a proxy.
         self._file, self._fatal = getattr(file, "rich_proxied_file", file), fatal
 
     def __getattr__(self, name: str) -> Any:
@@ -56,7 +59,7 @@ class _Stream:
 
 
 class _Console(Console):
-    """A console that takes no text for markup, and shows what would steer the terminal."""
+    """A console that interprets no markup and shows control characters by their codes."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text) if self.is_terminal else text, **options)
@@ -69,28 +72,28 @@ class _Console(Console):
 
 
 def console(stderr: bool = False) -> Console:
-    """The console for stdout or stderr; strings that are printed on it are plain text, styles need a `Text`."""
+    """A console for stdout or stderr; strings are printed as plain text, styles need a `Text`."""
     stream: Any = _Stream(sys.stderr, False) if stderr else _Stream(sys.stdout, True)
     return _Console(file=stream, stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def complain(message: str) -> None:
-    """One line on stderr, never wrapped, so that it can be searched for."""
+    """Prints an error as one line on stderr, without wrapping it."""
     stream = _Stream(sys.stderr, False)
     stream.write(f"rgtg-fast: error: {printable(' '.join(message.split()))}\n")
     stream.flush()
 
 
 def note(message: str) -> None:
-    """One dim line on stderr."""
+    """Prints a dim line on stderr."""
     console(stderr=True).print(Text(printable(message), style="dim"), soft_wrap=True)
 
 
 def write(text: str) -> None:
-    """A text on stdout, at once.
+    """Prints a text on stdout and flushes it.
 
     Raises:
-        OutputError: stdout takes no more.
+        OutputError: stdout cannot be written.
     """
     stream = _Stream(sys.stdout, True)
     stream.write(printable(text) if stream.isatty() else text)
@@ -98,12 +101,12 @@ def write(text: str) -> None:
 
 
 def print_line(text: str) -> None:
-    """One line on stdout."""
+    """Prints a line on stdout."""
     write(text + "\n")
 
 
 def print_json(value: Any) -> None:
-    """A value as one line of JSON on stdout."""
+    """Prints a value as one line of JSON on stdout."""
     line = to_json(value)
     try:
         line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -113,10 +116,10 @@ def print_json(value: Any) -> None:
 
 
 def read_stdin() -> str:
-    """All of stdin.
+    """Reads all of stdin.
 
     Raises:
-        RGTGError: it is closed, cannot be read, or is no text.
+        RGTGError: it is closed, cannot be read, or is not text.
     """
     if sys.stdin is None:
         raise RGTGError("`-` reads stdin, which is closed: give the text itself, or pipe it in")
@@ -129,16 +132,16 @@ def read_stdin() -> str:
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """Stdout and stderr for the time of a command: no character ends it, and nothing fails after its end.
+    """Prepares stdout and stderr for a command, and flushes stdout at its end.
 
-    Where the encoding lacks a character its code is written. A stdout that is closed refuses what is written to it,
-    and its number is taken, so that no other file gets it.
+    A character that the encoding lacks is written by its code. A closed standard stream is replaced by the null device,
+    so that no other file gets its number.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is given: that one.
+            # The system gives the lowest free number, which is this one.
             os.open(os.devnull, os.O_RDONLY)
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
@@ -155,7 +158,7 @@ def streams() -> Iterator[None]:
 
 
 def _abandon_stdout() -> None:
-    """Sends what stdout still holds nowhere: Python would try to write it again at its end."""
+    """Redirects stdout to the null device: Python would try to flush it again when it exits."""
     with contextlib.suppress(OSError, ValueError):
         number = sys.stdout.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -165,7 +168,10 @@ def _abandon_stdout() -> None:
 
 @contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
-    """Shows on stderr what is going on and gives a function to change it; off a terminal they are lines."""
+    """Shows a status on stderr and yields a function that changes it.
+
+    Where stderr is no terminal, each change is printed as a line.
+    """
     shown_on = console(stderr=True)
     if not shown_on.is_terminal:
         yield note

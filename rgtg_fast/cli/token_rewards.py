@@ -1,21 +1,54 @@
 """`rgtg-fast token-rewards`: T-REG's reward of each token of an answer, in numbers and colours."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from rgtg_fast.cli.explain import added_texts, visible
+from rgtg_fast.cli.explain import added_texts, html_page, visible
+from rgtg_fast.cli.options import OUTPUT, argument, include, json_option, option
 from rgtg_fast.cli.session import Setup
-from rgtg_fast.cli.terminal import status
+from rgtg_fast.cli.terminal import console, note, print_json, read_stdin, status
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.study.page import escape
+from rgtg_fast.files import check_writable, write_text
 
 # Colours of the terminal at the ends of the scale: worse and better.
 _WORSE, _BETTER = (200, 60, 50), (40, 140, 80)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRewards:
+    """Show T-REG's reward of every token of an answer, from its contrastive prompts."""
+
+    prompt: str = argument("The question, or a dialogue in HH-RLHF's turns.")
+    answer: str = argument("The answer to judge; `-` reads it from stdin.")
+    templates: Path | None = option(
+        "YAML file with the contrastive prompts.", None, shown="the project's own"
+    )
+    html: Path | None = option("Write a self-contained HTML page here.", None, OUTPUT)
+    json: bool = json_option()
+    setup: Setup = include("lm dtype device")
+
+    def run(self) -> None:
+        """Computes the rewards and prints them."""
+        if self.html is not None:
+            check_writable(self.html, self.templates)
+        text = read_stdin() if self.answer == "-" else self.answer
+        tokens = compute(self.setup, self.prompt, text, self.templates)
+        model = self.setup.names()["lm"]
+        if self.html is not None:
+            templates = "the project's own" if self.templates is None else self.templates.name
+            write_text(self.html, page(self.prompt, tokens, {"model": model, "templates": templates}))
+        if self.json:
+            report = {"prompt": self.prompt, "answer": text, "lm": model, "mean_reward": _mean(tokens)}
+            print_json({**report, "tokens": [asdict(token) for token in tokens]})
+            return
+        console().print(coloured(tokens))
+        if self.html is not None:
+            note(f"written: {self.html}")
 
 
 @dataclass(frozen=True)
@@ -23,7 +56,9 @@ class TokenReward:
     """One token of an answer.
 
     Attributes:
-        token: its id. text: what it adds to the answer. reward: r̂ in [−½, ½].
+        token: its id.
+        text: what it adds to the answer.
+        reward: r̂ in [−½, ½].
     """
 
     token: int
@@ -35,7 +70,7 @@ def compute(setup: Setup, prompt: str, answer: str, templates: Path | None) -> l
     """T-REG's reward of every token of an answer and of the end of sequence after it.
 
     Args:
-        setup: names the language model.
+        setup: the language model.
         prompt: a question, or a dialogue in HH-RLHF's turns.
         templates: file of the contrastive prompts, by default the project's own.
 
@@ -63,24 +98,17 @@ def compute(setup: Setup, prompt: str, answer: str, templates: Path | None) -> l
     return [TokenReward(*row) for row in zip(ids, pieces, rewards.tolist(), strict=True)]
 
 
-def report(prompt: str, answer: str, model: str, tokens: list[TokenReward]) -> dict[str, Any]:
-    """What `--json` prints."""
-    return {
-        "prompt": prompt,
-        "answer": answer,
-        "lm": model,
-        "mean_reward": sum(token.reward for token in tokens) / len(tokens),
-        "tokens": [asdict(token) for token in tokens],
-    }
+def _mean(tokens: list[TokenReward]) -> float:
+    return sum(token.reward for token in tokens) / len(tokens)
 
 
 def _strength(tokens: list[TokenReward]) -> float:
-    """The reward that gets the full colour."""
+    """The largest absolute reward, which gets the full colour."""
     return max(max(abs(token.reward) for token in tokens), 1e-9)
 
 
 def coloured(tokens: list[TokenReward]) -> RenderableType:
-    """The answer with a colour behind every token, and the tokens with the largest and smallest rewards."""
+    """The answer with coloured tokens, and the tokens with the largest and smallest rewards."""
     top = _strength(tokens)
     text = Text()
     for token in tokens:
@@ -97,18 +125,17 @@ def coloured(tokens: list[TokenReward]) -> RenderableType:
 
 
 def _line(tokens: list[TokenReward]) -> str:
-    mean = sum(token.reward for token in tokens) / len(tokens)
+    mean = _mean(tokens)
     above = sum(token.reward > 0 for token in tokens)
     return f"mean reward {mean:+.4f}; {above} of {len(tokens)} tokens above 0; full colour at ±{_strength(tokens):.3f}"
 
 
-def page(prompt: str, tokens: list[TokenReward], facts: dict[str, str]) -> str:
+def page(prompt: str, tokens: list[TokenReward], facts: Mapping[str, str]) -> str:
     """A self-contained HTML page: the answer as a heat map of its token rewards.
 
     Args:
         facts: what to show under the title; name to value.
     """
-    style = files("rgtg_fast.app").joinpath("explain.css").read_text(encoding="utf-8")
     top = _strength(tokens)
     answer = "".join(
         f'<span style="background:color-mix(in srgb, var(--{"pick" if token.reward > 0 else "low"}) '
@@ -121,27 +148,8 @@ def page(prompt: str, tokens: list[TokenReward], facts: dict[str, str]) -> str:
         f'<td class="{"good" if token.reward > 0 else "bad"}">{token.reward:+.4f}</td></tr>'
         for token in sorted(tokens, key=lambda token: -abs(token.reward))
     )
-    about = " · ".join(f"{escape(name)} {escape(value)}" for name, value in facts.items())
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Token rewards: {escape(prompt[:60])}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<h1>What every token is worth</h1>
-<p class="sub">{about}</p>
-<h2>Prompt</h2>
-<div class="box">{escape(prompt)}</div>
-<h2>Answer</h2>
-<div class="box answer">{answer}</div>
-<p class="key">Green tokens are more probable when the model is asked to make the answer better than when it is asked to
-make it worse, red ones less. {escape(_line(tokens))}.</p>
+    rest = f"""<p class="key">Green tokens are more probable when the model is asked to make the answer better than when
+it is asked to make it worse, red ones less. {escape(_line(tokens))}.</p>
 <h2>Tokens, the strongest first</h2>
-<section><table><thead><tr><th>token</th><th>reward</th></tr></thead><tbody>{rows}</tbody></table></section>
-</body>
-</html>
-"""
+<section><table><thead><tr><th>token</th><th>reward</th></tr></thead><tbody>{rows}</tbody></table></section>"""
+    return html_page("Token rewards", "What every token is worth", prompt, answer, rest, facts)

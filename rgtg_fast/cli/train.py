@@ -1,24 +1,215 @@
-"""Runs `rgtg-fast train` and shows what came out."""
+"""`rgtg-fast train`: trains a reward model on preference pairs and prints its accuracy."""
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from rgtg_fast.bundled import embedded
-from rgtg_fast.cli.session import quiet
+from rgtg_fast.cli.options import (
+    DATA,
+    MODELS,
+    OBJECTIVE,
+    OUTPUT,
+    STEPS,
+    TRAINED,
+    include,
+    json_option,
+    option,
+)
+from rgtg_fast.cli.session import ANSWERS_ENDED_HELP, PAIRS_HELP, Progress, Setup, quiet
 from rgtg_fast.cli.terminal import console, note, print_json, print_line, status
 
-# What `--reward` puts before the folder of a guide; a folder alone is a `SequenceReward`.
+# What `--reward` puts before the folder of a reward model; a folder alone is a `SequenceReward`.
 _PREFIXES = {"rad": "rad:", "farma": "farma:", "genarm": "genarm:"}
 
 Scores = list[tuple[list[float], list[float]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Options for the fields that `TrainConfig` and `PolicyTrainConfig` have in common."""
+
+    held_out: float = option("Share of --data to evaluate on, by prompt.", 0.1, DATA)
+    limit: int | None = option("Pairs to take at most.", None, DATA, shown="all")
+    max_length: int = option("Tokens of a prompt and its longer answer.", 512, DATA)
+    min_answer_tokens: int = option("Drop pairs with a shorter answer.", 0, DATA)
+    answers_ended: str = option(ANSWERS_ENDED_HELP, "auto", DATA)
+    objective: str
+    fork_layer: int
+    lora_rank: int = option("Rank of the adapters.", 16, TRAINED)
+    lora_alpha: float = option("Adapters are scaled by alpha / rank.", 32.0, TRAINED)
+    lora_dropout: float = option("Dropout before the adapters.", 0.0, TRAINED)
+    full: bool = option("Train the weights, not adapters.", False, TRAINED)
+    epochs: float
+    learning_rate: float
+    weight_decay: float = option("Weight decay.", 0.0, STEPS)
+    accumulation: int
+    bf16: bool = option("Compute in bfloat16.", False, STEPS)
+    gradient_checkpointing: bool = option(
+        "Recompute activations in the backward pass: less memory, more time.", False, STEPS
+    )
+    seed: int = option("Seed of the order of the data, the initial adapters and dropout.", 0, STEPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(TrainingOptions):
+    """Options for the fields of `TrainConfig`."""
+
+    objective: str = option(
+        "partial_bt (PARGS), full_bt (ARGS, judges), cd_fudge, rad, farma or genarm.", "partial_bt", OBJECTIVE
+    )
+    mode: str = option(
+        "Past the end of the shorter answer: hold its last reward, pad it with eos, or truncate.",
+        "hold",
+        OBJECTIVE,
+    )
+    weight: str = option("prefix: every prefix counts the same; pair: every pair does.", "prefix", OBJECTIVE)
+    beta_r: float = option("genarm: scale of the log-probabilities.", 0.05, OBJECTIVE)
+    stop_gradient: bool = option(
+        "farma: the best next reward is a target without a gradient.", False, OBJECTIVE
+    )
+    judge: str | None = option(
+        "cd_fudge, rad: reward model (path, hub id, bundled:NAME) whose rewards are learned.",
+        None,
+        OBJECTIVE,
+        shown="the data's chosen_reward and rejected_reward, or 1 and 0",
+    )
+    fork_layer: int = option(
+        "Train from this layer on; the layers below run once over the data and are cached.", 0, TRAINED
+    )
+    epochs: float = option("Passes over the pairs.", 1.0, STEPS)
+    learning_rate: float = option("Learning rate.", 2e-4, STEPS, flags=("--lr",))
+    head_learning_rate: float | None = option(
+        "Learning rate of the trained head.",
+        None,
+        STEPS,
+        flags=("--head-lr",),
+        shown="--lr",
+        before="weight_decay",
+    )
+    head_fit: float | None = option(
+        "Fit the score head on the frozen model first, with a penalty of this strength, for example 0.3.",
+        None,
+        STEPS,
+        shown="begin with zeros",
+        before="weight_decay",
+    )
+    token_budget: int = option(
+        "Tokens of a packed row.", 2048, STEPS, flags=("--batch-tokens",), before="accumulation"
+    )
+    accumulation: int = option("Rows of an optimizer step.", 4, STEPS, flags=("--accumulate",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCommand:
+    """The options and arguments that both training commands have in common."""
+
+    data: str = option(f"{PAIRS_HELP}.", panel=DATA)
+    output: Path
+    model: str | None
+    eval_data: str | None = option("Pairs to evaluate on.", None, DATA, shown="--held-out of --data")
+    config: TrainingOptions
+    setup: Setup = include("device")
+    resume: bool = option("Go on from the last checkpoint in --output.", False, OUTPUT)
+    save_steps: int = option("Steps between checkpoints.", 50, OUTPUT, min=1)
+    logging_steps: int = option("Steps between lines of the log.", 10, OUTPUT, flags=("--log-steps",), min=1)
+    report_to: list[str] | None = option(
+        "Where transformers' Trainer reports: tensorboard, wandb, … (repeatable).", None, OUTPUT
+    )
+    merged: Path | None = option(
+        "Also write a whole model with the adapters merged to this folder.",
+        None,
+        OUTPUT,
+        flags=("--merge",),
+    )
+    json: bool = json_option()
+
+    def source(self, progress: Progress) -> str:
+        """The model to begin with; the embedded one by default."""
+        return self.model if self.model is not None else str(embedded.default_model(progress))
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that `train_reward_model` and `train_policy` have in common."""
+        names = ("eval_data", "resume", "merged", "save_steps", "logging_steps")
+        more = {"report_to": self.report_to or "none", "device": self.setup.device, "progress": note}
+        return {name: getattr(self, name) for name in names} | more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainingCommand):
+    """Train a reward model on preference pairs."""
+
+    output: Path = option("New folder for the reward model.", panel=OUTPUT)
+    model: str | None = option(
+        "Language model to make the reward model from: path or hub id.",
+        None,
+        MODELS,
+        shown="the embedded SmolLM2-135M-Instruct",
+    )
+    config: RewardOptions = include()
+    trunk_cache: Path | None = option(
+        "Folder for the activations below --fork-layer.", None, TRAINED, shown="in the user's cache folder"
+    )
+    no_trunk_cache: bool = option(
+        "Run the layers below --fork-layer in every step, to save disk space.", False, TRAINED
+    )
+    eval_steps: int | None = option(
+        "Steps between evaluations.", None, OUTPUT, shown="at the end", min=1, before="logging_steps"
+    )
+    figure: Path | None = option(
+        "Draw the held-out accuracy by prefix length (.png, .svg, .pdf).", None, OUTPUT, before="merged"
+    )
+
+    def run(self) -> None:
+        """Trains the model and prints the result."""
+        quiet()
+        # transformers calls functions that it has deprecated itself.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+        with status("Loading") as progress:
+            from rgtg_fast.evaluation.accuracy import check_figure
+            from rgtg_fast.evaluation.accuracy import figure as draw
+            from rgtg_fast.training.config import TrainConfig, train_reward_model
+
+            config = TrainConfig(**vars(self.config))
+            if self.figure is not None:
+                check_figure(self.figure)
+            source = self.source(progress)
+        accuracy = PrefixAccuracy()
+        result = train_reward_model(
+            source,
+            self.data,
+            self.output,
+            config,
+            trunk_cache=self.trunk_cache or embedded.cache_folder() / "trunk",
+            cache_trunk=not self.no_trunk_cache,
+            eval_steps=self.eval_steps,
+            metrics=accuracy,
+            **self.arguments(),
+        )
+        points = accuracy.points
+        if self.figure is not None and points:
+            draw({config.objective: points}, self.figure, title=f"{self.output.name}, held-out pairs")
+        if self.json:
+            told = {**asdict(result), "output": str(self.output), "recipe": asdict(config)}
+            print_json({**told, "accuracy": [point.as_dict() for point in points]})
+            return
+        if points:
+            console().print(_table(points))
+            print_line(_read_at(result.data["eval"]))
+        print_line(f"saved: {self.output}")
+        reward = f"{_PREFIXES.get(config.objective, '')}{self.output}"
+        print_line(f"try it: rgtg-fast generate --reward {reward} 'How do I get better at chess?'")
+
+
 class PrefixAccuracy:
-    """Accuracy by the share of the answers that is read, as numbers for the log; keeps the last evaluation."""
+    """Accuracy by the share of each answer that is read, as metrics for the log.
+
+    Attributes:
+        points: of the last evaluation.
+    """
 
     def __init__(self) -> None:
         self.points: list[Any] = []
@@ -30,68 +221,12 @@ class PrefixAccuracy:
         return {f"accuracy_{point.fraction:g}": point.accuracy for point in self.points}
 
 
-def run(
-    model: str | None,
-    data: str,
-    output: Path,
-    recipe: dict[str, Any],
-    options: dict[str, Any],
-    trunk_cache: Path | None = None,
-    figure: Path | None = None,
-    json: bool = False,
-) -> None:
-    """Trains a reward model and tells what came out.
+def _read_at(counts: dict[str, Any]) -> str:
+    """At which token the held-out answers were read.
 
     Args:
-        recipe: fields of `Recipe`.
-        options: further arguments of `train_reward_model`.
-        trunk_cache: folder for the activations below the fork, by default one beside the converted models.
-        figure: file for accuracy by prefix length on the evaluation pairs.
-
-    Raises:
-        RGTGError: everything that a user can get wrong.
+        counts: of the evaluation data, as the result of a training has them.
     """
-    quiet()
-    # transformers' own calls of what it has deprecated.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
-    with status("Loading") as progress:
-        from rgtg_fast.training.config import TrainConfig, train_reward_model
-
-        chosen = TrainConfig(**recipe)
-        if figure is not None:
-            from rgtg_fast.evaluation.accuracy import check_figure
-
-            check_figure(figure)
-        source = model if model is not None else str(embedded.default_model(progress))
-    accuracy = PrefixAccuracy()
-    result = train_reward_model(
-        source,
-        data,
-        output,
-        chosen,
-        trunk_cache=trunk_cache or embedded.cache_folder() / "trunk",
-        metrics=accuracy,
-        progress=note,
-        **options,
-    )
-    if figure is not None and accuracy.points:
-        from rgtg_fast.evaluation.accuracy import figure as draw
-
-        draw({chosen.objective: accuracy.points}, figure, title=f"{output.name}, held-out pairs")
-    if json:
-        points = [point.as_dict() for point in accuracy.points]
-        print_json({**asdict(result), "output": str(output), "recipe": asdict(chosen), "accuracy": points})
-        return
-    if accuracy.points:
-        console().print(_table(accuracy.points))
-        print_line(_read_at(result.data["eval"]))
-    print_line(f"saved: {output}")
-    guide = f"{_PREFIXES.get(chosen.objective, '')}{output}"
-    print_line(f"try it: rgtg-fast generate --reward {guide} 'How do I get better at chess?'")
-
-
-def _read_at(counts: dict[str, Any]) -> str:
-    """At which token the held-out answers were read, of their counts."""
     from rgtg_fast.training.report import ends_text
 
     return ends_text(2 * counts["kept"] - counts["cut"], counts["cut"], counts["unstated"])

@@ -48,7 +48,8 @@ def command(*args: object) -> list[str]:
 # Sends the process a signal from within, when it asks for an answer after so many.
 ENDED = """
 import os, signal, sys
-from rgtg_fast import RewardGuidedDecoder, cli
+from rgtg_fast import RewardGuidedDecoder
+from rgtg_fast.cli import main as cli
 
 method, after, number, *arguments = sys.argv[1:]
 decode, count = getattr(RewardGuidedDecoder, method), 0

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import rgtg_fast
-from rgtg_fast.cli import methods
+from rgtg_fast import methods
 from rgtg_fast.engine.strategies import named_strategy
 from rgtg_fast.rewards.parse import CONTRASTIVE, PREFIXES
 from tests.cli.conftest import config, save
@@ -57,7 +57,7 @@ def test_every_method_has_its_page(method: methods.Method) -> None:
 
 def test_the_index_has_the_tables() -> None:
     index = (PAGES / "README.md").read_text(encoding="utf-8")
-    assert methods.markdown() in index
+    assert methods.methods_markdown() in index
     assert methods.strategies_markdown() in index
 
 

@@ -14,8 +14,8 @@ from benchmarks import figures, method_costs, method_tables
 from benchmarks.harness import read
 from benchmarks.method_costs import OTHERS, OWN, SHARED, Case, Parts, cases, measure, measure_strategy
 from rgtg_fast import RGTGError
-from rgtg_fast.cli.methods import METHODS, STRATEGIES
 from rgtg_fast.engine.strategies.sampler import Sampler
+from rgtg_fast.methods import METHODS, STRATEGIES
 from rgtg_fast.models.loading import load_causal_lm
 from tests.conftest import make_lm, make_tokenizer
 from tests.covering import daily, each

@@ -28,7 +28,7 @@ from rgtg_fast import (
     VocabularyReward,
     named_guide,
 )
-from rgtg_fast.cli.methods import METHODS, Method
+from rgtg_fast.methods import METHODS, Method
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.covering import daily, each
 from tests.rewards import naive
