@@ -55,7 +55,8 @@ def run(
     # transformers' own calls of what it has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     with status("Loading") as progress:
-        from rgtg_fast.training.config import TrainConfig, train_reward_model
+        from rgtg_fast.training.config import TrainConfig
+        from rgtg_fast.training.launch import train_reward_model
 
         chosen = TrainConfig(**recipe)
         if figure is not None:
@@ -80,7 +81,8 @@ def run(
         draw({chosen.objective: accuracy.points}, figure, title=f"{output.name}, held-out pairs")
     if json:
         points = [point.as_dict() for point in accuracy.points]
-        print_json({**asdict(result), "output": str(output), "recipe": asdict(chosen), "accuracy": points})
+        told = {**asdict(result), "filled": result.packing_efficiency, "output": str(output)}
+        print_json({**told, "recipe": chosen.saved(), "accuracy": points})
         return
     if accuracy.points:
         console().print(_table(accuracy.points))
@@ -92,7 +94,7 @@ def run(
 
 def _read_at(counts: dict[str, Any]) -> str:
     """At which token the held-out answers were read, of their counts."""
-    from rgtg_fast.training.report import ends_text
+    from rgtg_fast.training.data import ends_text
 
     return ends_text(2 * counts["kept"] - counts["cut"], counts["cut"], counts["unstated"])
 

@@ -35,7 +35,8 @@ def run(
     # What transformers, TRL and PEFT have deprecated of each other.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
     with status("Loading") as progress:
-        from rgtg_fast.training.policy.launch import PolicyTrainConfig, train_policy
+        from rgtg_fast.training.policy.config import PolicyTrainConfig
+        from rgtg_fast.training.policy.launch import train_policy
         from rgtg_fast.training.t_reg import Templates
 
         chosen = PolicyTrainConfig(**recipe)
@@ -52,7 +53,7 @@ def run(
         **options,
     )
     if json:
-        print_json({**asdict(result), "output": str(output), "recipe": asdict(chosen)})
+        print_json({**asdict(result), "output": str(output), "recipe": chosen.saved()})
         return
     if "accuracy" in result.metrics:
         print_line(

@@ -18,7 +18,7 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
-from rgtg_fast.training.data import TokenizedPair
+from rgtg_fast.training.data import TokenizedPair, hash_pairs
 from rgtg_fast.training.model import decoder_layers
 from rgtg_fast.training.packing import (
     PackedBatch,
@@ -256,11 +256,3 @@ class ActivationCache:
 
 class _ForkReachedError(Exception):
     """A forward has gone as far as it has to."""
-
-
-def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:
-    """sha256 over the pairs' token ids, in order."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
-    return digest.hexdigest()

@@ -17,10 +17,9 @@ import torch
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
 from rgtg_fast.models.loading import context_length
-from rgtg_fast.training.activation_cache import hash_pairs
-from rgtg_fast.training.data import TokenizedPair
+from rgtg_fast.training.data import TokenizedPair, hash_pairs
+from rgtg_fast.training.folder import Progress, no_progress
 from rgtg_fast.training.packing import answer_positions, collate, cost, pack, packed_hidden, pretrained
-from rgtg_fast.training.run import Progress, no_progress
 from rgtg_fast.training.vocabulary import token_logprobs, vocabulary_head
 
 # Seconds between lines about the progress.

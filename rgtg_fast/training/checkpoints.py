@@ -15,8 +15,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import publish, reason
+from rgtg_fast.training.folder import last_checkpoint
 from rgtg_fast.training.model import trained_parameters
-from rgtg_fast.training.run import last_checkpoint
 
 # Never taken for a checkpoint: those are called checkpoint-N.
 _PARTIAL = ".partial"

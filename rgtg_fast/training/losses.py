@@ -9,11 +9,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from rgtg_fast.deprecation import current_value
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.ops.partial_bt_loss import MODES, WEIGHTS, partial_bt_loss, partial_bt_terms
+from rgtg_fast.ops.partial_bt_loss import WEIGHTS, partial_bt_loss, partial_bt_terms
+from rgtg_fast.training.config import RENAMED_MODES
 from rgtg_fast.training.data import TokenizedPair
 
 OBJECTIVES = ("partial_bt", "full_bt", "cd_fudge", "rad", "farma", "genarm")
+MODES = ("eos", "repeat_last", "truncate")
+# What the op calls these modes.
+_OP_MODES = {"eos": "eos", "repeat_last": "hold", "truncate": "truncate"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Objective:
 
     Attributes:
         name: one of `OBJECTIVES`.
-        mode: what partial_bt does past the end of the shorter answer: `eos`, `hold` or `truncate`.
+        mode: what partial_bt does past the end of the shorter answer: `eos`, `repeat_last` or `truncate`.
         weight: `prefix` (every term counts the same; partial_bt, cd_fudge, farma's constraint) or `pair` (every pair
             does).
         beta_r: β_r of genarm.
@@ -40,12 +45,13 @@ class Objective:
     """
 
     name: str = "partial_bt"
-    mode: str = "hold"
+    mode: str = "repeat_last"
     weight: str = "prefix"
     beta_r: float = 0.05
     stop_gradient: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", current_value(self.mode, RENAMED_MODES))
         for what, value, known in (
             ("objective", self.name, OBJECTIVES),
             ("mode", self.mode, MODES),
@@ -85,7 +91,7 @@ class Objective:
         """Refuses what an objective would have to learn from end tokens that answers which were cut do not have.
 
         Args:
-            head_fit: the head is fitted first (see `probe`).
+            head_fit: the head is fitted first (see `head_fit`).
 
         Raises:
             RGTGError: naming the first such pair.
@@ -102,8 +108,21 @@ class Objective:
             if self.eos_padding and lengths[0] != lengths[1] and not pair.ended[lengths.index(min(lengths))]:
                 raise RGTGError(
                     f"mode='eos' puts end tokens behind the shorter answer, and that of row {pair.index} was cut: use "
-                    "mode='hold' or mode='truncate'"
+                    "mode='repeat_last' or mode='truncate'"
                 )
+
+    def check_head_fit(self, strength: float) -> None:
+        """Refuses a fit of the head that cannot be done (see `head_fit`).
+
+        Raises:
+            RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
+        """
+        if not 0 < strength < math.inf:
+            raise RGTGError(f"head_fit={strength} is not above 0: use for example 0.3, or leave it out")
+        if self.regression or self.additive:
+            raise RGTGError(
+                f"head_fit fits a head by a Bradley-Terry loss and the objective is {self.name}: leave it out"
+            )
 
     def terms(self, offsets: torch.Tensor, constraint: bool = False) -> float:
         """What the loss of a batch is divided by: its terms, pairs or answers.
@@ -116,7 +135,7 @@ class Objective:
         if constraint:
             return float(offsets[-1] - 2 * pairs) if self.weight == "prefix" else float(2 * pairs)
         if self.name == "partial_bt":
-            return partial_bt_terms(offsets, self.mode, self.weight)
+            return partial_bt_terms(offsets, _OP_MODES[self.mode], self.weight)
         if self.name in ("full_bt", "farma", "genarm"):
             return float(pairs)
         if self.name == "cd_fudge" and self.weight == "prefix":
@@ -149,7 +168,7 @@ class Objective:
         if normalizer is None:
             normalizer = torch.tensor(self.terms(offsets, best is not None), device=rewards.device)
         if self.name == "partial_bt":
-            return partial_bt_loss(rewards, offsets, self.mode, self.weight, normalizer)
+            return partial_bt_loss(rewards, offsets, _OP_MODES[self.mode], self.weight, normalizer)
         if rewards.dtype != torch.float64:
             rewards = rewards.float()
         lengths = offsets.diff()

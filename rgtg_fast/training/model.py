@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeAlias
@@ -26,6 +25,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import publish, reason
 from rgtg_fast.models.checkpoint import names, safetensors_header
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
+from rgtg_fast.training.config import Lora
 from rgtg_fast.training.packing import (
     PackedBatch,
     answer_positions,
@@ -38,34 +38,7 @@ from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal, vocabula
 HEAD = "score"
 # What reads the rewards [M] of a packed batch's answer tokens off the states after the final norm [R, S, E].
 Reader: TypeAlias = "Callable[[PreTrainedModel, torch.Tensor, PackedBatch], torch.Tensor]"
-# Adapters of a higher rank than a layer is wide gain nothing.
-MAX_RANK = 65536
 EXTRA = 'pip install "rgtg-fast[train]"'
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Settings of low-rank adapters.
-
-    Attributes:
-        rank: of each update B·A.
-        alpha: updates are scaled by alpha / rank.
-        dropout: share of an adapter's inputs set to 0 while training.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise RGTGError(f"LoRA rank {self.rank} is below 1: use for example 16, or train the full model")
-        if self.rank > MAX_RANK:
-            raise RGTGError(
-                f"LoRA rank {self.rank} is above {MAX_RANK}, any layer's width: use for example 16"
-            )
-        if not 0 <= self.dropout < 1:
-            raise RGTGError(f"LoRA dropout {self.dropout} is not in [0, 1): use for example 0.05")
 
 
 def load_base(
@@ -78,7 +51,7 @@ def load_base(
     Args:
         source: folder or hub id of a causal language model or of a reward model, or a loaded classifier with its
             tokenizer.
-        say: receives one line where the head is new.
+        progress: receives one line where the head is new.
 
     Raises:
         RGTGError: nothing there, or no classifier with a `score` head over the trunk.

@@ -17,7 +17,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.training.answer_scores import AnswerFile, answer_logprobs, check_context
 from rgtg_fast.training.data import Messages, PreferencePair, TokenizedPair
-from rgtg_fast.training.run import Progress, no_progress
+from rgtg_fast.training.folder import Progress, no_progress
 
 TEMPLATES = Path(__file__).with_name("t_reg_templates.yaml")
 FIELDS = ("question", "answer")

@@ -1,4 +1,4 @@
-"""PartialRewardTrainer: transformers' Trainer on packed rows, and `train_reward_model`, which sets everything up."""
+"""PartialRewardTrainer: transformers' Trainer on packed rows of preference pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -26,6 +26,8 @@ from rgtg_fast.training.checkpoints import CompleteCheckpoints
 from rgtg_fast.training.data import (
     TokenizedPair,
 )
+from rgtg_fast.training.folder import Progress, no_progress
+from rgtg_fast.training.head_fit import PAIRS, differences, fit
 from rgtg_fast.training.labels import Targets
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
@@ -40,9 +42,7 @@ from rgtg_fast.training.model import (
     trained_parameters,
     use_packed_forward,
 )
-from rgtg_fast.training.packing import answer_positions, collate, cost, pack, pretrained
-from rgtg_fast.training.probe import PAIRS, check_strength, differences, fit
-from rgtg_fast.training.run import Progress
+from rgtg_fast.training.packing import RowBatches, Rows, answer_positions, collate, cost, pack, pretrained
 from rgtg_fast.training.vocabulary import (
     VOCABULARY_HEAD,
     states_before,
@@ -57,47 +57,6 @@ Metrics = Callable[[Scores], dict[str, Any]]
 
 # How rewards are read off the states, where not by a score head.
 _READERS: dict[str, Reader] = {"farma": token_scores, "genarm": token_logprobs}
-
-
-class _Rows(Dataset[tuple[list[int], bool]]):
-    """Packed rows; a key is a row's number and whether it counts."""
-
-    def __init__(self, rows: list[list[int]]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[list[int], bool]:
-        return self.rows[key[0]], key[1]
-
-
-class _RowBatches(Sampler[list[tuple[int, bool]]]):
-    """One process's share of shuffled rows, such that all processes together see what one would.
-
-    Rows that fill up the last batch do not count.
-
-    Args:
-        rows: how many there are. size: rows of a batch on one process.
-        epoch: tells the epoch whose order is wanted.
-    """
-
-    def __init__(
-        self, rows: int, size: int, seed: int, epoch: Callable[[], int], process: int, processes: int
-    ):
-        self.rows, self.size, self.seed, self.epoch = rows, size, seed, epoch
-        self.process, self.processes = process, processes
-
-    def __len__(self) -> int:
-        return math.ceil(self.rows / (self.size * self.processes))
-
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch())
-        order = [(row, True) for row in torch.randperm(self.rows, generator=generator).tolist()]
-        step = self.size * self.processes
-        order += [(order[0][0], False)] * (len(self) * step - self.rows)
-        for start in range(self.process * self.size, len(order), step):
-            yield order[start : start + self.size]
 
 
 class PartialRewardTrainer(CompleteCheckpoints):
@@ -151,7 +110,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         eval_targets: Targets | None = None,
         metrics: Metrics | None = None,
         pad_id: int = 0,
-        progress: Progress = lambda message: None,
+        progress: Progress = no_progress,
         **kwargs: Any,
     ):
         if not train_pairs:
@@ -175,8 +134,8 @@ class PartialRewardTrainer(CompleteCheckpoints):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Rows(self.rows),
-            eval_dataset=_Rows(self.eval_rows) if self.eval_rows else None,
+            train_dataset=Rows(self.rows),
+            eval_dataset=Rows(self.eval_rows) if self.eval_rows else None,
             data_collator=self._collate,
             processing_class=processing_class,
             **kwargs,
@@ -186,25 +145,31 @@ class PartialRewardTrainer(CompleteCheckpoints):
         self._trunks: dict[int, ActivationCache] = {}
         self.lower: LowerLayers | None = None
         if fork_layer > 0 and trunk_cache is not None:
-            for pairs in filter(None, (self.train_pairs, self.eval_pairs)):
-                cache = ActivationCache(
-                    trunk_cache,
-                    model,
-                    pairs,
-                    fork_layer,
-                    token_budget,
-                    objective.eos_padding,
-                    autocast=args.bf16 and pretrained(model).dtype == torch.float32,
-                )
-                with args.main_process_first(desc="the trunk's activations"):
-                    cache.fill(model, progress)
-                self._trunks[id(pairs)] = cache
-            self.lower = LowerLayers(model, fork_layer)
-            self.lower.detach()
+            self._read_trunk_from(trunk_cache, model, token_budget, progress)
+
+    def _read_trunk_from(
+        self, folder: str | os.PathLike[str], model: nn.Module, budget: int, progress: Progress
+    ) -> None:
+        """Computes what the layers below the fork give, unless it is in the folder, and detaches these layers."""
+        for pairs in filter(None, (self.train_pairs, self.eval_pairs)):
+            cache = ActivationCache(
+                folder,
+                model,
+                pairs,
+                self.fork_layer,
+                budget,
+                self.objective.eos_padding,
+                autocast=self.args.bf16 and pretrained(model).dtype == torch.float32,
+            )
+            with self.args.main_process_first(desc="the trunk's activations"):
+                cache.fill(model, progress)
+            self._trunks[id(pairs)] = cache
+        self.lower = LowerLayers(model, self.fork_layer)
+        self.lower.detach()
 
     @property
-    def filled(self) -> float:
-        """Share of the rows' tokens that are no padding, each row as long as it is."""
+    def packing_efficiency(self) -> float:
+        """Share of the rows' tokens that are not padding, all rows as long as the longest."""
         longest = max(
             sum(cost(self.train_pairs[i], self.objective.eos_padding) for i in r) for r in self.rows
         )
@@ -216,16 +181,16 @@ class PartialRewardTrainer(CompleteCheckpoints):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of rows; the order depends on the seed and the epoch alone."""
         return DataLoader(
-            _Rows(self.rows),
+            Rows(self.rows),
             batch_sampler=self._batches(),
             collate_fn=self._collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
-    def _batches(self) -> _RowBatches:
+    def _batches(self) -> RowBatches:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _RowBatches(
+        return RowBatches(
             len(self.rows),
             self._train_batch_size,
             seed,
@@ -387,7 +352,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         Raises:
             RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
         """
-        check_strength(strength, self.objective)
+        self.objective.check_head_fit(strength)
         self.objective.check_ends(self.train_pairs, head_fit=True)
         model = self.model
         assert model is not None
@@ -426,7 +391,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         """
         chosen = self.eval_pairs if pairs is None or pairs is self.eval_pairs else self.train_pairs
         rows = self.eval_rows if chosen is self.eval_pairs else self.rows
-        share = _RowBatches(
+        share = RowBatches(
             len(rows), 1, 0, lambda: 0, self.accelerator.process_index, self.accelerator.num_processes
         )
         model = self.model_wrapped if self.is_in_train else self.model
@@ -471,8 +436,9 @@ class PartialRewardTrainer(CompleteCheckpoints):
         flat = torch.tensor([r for pair in scores for answer in pair for r in answer])
         lengths = torch.tensor([len(answer) for pair in scores for answer in pair])
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        # The rewards of padding are not among the scores, so `eos` is told as `hold`.
-        objective = replace(self.objective, mode="hold") if self.objective.eos_padding else self.objective
+        # The scores do not include the rewards of padding, which is what `eos` would compare.
+        repeat = self.objective.eos_padding
+        objective = replace(self.objective, mode="repeat_last") if repeat else self.objective
         if objective.additive:
             # The scores are sums already.
             objective, flat = Objective("full_bt"), objective.beta_r * flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from rgtg_fast.training.chats import UnusableError
+from rgtg_fast.training.data.chats import UnusableError
 
 
 @dataclass

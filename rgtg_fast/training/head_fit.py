@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from rgtg_fast.errors import RGTGError
 from rgtg_fast.training.losses import Objective
 
 # Prefixes of a pair that the fit looks at, evenly spread: neighbours say nearly the same.
@@ -18,22 +17,6 @@ POINTS = 12
 # Pairs that the fit looks at, at most: a head of a few thousand numbers needs no more.
 PAIRS = 8192
 _STEPS = 200
-
-
-def check_strength(strength: float | None, objective: Objective) -> None:
-    """Refuses what a fit of the head cannot do.
-
-    Raises:
-        RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
-    """
-    if strength is None:
-        return
-    if not 0 < strength < float("inf"):
-        raise RGTGError(f"head_fit={strength} is not above 0: use for example 0.3, or leave it out")
-    if objective.regression or objective.additive:
-        raise RGTGError(
-            f"head_fit fits a head by a Bradley-Terry loss and the objective is {objective.name}: leave it out"
-        )
 
 
 def compared_prefixes(chosen: int, rejected: int, objective: Objective) -> tuple[list[int], list[int]]:

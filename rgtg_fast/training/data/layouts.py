@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rgtg_fast.training.chats import (
+from rgtg_fast.training.data.chats import (
     ASSISTANT,
     HUMAN,
     LOOKS_LIKE_CHAT,

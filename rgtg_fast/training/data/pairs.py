@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.prompts import Prompt
-from rgtg_fast.training.chats import Messages, UnusableError, hh_messages, is_plain_text
-from rgtg_fast.training.layouts import (
+from rgtg_fast.training.config import check_answers_ended
+from rgtg_fast.training.data.chats import Messages, UnusableError, hh_messages, is_plain_text
+from rgtg_fast.training.data.layouts import (
     READERS,
     Reading,
     Row,
@@ -25,13 +26,11 @@ from rgtg_fast.training.layouts import (
     unread_columns,
     without_end,
 )
-from rgtg_fast.training.report import DataReport
-from rgtg_fast.training.sources import read_rows
+from rgtg_fast.training.data.report import DataReport
+from rgtg_fast.training.data.rows import read_rows
 
 Layout: TypeAlias = Literal["auto", "plain", "dialogue", "tldr"]
 LAYOUTS = ("auto", "plain", "dialogue", "tldr")
-# Whether answers ended: "auto" by what the data say of each, and by default they did; or one word for all.
-ANSWERS_ENDED = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -176,16 +175,6 @@ def load_pairs(
     report.kept = len(pairs)
     check_some_left(report, name)
     return pairs, report
-
-
-def check_answers_ended(value: str) -> None:
-    """Refuses what is no way to tell whether answers ended.
-
-    Raises:
-        RGTGError: not one of `ANSWERS_ENDED`.
-    """
-    if value not in ANSWERS_ENDED:
-        raise RGTGError(f"answers_ended={value!r} is unknown: use one of {', '.join(ANSWERS_ENDED)}")
 
 
 def _layout_of(row: Mapping[Any, Any], name: str) -> Layout:
@@ -351,6 +340,14 @@ def tokenize_pairs(
     report.kept = len(kept)
     check_some_left(report, f"the pairs (max_length={max_length}, min_answer_tokens={min_answer_tokens})")
     return kept, report
+
+
+def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:
+    """sha256 over the pairs' token ids, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
+    return digest.hexdigest()
 
 
 def without_eos(ids: list[int], eos: int) -> list[int]:

@@ -1,0 +1,121 @@
+"""Settings of training a policy. This module stays light, so that the command line can read them without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rgtg_fast.deprecation import renamed
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.training.config import DATA, OBJECTIVE, STEPS, CommonConfig, option
+
+# Pairs of a forward; transformers counts through all of a batch, whether they are there or not.
+MAX_BATCH = 2**20
+_RENAMED = CommonConfig.RENAMED | {
+    "batch_size": "per_device_train_batch_size",
+    "samples": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "iterations": "num_iterations",
+}
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """What distinguishes an objective.
+
+    Attributes:
+        beta: default of β.
+        form: "dpo" or "simpo", None for policy gradients.
+        token_rewards: whether it has T-REG's token rewards.
+    """
+
+    beta: float
+    form: str | None
+    token_rewards: bool = False
+
+
+POLICY_OBJECTIVES = {
+    "dpo": PolicyObjective(0.1, "dpo"),
+    "simpo": PolicyObjective(2.0, "simpo"),
+    "treg": PolicyObjective(0.1, "dpo", token_rewards=True),
+    "treg_simpo": PolicyObjective(2.0, "simpo", token_rewards=True),
+    "rloo": PolicyObjective(0.05, None),
+}
+
+
+@renamed(**_RENAMED)
+@dataclass(frozen=True, kw_only=True)
+class PolicyTrainConfig(CommonConfig):
+    """Settings that decide what a policy learns: those of `CommonConfig`, and these.
+
+    Attributes:
+        objective: one of `POLICY_OBJECTIVES`.
+        beta: β of the preference loss, for rloo the weight of the KL divergence to the reference; None for 0.1 (dpo,
+            treg), 2 (simpo, treg_simpo) or 0.05 (rloo).
+        margin: γ of simpo and treg_simpo.
+        alpha: α, the weight of T-REG's regulariser.
+        per_device_train_batch_size: pairs (rloo: answers) of a forward.
+        gradient_accumulation_steps: forwards of an optimizer step on one process.
+        answers_ended: as in `CommonConfig`; answers that were cut have no end token to learn. Not for rloo.
+        num_generations: answers to each prompt that rloo compares.
+        max_completion_length: most tokens of these answers.
+        temperature: of these answers.
+        num_iterations: optimizer steps on the same answers, with PPO's clipped ratio (rloo).
+    """
+
+    objective: str = option(
+        "dpo", OBJECTIVE, "--objective", "dpo, simpo, treg, treg_simpo or rloo.", kw_only=False
+    )
+    beta: float | None = option(
+        None, OBJECTIVE, "--beta", "Weight of the preference loss; for rloo of the KL divergence."
+    )
+    margin: float = option(1.0, OBJECTIVE, "--margin", "SimPO's margin.")
+    alpha: float = option(0.25, OBJECTIVE, "--alpha", "Weight of T-REG's regulariser.")
+    num_generations: int = option(4, OBJECTIVE, "--samples", "Answers to a prompt (rloo).")
+    max_completion_length: int = option(64, OBJECTIVE, "--max-new-tokens", "Tokens of an answer (rloo).")
+    temperature: float = option(1.0, OBJECTIVE, "--temperature", "Of the answers (rloo).")
+    num_iterations: int = option(
+        1, OBJECTIVE, "--iterations", "Steps on the same answers, with PPO's clipped ratio (rloo)."
+    )
+    per_device_train_batch_size: int = option(4, STEPS, "--batch", "Pairs (rloo: answers) of a forward.")
+    limit: int | None = option(None, DATA, "--limit", "Pairs or prompts to take at most.")
+
+    RENAMED: ClassVar[dict[str, str]] = _RENAMED
+
+    def __post_init__(self) -> None:
+        if self.objective == "ppo":
+            raise RGTGError(
+                "objective='ppo': TRL has no PPO trainer since version 1.13; use 'rloo', PPO's clipped ratio with the "
+                "other answers' mean reward in the place of a value model"
+            )
+        if self.objective not in POLICY_OBJECTIVES:
+            raise RGTGError(
+                f"objective={self.objective!r} is unknown: use one of {', '.join(POLICY_OBJECTIVES)}"
+            )
+        counts = ("per_device_train_batch_size", "max_completion_length", "num_iterations", "num_generations")
+        self._check(dict.fromkeys(counts, 1), ("temperature",), ("beta", "alpha", "margin"))
+        batch, samples = self.per_device_train_batch_size, self.num_generations
+        if batch > MAX_BATCH:
+            raise RGTGError(
+                f"per_device_train_batch_size={batch} is above {MAX_BATCH}: use gradient_accumulation_steps for more"
+            )
+        if self.beta == 0 and self.objective != "rloo":
+            raise RGTGError(f"beta=0 leaves {self.objective} no preference to learn: use for example 0.1")
+        if self.objective == "rloo" and samples < 2:
+            raise RGTGError(f"num_generations={samples} leaves rloo nothing to compare with: use at least 2")
+        if self.objective == "rloo" and batch * self.gradient_accumulation_steps % samples:
+            raise RGTGError(
+                f"per_device_train_batch_size={batch} times "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} is no multiple of "
+                f"num_generations={samples}: the answers to a prompt belong into one step"
+            )
+
+    @property
+    def kind(self) -> PolicyObjective:
+        """What distinguishes the objective."""
+        return POLICY_OBJECTIVES[self.objective]
+
+    @property
+    def loss_beta(self) -> float:
+        """β, the objective's default where none is set."""
+        return self.kind.beta if self.beta is None else self.beta
