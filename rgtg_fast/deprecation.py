@@ -1,84 +1,69 @@
-"""Names that users may have typed and that have changed: accepted for one release, with a DeprecationWarning."""
+"""Names that were changed and keep working for one release, each with a DeprecationWarning that gives the new one."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-_T = TypeVar("_T", bound=Callable[..., Any])
+from rgtg_fast.errors import RGTGError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def renamed(**names: str) -> Callable[[_T], _T]:
-    """Decorates a function or a dataclass some of whose keyword arguments have new names.
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warns the caller's caller that a name has changed."""
+    warnings.warn(f"{old} is now {new}: use the new name", DeprecationWarning, stacklevel=stacklevel)
+
+
+def renamed_keywords(**names: str) -> Callable[[Function], Function]:
+    """Decorates a function so that it takes keyword parameters by their old names too.
 
     Args:
-        names: the new name by the old one. A dataclass also answers to the old names of its fields when they are read.
+        names: old name=new name.
 
-    Example:
-        >>> @renamed(length="max_tokens")
-        ... def generate(max_tokens=8):
-        ...     return max_tokens
-        >>> generate(length=3)
-        3
+    Raises:
+        RGTGError: at a call: a parameter by both names.
     """
 
-    def decorate(target: Any) -> Any:
-        if isinstance(target, type):
-            cls: Any = target
-            cls.__init__ = decorate(cls.__init__)
-            cls.__getattr__ = _old_field(names)
-            return cls
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            for old in names.keys() & given.keys():
+                warn_renamed(f"{old}=", f"{names[old]}=")
+                if names[old] in given:
+                    raise RGTGError(f"{old}= is the old name of {names[old]}=: pass one of them")
+                given[names[old]] = given.pop(old)
+            return function(*args, **given)
 
-        @functools.wraps(target)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return target(*args, **current_names(kwargs, names))
-
-        return call
+        return call  # pyright: ignore[reportReturnType]
 
     return decorate
 
 
-def current_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Keyword arguments under their new names; an old name's value takes precedence over the new one's.
+class RenamedAttribute:
+    """The old name of an attribute: reads and writes the new one.
 
-    Args:
-        values: arguments by old or new name. names: the new name by the old one.
+    Example:
+        >>> class Engine:
+        ...     steps = 1
+        ...     ahead = RenamedAttribute("steps")
     """
-    old = {name: value for name, value in values.items() if name in names}
-    for name in old:
-        _warn(name, names[name])
-    new = {name: value for name, value in values.items() if name not in names}
-    return new | {names[name]: value for name, value in old.items()}
 
+    def __init__(self, new: str):
+        self.new = new
 
-def current_value(value: str, values: Mapping[str, str]) -> str:
-    """A value under its new name.
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old, self.owner = name, owner.__name__
 
-    Args:
-        values: the new value by the old one.
-    """
-    if value not in values:
-        return value
-    _warn(repr(value), repr(values[value]))
-    return values[value]
+    def _warn(self) -> None:
+        warn_renamed(f"{self.owner}.{self.old}", self.new, stacklevel=4)
 
+    def __get__(self, thing: Any, owner: type) -> Any:
+        self._warn()
+        return getattr(owner if thing is None else thing, self.new)
 
-def _old_field(names: Mapping[str, str]) -> Callable[[Any, str], Any]:
-    def read(self: Any, name: str) -> Any:
-        if name not in names:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        _warn(name, names[name])
-        return getattr(self, names[name])
-
-    return read
-
-
-def _warn(old: str, new: str) -> None:
-    # Three frames up: this function's caller, the wrapper, and the code that uses the old name.
-    warnings.warn(
-        f"{old} is deprecated and will be removed in the next release: use {new}",
-        DeprecationWarning,
-        stacklevel=4,
-    )
+    def __set__(self, thing: Any, value: Any) -> None:
+        self._warn()
+        setattr(thing, self.new, value)

@@ -19,8 +19,8 @@ DECODER = ENGINE | {"decoder"}
 TRAINING = MODELS | {"training"}
 EVALUATION = DECODER | {"bench", "evaluation", "training"}
 ALLOWED = {
-    "config": {"errors"},
-    "deprecation": set(),
+    "config": {"deprecation", "errors"},
+    "deprecation": {"errors"},
     "errors": set(),
     "files": {"errors"},
     "plaintext": set(),

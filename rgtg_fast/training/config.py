@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from rgtg_fast.deprecation import current_names, current_value, renamed
+from rgtg_fast.deprecation import renamed_keywords, warn_renamed
 from rgtg_fast.errors import RGTGError
 
 if TYPE_CHECKING:
@@ -49,6 +49,17 @@ def check_answers_ended(value: str) -> None:
     """
     if value not in ANSWERS_ENDED:
         raise RGTGError(f"answers_ended={value!r} is unknown: use one of {', '.join(ANSWERS_ENDED)}")
+
+
+def current_mode(mode: str, stacklevel: int) -> str:
+    """The new name of a `mode`, with a warning where it is the old one.
+
+    Args:
+        stacklevel: frames from the warning to the code that named the mode.
+    """
+    if mode in RENAMED_MODES:
+        warn_renamed(f"mode={mode!r}", f"mode={RENAMED_MODES[mode]!r}", stacklevel)
+    return RENAMED_MODES.get(mode, mode)
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,6 @@ class CommonConfig:
         Raises:
             RGTGError: there is no such field, or a value is out of range.
         """
-        settings = current_names(settings, self.RENAMED)
         names = [f.name for f in fields(self)]
         unknown = next((name for name in settings if name not in names), None)
         if unknown is not None:
@@ -200,7 +210,6 @@ class CommonConfig:
             raise RGTGError(f"{name}={value} is not {word}: {instead}")
 
 
-@renamed(**CommonConfig.RENAMED)
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(CommonConfig):
     """Settings that decide what a reward model learns: those of `CommonConfig`, and these.
@@ -261,7 +270,7 @@ class TrainConfig(CommonConfig):
     gradient_accumulation_steps: int = option(4, STEPS, "--accumulate", "Rows of an optimizer step.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mode", current_value(self.mode, RENAMED_MODES))
+        object.__setattr__(self, "mode", current_mode(self.mode, stacklevel=6))
         objective = self.objective_config
         if self.head_fit is not None:
             objective.check_head_fit(self.head_fit)
@@ -282,3 +291,6 @@ class TrainConfig(CommonConfig):
         """The settings under the names that `rgtg_fast.json` has for them."""
         modes = {new: old for old, new in RENAMED_MODES.items()}
         return super().saved() | {"mode": modes.get(self.mode, self.mode)}
+
+
+TrainConfig.__init__ = renamed_keywords(**TrainConfig.RENAMED)(TrainConfig.__init__)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from rgtg_fast.deprecation import renamed
+from rgtg_fast.deprecation import RenamedAttribute, renamed_keywords
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
 from rgtg_fast.training.config import TrainConfig
@@ -24,7 +24,6 @@ from rgtg_fast.training.trainer import Metrics, PartialRewardTrainer
 from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 
 
-@renamed(filled="packing_efficiency")
 @dataclass(frozen=True, kw_only=True)
 class TrainResult(RunResult):
     """What training a reward model came to.
@@ -36,9 +35,10 @@ class TrainResult(RunResult):
 
     rows: int
     packing_efficiency: float
+    filled = RenamedAttribute("packing_efficiency")
 
 
-@renamed(recipe="config", say="progress")
+@renamed_keywords(recipe="config", say="progress", **TrainConfig.RENAMED)
 @one_run
 def train_reward_model(
     model: str | os.PathLike[str],

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from rgtg_fast.deprecation import current_value
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops.partial_bt_loss import WEIGHTS, partial_bt_loss, partial_bt_terms
-from rgtg_fast.training.config import RENAMED_MODES
+from rgtg_fast.training.config import current_mode
 from rgtg_fast.training.data import TokenizedPair
 
 OBJECTIVES = ("partial_bt", "full_bt", "cd_fudge", "rad", "farma", "genarm")
@@ -51,7 +50,7 @@ class Objective:
     stop_gradient: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mode", current_value(self.mode, RENAMED_MODES))
+        object.__setattr__(self, "mode", current_mode(self.mode, stacklevel=5))
         for what, value, known in (
             ("objective", self.name, OBJECTIVES),
             ("mode", self.mode, MODES),

@@ -201,7 +201,8 @@ def read_tldr(row: Row, chat: bool, prefixed: bool = False) -> Reading:
     return _reading(prompt, _spaced(texts[best]), _spaced(texts[1 - best]), row)
 
 
-READERS: dict[str, Callable[[Row, bool, bool], Reading]] = {
+# By a layout's name, what reads a row: (row, chat, prefixed) -> what the row says.
+LAYOUTS: dict[str, Callable[[Row, bool, bool], Reading]] = {
     "plain": read_plain,
     "dialogue": read_dialogue,
     "tldr": read_tldr,

@@ -17,8 +17,7 @@ from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.training.config import check_answers_ended
 from rgtg_fast.training.data.chats import Messages, UnusableError, hh_messages, is_plain_text
 from rgtg_fast.training.data.layouts import (
-    READERS,
-    Reading,
+    LAYOUTS,
     Row,
     begins_with_prompt,
     has_ended,
@@ -30,7 +29,6 @@ from rgtg_fast.training.data.report import DataReport
 from rgtg_fast.training.data.rows import read_rows
 
 Layout: TypeAlias = Literal["auto", "plain", "dialogue", "tldr"]
-LAYOUTS = ("auto", "plain", "dialogue", "tldr")
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,8 @@ def load_pairs(
     Raises:
         RGTGError: the source cannot be read, no row fits, or no pair is left.
     """
-    if layout not in LAYOUTS:
-        raise RGTGError(f"layout={layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
+    if layout not in ("auto", *LAYOUTS):
+        raise RGTGError(f"layout={layout!r} is unknown: use one of auto, {', '.join(LAYOUTS)}")
     check_answers_ended(answers_ended)
     name = str(source) if isinstance(source, (str, os.PathLike)) else "the data"
     report = DataReport()
@@ -154,12 +152,7 @@ def load_pairs(
     for index, row in enumerate(rows):
         report.read += 1
         try:
-            if isinstance(row, str):
-                raise UnusableError("malformed", row)
-            if not isinstance(row, Mapping):
-                raise UnusableError("malformed", f"a row is an object with fields, not {type(row).__name__}")
-            reading = READERS[known](Row(row), chat, prefixed)
-            pair, notes = _pair(reading, index, answers_ended)
+            pair, notes = _read_pair(row, index, known, chat, prefixed, answers_ended)
             if repeated[index] and not prefixed:
                 notes.append("prompts_repeated")
             key = hashlib.sha256(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode()).hexdigest()
@@ -192,8 +185,19 @@ def _repeated_prompts(rows: Sequence[Any]) -> list[bool | None]:
     return [begins_with_prompt(Row(row)) if isinstance(row, Mapping) else None for row in rows]
 
 
-def _pair(reading: Reading, index: int, answers_ended: str) -> tuple[PreferencePair, list[str]]:
-    """A row as a pair with answers free of end tokens' texts, and the counters that it adds to."""
+def _read_pair(
+    row: Any, index: int, layout: str, chat: bool, prefixed: bool, answers_ended: str
+) -> tuple[PreferencePair, list[str]]:
+    """A row as a pair with answers free of end tokens' texts, and the counters that it adds to.
+
+    Raises:
+        UnusableError: the row gives no pair.
+    """
+    if isinstance(row, str):
+        raise UnusableError("malformed", row)
+    if not isinstance(row, Mapping):
+        raise UnusableError("malformed", f"a row is an object with fields, not {type(row).__name__}")
+    reading = LAYOUTS[layout](Row(row), chat, prefixed)
     answers, ended, notes = [], [], list(reading.notes)
     for text, reason in zip((reading.chosen, reading.rejected), reading.finish_reasons, strict=True):
         answer, marked = without_end(text)
@@ -290,20 +294,8 @@ def tokenize_pairs(
     Raises:
         RGTGError: no EOS token, chat prompts without a chat template, or no pair is left.
     """
-    eos = cast("int | None", tokenizer.eos_token_id) if eos_token_id is None else eos_token_id
-    title = tokenizer.name_or_path or type(tokenizer).__name__
-    if eos is None:
-        raise RGTGError(
-            f"the tokenizer of {title} has no EOS token, with which an answer ends: set tokenizer.eos_token"
-        )
-    if max_length < 2:
-        raise RGTGError(f"max_length={max_length} is below 2, one token of prompt and one of answer")
+    eos = _checked_eos(pairs, tokenizer, max_length, chat_template, eos_token_id)
     template = chat_template or tokenizer.chat_template
-    if template is None and any(not isinstance(pair.prompt, str) for pair in pairs):
-        raise RGTGError(
-            f"the pairs are chats and the tokenizer of {title} has no chat template: "
-            "pass chat_template, or load pairs in HH's turns with chat=False"
-        )
     end_text = cast(str, tokenizer.decode([eos])).strip() or "\0"
     report = DataReport(read=len(pairs))
     kept: list[TokenizedPair] = []
@@ -326,20 +318,46 @@ def tokenize_pairs(
                     [*ids, eos] if end else ids for ids, end in zip(contents, ended, strict=True)
                 )
                 ids = _prompt_ids(prompt, tokenizer, chat_template)
-                room = max_length - max(len(chosen), len(rejected))
-                if len(ids) > room and (not truncate_prompt or room < 1):
+                available = max_length - max(len(chosen), len(rejected))
+                if len(ids) > available and (not truncate_prompt or available < 1):
                     raise UnusableError("too_long")
             except UnusableError as reason:
                 report.drop(reason, pair.index)
                 continue
-            report.truncated += len(ids) > room
+            report.truncated += len(ids) > available
             report.end_texts += sum(text.rstrip().endswith(end_text) for text in texts[both])
             report.cut += 2 - sum(ended)
             report.unstated += pair.ended.count(None)
-            kept.append(TokenizedPair(ids[-room:], chosen, rejected, pair.index, ended))
+            kept.append(TokenizedPair(ids[-available:], chosen, rejected, pair.index, ended))
     report.kept = len(kept)
     check_some_left(report, f"the pairs (max_length={max_length}, min_answer_tokens={min_answer_tokens})")
     return kept, report
+
+
+def _checked_eos(
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat_template: str | None,
+    eos_token_id: int | None,
+) -> int:
+    """The token that ends an answer, after a check of what `tokenize_pairs` is given."""
+    eos = cast("int | None", tokenizer.eos_token_id) if eos_token_id is None else eos_token_id
+    title = tokenizer.name_or_path or type(tokenizer).__name__
+    if eos is None:
+        raise RGTGError(
+            f"the tokenizer of {title} has no EOS token, with which an answer ends: set tokenizer.eos_token"
+        )
+    if max_length < 2:
+        raise RGTGError(f"max_length={max_length} is below 2, one token of prompt and one of answer")
+    if (chat_template or tokenizer.chat_template) is None and any(
+        not isinstance(pair.prompt, str) for pair in pairs
+    ):
+        raise RGTGError(
+            f"the pairs are chats and the tokenizer of {title} has no chat template: "
+            "pass chat_template, or load pairs in HH's turns with chat=False"
+        )
+    return eos
 
 
 def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:

@@ -5,18 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rgtg_fast.deprecation import renamed
+from rgtg_fast.deprecation import renamed_keywords
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.training.config import DATA, OBJECTIVE, STEPS, CommonConfig, option
 
 # Pairs of a forward; transformers counts through all of a batch, whether they are there or not.
 MAX_BATCH = 2**20
-_RENAMED = CommonConfig.RENAMED | {
-    "batch_size": "per_device_train_batch_size",
-    "samples": "num_generations",
-    "max_new_tokens": "max_completion_length",
-    "iterations": "num_iterations",
-}
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,6 @@ POLICY_OBJECTIVES = {
 }
 
 
-@renamed(**_RENAMED)
 @dataclass(frozen=True, kw_only=True)
 class PolicyTrainConfig(CommonConfig):
     """Settings that decide what a policy learns: those of `CommonConfig`, and these.
@@ -80,7 +73,12 @@ class PolicyTrainConfig(CommonConfig):
     per_device_train_batch_size: int = option(4, STEPS, "--batch", "Pairs (rloo: answers) of a forward.")
     limit: int | None = option(None, DATA, "--limit", "Pairs or prompts to take at most.")
 
-    RENAMED: ClassVar[dict[str, str]] = _RENAMED
+    RENAMED: ClassVar[dict[str, str]] = CommonConfig.RENAMED | {
+        "batch_size": "per_device_train_batch_size",
+        "samples": "num_generations",
+        "max_new_tokens": "max_completion_length",
+        "iterations": "num_iterations",
+    }
 
     def __post_init__(self) -> None:
         if self.objective == "ppo":
@@ -119,3 +117,6 @@ class PolicyTrainConfig(CommonConfig):
     def loss_beta(self) -> float:
         """β, the objective's default where none is set."""
         return self.kind.beta if self.beta is None else self.beta
+
+
+PolicyTrainConfig.__init__ = renamed_keywords(**PolicyTrainConfig.RENAMED)(PolicyTrainConfig.__init__)

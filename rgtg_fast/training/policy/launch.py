@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback
 
-from rgtg_fast.deprecation import renamed
+from rgtg_fast.deprecation import renamed_keywords
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
 from rgtg_fast.models.loading import context_length
@@ -30,7 +30,7 @@ from rgtg_fast.training.vocabulary import load_causal
 EXTRA = 'pip install "rgtg-fast[policy]"'
 
 
-@renamed(recipe="config", say="progress")
+@renamed_keywords(recipe="config", say="progress", **PolicyTrainConfig.RENAMED)
 @one_run
 def train_policy(
     model: str | os.PathLike[str],
