@@ -687,10 +687,11 @@ def train(
     mode: Annotated[
         str,
         typer.Option(
-            help="Past the end of the shorter answer: hold its last reward, pad it with eos, or truncate.",
+            help="Past the shorter answer's end: repeat_last repeats its last reward, eos pads it with eos, truncate "
+            "stops.",
             rich_help_panel=OBJECTIVE,
         ),
-    ] = "hold",
+    ] = "repeat_last",
     weight: Annotated[
         str, typer.Option(help="Every prefix counts the same, or every pair.", rich_help_panel=OBJECTIVE)
     ] = "prefix",
@@ -781,7 +782,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a reward model on preference pairs."""
-    from rgtg_fast.app import train as training
+    from rgtg_fast.cli import train as training
 
     recipe = {
         "objective": objective,
@@ -795,13 +796,13 @@ def train(
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
-        "epochs": epochs,
+        "num_train_epochs": epochs,
         "learning_rate": lr,
         "head_learning_rate": head_lr,
         "head_fit": head_fit,
         "weight_decay": weight_decay,
         "token_budget": batch_tokens,
-        "accumulation": accumulate,
+        "gradient_accumulation_steps": accumulate,
         "max_length": max_length,
         "min_answer_tokens": min_answer_tokens,
         "answers_ended": answers_ended,
@@ -932,7 +933,7 @@ def train_policy(
     json: Json = False,
 ) -> None:
     """Train the language model itself on preferences: DPO, SimPO, T-REG or RLOO, by TRL."""
-    from rgtg_fast.app import train_policy as training
+    from rgtg_fast.cli import train_policy as training
 
     recipe = {
         "objective": objective,
@@ -944,20 +945,20 @@ def train_policy(
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
-        "epochs": epochs,
+        "num_train_epochs": epochs,
         "learning_rate": lr,
         "weight_decay": weight_decay,
-        "batch_size": batch,
-        "accumulation": accumulate,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulate,
         "max_length": max_length,
         "min_answer_tokens": min_answer_tokens,
         "answers_ended": answers_ended,
         "held_out": held_out,
         "limit": limit,
-        "samples": samples,
-        "max_new_tokens": max_new_tokens,
+        "num_generations": samples,
+        "max_completion_length": max_new_tokens,
         "temperature": temperature,
-        "iterations": iterations,
+        "num_iterations": iterations,
         "bf16": bf16,
         "gradient_checkpointing": gradient_checkpointing,
         "seed": seed,

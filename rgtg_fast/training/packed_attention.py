@@ -17,15 +17,15 @@ from rgtg_fast.models.attention import PACKED, prefix_attention, prefix_mask
 # Arguments by which a model asks for attention that is not plain softmax(QK^T)V.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 _PROMPT, _CHOSEN, _REJECTED = 0, 1, 2
-# Tokens up to which a sequence's scores are kept whole.
+# Longest sequence whose scores are stored for the backward pass, in tokens.
 _SHORT = 768
 
 
 class Packing:
-    """What the attention of a packed batch needs, made once a batch and handed to the forward as `packing`.
+    """What attention on a packed batch needs to know; made once per batch and passed to the forward as `packing`.
 
     Args:
-        spans: [N, 5] i64 as in `PackedBatch`.
+        spans: [N, 5] int64, as in `PackedBatch`.
         shape: (R, S).
     """
 
@@ -55,7 +55,7 @@ class Packing:
         return self._segments
 
     def mask(self, answer: int, prompt: int, like: torch.Tensor) -> torch.Tensor:
-        """Additive mask [answer, prompt + answer] of an answer's tokens, which see the prompt and those before."""
+        """Additive causal mask [answer, prompt + answer] of an answer's tokens over the prompt and themselves."""
         key = (answer, prompt, like.dtype)
         if key not in self._masks:
             size, device = (answer, prompt + answer), like.device
@@ -65,9 +65,9 @@ class Packing:
         return self._masks[key]
 
     def mask_mod(self) -> Any:
-        """The mask as flex_attention takes it: a function of (row, head, query column, key column).
+        """The mask for flex_attention: a function of (row, head, query column, key column).
 
-        Padding forms a segment of its own, so that no query is without a key.
+        Padding is a segment of its own, so that every query has a key.
         """
         rows, size = self.shape
         device = self.spans.device
@@ -112,7 +112,7 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention [R, S, H, D] within the pairs of a packed batch; without `packing`, what `prefix_attention` gives."""
+    """Attention [R, S, H, D] within the pairs of a packed batch; without `packing`, that of `prefix_attention`."""
     if packing is None:
         return prefix_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -129,7 +129,7 @@ def packed_attention(
             f"a prompt with its answer has {packing.longest} tokens and {type(module).__name__} attends a window of "
             f"{window}: use max_length={window}"
         )
-    # Triton's kernels know no float64.
+    # Triton's kernels do not support float64.
     if query.is_cuda and query.dtype != torch.float64:
         out = _flex(query, key, value, packing, scaling, dropout)
     else:
@@ -137,17 +137,17 @@ def packed_attention(
     return out.transpose(1, 2), None
 
 
-# Here, since `prefix_attention` too hands packed forwards over.
+# Registered here, since `prefix_attention` also delegates packed forwards to the name PACKED.
 AttentionInterface.register(PACKED, packed_attention)
-# For forwards without `packing`; a packed one passes its mask by (see `forward_arguments`).
+# For forwards without `packing`; packed ones do not read their mask (see `forward_arguments`).
 AttentionMaskInterface.register(PACKED, prefix_mask)
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Attention of one short sequence in bfloat16, its scores kept for the backward pass.
+    """Attention of one short sequence in bfloat16; the backward pass reuses the stored softmax.
 
-    softmax(scale · q kᵀ + mask) v with queries q [H, n, D], keys and values [G, m, D], mask [n, m]. On a CPU the
-    matrix products run at several times the speed of SDPA's bfloat16 kernels.
+    softmax(scale · q kᵀ + mask) v with queries q [H, n, D], keys and values [G, m, D] and mask [n, m]. On a CPU these
+    matrix products are several times as fast as SDPA's bfloat16 kernels.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class _ShortAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         (heads, n, size), (groups, m) = q.shape, k.shape[:2]
         ctx.scale = size**-0.5 if scale is None else scale
-        # Autocast would compute the softmax in float32; the kernel does so inside, row by row.
+        # Autocast would store a float32 softmax; the kernel computes in float32 internally, row by row.
         with torch.autocast("cpu", enabled=False):
             scaled = (q * ctx.scale).reshape(groups, -1, size)
             scores = torch.bmm(scaled, k.transpose(1, 2)).view(groups, -1, n, m)
@@ -193,7 +193,7 @@ def _per_pair(
     wide = value.dtype if short else torch.promote_types(dtype, torch.float32)
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
     rows = []
-    # Splits and their backward, a concatenation, touch every token once; slices would each write a whole zero gradient.
+    # split and its backward, cat, touch every token once; each slice's backward would write a full gradient of zeros.
     for q, k, v, pairs in zip(query.unbind(), key.unbind(), value.unbind(), packing.segments, strict=True):
         sizes = [size for prompt, chosen, rejected in pairs for size in (prompt + chosen, rejected)]
         rest = q.shape[1] - sum(sizes)
@@ -256,7 +256,7 @@ def _flex(
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    """flex_attention as a fused kernel: uncompiled it would store all S² scores."""
+    """flex_attention as a fused kernel; uncompiled, it would store all S² scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)  # pyright: ignore[reportReturnType]

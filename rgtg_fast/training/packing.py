@@ -1,8 +1,8 @@
 """Packs preference pairs into rows and runs a causal model on them: every prefix of both answers in one forward.
 
-A row is [x¹ | y¹ʷ | y¹ˡ | x² | y²ʷ | y²ˡ | …]. Both answers of a pair attend to its prompt and to themselves, never to
-each other or to another pair, and both count positions from the end of the prompt, so that each token's hidden state
-is the one of a forward over x∘y alone (the loss of arXiv 2406.07780 without its one row per prefix).
+A row is [x¹ | y¹ʷ | y¹ˡ | x² | y²ʷ | y²ˡ | …]. Each answer of a pair attends to the pair's prompt and to itself, never
+to the other answer or to another pair, and its positions continue those of the prompt. Each token's hidden state is
+therefore that of a forward over x∘y alone: the loss of arXiv 2406.07780 without one row per prefix.
 """
 
 from __future__ import annotations
@@ -38,17 +38,22 @@ def cost(pair: TokenizedPair, eos_padding: bool = False) -> int:
 
 
 def pack(pairs: Sequence[TokenizedPair], budget: int, eos_padding: bool = False) -> list[list[int]]:
-    """Packs pairs into rows of at most `budget` tokens: the longest first, each into the fullest row that holds it.
+    """Packs pairs into rows, best-fit decreasing: the longest first, each into the fullest row that it fits.
+
+    Args:
+        pairs: to pack.
+        budget: most tokens of a row.
+        eos_padding: as in `cost`.
 
     Returns:
-        Indices into `pairs`, one list a row; every pair is in exactly one row.
+        Indices into `pairs`, one list per row; every pair is in exactly one row.
 
     Raises:
         RGTGError: a pair is longer than the budget.
     """
     costs = [cost(pair, eos_padding) for pair in pairs]
     rows: list[list[int]] = []
-    # (tokens free, row), ascending: the first that is large enough is the fullest row.
+    # (free tokens, row), ascending: the first that is large enough is the fullest row.
     free: list[tuple[int, int]] = []
     for index in sorted(range(len(pairs)), key=lambda i: -costs[i]):
         size = costs[index]
@@ -73,10 +78,10 @@ class PackedBatch:
     """Rows of packed pairs.
 
     Attributes:
-        input_ids: [R, S] i64, padded on the right.
-        position_ids: [R, S] i64; both answers of a pair count from the end of its prompt, padding is at 0.
-        spans: [N, 5] i64: row, start of the prompt, start of the chosen answer, start of the rejected one, end; pairs
-            lie in a row one after the other from column 0.
+        input_ids: [R, S] int64, padded on the right.
+        position_ids: [R, S] int64; those of both answers continue the prompt's, those of padding are 0.
+        spans: [N, 5] int64: row, start of the prompt, start of the chosen answer, start of the rejected one, end. The
+            pairs of a row follow one another from column 0.
         pairs: indices of the N pairs in the sequence that `collate` was given.
     """
 
@@ -107,14 +112,15 @@ def collate(
     length: int | None = None,
     eos_padding: bool = False,
 ) -> PackedBatch:
-    """Lays packed pairs out as one batch.
+    """Makes a batch of packed pairs.
 
     Args:
-        rows: indices into `pairs`, one sequence a row, as `pack` gives them.
+        pairs: all pairs.
+        rows: indices into `pairs`, one sequence per row, as `pack` returns them.
         pad_id: id of the tokens after a row's last pair.
         length: S; None for the longest row.
-        eos_padding: the shorter answer is padded with EOS, its own last token, to the longer one's length (PARGS's
-            published data).
+        eos_padding: pad the shorter answer with EOS, its own last token, to the longer one's length, as PARGS's
+            published data do.
 
     Raises:
         RGTGError: no rows, or a row longer than `length`.
@@ -147,11 +153,12 @@ def collate(
 
 
 def answer_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the answers' tokens stand in the rows.
+    """Positions of the answers' tokens in the rows.
 
     Returns:
-        rows [M] and columns [M] of all M answer tokens in the order chosen_0, rejected_0, chosen_1, …, and
-        offsets [2N+1], where each answer begins among them; all i64.
+        rows: [M] int64, of all M answer tokens in the order chosen_0, rejected_0, chosen_1, …
+        columns: [M] int64.
+        offsets: [2N + 1] int64, where each answer begins among the M tokens, and M.
     """
     row, _, chosen, rejected, end = batch.spans.unbind(1)
     starts = torch.stack([chosen, rejected], 1).flatten()
@@ -163,11 +170,11 @@ def answer_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def preceding_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the answers' tokens stand in the rows, and the tokens from which they are predicted.
+    """Positions of the answers' tokens in the rows, and of the tokens from which they are predicted.
 
     Returns:
-        rows [M] and columns [M] as in `answer_positions`, and the columns [M] of the tokens before: the first token of
-        either answer follows the prompt's last.
+        rows, columns: [M] int64, as in `answer_positions`.
+        before: [M] int64, columns of the preceding tokens; the first token of either answer follows the prompt's last.
     """
     rows, columns, offsets = answer_positions(batch)
     before = columns - 1
@@ -221,7 +228,7 @@ class RowBatches(Sampler[list[tuple[int, bool]]]):
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Makes the model's blocks call `packed_attention`; forwards without `packing` stay what they were.
+    """Makes the model's layers call `packed_attention`; forwards without `packing` are unchanged.
 
     Raises:
         RGTGError: the model's attention cannot be replaced.
@@ -241,16 +248,13 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def forward_arguments(trunk: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments of a trunk's forward over a packed batch, all but the tokens themselves.
-
-    Add `input_ids`, or `inputs_embeds` for a trunk without its lower layers.
-    """
-    # Another attention, which its owner may have set since, would not know of the pairs.
+    """Keyword arguments of a trunk's forward over a packed batch, except `input_ids` or `inputs_embeds`."""
+    # The model's owner may have set another attention since, which would ignore the pairs' boundaries.
     if trunk.config._attn_implementation not in (PACKED, PREFIX):
         use_packed_attention(trunk)
     return {
         "position_ids": batch.position_ids,
-        # Any 4-D mask is taken as made already, so that no [S, S] mask is built; packed_attention does not read it.
+        # transformers takes any 4-D mask as final and builds no [S, S] mask; packed_attention does not read it.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=trunk.dtype, device=batch.input_ids.device),
         "packing": Packing(batch.spans, (batch.input_ids.shape[0], batch.input_ids.shape[1])),
         "use_cache": False,
@@ -261,7 +265,8 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Hidden states [R, S, E] after the final norm.
 
     Args:
-        model: with `use_packed_attention`; a wrapper around it may be passed.
+        model: prepared by `use_packed_attention`; may be wrapped.
+        batch: packed pairs.
     """
     trunk: Any = pretrained(model).base_model
     return trunk(input_ids=batch.input_ids, **forward_arguments(trunk, batch)).last_hidden_state
@@ -271,8 +276,9 @@ def packed_rewards(model: nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, 
     """Rewards r(x, y_{1:i}) of every prefix of both answers of all pairs.
 
     Returns:
-        rewards [M], float32 or the model's wider dtype, in the order chosen_0, rejected_0, chosen_1, …, and offsets
-        [2N+1] i64, where each answer begins; an answer's last reward is that of the whole answer with EOS.
+        rewards: [M], float32 or the model's wider dtype, in the order chosen_0, rejected_0, chosen_1, … An answer's
+            last reward is that of the whole answer.
+        offsets: [2N + 1] int64, where each answer begins, and M.
 
     Raises:
         RGTGError: no score head with one label.

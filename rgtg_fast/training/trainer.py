@@ -55,36 +55,36 @@ from rgtg_fast.training.vocabulary import (
 Scores = list[tuple[list[float], list[float]]]
 Metrics = Callable[[Scores], dict[str, Any]]
 
-# How rewards are read off the states, where not by a score head.
+# How rewards are computed from the hidden states by objectives without a score head.
 _READERS: dict[str, Reader] = {"farma": token_scores, "genarm": token_logprobs}
 
 
 class PartialRewardTrainer(CompleteCheckpoints):
     """transformers' Trainer for reward models on packed preference pairs.
 
-    The items of a batch are rows, each packed with pairs to the token budget; `per_device_train_batch_size` counts
-    rows. The loss is divided by the terms of the global batch, over accumulation steps and processes, so that the
-    gradient depends on which pairs an optimizer step sees and not on how they are spread. Checkpoints are written
-    beside their place and renamed when complete.
+    A batch consists of rows, each packed with pairs up to the token budget; `per_device_train_batch_size` counts rows.
+    The loss is divided by the number of terms of the global batch, over accumulation steps and processes, so that the
+    gradient depends only on which pairs an optimizer step sees and not on how they are distributed. Checkpoints are
+    complete or absent (see `CompleteCheckpoints`).
 
     Args:
-        model: a classifier with one label, or for farma and genarm a causal language model (`load_causal`); or PEFT's
-            model around it (`add_adapters`).
+        model: a classifier with one label, or for farma and genarm a causal language model (`load_causal`); either may
+            be wrapped by PEFT (`add_adapters`).
         args: transformers' TrainingArguments.
-        train_pairs: tokenised pairs (`tokenize_pairs`).
-        eval_pairs: tokenised pairs to evaluate on.
+        train_pairs: tokenized pairs (`tokenize_pairs`).
+        eval_pairs: tokenized pairs to evaluate on.
         processing_class: the tokenizer, saved with the model.
-        objective: what is learned, by default the partial-sequence Bradley-Terry loss. An epoch is one pass: with
-            farma, the first, third … compare whole answers and the second, fourth … are the constraint.
-        token_budget: tokens of a row at most.
-        fork_layer: layers below it are frozen; with `trunk_cache` they run once over the data and are set aside.
-        trunk_cache: folder for their activations; None runs them in every step.
-        head_learning_rate: of the trained head, where it differs from the rest's.
-        targets, eval_targets: by a pair's index, the rewards of its chosen and rejected answer (cd_fudge, rad); by
-            default 1 and 0.
-        metrics: gives more metrics from the evaluation pairs' rewards, as `TokenizedPair.read_whole` gives them.
-        pad_id: token after a row's last pair.
-        say: receives a line when something slow goes on.
+        objective: what is learned, by default the partial-sequence Bradley-Terry loss. An epoch is one pass over the
+            data: with farma, odd passes compare whole answers and even passes train the constraint.
+        token_budget: most tokens of a row.
+        fork_layer: layers below it are frozen; with `trunk_cache` they run once over the data and are then detached.
+        trunk_cache: folder for the activations below the fork; None runs these layers in every step.
+        head_learning_rate: learning rate of the trained head; None for that of the other parameters.
+        targets: rewards of the chosen and the rejected answer, by a pair's index (cd_fudge, rad); None for 1 and 0.
+        eval_targets: the same for the evaluation pairs.
+        metrics: computes further metrics from the evaluation pairs' rewards (see `TokenizedPair.read_whole`).
+        pad_id: id of the tokens after a row's last pair.
+        progress: receives a line every few seconds while the activations are computed.
 
     Raises:
         RGTGError: no pairs, a pair over the budget, a fork layer that the model does not have or that is above
@@ -140,7 +140,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
             processing_class=processing_class,
             **kwargs,
         )
-        # The loss that comes out of compute_loss is already that of the whole batch's mean.
+        # compute_loss already returns this part's share of the whole batch's mean.
         self.model_accepts_loss_kwargs = True
         self._trunks: dict[int, ActivationCache] = {}
         self.lower: LowerLayers | None = None
@@ -202,17 +202,17 @@ class PartialRewardTrainer(CompleteCheckpoints):
     def _pass(self, steps: int | None = None) -> int:
         """The pass over the data, from 0, that the next optimizer step belongs to.
 
-        A resumed run begins in the middle of one; its step tells which.
+        It follows from the number of steps, since a resumed run starts in the middle of a pass.
 
         Args:
-            steps: taken so far; None for this moment's.
+            steps: optimizer steps taken so far; None for the current number.
         """
         batches = math.ceil(len(self.rows) / (self._train_batch_size * self.accelerator.num_processes))
         taken = self.state.global_step if steps is None else steps
         return taken // math.ceil(batches / self.args.gradient_accumulation_steps)
 
     def _constrains(self) -> bool:
-        """Whether the next optimizer step is one of farma's constraint."""
+        """Whether the next optimizer step trains farma's constraint."""
         return self._pass() % self.objective.passes == 1
 
     def _collate(self, items: Sequence[tuple[list[int], bool]]) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
-        """The batches of one optimizer step on this process, and the terms of that step on all processes."""
+        """The batches of one optimizer step on this process, and the number of terms of the step on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         totals, constraint = torch.zeros(3), self._constrains()
         for inputs in batches:
@@ -259,10 +259,10 @@ class PartialRewardTrainer(CompleteCheckpoints):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The objective's loss of a batch, divided by the terms of the whole optimizer step.
+        """The objective's loss of a batch, divided by the number of terms of the whole optimizer step.
 
         Raises:
-            RGTGError: the loss is not finite; names the batch's pairs.
+            RGTGError: the loss is not finite; the message names the batch's pairs.
         """
         constraint = self._constrains()
         outputs = self._forward(model, inputs, token_scores_and_best if constraint else None)
@@ -288,7 +288,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Multiplications and additions of forward and backward over a batch, by 6 for each parameter and token."""
+        """Estimated operations of forward and backward over a batch: 6 for each parameter and token."""
         return 6 * inputs["input_ids"].numel() * self._parameters()
 
     def _parameters(self) -> int:
@@ -342,12 +342,12 @@ class PartialRewardTrainer(CompleteCheckpoints):
         return super().train(*args, **kwargs)
 
     def fit_head(self, strength: float) -> None:
-        """Fits the head to the objective on the model as it is, before training: see `probe`.
+        """Fits the head to the objective on the model as it is, before training (see `head_fit`).
 
-        Of a vocabulary head, that is the row of the end-of-sequence token, by which farma's whole answers are compared.
+        With a vocabulary head, it fits the row of the end-of-sequence token, by which farma compares whole answers.
 
         Args:
-            strength: of the penalty on the standardised weights.
+            strength: weight of the penalty on the standardised weights.
 
         Raises:
             RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
@@ -362,9 +362,9 @@ class PartialRewardTrainer(CompleteCheckpoints):
         found, weights, count = [], [], 0
         training = model.training
         model.eval()
-        # The Trainer makes a model compute in half precision when it begins to train, which is later.
+        # The Trainer switches a model to half precision only when training starts, which is later.
         half = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
-        # Every process fits the same head on the same rows: nothing has to be sent.
+        # Every process fits the same head on the same rows, so nothing has to be communicated.
         with torch.no_grad(), half:
             for number in torch.randperm(len(self.rows), generator=generator).tolist():
                 if count >= PAIRS:
@@ -384,7 +384,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
                 parameter.data[end] = weight.to(parameter)
 
     def score(self, pairs: Sequence[TokenizedPair] | None = None) -> Scores:
-        """Rewards of every prefix of both answers, by this process and all others together.
+        """Rewards of every prefix of both answers of each pair; the processes share the work.
 
         Args:
             pairs: `train_pairs` or `eval_pairs` of this trainer, by default the latter.
@@ -428,7 +428,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and accuracy of whole answers on the evaluation pairs, and what `metrics` gives."""
+        """Loss and whole-answer accuracy on the evaluation pairs, and the further `metrics`."""
         if not self.eval_pairs:
             raise RGTGError("there are no pairs to evaluate on: pass eval_pairs")
         began = time.monotonic()
@@ -440,7 +440,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         repeat = self.objective.eos_padding
         objective = replace(self.objective, mode="repeat_last") if repeat else self.objective
         if objective.additive:
-            # The scores are sums already.
+            # The scores are sums over the tokens already.
             objective, flat = Objective("full_bt"), objective.beta_r * flat
         targets = _targets(self.eval_targets, self.eval_pairs, offsets.device)
         right = sum((w[-1] > l[-1]) + 0.5 * (w[-1] == l[-1]) for w, l in scores)  # noqa: E741
@@ -455,7 +455,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        # Evaluation is no training time.
+        # Evaluation does not count as training time.
         self._logged_at += time.monotonic() - began
         return metrics
 
@@ -471,7 +471,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
 
 
 def _in_head(name: str) -> bool:
-    """Whether a parameter is the trained head's."""
+    """Whether a parameter belongs to the trained head."""
     return not {HEAD, VOCABULARY_HEAD}.isdisjoint(name.split("."))
 
 
