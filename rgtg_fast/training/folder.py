@@ -30,19 +30,19 @@ def no_progress(message: str) -> None:
 
 
 def last_checkpoint(folder: Path) -> str:
-    """What is safe of a run, in words."""
+    """The last complete checkpoint, in words for a message."""
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
 def check_output(folder: Path, resume: bool) -> None:
-    """Refuses an output folder that another run has used.
+    """Checks that no other run has used the output folder.
 
     Raises:
-        RGTGError: it is a file, not empty where nothing is to be resumed, or cannot be looked at.
+        RGTGError: it is a file, cannot be read, or is not empty and the run is not resumed.
     """
     try:
-        # Tokenizers write to no other names.
+        # Tokenizers cannot write to names that are not UTF-8.
         str(folder).encode()
         if os.path.lexists(folder) and not folder.is_dir():
             raise RGTGError(f"{folder} is a file: name a folder for the output")
@@ -60,13 +60,16 @@ def check_output(folder: Path, resume: bool) -> None:
 
 @contextlib.contextmanager
 def training_folder(folder: Path, resume: bool, main: bool, progress: Progress) -> Iterator[None]:
-    """Holds the output folder for one run; what a killed one left of its lock holds nobody up.
+    """Locks the output folder for one run; the lock of a killed run does not block others.
 
     Args:
+        folder: of the output.
+        resume: whether the folder's own run continues.
         main: whether this is the process that writes, of several that train together.
+        progress: receives a line when the run is interrupted.
 
     Raises:
-        RGTGError: another run has used the folder, or is using it now, or it cannot be written.
+        RGTGError: another run has used the folder, is using it now, or it cannot be written.
     """
     if not main:
         yield
@@ -81,14 +84,14 @@ def training_folder(folder: Path, resume: bool, main: bool, progress: Progress) 
                 if isinstance(error, RGTGError):
                     raise
                 raise RGTGError(f"cannot write to {folder}: {reason(error)}, name another folder") from error
-            # Another run may have begun between the look and the lock.
+            # Another run may have started between the check and the lock.
             check_output(folder, resume)
             yield
     except KeyboardInterrupt:
         progress(f"interrupted: {last_checkpoint(folder)}: go on with resume")
         raise
     finally:
-        # A run that was refused leaves no folder: the corrected one would find it used.
+        # A refused run removes its folder, so that the corrected command finds it unused.
         if made:
             with contextlib.suppress(OSError, ValueError):
                 if {file.name for file in folder.iterdir()} == {RECIPE_FILE}:
@@ -97,7 +100,7 @@ def training_folder(folder: Path, resume: bool, main: bool, progress: Progress) 
 
 
 def one_run(train: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorates a training function: it holds its output folder (see `training_folder`) while it runs.
+    """Decorates a training function: it locks its output folder (see `training_folder`) while it runs.
 
     Args:
         train: has the parameters `output`, `resume` and `progress`.
@@ -109,7 +112,7 @@ def one_run(train: Callable[_P, _R]) -> Callable[_P, _R]:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         values = given.arguments
-        # As torchrun and accelerate number the processes of one training.
+        # torchrun and accelerate number the processes of a run by RANK.
         main = os.environ.get("RANK", "0") == "0"
         with training_folder(Path(values["output"]), values["resume"], main, values["progress"]):
             return train(*args, **kwargs)
@@ -146,7 +149,7 @@ def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
             what = "model" if name == "base_fingerprint" else "pairs"
             raise RGTGError(f"the run in {folder} began with other {what}: name another folder for this one")
     for name, value in now["recipe"].items():
-        # Settings that the version which began the run did not have cannot differ.
+        # Settings that did not exist in the version that began the run are not compared.
         if name in before["recipe"] and before["recipe"][name] != value:
             raise RGTGError(
                 f"the run in {folder} began with {name}={before['recipe'][name]} and this one has {value}: "
@@ -155,7 +158,7 @@ def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, complete or not at all.
+    """Writes a value as JSON; the file is complete or unchanged.
 
     Raises:
         RGTGError: the file cannot be written.
@@ -164,10 +167,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class TrainingLog(TrainerCallback):
-    """Writes every log as a line of JSON and tells the progress in words.
+    """Writes every log entry as a line of JSON and reports the progress in words.
 
     Args:
-        path: of the log. A resumed run drops the lines after its checkpoint.
+        path: of the log; a resumed run removes the lines after its checkpoint.
+        progress: receives the lines about the progress.
     """
 
     def __init__(self, path: Path, progress: Progress):
@@ -178,7 +182,7 @@ class TrainingLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
-        # A run that was killed, or whose disk was full, may have left half a line.
+        # A run that was killed, or whose disk was full, may have left an incomplete line.
         text = self.path.read_text(encoding="utf-8", errors="replace")
         kept = [
             line
@@ -226,7 +230,7 @@ class TrainingLog(TrainerCallback):
 
 
 def _step(line: str) -> int | None:
-    """The step of a line of the log, None where it is no whole line."""
+    """The step of a line of the log, None where the line is incomplete."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

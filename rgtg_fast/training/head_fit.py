@@ -1,8 +1,8 @@
-"""The score head fitted on the frozen model before anything else is trained: a Bradley-Terry probe.
+"""Fits the score head on the frozen model before the adapters are trained: a Bradley-Terry linear probe.
 
-Adapters that start under a random or zero head first distort the features that the head then has to fit. Fitting the
-head first, then fine-tuning, keeps what the model knows (Kumar et al. 2022, arXiv 2202.10054); with few and noisy pairs
-that decides what is learned. The fit is convex, so it needs no learning rate.
+Adapters that start with a random or zero head first distort the features that the head then has to fit. Fitting the
+head first, then fine-tuning, preserves the pretrained features (Kumar et al. 2022, arXiv 2202.10054), which matters
+most with few and noisy pairs. The fit is convex, so it needs no learning rate.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ import torch.nn.functional as F
 
 from rgtg_fast.training.losses import Objective
 
-# Prefixes of a pair that the fit looks at, evenly spread: neighbours say nearly the same.
+# Prefixes of a pair that the fit uses, evenly spaced: neighbouring prefixes have nearly the same features.
 POINTS = 12
-# Pairs that the fit looks at, at most: a head of a few thousand numbers needs no more.
+# Most pairs that the fit uses: enough for a few thousand parameters.
 PAIRS = 8192
+# Iterations of L-BFGS at most.
 _STEPS = 200
 
 
 def compared_prefixes(chosen: int, rejected: int, objective: Objective) -> tuple[list[int], list[int]]:
-    """Which prefixes of a pair the fit compares: indices into the chosen and into the rejected answer.
+    """The prefixes of a pair that the fit compares.
 
     Args:
-        chosen, rejected: tokens of the answers.
-        objective: its `mode` says what happens past the shorter answer's end.
+        chosen: number of tokens of the chosen answer.
+        rejected: number of tokens of the rejected answer.
+        objective: its `mode` decides what happens past the shorter answer's end.
+
+    Returns:
+        Positions of the prefixes' last tokens in the chosen and in the rejected answer.
     """
     if objective.name in ("full_bt", "farma"):
         return [chosen - 1], [rejected - 1]
@@ -36,14 +41,16 @@ def compared_prefixes(chosen: int, rejected: int, objective: Objective) -> tuple
 def differences(
     hidden: torch.Tensor, offsets: torch.Tensor, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What separates the answers of a packed batch's pairs, in the features that the head reads.
+    """Feature differences between the chosen and the rejected prefixes of a packed batch's pairs.
 
     Args:
-        hidden: [M, E] states of all answer tokens. offsets: [2N + 1] i64, where the answers begin, and M.
+        hidden: [M, E] states of all answer tokens.
+        offsets: [2N + 1] int64, where the answers begin, and M.
+        objective: decides which prefixes are compared.
 
     Returns:
-        [P, E] float32, states of a chosen prefix minus those of its rejected one, and [P] float32 weights that add up
-        to 1 for every pair.
+        differences: [P, E] float32, the state of a chosen prefix minus that of its rejected one.
+        weights: [P] float32, which add up to 1 for every pair.
     """
     bounds = offsets.tolist()
     found, weights = [], []
@@ -57,11 +64,12 @@ def differences(
 
 @torch.enable_grad()
 def fit(features: torch.Tensor, weights: torch.Tensor, strength: float) -> torch.Tensor:
-    """The head w that minimises mean softplus(−w·d) + strength / 2 · Σ_j (s_j w_j)², s_j the spread of feature j.
+    """The head w that minimises mean softplus(−w·d) + strength / 2 · Σ_j (s_j w_j)², s_j the deviation of feature j.
 
     Args:
-        features: [P, E] float32, the differences d. weights: [P] of their terms.
-        strength: of the penalty, which is on standardised features, so that it means the same for every model.
+        features: [P, E] float32, the differences d.
+        weights: [P] of the terms.
+        strength: of the penalty; features are standardised, so that it means the same for every model.
 
     Returns:
         [E] float32.

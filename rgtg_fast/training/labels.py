@@ -86,7 +86,7 @@ def load_reward_model(source: str, base: tuple[PreTrainedModel, PreTrainedTokeni
 
 
 class LabelJudge:
-    """A causal reward model that gives the answers of pairs their rewards, in its own prompt format.
+    """A causal reward model that rates the answers of pairs, in its own prompt format.
 
     Args:
         source, base: as in `load_reward_model`.
@@ -121,12 +121,13 @@ class LabelJudge:
         progress: Progress = no_progress,
         answers_ended: str = "auto",
     ) -> Targets:
-        """The rewards of the answers of some rows' pairs, each whole: at its EOS, or its last token if it was cut.
+        """The rewards of whole answers, read at an answer's EOS, or at its last token where it was cut.
 
         Args:
-            rows: preference data as `load_pairs` takes them. wanted: indices of the rows to label.
-            file: every packed row's rewards are appended to it; what it holds already is not computed again.
-            budget: tokens of a packed row (more where a pair is longer).
+            rows: preference data as `load_pairs` takes them.
+            wanted: indices of the rows to label.
+            file: to which every packed row's rewards are appended; those in it are not computed again.
+            budget: most tokens of a packed row (more where a pair is longer).
             answers_ended: as in `load_pairs`.
             progress: receives a line after every packed row.
 
@@ -156,9 +157,9 @@ class LabelJudge:
 
     @torch.no_grad()
     def _rewards(self, pairs: Sequence[TokenizedPair], known: Targets, budget: int) -> Iterator[Targets]:
-        """After each packed row, the rewards of its pairs that are not known.
+        """Yields, for each packed row, the rewards of its pairs that are not known.
 
-        The rows are those of a run that knows nothing: a reward's last digits depend on what it is computed beside.
+        The rows are packed as if no reward were known: a reward's last digits depend on the other pairs of its row.
         """
         self.model.eval()
         for row in pack(pairs, max([budget, *map(cost, pairs)])):
@@ -191,7 +192,7 @@ def _append(file: Path, labels: Targets) -> None:
 
 
 def _read(file: Path) -> Targets:
-    """The rewards in a file; a last line that a kill or a full disk has cut is dropped."""
+    """The rewards in a file; an incomplete last line, from a killed run or a full disk, is removed."""
     if not file.is_file():
         return {}
     try:
@@ -214,7 +215,7 @@ def spread(targets: Targets) -> tuple[float, float]:
 
 
 def as_probabilities(targets: Targets, mean: float) -> Targets:
-    """σ(r − mean): how likely the judge's Bradley-Terry model finds an answer better than the mean one, in (0, 1)."""
+    """σ(r − mean): the Bradley-Terry probability that an answer is better than one with the mean reward."""
 
     def sigmoid(value: float) -> float:
         return 1 / (1 + math.exp(-max(-500.0, min(500.0, value - mean))))

@@ -247,7 +247,7 @@ def _common_arguments(config: CommonConfig, device: str | None) -> dict[str, Any
 
 
 def check_steps(**steps: int | None) -> None:
-    """Refuses numbers of steps below 1; None is no number.
+    """Checks that numbers of steps are at least 1; None is allowed.
 
     Raises:
         RGTGError: naming the first.
@@ -258,7 +258,7 @@ def check_steps(**steps: int | None) -> None:
 
 
 def check_reports(report_to: str | Sequence[str]) -> None:
-    """Refuses reports to what transformers does not know or has not installed.
+    """Checks that transformers knows and finds the integrations to report to.
 
     Raises:
         RGTGError: naming the first.
@@ -277,7 +277,7 @@ def check_reports(report_to: str | Sequence[str]) -> None:
 
 
 def checkpointing(on: bool) -> dict[str, Any]:
-    """The arguments of `TrainingArguments` that recompute activations in the backward pass, or not."""
+    """The arguments of `TrainingArguments` that turn gradient checkpointing on or off."""
     known = {f.name for f in fields(TrainingArguments)}
     # transformers renamed it in 5.2x; the old name warns there.
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
