@@ -27,7 +27,8 @@ from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.accuracy import Scores, prefix_accuracy
-from rgtg_fast.training.config import TrainConfig, train_reward_model
+from rgtg_fast.training.config import TrainConfig
+from rgtg_fast.training.launch import train_reward_model
 
 TABLE = "guides.csv"
 FRACTIONS = ("0.1", "0.25", "0.5", "0.75", "1")
@@ -42,16 +43,16 @@ COLUMNS = (
 OBJECTIVES = {"args": "full_bt", "pargs": "partial_bt"}
 # Beginning with the bundled guides' own, but with adapters on all layers: what a GPU can afford.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lora": {"lora_rank": 16, "lora_alpha": 32.0, "epochs": 2.0, "learning_rate": 2e-4},
-    "lora-wide": {"lora_rank": 64, "lora_alpha": 64.0, "epochs": 3.0, "learning_rate": 1e-4},
+    "lora": {"lora_rank": 16, "lora_alpha": 32.0, "num_train_epochs": 2.0, "learning_rate": 2e-4},
+    "lora-wide": {"lora_rank": 64, "lora_alpha": 64.0, "num_train_epochs": 3.0, "learning_rate": 1e-4},
     "lora-decay": {
         "lora_rank": 16,
         "lora_alpha": 32.0,
-        "epochs": 3.0,
+        "num_train_epochs": 3.0,
         "learning_rate": 5e-4,
         "weight_decay": 0.1,
     },
-    "full": {"full": True, "epochs": 2.0, "learning_rate": 2e-5},
+    "full": {"full": True, "num_train_epochs": 2.0, "learning_rate": 2e-5},
 }
 
 
@@ -62,7 +63,7 @@ def recipes() -> dict[str, TrainConfig]:
         "head_fit": 0.3,
         "head_learning_rate": 1e-4,
         "token_budget": 8192,
-        "accumulation": 1,
+        "gradient_accumulation_steps": 1,
     }
     return {
         f"{guide}-{name}": TrainConfig(objective=objective, bf16=True, **common, **settings)
@@ -92,7 +93,7 @@ def train(
     metrics = result.metrics
     return {
         "name": name,
-        **{field: getattr(recipe, field) for field in FIELDS},
+        **{field: recipe.saved()[field] for field in FIELDS},
         "pairs": result.data["train"]["kept"],
         "steps": result.steps,
         "seconds": result.seconds,

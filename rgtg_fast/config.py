@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from rgtg_fast.errors import RGTGError, shown
@@ -13,6 +13,44 @@ from rgtg_fast.errors import RGTGError, shown
 SUPPORTS = ("lm", "combined", "all")
 # Settings go to the device in float32.
 LARGEST = 3.4028234663852886e38
+# Panels of the command line's help.
+MODELS, GUIDANCE, LENGTH, OUTPUT = "Models", "Guidance", "Length and batch", "Output"
+DATA, OBJECTIVE, TRAINED, STEPS = "Data", "Objective", "What is trained", "Steps"
+
+
+def option(
+    help: str,
+    default: Any = MISSING,
+    panel: str | None = None,
+    *,
+    flags: Iterable[str] = (),
+    shown: str | None = None,
+    min: int | None = None,
+    before: str | None = None,
+    **settings: Any,
+) -> Any:
+    """A field of a dataclass that is an option of the command line too; without a default it is required.
+
+    Args:
+        help: one sentence or two for `--help`.
+        default: the value where the option is not given.
+        panel: heading in the help.
+        flags: names on the command line; by default `--field-name`, and `--no-field-name` too for a boolean that is
+            not False by default.
+        shown: the default in words, where the value does not say it.
+        min: smallest value.
+        before: name of the option that this one comes before in the help; by default it comes last.
+        settings: further arguments of `dataclasses.field`.
+    """
+    metadata = {
+        "help": help,
+        "panel": panel,
+        "flags": tuple(flags),
+        "shown": shown,
+        "min": min,
+        "before": before,
+    }
+    return field(default=default, metadata=metadata, **settings)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rgtg_fast.cli.options import DATA, MODELS, OUTPUT, include, json_option, option
-from rgtg_fast.cli.session import ANSWERS_ENDED_HELP, NONE, PAIRS_HELP, Progress, Setup, quiet
+from rgtg_fast.cli.options import include, json_option
+from rgtg_fast.cli.session import NONE, PAIRS_HELP, Progress, Setup, quiet
 from rgtg_fast.cli.terminal import console, note, print_json, status
+from rgtg_fast.config import DATA, MODELS, OUTPUT, option
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import check_writable
+from rgtg_fast.training.config import ANSWERS_ENDED_HELP
 
 
 @dataclass(frozen=True, kw_only=True)

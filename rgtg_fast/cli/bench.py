@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rgtg_fast.bundled import default_model
-from rgtg_fast.cli.options import include, json_option, option
+from rgtg_fast.cli.options import include, json_option
 from rgtg_fast.cli.session import Setup, quiet
 from rgtg_fast.cli.terminal import console, print_json, status
+from rgtg_fast.config import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rgtg_fast.cli.explain import changed, marked_answer, visible
-from rgtg_fast.cli.options import GUIDANCE, include, json_option, option
+from rgtg_fast.cli.options import include, json_option
 from rgtg_fast.cli.session import BETA_HELP, CONTRASTIVE, NONE, Decoding, Setup, decode_with
 from rgtg_fast.cli.terminal import console, print_json, status
-from rgtg_fast.config import Guidance
+from rgtg_fast.config import GUIDANCE, Guidance, option
 from rgtg_fast.errors import RGTGError
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rgtg_fast.bundled import embedded
-from rgtg_fast.cli.options import LENGTH, OUTPUT, include, json_option, option
+from rgtg_fast.cli.options import include, json_option
 from rgtg_fast.cli.session import Setup, quiet
 from rgtg_fast.cli.terminal import console, note, print_json, status
+from rgtg_fast.config import LENGTH, OUTPUT, option
 from rgtg_fast.errors import RGTGError
 
 

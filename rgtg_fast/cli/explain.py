@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rgtg_fast.cli.jobs import check_prompt
-from rgtg_fast.cli.options import OUTPUT, argument, include, json_option, option
+from rgtg_fast.cli.options import argument, include, json_option
 from rgtg_fast.cli.session import Decoding, Setup, decode_with
 from rgtg_fast.cli.terminal import console, note, print_json, read_stdin, status
+from rgtg_fast.config import OUTPUT, option
 from rgtg_fast.evaluation.study.page import escape
 from rgtg_fast.files import check_writable, write_text
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rgtg_fast.cli.jobs import AnswerFile, Job, check_prompt, read_prompts
-from rgtg_fast.cli.options import OUTPUT, argument, include, json_option, option
+from rgtg_fast.cli.options import argument, include, json_option
 from rgtg_fast.cli.session import Decoding, Progress, Setup
 from rgtg_fast.cli.terminal import (
     USER_ERROR,
@@ -24,7 +24,7 @@ from rgtg_fast.cli.terminal import (
     status,
     write,
 )
-from rgtg_fast.config import Guidance
+from rgtg_fast.config import OUTPUT, Guidance, option
 from rgtg_fast.errors import RewardNaNError, RGTGError
 
 if TYPE_CHECKING:

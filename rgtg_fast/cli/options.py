@@ -18,47 +18,13 @@ option that it comes before in the help) and `argument` (positional).
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-MODELS, GUIDANCE, LENGTH, OUTPUT = "Models", "Guidance", "Length and batch", "Output"
-DATA, OBJECTIVE, TRAINED, STEPS = "Data", "Objective", "What is trained", "Steps"
-
-
-def option(
-    help: str,
-    default: Any = MISSING,
-    panel: str | None = None,
-    *,
-    flags: Iterable[str] = (),
-    shown: str | None = None,
-    min: int | None = None,
-    before: str | None = None,
-) -> Any:
-    """A field that is an option; without a default it is required.
-
-    Args:
-        help: one sentence or two for `--help`.
-        default: the value where the option is not given.
-        panel: heading in the help.
-        flags: names on the command line; by default `--field-name`, and `--no-field-name` too for a boolean that is
-            not False by default.
-        shown: the default in words, where the value does not say it.
-        min: smallest value.
-        before: name of the option that this one comes before in the help; by default it comes last.
-    """
-    metadata = {
-        "help": help,
-        "panel": panel,
-        "flags": tuple(flags),
-        "shown": shown,
-        "min": min,
-        "before": before,
-    }
-    return field(default=default, metadata=metadata)
+from rgtg_fast.config import OUTPUT, option
 
 
 def argument(help: str, default: Any = MISSING) -> Any:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.jobs import Prompt
-from rgtg_fast.cli.options import GUIDANCE, LENGTH, MODELS, option
-from rgtg_fast.config import Guidance
+from rgtg_fast.config import GUIDANCE, LENGTH, MODELS, Guidance, option
 from rgtg_fast.errors import RGTGError
 
 if TYPE_CHECKING:
@@ -24,10 +23,6 @@ BUNDLED = "bundled:pargs"
 # Texts of options that several dataclasses have.
 BETA_HELP = "Weight of the reward; 0 is the base model."
 PAIRS_HELP = "Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a data set of Hugging Face"
-ANSWERS_ENDED_HELP = (
-    "Whether answers ended: auto (by the data's finish_reason; without one they did), or yes or no for all. An answer "
-    "that was cut gets no end token and is read at its last text token."
-)
 Progress = Callable[[str], None]
 
 

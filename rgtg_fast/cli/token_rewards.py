@@ -8,9 +8,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from rgtg_fast.cli.explain import added_texts, html_page, visible
-from rgtg_fast.cli.options import OUTPUT, argument, include, json_option, option
+from rgtg_fast.cli.options import argument, include, json_option
 from rgtg_fast.cli.session import Setup
 from rgtg_fast.cli.terminal import console, note, print_json, read_stdin, status
+from rgtg_fast.config import OUTPUT, option
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.study.page import escape
 from rgtg_fast.files import check_writable, write_text

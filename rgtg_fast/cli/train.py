@@ -8,19 +8,11 @@ from typing import Any
 from rich.table import Table
 
 from rgtg_fast.bundled import embedded
-from rgtg_fast.cli.options import (
-    DATA,
-    MODELS,
-    OBJECTIVE,
-    OUTPUT,
-    STEPS,
-    TRAINED,
-    include,
-    json_option,
-    option,
-)
-from rgtg_fast.cli.session import ANSWERS_ENDED_HELP, PAIRS_HELP, Progress, Setup, quiet
+from rgtg_fast.cli.options import include, json_option
+from rgtg_fast.cli.session import PAIRS_HELP, Progress, Setup, quiet
 from rgtg_fast.cli.terminal import console, note, print_json, print_line, status
+from rgtg_fast.config import DATA, MODELS, OUTPUT, TRAINED, option
+from rgtg_fast.training.config import CommonConfig, TrainConfig
 
 # What `--reward` puts before the folder of a reward model; a folder alone is a `SequenceReward`.
 _PREFIXES = {"rad": "rad:", "farma": "farma:", "genarm": "genarm:"}
@@ -28,79 +20,12 @@ _PREFIXES = {"rad": "rad:", "farma": "farma:", "genarm": "genarm:"}
 Scores = list[tuple[list[float], list[float]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Options for the fields that `TrainConfig` and `PolicyTrainConfig` have in common."""
-
-    held_out: float = option("Share of --data to evaluate on, by prompt.", 0.1, DATA)
-    limit: int | None = option("Pairs to take at most.", None, DATA, shown="all")
-    max_length: int = option("Tokens of a prompt and its longer answer.", 512, DATA)
-    min_answer_tokens: int = option("Drop pairs with a shorter answer.", 0, DATA)
-    answers_ended: str = option(ANSWERS_ENDED_HELP, "auto", DATA)
-    objective: str
-    fork_layer: int
-    lora_rank: int = option("Rank of the adapters.", 16, TRAINED)
-    lora_alpha: float = option("Adapters are scaled by alpha / rank.", 32.0, TRAINED)
-    lora_dropout: float = option("Dropout before the adapters.", 0.0, TRAINED)
-    full: bool = option("Train the weights, not adapters.", False, TRAINED)
-    epochs: float
-    learning_rate: float
-    weight_decay: float = option("Weight decay.", 0.0, STEPS)
-    accumulation: int
-    bf16: bool = option("Compute in bfloat16.", False, STEPS)
-    gradient_checkpointing: bool = option(
-        "Recompute activations in the backward pass: less memory, more time.", False, STEPS
-    )
-    seed: int = option("Seed of the order of the data, the initial adapters and dropout.", 0, STEPS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardOptions(TrainingOptions):
-    """Options for the fields of `TrainConfig`."""
-
-    objective: str = option(
-        "partial_bt (PARGS), full_bt (ARGS, judges), cd_fudge, rad, farma or genarm.", "partial_bt", OBJECTIVE
-    )
-    mode: str = option(
-        "Past the end of the shorter answer: hold its last reward, pad it with eos, or truncate.",
-        "hold",
-        OBJECTIVE,
-    )
-    weight: str = option("prefix: every prefix counts the same; pair: every pair does.", "prefix", OBJECTIVE)
-    beta_r: float = option("genarm: scale of the log-probabilities.", 0.05, OBJECTIVE)
-    stop_gradient: bool = option(
-        "farma: the best next reward is a target without a gradient.", False, OBJECTIVE
-    )
-    judge: str | None = option(
-        "cd_fudge, rad: reward model (path, hub id, bundled:NAME) whose rewards are learned.",
-        None,
-        OBJECTIVE,
-        shown="the data's chosen_reward and rejected_reward, or 1 and 0",
-    )
-    fork_layer: int = option(
-        "Train from this layer on; the layers below run once over the data and are cached.", 0, TRAINED
-    )
-    epochs: float = option("Passes over the pairs.", 1.0, STEPS)
-    learning_rate: float = option("Learning rate.", 2e-4, STEPS, flags=("--lr",))
-    head_learning_rate: float | None = option(
-        "Learning rate of the trained head.",
-        None,
-        STEPS,
-        flags=("--head-lr",),
-        shown="--lr",
-        before="weight_decay",
-    )
-    head_fit: float | None = option(
-        "Fit the score head on the frozen model first, with a penalty of this strength, for example 0.3.",
-        None,
-        STEPS,
-        shown="begin with zeros",
-        before="weight_decay",
-    )
-    token_budget: int = option(
-        "Tokens of a packed row.", 2048, STEPS, flags=("--batch-tokens",), before="accumulation"
-    )
-    accumulation: int = option("Rows of an optimizer step.", 4, STEPS, flags=("--accumulate",))
+# The order of the configs' options in the help.
+DATA_OPTIONS = "held_out limit max_length min_answer_tokens answers_ended"
+TRAINED_OPTIONS = "fork_layer lora_rank lora_alpha lora_dropout full"
+STEPS_OPTIONS = "gradient_accumulation_steps bf16 gradient_checkpointing seed"
+_REWARD = f"""{DATA_OPTIONS} objective mode weight beta_r stop_gradient judge {TRAINED_OPTIONS}
+    num_train_epochs learning_rate head_learning_rate head_fit weight_decay token_budget {STEPS_OPTIONS}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +36,7 @@ class TrainingCommand:
     output: Path
     model: str | None
     eval_data: str | None = option("Pairs to evaluate on.", None, DATA, shown="--held-out of --data")
-    config: TrainingOptions
+    config: CommonConfig
     setup: Setup = include("device")
     resume: bool = option("Go on from the last checkpoint in --output.", False, OUTPUT)
     save_steps: int = option("Steps between checkpoints.", 50, OUTPUT, min=1)
@@ -149,7 +74,7 @@ class Train(TrainingCommand):
         MODELS,
         shown="the embedded SmolLM2-135M-Instruct",
     )
-    config: RewardOptions = include()
+    config: TrainConfig = include(_REWARD)
     trunk_cache: Path | None = option(
         "Folder for the activations below --fork-layer.", None, TRAINED, shown="in the user's cache folder"
     )
@@ -171,9 +96,9 @@ class Train(TrainingCommand):
         with status("Loading") as progress:
             from rgtg_fast.evaluation.accuracy import check_figure
             from rgtg_fast.evaluation.accuracy import figure as draw
-            from rgtg_fast.training.config import TrainConfig, train_reward_model
+            from rgtg_fast.training.launch import train_reward_model
 
-            config = TrainConfig(**vars(self.config))
+            config = self.config
             if self.figure is not None:
                 check_figure(self.figure)
             source = self.source(progress)
@@ -193,8 +118,8 @@ class Train(TrainingCommand):
         if self.figure is not None and points:
             draw({config.objective: points}, self.figure, title=f"{self.output.name}, held-out pairs")
         if self.json:
-            told = {**asdict(result), "output": str(self.output), "recipe": asdict(config)}
-            print_json({**told, "accuracy": [point.as_dict() for point in points]})
+            told = {**asdict(result), "filled": result.packing_efficiency, "output": str(self.output)}
+            print_json({**told, "recipe": config.saved(), "accuracy": [point.as_dict() for point in points]})
             return
         if points:
             console().print(_table(points))
@@ -227,7 +152,7 @@ def _read_at(counts: dict[str, Any]) -> str:
     Args:
         counts: of the evaluation data, as the result of a training has them.
     """
-    from rgtg_fast.training.report import ends_text
+    from rgtg_fast.training.data import ends_text
 
     return ends_text(2 * counts["kept"] - counts["cut"], counts["cut"], counts["unstated"])
 

@@ -5,37 +5,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rgtg_fast.bundled import embedded
-from rgtg_fast.cli.options import DATA, MODELS, OBJECTIVE, OUTPUT, STEPS, TRAINED, include, option
+from rgtg_fast.cli.options import include
 from rgtg_fast.cli.session import PAIRS_HELP, quiet
 from rgtg_fast.cli.terminal import print_json, print_line, status
-from rgtg_fast.cli.train import TrainingCommand, TrainingOptions
+from rgtg_fast.cli.train import DATA_OPTIONS, STEPS_OPTIONS, TRAINED_OPTIONS, TrainingCommand
+from rgtg_fast.config import DATA, MODELS, OBJECTIVE, OUTPUT, option
+from rgtg_fast.training.policy.config import PolicyTrainConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyOptions(TrainingOptions):
-    """Options for the fields of `PolicyTrainConfig`."""
-
-    limit: int | None = option("Pairs or prompts to take at most.", None, DATA, shown="all")
-    objective: str = option("dpo, simpo, treg, treg_simpo or rloo.", "dpo", OBJECTIVE)
-    beta: float | None = option(
-        "Weight of the preference loss; for rloo of the KL divergence.",
-        None,
-        OBJECTIVE,
-        shown="0.1; simpo 2; rloo 0.05",
-    )
-    margin: float = option("SimPO's margin.", 1.0, OBJECTIVE)
-    alpha: float = option("Weight of T-REG's regulariser.", 0.25, OBJECTIVE)
-    samples: int = option("Answers to a prompt (rloo).", 4, OBJECTIVE)
-    max_new_tokens: int = option("Tokens of an answer (rloo).", 64, OBJECTIVE)
-    temperature: float = option("Temperature of the answers (rloo).", 1.0, OBJECTIVE)
-    iterations: int = option("Steps on the same answers, with PPO's clipped ratio (rloo).", 1, OBJECTIVE)
-    fork_layer: int = option("Train from this layer on.", 0, TRAINED)
-    epochs: float = option("Passes over the data.", 1.0, STEPS)
-    learning_rate: float = option("Learning rate.", 5e-5, STEPS, flags=("--lr",))
-    batch_size: int = option(
-        "Pairs (rloo: answers) of a forward.", 4, STEPS, flags=("--batch",), before="accumulation"
-    )
-    accumulation: int = option("Forwards of an optimizer step.", 4, STEPS, flags=("--accumulate",))
+# The order of the config's options in the help.
+_POLICY = f"""{DATA_OPTIONS} objective beta margin alpha num_generations max_completion_length temperature
+    num_iterations {TRAINED_OPTIONS}
+    num_train_epochs learning_rate weight_decay per_device_train_batch_size {STEPS_OPTIONS}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +30,7 @@ class TrainPolicy(TrainingCommand):
         MODELS,
         shown="the embedded SmolLM2-135M-Instruct",
     )
-    config: PolicyOptions = include()
+    config: PolicyTrainConfig = include(_POLICY)
     reward: str | None = option(
         "What rloo maximises: path or hub id of a reward model or adapter, or `bundled:NAME`.",
         None,
@@ -62,14 +42,14 @@ class TrainPolicy(TrainingCommand):
         None,
         OBJECTIVE,
         shown="the project's own",
-        before="samples",
+        before="num_generations",
     )
     token_cache: Path | None = option(
         "Folder for the reference's log-probabilities and token rewards, computed once.",
         None,
         OBJECTIVE,
         shown="in the user's cache folder",
-        before="samples",
+        before="num_generations",
     )
 
     def run(self) -> None:
@@ -78,24 +58,23 @@ class TrainPolicy(TrainingCommand):
         # transformers, TRL and PEFT call deprecated functions of each other.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
         with status("Loading") as progress:
-            from rgtg_fast.training.policy.launch import PolicyTrainConfig, train_policy
+            from rgtg_fast.training.policy.launch import train_policy
             from rgtg_fast.training.t_reg import Templates
 
-            config = PolicyTrainConfig(**vars(self.config))
             templates = None if self.templates is None else Templates.load(self.templates)
             source = self.source(progress)
         result = train_policy(
             source,
             self.data,
             self.output,
-            config,
+            self.config,
             reward=self.reward,
             templates=templates,
             token_cache=self.token_cache or embedded.cache_folder() / "tokens",
             **self.arguments(),
         )
         if self.json:
-            print_json({**asdict(result), "output": str(self.output), "recipe": asdict(config)})
+            print_json({**asdict(result), "output": str(self.output), "recipe": self.config.saved()})
             return
         metrics = result.metrics
         if "accuracy" in metrics:

@@ -30,8 +30,7 @@ from rgtg_fast.models.prompts import Prompt, PromptLike, text_ids
 from rgtg_fast.rewards import SequenceReward, named_guide
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.rewards.parse import CONTRASTIVE, PREFIXES
-from rgtg_fast.training.data import without_eos
-from rgtg_fast.training.layouts import without_end
+from rgtg_fast.training.data import without_end, without_eos
 from rgtg_fast.training.packing import use_packed_attention
 
 WEIGHTS = "*.safetensors"

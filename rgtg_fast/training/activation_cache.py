@@ -1,4 +1,4 @@
-"""The trunk below the fork: frozen, so it runs once over the data, and training reads its activations from a file."""
+"""Activations of the frozen layers below the fork: computed once over the data and read from a file in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
-from rgtg_fast.training.data import TokenizedPair
+from rgtg_fast.training.data import TokenizedPair, hash_pairs
 from rgtg_fast.training.model import decoder_layers
 from rgtg_fast.training.packing import (
     PackedBatch,
@@ -29,12 +29,12 @@ from rgtg_fast.training.packing import (
     pretrained,
 )
 
-# Files hold bits, since numpy has no bfloat16.
+# Files contain the raw bits, since numpy has no bfloat16.
 _BITS = {torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16, torch.float64: np.int64}
 
 
 class _Passed(nn.Module):
-    """In the place of a layer that is not run: hands its input on, or the activations that were stored."""
+    """Stands in for a layer that is not run: returns its input or, in the last such layer, the stored activations."""
 
     def __init__(self, layer: nn.Module, in_tuple: bool, last: bool):
         super().__init__()
@@ -53,10 +53,10 @@ class _Passed(nn.Module):
 
 
 class LowerLayers:
-    """The layers below the fork, set aside while only those above run.
+    """The layers below the fork, which can be detached while only the layers above them run.
 
     Args:
-        model: a reward model, with or without adapters, with all its layers.
+        model: a reward model with all its layers, with or without adapters.
         fork_layer: the first layer that runs.
     """
 
@@ -69,18 +69,18 @@ class LowerLayers:
         ]
 
     def detach(self) -> None:
-        """Takes the layers out of the model: they are neither run nor moved nor saved with it."""
+        """Removes the layers from the model: they are not run, moved or saved with it."""
         for i, passed in enumerate(self._passed):
             self._layers[i] = passed
 
     def restore(self) -> None:
-        """Makes the model whole again."""
+        """Puts the layers back."""
         for i, layer in enumerate(self._lower):
             self._layers[i] = layer
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """The model with all its layers, for a while."""
+        """A context in which the model has all its layers."""
         self.restore()
         try:
             yield
@@ -96,7 +96,7 @@ def _returns_tuple(model: nn.Module, layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _output_of(layer: nn.Module, trunk: nn.Module, **inputs: Any) -> Any:
-    """What a layer gives in a forward of the trunk, which goes no further."""
+    """A layer's output in a forward of the trunk, which is stopped there."""
     out: list[Any] = []
 
     def stop(_: nn.Module, __: Any, output: Any) -> None:
@@ -114,19 +114,20 @@ def _output_of(layer: nn.Module, trunk: nn.Module, **inputs: Any) -> Any:
 
 
 class ActivationCache:
-    """Activations entering layer f for every token of every pair, in a file that training maps into memory.
+    """The input of layer f for every token of every pair, in a memory-mapped file.
 
-    The file is named by what the activations depend on: the pairs' tokens, the base model (its fingerprint), f, and
-    the precision. It grows row by row and gets its final name when complete; a broken run goes on where it stopped.
+    The file's name is a hash of what the activations depend on: the pairs' tokens, the base model's fingerprint, f and
+    the precision. The file grows row by row and gets its final name when it is complete; an interrupted computation
+    continues where it stopped.
 
     Args:
-        folder: where the files lie; several runs may share it.
+        folder: of the files; several runs may share it.
         model: the model, with or without adapters from layer f on.
-        pairs: what the activations are of.
+        pairs: whose activations are stored.
         fork_layer: f, at least 1.
-        budget: tokens of a row while the trunk runs.
+        budget: most tokens of a row when the trunk runs.
         eos_padding: as in `collate`.
-        autocast: the trunk runs in bfloat16 autocast over float32 weights.
+        autocast: run the trunk in bfloat16 autocast over float32 weights.
     """
 
     def __init__(
@@ -172,18 +173,18 @@ class ActivationCache:
         return self._width * self._dtype.itemsize
 
     def fill(self, model: nn.Module, progress: Callable[[str], None] = lambda message: None) -> None:
-        """Runs the trunk over what the file lacks.
+        """Runs the trunk over the rows that the file lacks.
 
         Args:
             model: with all its layers.
-            say: receives a line now and then.
+            progress: receives a line every 10 seconds.
 
         Raises:
             RGTGError: the file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Runs that need the same activations wait for the one that computes them.
+            # Only one run computes the activations; others that need them wait.
             with filelock.FileLock(self.path.with_suffix(".lock")):
                 if not self.path.exists():
                     self._write(model, progress)
@@ -203,7 +204,7 @@ class ActivationCache:
             for row in self._rows[done:]:
                 file.write(self._compute(model, row))
                 file.flush()
-                # A power cut must not leave a file of the right size with a hole in it.
+                # After a power failure, a file of the right size must not contain blocks that were never written.
                 os.fsync(file.fileno())
                 size = file.tell()
                 if time.monotonic() - told > 10:
@@ -216,7 +217,7 @@ class ActivationCache:
         partial.replace(self.path)
 
     def _complete_rows(self, size: int) -> tuple[int, int]:
-        """Rows that a file of this size holds whole, and their bytes."""
+        """The number of complete rows in a file of this size, and their bytes."""
         total = 0
         for done, row in enumerate(self._rows):
             end = total + sum(cost(self._pairs[i], self._eos_padding) for i in row) * self._token_bytes
@@ -243,7 +244,7 @@ class ActivationCache:
         """The activations [R, S, E] of a packed batch, 0 at padding.
 
         Args:
-            batch: of the pairs that the cache was made for.
+            batch: of the cache's pairs.
         """
         assert self._map is not None
         rows, size = batch.input_ids.shape
@@ -255,12 +256,4 @@ class ActivationCache:
 
 
 class _ForkReachedError(Exception):
-    """A forward has gone as far as it has to."""
-
-
-def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:
-    """sha256 over the pairs' token ids, in order."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
-    return digest.hexdigest()
+    """Stops a forward at the fork."""

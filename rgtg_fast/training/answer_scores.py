@@ -1,4 +1,4 @@
-"""Numbers of every answer token of preference pairs, computed once by a language model and kept in a file."""
+"""Scores of every answer token of preference pairs, computed once by a language model and stored in a file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ import torch
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
 from rgtg_fast.models.loading import context_length
-from rgtg_fast.training.activation_cache import hash_pairs
-from rgtg_fast.training.data import TokenizedPair
+from rgtg_fast.training.data import TokenizedPair, hash_pairs
+from rgtg_fast.training.folder import Progress, no_progress
 from rgtg_fast.training.packing import answer_positions, collate, cost, pack, packed_hidden, pretrained
-from rgtg_fast.training.run import Progress, no_progress
 from rgtg_fast.training.vocabulary import token_logprobs, vocabulary_head
 
 # Seconds between lines about the progress.
-_SAY_EVERY = 10.0
+_PROGRESS_INTERVAL = 10.0
+# Values of the head that identify it in a file's name.
 _HEAD_VALUES = 64
 
 
 def check_context(model: Any, items: Sequence[TokenizedPair]) -> None:
-    """Refuses items whose prompt and longer answer do not fit the model's context.
+    """Checks that the prompt and the longer answer of every item fit the model's context.
 
     Raises:
-        RGTGError: naming the first row that does not.
+        RGTGError: naming the first row that does not fit.
     """
     limit = context_length(pretrained(model))
     for item in items:
@@ -52,16 +52,18 @@ def answer_logprobs(
     autocast: bool = False,
     rows: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
-    """log π(y_t | x, y_<t) of every token of both answers, one packed row after the other.
+    """log π(y_t | x, y_<t) of every token of both answers, one packed row at a time.
 
     Args:
-        model: a causal language model with `use_packed_attention`.
-        budget: tokens of a row (more where an item is longer).
+        model: a causal language model, prepared by `use_packed_attention`.
+        items: pairs to score.
+        budget: most tokens of a row (more where an item is longer).
         autocast: compute in bfloat16.
-        rows: indices into `items`, by default packed to the budget.
+        rows: indices into `items`, one sequence per row; None packs them to the budget.
 
-    Returns:
-        For each row its items: index, and [n] in at least float32 on the CPU for the chosen and the rejected answer.
+    Yields:
+        For each item of a row, its index and the log-probabilities of the chosen and of the rejected answer, each [n]
+        in at least float32 on the CPU.
     """
     inner = pretrained(model)
     training = inner.training
@@ -77,19 +79,19 @@ def answer_logprobs(
 
 
 def packed_rows(items: Sequence[TokenizedPair], budget: int) -> list[list[int]]:
-    """The items packed to the budget, or to the longest of them where that is longer."""
+    """The items packed to the budget, or to the longest item where that is longer."""
     return pack(items, max(budget, *(cost(item) for item in items)))
 
 
 class AnswerFile:
-    """A float32 for every token of both answers of every pair, in a file; NaN where nothing has been computed.
+    """One float32 score for every token of both answers of every pair, in a file; NaN where it is not computed yet.
 
-    Answers are numbered chosen_0, rejected_0, chosen_1, … A row is written as soon as it is computed, and a broken run
-    goes on with what is missing.
+    Answers are numbered chosen_0, rejected_0, chosen_1, … A row is written as soon as it is computed; an interrupted
+    computation continues with what is missing.
 
     Args:
         path: of the file.
-        pairs: whose answers they are.
+        pairs: whose answers are scored.
     """
 
     def __init__(self, path: Path, pairs: Sequence[TokenizedPair]):
@@ -108,7 +110,16 @@ class AnswerFile:
         items: Sequence[TokenizedPair],
         autocast: bool,
     ) -> AnswerFile:
-        """The file named by the tokens that are scored (`items`), the model with its head and the precision."""
+        """The file whose name is a hash of the scored tokens (`items`), the model with its head and the precision.
+
+        Args:
+            folder: of the file.
+            kind: of the scores, the beginning of the name.
+            model: that computes the scores.
+            pairs: whose answers are scored.
+            items: what runs through the model.
+            autocast: compute in bfloat16.
+        """
         inner = pretrained(model)
         head = vocabulary_head(inner)[1].weight
         some = head.detach()[:: max(1, len(head) // _HEAD_VALUES), 0].float().cpu().numpy()
@@ -124,11 +135,11 @@ class AnswerFile:
         return cls(Path(folder) / f"{kind}-{name}.f32", pairs)
 
     def tokens(self, answer: int) -> int:
-        """Tokens of an answer."""
+        """Number of tokens of an answer."""
         return self._ends[answer + 1] - self._ends[answer]
 
     def __getitem__(self, pair: int) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers [n] of a pair's chosen and rejected answer."""
+        """The scores [n] of a pair's chosen and of its rejected answer."""
         return self._of(2 * pair), self._of(2 * pair + 1)
 
     def _of(self, answer: int) -> np.ndarray:
@@ -148,18 +159,20 @@ class AnswerFile:
         """Computes what is missing.
 
         Args:
+            model: a causal language model, prepared by `use_packed_attention`.
             items: what runs through the model.
-            values: from an item's number and the log-probabilities of its two sides, an answer's numbers [n].
-            answers: which answers an item gives numbers for.
-            budget: tokens of a packed row. autocast: compute in bfloat16.
-            say: receives lines about the progress.
+            values: (an item's number, log-probabilities of its two sides) -> scores [n] by an answer's number.
+            answers: the numbers of the answers that an item scores.
+            budget: most tokens of a packed row.
+            autocast: compute in bfloat16.
+            progress: receives a line every 10 seconds.
 
         Raises:
             RGTGError: the file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Runs that need the same numbers wait for the one that computes them.
+            # Only one run computes the scores; others that need them wait.
             with filelock.FileLock(self.path.with_suffix(".lock")):
                 self._open()
                 rows = [
@@ -175,7 +188,7 @@ class AnswerFile:
                             self._of(answer)[:] = numbers.numpy()
                     self._flush()
                     done += sum(cost(items[i]) for i, _, _ in row)
-                    if time.monotonic() - told > _SAY_EVERY:
+                    if time.monotonic() - told > _PROGRESS_INTERVAL:
                         told = time.monotonic()
                         progress(
                             f"{self.path.name.rpartition('-')[0]}: {done / total:.0%} of {total:,} tokens, "
@@ -208,13 +221,15 @@ def fill_reference(
     autocast: bool = False,
     progress: Progress = no_progress,
 ) -> AnswerFile:
-    """log π_ref(y_t | x, y_<t) of every answer token of preference pairs, from a file that is filled once.
+    """log π_ref(y_t | x, y_<t) of every answer token of preference pairs, computed once and stored in a file.
 
     Args:
         folder: of the file.
-        model: the reference, a causal language model with `use_packed_attention`.
-        budget: tokens of a packed row. autocast: compute in bfloat16.
-        say: receives lines about the progress.
+        model: the reference, a causal language model, prepared by `use_packed_attention`.
+        pairs: whose answers are scored.
+        budget: most tokens of a packed row.
+        autocast: compute in bfloat16.
+        progress: receives a line every 10 seconds.
 
     Raises:
         RGTGError: the folder cannot be written.

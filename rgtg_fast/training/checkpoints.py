@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, whatever ends the run, for every trainer of the package."""
+"""Checkpoints that are complete or absent, however the run ends, for every trainer of the package."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import publish, reason
+from rgtg_fast.training.folder import last_checkpoint
 from rgtg_fast.training.model import trained_parameters
-from rgtg_fast.training.run import last_checkpoint
 
-# Never taken for a checkpoint: those are called checkpoint-N.
+# Folder for what is being written. It does not match checkpoint-N and is never resumed from.
 _PARTIAL = ".partial"
+# Rows that an error message names.
 _NAMED_ROWS = 8
 
 
 class CompleteCheckpoints(Trainer):
-    """What transformers' Trainer lacks: checkpoints are written beside their place and renamed when complete.
+    """A base class of trainers: checkpoints are written to a temporary folder and renamed when they are complete.
 
-    Weights that are not finite are never saved, and a full disk ends the run with one line.
+    Weights that are not finite are never saved, and a full disk ends the run with a one-line error.
 
     Attributes:
-        batch_rows: rows of the data that the last batch was made of, for messages.
+        batch_rows: rows of the data in the last batch, for error messages.
     """
 
     batch_rows: list[int] = []  # noqa: RUF012
     _partial: Path | None = None
 
     def not_finite(self, what: str, value: float) -> RGTGError:
-        """The error for a loss or weight that is not finite; names the batch's rows and the last good checkpoint."""
+        """The error for a loss or weight that is not finite; it names the batch's rows and the last good checkpoint."""
         rows = self.batch_rows
         more = f" and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
@@ -47,7 +48,7 @@ class CompleteCheckpoints(Trainer):
         )
 
     def save_to(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the trained model (adapters, or all weights) and the tokenizer, complete or not at all.
+        """Writes the trained model (adapters, or all weights) and the tokenizer; the files are complete or absent.
 
         Raises:
             RGTGError: the folder cannot be written.
@@ -68,7 +69,7 @@ class CompleteCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
 
     def write_model(self, folder: Path) -> None:
-        """Writes the model's and the tokenizer's files, as they will be, to a folder."""
+        """Writes the final files of the model and the tokenizer to a folder."""
         self.save_model(str(folder), _internal_call=True)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -107,7 +108,7 @@ class CompleteCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _check_weights(self) -> None:
-        """A loss may be finite and its gradient not; what it spoils must not replace a good checkpoint."""
+        """Refuses weights that are not finite, which even a finite loss may cause: they must not be saved."""
         assert self.model is not None
         for name, parameter in trained_parameters(self.model):
             if not torch.isfinite(parameter).all():

@@ -1,4 +1,4 @@
-"""The objectives that a reward model can be trained with, each on the rewards of a packed batch's answer tokens."""
+"""The objectives of reward models, each a loss of the rewards of a packed batch's answer tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.ops.partial_bt_loss import MODES, WEIGHTS, partial_bt_loss, partial_bt_terms
+from rgtg_fast.ops.partial_bt_loss import WEIGHTS, partial_bt_loss, partial_bt_terms
+from rgtg_fast.training.config import current_mode
 from rgtg_fast.training.data import TokenizedPair
 
 OBJECTIVES = ("partial_bt", "full_bt", "cd_fudge", "rad", "farma", "genarm")
+MODES = ("eos", "repeat_last", "truncate")
+# What the op calls these modes.
+_OP_MODES = {"eos": "eos", "repeat_last": "hold", "truncate": "truncate"}
 
 
 @dataclass(frozen=True)
@@ -21,31 +25,31 @@ class Objective:
     """What a reward model learns from preference pairs.
 
     - `partial_bt` (PARGS, arXiv 2406.07780): −log σ(r(x, y^w_{1:i}) − r(x, y^l_{1:i})) for every prefix length i.
-    - `full_bt` (ARGS, 2402.01694, and judges): the same for the whole answers alone, read at the end token of an answer
-      that ended and at the last text token of one that was cut.
+    - `full_bt` (ARGS, 2402.01694, and judges): the same for whole answers only, read at the end token of an answer that
+      ended and at the last text token of one that was cut.
     - `cd_fudge` (2310.17022): ½ (r(x, y_{1:t}) − R)² for every prefix, R the reward of the whole answer.
     - `rad` (2310.09520): Σ_t t (r(x, y_{1:t}) − R)² / (n(n+1)/2) for every answer.
-    - `farma` (2502.04517), with V(y_{1:i}) = head(h(x, y_<i))[y_i]: two passes over the data take turns. The first is
-      full_bt on V of the whole answers; the second, the constraint, is (V(y_{1:i}) − max_v V(y_{1:i} ∘ v))² for every
-      prefix but the whole answer.
+    - `farma` (2502.04517), with V(y_{1:i}) = head(h(x, y_<i))[y_i]: two kinds of passes over the data alternate. The
+      first trains full_bt on V of the whole answers; the second, the constraint, (V(y_{1:i}) − max_v V(y_{1:i} ∘ v))²
+      for every prefix but the whole answer.
     - `genarm` (2410.08193): −log σ(β_r (log π_r(y^w | x) − log π_r(y^l | x))).
 
     Attributes:
         name: one of `OBJECTIVES`.
-        mode: what partial_bt does past the end of the shorter answer: `eos`, `hold` or `truncate`.
-        weight: `prefix` (every term counts the same; partial_bt, cd_fudge, farma's constraint) or `pair` (every pair
-            does).
+        mode: what partial_bt does past the end of the shorter answer: `eos`, `repeat_last` or `truncate`.
+        weight: `prefix` gives every term the same weight, `pair` every pair (partial_bt, cd_fudge, farma's constraint).
         beta_r: β_r of genarm.
-        stop_gradient: farma's maximum is a target and gets no gradient; the published constraint moves both sides.
+        stop_gradient: treat farma's maximum as a target without gradient; the published constraint trains both sides.
     """
 
     name: str = "partial_bt"
-    mode: str = "hold"
+    mode: str = "repeat_last"
     weight: str = "prefix"
     beta_r: float = 0.05
     stop_gradient: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", current_mode(self.mode, stacklevel=5))
         for what, value, known in (
             ("objective", self.name, OBJECTIVES),
             ("mode", self.mode, MODES),
@@ -68,27 +72,28 @@ class Objective:
 
     @property
     def by_token(self) -> bool:
-        """Whether the model is a language model whose vocabulary-sized head gives the rewards."""
+        """Whether the rewards come from a language model's vocabulary head."""
         return self.name in ("farma", "genarm")
 
     @property
     def additive(self) -> bool:
-        """Whether rewards are those of tokens, and a prefix's reward is their sum."""
+        """Whether rewards are per token, and a prefix's reward is their sum."""
         return self.name == "genarm"
 
     @property
     def passes(self) -> int:
-        """Passes over the data that belong together: two of farma's make a round, the second is the constraint."""
+        """Passes over the data per epoch: farma alternates two kinds."""
         return 2 if self.name == "farma" else 1
 
     def check_ends(self, pairs: Sequence[TokenizedPair], head_fit: bool = False) -> None:
-        """Refuses what an objective would have to learn from end tokens that answers which were cut do not have.
+        """Checks that answers which were cut, and have no end token, do not need one for this objective.
 
         Args:
-            head_fit: the head is fitted first (see `probe`).
+            pairs: to train or to evaluate on.
+            head_fit: whether the head is fitted first (see `head_fit`).
 
         Raises:
-            RGTGError: naming the first such pair.
+            RGTGError: naming the first pair that lacks an end token.
         """
         for pair in pairs:
             if all(pair.ended):
@@ -102,21 +107,34 @@ class Objective:
             if self.eos_padding and lengths[0] != lengths[1] and not pair.ended[lengths.index(min(lengths))]:
                 raise RGTGError(
                     f"mode='eos' puts end tokens behind the shorter answer, and that of row {pair.index} was cut: use "
-                    "mode='hold' or mode='truncate'"
+                    "mode='repeat_last' or mode='truncate'"
                 )
 
+    def check_head_fit(self, strength: float) -> None:
+        """Checks that the head can be fitted before training (see `head_fit`).
+
+        Raises:
+            RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
+        """
+        if not 0 < strength < math.inf:
+            raise RGTGError(f"head_fit={strength} is not above 0: use for example 0.3, or leave it out")
+        if self.regression or self.additive:
+            raise RGTGError(
+                f"head_fit fits a head by a Bradley-Terry loss and the objective is {self.name}: leave it out"
+            )
+
     def terms(self, offsets: torch.Tensor, constraint: bool = False) -> float:
-        """What the loss of a batch is divided by: its terms, pairs or answers.
+        """The number that the loss of a batch is divided by: its terms, pairs or answers.
 
         Args:
-            offsets: `[2N + 1]` int64, where the answers begin among the rewards, and M.
-            constraint: of farma's second pass.
+            offsets: [2N + 1] int64, where the answers begin among the rewards, and M.
+            constraint: whether the loss is farma's constraint.
         """
         pairs = offsets.shape[0] // 2
         if constraint:
             return float(offsets[-1] - 2 * pairs) if self.weight == "prefix" else float(2 * pairs)
         if self.name == "partial_bt":
-            return partial_bt_terms(offsets, self.mode, self.weight)
+            return partial_bt_terms(offsets, _OP_MODES[self.mode], self.weight)
         if self.name in ("full_bt", "farma", "genarm"):
             return float(pairs)
         if self.name == "cd_fudge" and self.weight == "prefix":
@@ -131,25 +149,23 @@ class Objective:
         targets: torch.Tensor | None = None,
         best: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss of a batch's pairs, divided by the terms of the batch that the optimizer step sees.
+        """The loss of a batch's pairs, divided by the terms of the whole optimizer step.
 
         Args:
-            rewards: `[M]` floating, of all answer tokens: chosen_0, rejected_0, chosen_1, … Those of genarm are the
-                tokens' own, all others are of the prefix that ends there.
-            offsets: `[2N + 1]` int64, where the answers begin, and M.
-            normalizer: scalar, the sum of `terms` over the whole batch; None for this part's own.
-            targets: `[2N]`, the rewards of the whole answers (cd_fudge, rad); by default 1 for the chosen answer and
-                0 for the rejected one.
-            best: `[M]`, the largest reward that any token in this one's place would have; makes the loss that of
-                farma's constraint.
+            rewards: [M] floating, of all answer tokens: chosen_0, rejected_0, chosen_1, … For genarm they are rewards
+                of tokens, otherwise of the prefixes that end there.
+            offsets: [2N + 1] int64, where the answers begin, and M.
+            normalizer: scalar, the sum of `terms` over the optimizer step; None for this batch's own.
+            targets: [2N], the rewards of the whole answers (cd_fudge, rad); None for 1 (chosen) and 0 (rejected).
+            best: [M], the largest reward of any token at the same position; selects farma's constraint as the loss.
 
         Returns:
-            The loss, a scalar in at least float32.
+            Scalar in at least float32.
         """
         if normalizer is None:
             normalizer = torch.tensor(self.terms(offsets, best is not None), device=rewards.device)
         if self.name == "partial_bt":
-            return partial_bt_loss(rewards, offsets, self.mode, self.weight, normalizer)
+            return partial_bt_loss(rewards, offsets, _OP_MODES[self.mode], self.weight, normalizer)
         if rewards.dtype != torch.float64:
             rewards = rewards.float()
         lengths = offsets.diff()
@@ -175,7 +191,7 @@ class Objective:
         return (weights * error).sum() / normalizer
 
     def _constraint(self, rewards: torch.Tensor, lengths: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        """Farma's second loss of every prefix [M − 2N]: its reward against the best that one more token can have."""
+        """Farma's constraint [M − 2N]: each prefix's reward against the best reward of one more token."""
         ends = lengths.cumsum(0)
         last = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
         last[ends - 1] = True
@@ -184,6 +200,6 @@ class Objective:
         errors = (rewards[~last] - target).square()
         if self.weight == "prefix":
             return errors
-        # An answer of one token has no term; it counts as an answer nonetheless.
+        # An answer of one token has no term, but counts in the number of answers.
         shares = 1 / (lengths - 1).clamp_min(1).to(rewards)
         return errors * shares.repeat_interleave(lengths - 1)

@@ -1,11 +1,10 @@
-"""Reward models made from language models: a score head, LoRA adapters from a fork layer on, merging."""
+"""Reward models made from language models: the score head, LoRA adapters from a fork layer on, and merging."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeAlias
@@ -26,6 +25,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import publish, reason
 from rgtg_fast.models.checkpoint import names, safetensors_header
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
+from rgtg_fast.training.config import Lora
 from rgtg_fast.training.packing import (
     PackedBatch,
     answer_positions,
@@ -36,36 +36,9 @@ from rgtg_fast.training.packing import (
 from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal, vocabulary_head
 
 HEAD = "score"
-# What reads the rewards [M] of a packed batch's answer tokens off the states after the final norm [R, S, E].
+# Computes the rewards [M] of a packed batch's answer tokens from the states [R, S, E] after the final norm.
 Reader: TypeAlias = "Callable[[PreTrainedModel, torch.Tensor, PackedBatch], torch.Tensor]"
-# Adapters of a higher rank than a layer is wide gain nothing.
-MAX_RANK = 65536
 EXTRA = 'pip install "rgtg-fast[train]"'
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Settings of low-rank adapters.
-
-    Attributes:
-        rank: of each update B·A.
-        alpha: updates are scaled by alpha / rank.
-        dropout: share of an adapter's inputs set to 0 while training.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise RGTGError(f"LoRA rank {self.rank} is below 1: use for example 16, or train the full model")
-        if self.rank > MAX_RANK:
-            raise RGTGError(
-                f"LoRA rank {self.rank} is above {MAX_RANK}, any layer's width: use for example 16"
-            )
-        if not 0 <= self.dropout < 1:
-            raise RGTGError(f"LoRA dropout {self.dropout} is not in [0, 1): use for example 0.05")
 
 
 def load_base(
@@ -73,15 +46,16 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal model with a score head of one label, zero where its files have none, and its tokenizer.
+    """A causal model with a one-label score head and its tokenizer; a head that the files lack starts at zero.
 
     Args:
         source: folder or hub id of a causal language model or of a reward model, or a loaded classifier with its
             tokenizer.
-        say: receives one line where the head is new.
+        dtype: of the weights.
+        progress: receives one line where the head is new.
 
     Raises:
-        RGTGError: nothing there, or no classifier with a `score` head over the trunk.
+        RGTGError: there is no such model, or it has no `score` head over the trunk.
     """
     if isinstance(source, tuple):
         model, tokenizer = source
@@ -105,7 +79,7 @@ def load_base(
     )
     head = _head(model)
     if headless:
-        # From 0 the first steps fit the frozen features instead of unlearning a random reward.
+        # Starting at 0, the first steps fit the frozen features instead of unlearning a random reward.
         nn.init.zeros_(head.weight)
         progress(f"{source} has no reward head: a new one ({HEAD}) begins at 0")
     _pad_with_another_token_than_eos(model, tokenizer)
@@ -113,7 +87,7 @@ def load_base(
 
 
 def _pad_with_another_token_than_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """transformers' classifiers take the last token that is no padding for an answer's end, which here is its EOS."""
+    """Keeps padding apart from EOS: transformers' classifiers read the last token that is not padding, here EOS."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = [tokenizer.unk_token_id, *tokenizer.all_special_ids]
         other = next((i for i in known if i is not None and i != tokenizer.eos_token_id), None)
@@ -133,7 +107,7 @@ def _head(model: PreTrainedModel) -> nn.Linear:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The trunk's list of decoder layers and its name.
+    """The name of the trunk's list of decoder layers, and the list.
 
     Raises:
         RGTGError: the trunk has no such list.
@@ -150,10 +124,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def check_fork_layer(model: nn.Module, fork_layer: int) -> None:
-    """Refuses a fork layer that the model does not have.
+    """Checks that the model has the fork layer.
 
     Raises:
-        RGTGError: outside 0 to the number of layers.
+        RGTGError: it is not in 0 to the number of layers.
     """
     count = len(decoder_layers(model)[1])
     if not 0 <= fork_layer <= count:
@@ -164,7 +138,7 @@ def check_fork_layer(model: nn.Module, fork_layer: int) -> None:
 
 
 def freeze_below(model: PreTrainedModel, fork_layer: int) -> None:
-    """Lets train everything but the embeddings and the layers below the fork; fork layer 0 lets train all."""
+    """Freezes the embeddings and the layers below the fork; fork layer 0 freezes nothing."""
     if fork_layer == 0:
         return
     name, layers = decoder_layers(model)
@@ -176,25 +150,26 @@ def freeze_below(model: PreTrainedModel, fork_layer: int) -> None:
 
 
 def _after(trunk: nn.Module, layers: str) -> list[nn.Module]:
-    """What runs after the layers: the final norm, registered behind them."""
+    """The modules that are registered after the layers and run after them: the final norm."""
     children = list(trunk.named_children())
     place = [name for name, _ in children].index(layers)
     return [child for _, child in children[place + 1 :]]
 
 
 def add_adapters(model: PreTrainedModel, fork_layer: int, lora: Lora, head: str | None = HEAD) -> Any:
-    """The model with LoRA on every linear map of the layers from `fork_layer` on, and a trained head.
+    """Adds LoRA to every linear layer from decoder layer `fork_layer` on, and makes the head trainable.
 
     Args:
-        fork_layer: 0 adapts every layer, the number of layers none (the head alone is trained then).
-        head: `"score"` of a classifier, `"lm_head"` of a language model, or None to train a language model's adapters
-            alone.
+        model: to adapt.
+        fork_layer: 0 adapts every decoder layer, the number of layers none: then only the head is trained.
+        lora: settings of the adapters.
+        head: "score" for a classifier, "lm_head" for a language model, None to train a language model's adapters only.
 
     Returns:
-        PEFT's model around it.
+        PEFT's wrapper of the model.
 
     Raises:
-        RGTGError: nothing would be trained, or a vocabulary head of another name.
+        RGTGError: nothing would be trained, or the vocabulary head has another name.
     """
     try:
         from peft import get_peft_model
@@ -207,7 +182,7 @@ def add_adapters(model: PreTrainedModel, fork_layer: int, lora: Lora, head: str 
             f"{fork_layer - 1}"
         )
     if head is not None:
-        # The head learns in float32 also over a bfloat16 trunk: its steps are smaller than bfloat16 resolves.
+        # The head is float32 even over a bfloat16 trunk: its updates are smaller than bfloat16 resolves.
         _trained_head(model, head).to(torch.promote_types(model.dtype, torch.float32))
     if fork_layer == len(layers):
         return _head_alone(model, name, layers, head)
@@ -215,11 +190,7 @@ def add_adapters(model: PreTrainedModel, fork_layer: int, lora: Lora, head: str 
 
 
 def lora_config(model: nn.Module, fork_layer: int, lora: Lora, head: str | None) -> Any:
-    """PEFT's configuration of LoRA on every linear map of the layers from `fork_layer` on.
-
-    Args:
-        head: as in `add_adapters`.
-    """
+    """PEFT's configuration of LoRA; the arguments are those of `add_adapters`."""
     from peft import LoraConfig, TaskType
 
     name, layers = decoder_layers(model)
@@ -248,12 +219,12 @@ def _trained_head(model: PreTrainedModel, head: str) -> nn.Module:
 
 
 def _linear(layers: nn.Module) -> list[str]:
-    """Paths of the linear maps inside."""
+    """Paths of the linear layers inside."""
     return [path for path, module in layers.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def _head_alone(model: PreTrainedModel, name: str, layers: nn.ModuleList, head: str | None) -> Any:
-    """PEFT has no adapter of a head alone: one map of the last layer gets a correction that is 0 and stays so."""
+    """Trains the head only. PEFT needs at least one adapter: a frozen one of rank 1 that is 0."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     last = len(layers) - 1
@@ -273,10 +244,10 @@ def _head_alone(model: PreTrainedModel, name: str, layers: nn.ModuleList, head: 
 
 
 def let_autocast_cast(model: nn.Module) -> None:
-    """Keeps PEFT from casting an adapter's inputs to its float32 weights, which autocast would undo: two copies less.
+    """Saves two copies per adapter: PEFT casts its inputs to float32, and autocast casts them back.
 
-    For models that run under autocast alone. A correction that is not trained may lie in a layer that runs without it,
-    below the fork, and keeps its cast.
+    Only for models that always run under autocast. A frozen adapter may be in a layer below the fork, which also runs
+    without autocast, and keeps its cast.
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -289,7 +260,7 @@ def let_autocast_cast(model: nn.Module) -> None:
 
 
 def drop_zero_adapters(folder: Path) -> None:
-    """Leaves the head alone in the files of adapters that `add_adapters` made for it; PEFT fills in zeros."""
+    """Removes the zero adapter of a model whose head alone was trained; PEFT fills in zeros when it loads the head."""
     path = folder / "adapter_model.safetensors"
     if path.is_file():
         tensors = load_file(path)
@@ -298,10 +269,10 @@ def drop_zero_adapters(folder: Path) -> None:
 
 
 def use_packed_forward(model: nn.Module) -> None:
-    """Makes the model's forward take a packed batch: `model(batch=…, trunk_states=…, read=…).logits` are rewards [M].
+    """Makes the model's forward accept a packed batch: `model(batch=…, trunk_states=…, read=…).logits` are rewards [M].
 
-    The rewards are computed inside the model's own forward, so that wrappers around it (DistributedDataParallel,
-    FSDP, autocast, PEFT) see an ordinary one. A call without `batch` is what it was.
+    The rewards are computed inside the model's own forward, so that wrappers (DistributedDataParallel, FSDP, autocast,
+    PEFT) work as usual. Calls without `batch` are unchanged.
     """
     inner = pretrained(model)
     use_packed_attention(inner)
@@ -333,20 +304,23 @@ def read_scores(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch
 
 
 def read_states(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """The states [M, E] of the answer tokens, which the score head reads."""
+    """The states [M, E] of the answer tokens, the score head's input."""
     rows, columns, _ = answer_positions(batch)
     return hidden[rows, columns]
 
 
 def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
-    """Writes a reward model with its adapters merged into the weights, a plain model folder for any loader.
+    """Writes a trained model with its adapters merged into the weights, a model folder for any loader.
 
     Args:
         folder: of the adapters, as training saves them.
-        output: of the whole model, written beside its place and renamed.
+        output: new folder of the whole model; it is complete or absent.
+
+    Returns:
+        The new folder.
 
     Raises:
-        RGTGError: no adapters there, their base cannot be loaded, or `output` cannot be written.
+        RGTGError: there are no adapters, their base cannot be loaded, or `output` cannot be written.
     """
     source, target = Path(folder), Path(output)
     if not (source / "adapter_config.json").is_file():
@@ -362,7 +336,7 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
     if base is None:
         raise RGTGError(f"{source}/adapter_config.json names no base model: add base_model_name_or_path")
     if config.task_type == "CAUSAL_LM":
-        # A saved head takes the place of the base's, which may be tied to the embeddings.
+        # A saved head replaces the base's, which may be tied to the embeddings.
         own_head = VOCABULARY_HEAD in (getattr(config, "modules_to_save", None) or [])
         model, _ = load_causal(base, new_head=own_head)
     else:
@@ -384,7 +358,7 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
 
 
 def _check_adapter(adapted: Any, folder: Path) -> None:
-    """Refuses an adapter's file that holds other names than its model, which PEFT ignores or fills at random."""
+    """Refuses an adapter's file with other names than its model: PEFT ignores them or fills in random weights."""
     from peft import get_peft_model_state_dict
 
     path = folder / "adapter_model.safetensors"

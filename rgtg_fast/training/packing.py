@@ -1,33 +1,29 @@
 """Packs preference pairs into rows and runs a causal model on them: every prefix of both answers in one forward.
 
-A row is [x¹ | y¹ʷ | y¹ˡ | x² | y²ʷ | y²ˡ | …]. Both answers of a pair attend to its prompt and to themselves, never to
-each other or to another pair, and both count positions from the end of the prompt, so that each token's hidden state
-is the one of a forward over x∘y alone (the loss of arXiv 2406.07780 without its one row per prefix).
+A row is [x¹ | y¹ʷ | y¹ˡ | x² | y²ʷ | y²ˡ | …]. Each answer of a pair attends to the pair's prompt and to itself, never
+to the other answer or to another pair, and its positions continue those of the prompt. Each token's hidden state is
+therefore that of a forward over x∘y alone: the loss of arXiv 2406.07780 without one row per prefix.
 """
 
 from __future__ import annotations
 
 import bisect
-import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.attention import NAME as PREFIX
-from rgtg_fast.models.attention import PACKED, prefix_attention, prefix_mask
+from rgtg_fast.models.attention import PACKED
 from rgtg_fast.training.data import TokenizedPair
-
-# Arguments by which a model asks for attention that is not plain softmax(QK^T)V.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
-_PROMPT, _CHOSEN, _REJECTED = 0, 1, 2
-# Tokens up to which a sequence's scores are kept whole.
-_SHORT = 768
+from rgtg_fast.training.packed_attention import Packing
 
 
 def cost(pair: TokenizedPair, eos_padding: bool = False) -> int:
@@ -42,17 +38,22 @@ def cost(pair: TokenizedPair, eos_padding: bool = False) -> int:
 
 
 def pack(pairs: Sequence[TokenizedPair], budget: int, eos_padding: bool = False) -> list[list[int]]:
-    """Packs pairs into rows of at most `budget` tokens: the longest first, each into the fullest row that holds it.
+    """Packs pairs into rows, best-fit decreasing: the longest first, each into the fullest row that it fits.
+
+    Args:
+        pairs: to pack.
+        budget: most tokens of a row.
+        eos_padding: as in `cost`.
 
     Returns:
-        Indices into `pairs`, one list a row; every pair is in exactly one row.
+        Indices into `pairs`, one list per row; every pair is in exactly one row.
 
     Raises:
         RGTGError: a pair is longer than the budget.
     """
     costs = [cost(pair, eos_padding) for pair in pairs]
     rows: list[list[int]] = []
-    # (tokens free, row), ascending: the first that is large enough is the fullest row.
+    # (free tokens, row), ascending: the first that is large enough is the fullest row.
     free: list[tuple[int, int]] = []
     for index in sorted(range(len(pairs)), key=lambda i: -costs[i]):
         size = costs[index]
@@ -77,10 +78,10 @@ class PackedBatch:
     """Rows of packed pairs.
 
     Attributes:
-        input_ids: [R, S] i64, padded on the right.
-        position_ids: [R, S] i64; both answers of a pair count from the end of its prompt, padding is at 0.
-        spans: [N, 5] i64: row, start of the prompt, start of the chosen answer, start of the rejected one, end; pairs
-            lie in a row one after the other from column 0.
+        input_ids: [R, S] int64, padded on the right.
+        position_ids: [R, S] int64; those of both answers continue the prompt's, those of padding are 0.
+        spans: [N, 5] int64: row, start of the prompt, start of the chosen answer, start of the rejected one, end. The
+            pairs of a row follow one another from column 0.
         pairs: indices of the N pairs in the sequence that `collate` was given.
     """
 
@@ -90,8 +91,8 @@ class PackedBatch:
     pairs: list[int]
 
     @property
-    def filled(self) -> float:
-        """Share of the R·S tokens that are no padding."""
+    def packing_efficiency(self) -> float:
+        """Share of the R·S tokens that are not padding."""
         return float((self.spans[:, 4] - self.spans[:, 1]).sum()) / self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -111,14 +112,15 @@ def collate(
     length: int | None = None,
     eos_padding: bool = False,
 ) -> PackedBatch:
-    """Lays packed pairs out as one batch.
+    """Makes a batch of packed pairs.
 
     Args:
-        rows: indices into `pairs`, one sequence a row, as `pack` gives them.
+        pairs: all pairs.
+        rows: indices into `pairs`, one sequence per row, as `pack` returns them.
         pad_id: id of the tokens after a row's last pair.
         length: S; None for the longest row.
-        eos_padding: the shorter answer is padded with EOS, its own last token, to the longer one's length (PARGS's
-            published data).
+        eos_padding: pad the shorter answer with EOS, its own last token, to the longer one's length, as PARGS's
+            published data do.
 
     Raises:
         RGTGError: no rows, or a row longer than `length`.
@@ -151,11 +153,12 @@ def collate(
 
 
 def answer_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the answers' tokens stand in the rows.
+    """Positions of the answers' tokens in the rows.
 
     Returns:
-        rows [M] and columns [M] of all M answer tokens in the order chosen_0, rejected_0, chosen_1, …, and
-        offsets [2N+1], where each answer begins among them; all i64.
+        rows: [M] int64, of all M answer tokens in the order chosen_0, rejected_0, chosen_1, …
+        columns: [M] int64.
+        offsets: [2N + 1] int64, where each answer begins among the M tokens, and M.
     """
     row, _, chosen, rejected, end = batch.spans.unbind(1)
     starts = torch.stack([chosen, rejected], 1).flatten()
@@ -167,11 +170,11 @@ def answer_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def preceding_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the answers' tokens stand in the rows, and the tokens from which they are predicted.
+    """Positions of the answers' tokens in the rows, and of the tokens from which they are predicted.
 
     Returns:
-        rows [M] and columns [M] as in `answer_positions`, and the columns [M] of the tokens before: the first token of
-        either answer follows the prompt's last.
+        rows, columns: [M] int64, as in `answer_positions`.
+        before: [M] int64, columns of the preceding tokens; the first token of either answer follows the prompt's last.
     """
     rows, columns, offsets = answer_positions(batch)
     before = columns - 1
@@ -179,249 +182,53 @@ def preceding_positions(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor,
     return rows, columns, before
 
 
-class Packing:
-    """What the attention of a packed batch needs, made once a batch and handed to the forward as `packing`.
+class Rows(Dataset[tuple[list[int], bool]]):
+    """Packed rows, indices of their pairs each. A key is a row's number and whether the row counts."""
+
+    def __init__(self, rows: list[list[int]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[list[int], bool]:
+        return self.rows[key[0]], key[1]
+
+
+class RowBatches(Sampler[list[tuple[int, bool]]]):
+    """One process's share of shuffled rows; all processes together see the batches that one process would.
+
+    Rows that fill up the last batch do not count.
 
     Args:
-        spans: [N, 5] i64 as in `PackedBatch`.
-        shape: (R, S).
+        rows: number of rows.
+        size: rows of a batch on one process.
+        seed: of the order.
+        epoch: returns the epoch whose order to use.
+        process: number of this process.
+        processes: number of processes.
     """
 
-    def __init__(self, spans: torch.Tensor, shape: tuple[int, int]):
-        self.spans, self.shape = spans, shape
-        self._segments: list[list[tuple[int, int, int]]] | None = None
-        self._masks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
-        self._block_mask: Any = None
-        self._longest: int | None = None
+    def __init__(
+        self, rows: int, size: int, seed: int, epoch: Callable[[], int], process: int, processes: int
+    ):
+        self.rows, self.size, self.seed, self.epoch = rows, size, seed, epoch
+        self.process, self.processes = process, processes
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with its longer answer."""
-        if self._longest is None:
-            _, start, chosen, rejected, end = self.spans.unbind(1)
-            answers = torch.maximum(rejected - chosen, end - rejected)
-            self._longest = int((chosen - start + answers).max())
-        return self._longest
+    def __len__(self) -> int:
+        return math.ceil(self.rows / (self.size * self.processes))
 
-    @property
-    def segments(self) -> list[list[tuple[int, int, int]]]:
-        """For each row, the lengths (prompt, chosen, rejected) of its pairs in order."""
-        if self._segments is None:
-            self._segments = [[] for _ in range(self.shape[0])]
-            for row, start, chosen, rejected, end in self.spans.tolist():
-                self._segments[row].append((chosen - start, rejected - chosen, end - rejected))
-        return self._segments
-
-    def mask(self, answer: int, prompt: int, like: torch.Tensor) -> torch.Tensor:
-        """Additive mask [answer, prompt + answer] of an answer's tokens, which see the prompt and those before."""
-        key = (answer, prompt, like.dtype)
-        if key not in self._masks:
-            size, device = (answer, prompt + answer), like.device
-            hidden = torch.ones(size, dtype=torch.bool, device=device).triu(prompt + 1)
-            zeros = torch.zeros(size, dtype=like.dtype, device=device)
-            self._masks[key] = zeros.masked_fill_(hidden, float("-inf"))
-        return self._masks[key]
-
-    def mask_mod(self) -> Any:
-        """The mask as flex_attention takes it: a function of (row, head, query column, key column).
-
-        Padding forms a segment of its own, so that no query is without a key.
-        """
-        rows, size = self.shape
-        device = self.spans.device
-        columns = torch.arange(size, device=device)
-        segment = torch.full((rows, size), -1, dtype=torch.int32, device=device)
-        part = torch.zeros(rows, size, dtype=torch.int32, device=device)
-        row, start, chosen, rejected, end = self.spans[:, :, None].unbind(1)
-        number = torch.arange(len(self.spans), dtype=torch.int32, device=device)[:, None]
-        inside = (columns >= start) & (columns < end)
-        at = (row.expand_as(inside)[inside], columns.expand_as(inside)[inside])
-        segment[at] = number.expand_as(inside)[inside]
-        parts = (columns >= chosen).int() * _CHOSEN + (columns >= rejected).int() * (_REJECTED - _CHOSEN)
-        part[at] = parts[inside]
-
-        def mask_mod(b: Any, h: Any, q: Any, kv: Any) -> Any:
-            together = segment[b, q] == segment[b, kv]
-            seen = (part[b, kv] == _PROMPT) | (part[b, kv] == part[b, q])
-            return (kv <= q) & together & seen
-
-        return mask_mod
-
-    def block_mask(self) -> Any:
-        """The BlockMask of flex_attention."""
-        if self._block_mask is None:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            rows, size = self.shape
-            self._block_mask = create_block_mask(
-                self.mask_mod(), B=rows, H=None, Q_LEN=size, KV_LEN=size, device=self.spans.device
-            )
-        return self._block_mask
-
-
-def packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,  # [R, H, S, D]
-    key: torch.Tensor,  # [R, G, S, D]
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    packing: Packing | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention [R, S, H, D] within the pairs of a packed batch; without `packing`, what `prefix_attention` gives."""
-    if packing is None:
-        return prefix_attention(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise RGTGError(
-                f"{type(module).__name__} asks for {name} in its attention, which packed rows do not compute: "
-                "use a model with plain attention (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
-            )
-    window = kwargs.get("sliding_window")
-    if window is not None and packing.longest > window:
-        raise RGTGError(
-            f"a prompt with its answer has {packing.longest} tokens and {type(module).__name__} attends a window of "
-            f"{window}: use max_length={window}"
-        )
-    # Triton's kernels know no float64.
-    if query.is_cuda and query.dtype != torch.float64:
-        out = _flex(query, key, value, packing, scaling, dropout)
-    else:
-        out = _per_pair(query, key, value, packing, scaling, dropout)
-    return out.transpose(1, 2), None
-
-
-# Here, since `prefix_attention` too hands packed forwards over.
-AttentionInterface.register(PACKED, packed_attention)
-# For forwards without `packing`; a packed one passes its mask by (see `forward_arguments`).
-AttentionMaskInterface.register(PACKED, prefix_mask)
-
-
-class _ShortAttention(torch.autograd.Function):
-    """Attention of one short sequence in bfloat16, its scores kept for the backward pass.
-
-    softmax(scale · q kᵀ + mask) v with queries q [H, n, D], keys and values [G, m, D], mask [n, m]. On a CPU the
-    matrix products run at several times the speed of SDPA's bfloat16 kernels.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None
-    ) -> torch.Tensor:
-        (heads, n, size), (groups, m) = q.shape, k.shape[:2]
-        ctx.scale = size**-0.5 if scale is None else scale
-        # Autocast would compute the softmax in float32; the kernel does so inside, row by row.
-        with torch.autocast("cpu", enabled=False):
-            scaled = (q * ctx.scale).reshape(groups, -1, size)
-            scores = torch.bmm(scaled, k.transpose(1, 2)).view(groups, -1, n, m)
-            weights = torch.softmax(scores.add_(mask), -1).view(groups, -1, m)
-            ctx.save_for_backward(scaled, k, v, weights)
-            return torch.bmm(weights, v).view(heads, n, size)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scaled, k, v, weights = ctx.saved_tensors
-        heads, n, size = grad.shape
-        grad = grad.reshape(scaled.shape)
-        grad_v = torch.bmm(weights.transpose(1, 2), grad)
-        grad_scores = torch._softmax_backward_data(
-            torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype
-        )
-        grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale).view(heads, n, size)
-        return grad_q, torch.bmm(grad_scores.transpose(1, 2), scaled), grad_v, None, None
-
-
-def _per_pair(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    packing: Packing,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Each pair by itself: prompt and chosen answer are one causal sequence, the rejected one's queries a second."""
-    gqa = query.shape[1] != key.shape[1]
-    dtype = query.dtype
-    short = value.dtype == torch.bfloat16 and dropout == 0 and packing.longest <= _SHORT
-    # Sequences too long for that are computed in float32: the backward of PyTorch's CPU kernel is slow in bfloat16.
-    wide = value.dtype if short else torch.promote_types(dtype, torch.float32)
-    query, key, value = query.to(wide), key.to(wide), value.to(wide)
-    rows = []
-    # Splits and their backward, a concatenation, touch every token once; slices would each write a whole zero gradient.
-    for q, k, v, pairs in zip(query.unbind(), key.unbind(), value.unbind(), packing.segments, strict=True):
-        sizes = [size for prompt, chosen, rejected in pairs for size in (prompt + chosen, rejected)]
-        rest = q.shape[1] - sum(sizes)
-        qs, ks, vs = (x.split([*sizes, rest], dim=1) for x in (q, k, v))
-        out: list[torch.Tensor] = []
-        for i, (prompt, chosen, rejected) in enumerate(pairs):
-            first, second = 2 * i, 2 * i + 1
-            keys = torch.cat([ks[first][:, :prompt], ks[second]], dim=1)
-            values = torch.cat([vs[first][:, :prompt], vs[second]], dim=1)
-            if short:
-                mask = packing.mask(prompt + chosen, 0, v)
-                out.append(_ShortAttention.apply(qs[first], ks[first], vs[first], mask, scale))
-                mask = packing.mask(rejected, prompt, v)
-                out.append(_ShortAttention.apply(qs[second], keys, values, mask, scale))
-                continue
-            out.append(
-                functional.scaled_dot_product_attention(
-                    qs[first][None],
-                    ks[first][None],
-                    vs[first][None],
-                    dropout_p=dropout,
-                    is_causal=True,
-                    scale=scale,
-                    enable_gqa=gqa,
-                )[0]
-            )
-            out.append(
-                functional.scaled_dot_product_attention(
-                    qs[second][None],
-                    keys[None],
-                    values[None],
-                    attn_mask=packing.mask(rejected, prompt, q),
-                    dropout_p=dropout,
-                    scale=scale,
-                    enable_gqa=gqa,
-                )[0]
-            )
-        out.append(torch.zeros_like(qs[-1]))
-        rows.append(torch.cat(out, dim=1))
-    return torch.stack(rows).to(dtype)
-
-
-def _flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    packing: Packing,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    if dropout > 0:
-        raise RGTGError(
-            f"attention dropout {dropout} is not available for packed rows on CUDA: set the config's "
-            "attention dropout to 0"
-        )
-    gqa = query.shape[1] != key.shape[1]
-    attend = _compiled_flex_attention()
-    return attend(query, key, value, block_mask=packing.block_mask(), scale=scale, enable_gqa=gqa)
-
-
-@functools.cache
-def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    """flex_attention as a fused kernel: uncompiled it would store all S² scores."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)  # pyright: ignore[reportReturnType]
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch())
+        order = [(row, True) for row in torch.randperm(self.rows, generator=generator).tolist()]
+        step = self.size * self.processes
+        order += [(order[0][0], False)] * (len(self) * step - self.rows)
+        for start in range(self.process * self.size, len(order), step):
+            yield order[start : start + self.size]
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Makes the model's blocks call `packed_attention`; forwards without `packing` stay what they were.
+    """Makes the model's layers call `packed_attention`; forwards without `packing` are unchanged.
 
     Raises:
         RGTGError: the model's attention cannot be replaced.
@@ -441,16 +248,13 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def forward_arguments(trunk: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments of a trunk's forward over a packed batch, all but the tokens themselves.
-
-    Add `input_ids`, or `inputs_embeds` for a trunk without its lower layers.
-    """
-    # Another attention, which its owner may have set since, would not know of the pairs.
+    """Keyword arguments of a trunk's forward over a packed batch, except `input_ids` or `inputs_embeds`."""
+    # The model's owner may have set another attention since, which would ignore the pairs' boundaries.
     if trunk.config._attn_implementation not in (PACKED, PREFIX):
         use_packed_attention(trunk)
     return {
         "position_ids": batch.position_ids,
-        # Any 4-D mask is taken as made already, so that no [S, S] mask is built; packed_attention does not read it.
+        # transformers takes any 4-D mask as final and builds no [S, S] mask; packed_attention does not read it.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=trunk.dtype, device=batch.input_ids.device),
         "packing": Packing(batch.spans, (batch.input_ids.shape[0], batch.input_ids.shape[1])),
         "use_cache": False,
@@ -461,7 +265,8 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Hidden states [R, S, E] after the final norm.
 
     Args:
-        model: with `use_packed_attention`; a wrapper around it may be passed.
+        model: prepared by `use_packed_attention`; may be wrapped.
+        batch: packed pairs.
     """
     trunk: Any = pretrained(model).base_model
     return trunk(input_ids=batch.input_ids, **forward_arguments(trunk, batch)).last_hidden_state
@@ -471,8 +276,9 @@ def packed_rewards(model: nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, 
     """Rewards r(x, y_{1:i}) of every prefix of both answers of all pairs.
 
     Returns:
-        rewards [M], float32 or the model's wider dtype, in the order chosen_0, rejected_0, chosen_1, …, and offsets
-        [2N+1] i64, where each answer begins; an answer's last reward is that of the whole answer with EOS.
+        rewards: [M], float32 or the model's wider dtype, in the order chosen_0, rejected_0, chosen_1, … An answer's
+            last reward is that of the whole answer.
+        offsets: [2N + 1] int64, where each answer begins, and M.
 
     Raises:
         RGTGError: no score head with one label.

@@ -17,7 +17,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.training.answer_scores import AnswerFile, answer_logprobs, check_context
 from rgtg_fast.training.data import Messages, PreferencePair, TokenizedPair
-from rgtg_fast.training.run import Progress, no_progress
+from rgtg_fast.training.folder import Progress, no_progress
 
 TEMPLATES = Path(__file__).with_name("t_reg_templates.yaml")
 FIELDS = ("question", "answer")
@@ -28,7 +28,7 @@ _SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
 @dataclass(frozen=True)
 class Templates:
-    """What asks a language model to revise an answer into a better one and into a worse one.
+    """Texts that ask a language model to revise an answer into a better one and into a worse one.
 
     Attributes:
         better, worse: texts with the fields `{question}` and `{answer}`.
@@ -66,7 +66,7 @@ class Templates:
 
     @property
     def digest(self) -> str:
-        """Identifies the texts: a sha256."""
+        """sha256 of the texts."""
         return hashlib.sha256(f"{self.better}\0{self.worse}".encode()).hexdigest()
 
     @classmethod
@@ -96,9 +96,9 @@ class Templates:
         """The prompts x_better and x_worse.
 
         Args:
-            prompt: a text or chat messages. A system message stays one, the other turns become the question.
-            answer: the answer that is to be revised.
-            chat: they are chats of one user message, else plain texts.
+            prompt: a text or chat messages. System messages are kept, the other turns become the question.
+            answer: to be revised.
+            chat: make chats with one user message, else plain texts.
         """
         messages: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         system = [message for message in messages if message["role"] == "system"]
@@ -130,10 +130,14 @@ def contrast(
     templates: Templates,
     index: int = 0,
 ) -> TokenizedPair:
-    """An answer behind both of its contexts, as a pair to be packed: what the contexts begin with is its prompt.
+    """An answer after each of its two contexts, as a pair to be packed; its prompt is the contexts' common beginning.
 
     Args:
-        answer: as a text. answer_ids: its tokens, which end both sides of the pair.
+        prompt: the prompt that was answered.
+        answer: as a text.
+        answer_ids: its tokens, which end both sides of the pair.
+        tokenizer: of the model.
+        templates: of the contexts.
         index: row of the source.
     """
     chat = tokenizer.chat_template is not None
@@ -142,7 +146,7 @@ def contrast(
         (i for i, (a, b) in enumerate(zip(better, worse, strict=False)) if a != b),
         min(len(better), len(worse)),
     )
-    # Each side keeps a token of its context, since the answer's first token is predicted from it.
+    # Each side starts with at least one token of its context, from which the answer's first token is predicted.
     shared = min(shared, len(better) - 1, len(worse) - 1)
     return TokenizedPair(
         better[:shared], [*better[shared:], *answer_ids], [*worse[shared:], *answer_ids], index
@@ -164,17 +168,19 @@ def token_rewards(
     forward over [shared context | rest of x_better, y | rest of x_worse, y].
 
     Args:
-        model: a causal language model, the reference π, with `use_packed_attention`.
-        prompts, answers, answer_ids: one of each an answer; the ids are those of the answer's text, with EOS where it
-            ends there.
-        templates: of the contexts, by default the project's own (`TEMPLATES`).
-        budget: tokens of a packed row.
+        model: a causal language model, the reference π, prepared by `use_packed_attention`.
+        tokenizer: of the model.
+        prompts: one per answer.
+        answers: as texts.
+        answer_ids: the answers' tokens, with EOS where an answer ended.
+        templates: of the contexts; None for the project's own (`TEMPLATES`).
+        budget: most tokens of a packed row.
 
     Returns:
-        Tensors [n] in at least float32 on the CPU, in [−½, ½], one an answer.
+        One tensor [n] per answer, in at least float32 on the CPU, with values in [−½, ½].
 
     Raises:
-        RGTGError: a context longer than the model's, or a reward that is NaN.
+        RGTGError: a context exceeds the model's, or a reward is NaN.
     """
     templates = templates or Templates.load()
     items = [
@@ -210,16 +216,20 @@ def fill_token_rewards(
     autocast: bool = False,
     progress: Progress = no_progress,
 ) -> AnswerFile:
-    """T-REG's rewards of every answer token of preference pairs, from a file that is filled once and used by any run.
+    """T-REG's rewards of every answer token of preference pairs, computed once and stored in a file for any run.
 
-    The file is named by what the rewards depend on: the contexts' and answers' tokens, the model and the precision.
+    The file's name is a hash of what the rewards depend on: the tokens of contexts and answers, the model and the
+    precision.
 
     Args:
         folder: of the file.
         model, tokenizer: the reference, as in `token_rewards`.
-        pairs: tokenised. sources: the same pairs as texts, in the same order.
-        budget: tokens of a packed row. autocast: compute in bfloat16.
-        say: receives lines about the progress.
+        pairs: tokenized pairs.
+        sources: the same pairs as texts, in the same order.
+        templates: of the contexts.
+        budget: most tokens of a packed row.
+        autocast: compute in bfloat16.
+        progress: receives a line every 10 seconds.
 
     Raises:
         RGTGError: as `token_rewards`, or the folder cannot be written.
@@ -242,7 +252,8 @@ def regulariser(logprobs: torch.Tensor, rewards: torch.Tensor, scale: torch.Tens
     """L_REG(x, y) = − Σ_t β r̂(y_t) log π_θ(y_t | x, y_<t), arXiv 2412.02685.
 
     Args:
-        logprobs: [B, S] of the policy, 0 outside the answers. rewards: [B, S] r̂, 0 outside the answers.
+        logprobs: [B, S] of the policy, 0 outside the answers.
+        rewards: [B, S] r̂, 0 outside the answers.
         scale: β, or [B] β/|y| for SimPO.
 
     Returns:
@@ -252,7 +263,7 @@ def regulariser(logprobs: torch.Tensor, rewards: torch.Tensor, scale: torch.Tens
 
 
 def adaptive_weight(chosen: torch.Tensor, rejected: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
-    """w = σ( r_θ(x, y^l) − r_θ(x, y^w) + γ ), the weight that the preference loss gives a pair, without gradient.
+    """w = σ( r_θ(x, y^l) − r_θ(x, y^w) + γ ), the weight of a pair in the preference loss's gradient, detached.
 
     Args:
         chosen, rejected: [B] rewards r_θ of the answers: β log(π_θ/π_ref), or SimPO's (β/|y|) log π_θ.

@@ -1,4 +1,4 @@
-"""PartialRewardTrainer: transformers' Trainer on packed rows, and `train_reward_model`, which sets everything up."""
+"""PartialRewardTrainer: transformers' Trainer on packed rows of preference pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -26,6 +26,8 @@ from rgtg_fast.training.checkpoints import CompleteCheckpoints
 from rgtg_fast.training.data import (
     TokenizedPair,
 )
+from rgtg_fast.training.folder import Progress, no_progress
+from rgtg_fast.training.head_fit import PAIRS, differences, fit
 from rgtg_fast.training.labels import Targets
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import (
@@ -40,9 +42,7 @@ from rgtg_fast.training.model import (
     trained_parameters,
     use_packed_forward,
 )
-from rgtg_fast.training.packing import answer_positions, collate, cost, pack, pretrained
-from rgtg_fast.training.probe import PAIRS, check_strength, differences, fit
-from rgtg_fast.training.run import Progress
+from rgtg_fast.training.packing import RowBatches, Rows, answer_positions, collate, cost, pack, pretrained
 from rgtg_fast.training.vocabulary import (
     VOCABULARY_HEAD,
     states_before,
@@ -55,77 +55,36 @@ from rgtg_fast.training.vocabulary import (
 Scores = list[tuple[list[float], list[float]]]
 Metrics = Callable[[Scores], dict[str, Any]]
 
-# How rewards are read off the states, where not by a score head.
+# How rewards are computed from the hidden states by objectives without a score head.
 _READERS: dict[str, Reader] = {"farma": token_scores, "genarm": token_logprobs}
-
-
-class _Rows(Dataset[tuple[list[int], bool]]):
-    """Packed rows; a key is a row's number and whether it counts."""
-
-    def __init__(self, rows: list[list[int]]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[list[int], bool]:
-        return self.rows[key[0]], key[1]
-
-
-class _RowBatches(Sampler[list[tuple[int, bool]]]):
-    """One process's share of shuffled rows, such that all processes together see what one would.
-
-    Rows that fill up the last batch do not count.
-
-    Args:
-        rows: how many there are. size: rows of a batch on one process.
-        epoch: tells the epoch whose order is wanted.
-    """
-
-    def __init__(
-        self, rows: int, size: int, seed: int, epoch: Callable[[], int], process: int, processes: int
-    ):
-        self.rows, self.size, self.seed, self.epoch = rows, size, seed, epoch
-        self.process, self.processes = process, processes
-
-    def __len__(self) -> int:
-        return math.ceil(self.rows / (self.size * self.processes))
-
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch())
-        order = [(row, True) for row in torch.randperm(self.rows, generator=generator).tolist()]
-        step = self.size * self.processes
-        order += [(order[0][0], False)] * (len(self) * step - self.rows)
-        for start in range(self.process * self.size, len(order), step):
-            yield order[start : start + self.size]
 
 
 class PartialRewardTrainer(CompleteCheckpoints):
     """transformers' Trainer for reward models on packed preference pairs.
 
-    The items of a batch are rows, each packed with pairs to the token budget; `per_device_train_batch_size` counts
-    rows. The loss is divided by the terms of the global batch, over accumulation steps and processes, so that the
-    gradient depends on which pairs an optimizer step sees and not on how they are spread. Checkpoints are written
-    beside their place and renamed when complete.
+    A batch consists of rows, each packed with pairs up to the token budget; `per_device_train_batch_size` counts rows.
+    The loss is divided by the number of terms of the global batch, over accumulation steps and processes, so that the
+    gradient depends only on which pairs an optimizer step sees and not on how they are distributed. Checkpoints are
+    complete or absent (see `CompleteCheckpoints`).
 
     Args:
-        model: a classifier with one label, or for farma and genarm a causal language model (`load_causal`); or PEFT's
-            model around it (`add_adapters`).
+        model: a classifier with one label, or for farma and genarm a causal language model (`load_causal`); either may
+            be wrapped by PEFT (`add_adapters`).
         args: transformers' TrainingArguments.
-        train_pairs: tokenised pairs (`tokenize_pairs`).
-        eval_pairs: tokenised pairs to evaluate on.
+        train_pairs: tokenized pairs (`tokenize_pairs`).
+        eval_pairs: tokenized pairs to evaluate on.
         processing_class: the tokenizer, saved with the model.
-        objective: what is learned, by default the partial-sequence Bradley-Terry loss. An epoch is one pass: with
-            farma, the first, third … compare whole answers and the second, fourth … are the constraint.
-        token_budget: tokens of a row at most.
-        fork_layer: layers below it are frozen; with `trunk_cache` they run once over the data and are set aside.
-        trunk_cache: folder for their activations; None runs them in every step.
-        head_learning_rate: of the trained head, where it differs from the rest's.
-        targets, eval_targets: by a pair's index, the rewards of its chosen and rejected answer (cd_fudge, rad); by
-            default 1 and 0.
-        metrics: gives more metrics from the evaluation pairs' rewards, as `TokenizedPair.read_whole` gives them.
-        pad_id: token after a row's last pair.
-        say: receives a line when something slow goes on.
+        objective: what is learned, by default the partial-sequence Bradley-Terry loss. An epoch is one pass over the
+            data: with farma, odd passes compare whole answers and even passes train the constraint.
+        token_budget: most tokens of a row.
+        fork_layer: layers below it are frozen; with `trunk_cache` they run once over the data and are then detached.
+        trunk_cache: folder for the activations below the fork; None runs these layers in every step.
+        head_learning_rate: learning rate of the trained head; None for that of the other parameters.
+        targets: rewards of the chosen and the rejected answer, by a pair's index (cd_fudge, rad); None for 1 and 0.
+        eval_targets: the same for the evaluation pairs.
+        metrics: computes further metrics from the evaluation pairs' rewards (see `TokenizedPair.read_whole`).
+        pad_id: id of the tokens after a row's last pair.
+        progress: receives a line every few seconds while the activations are computed.
 
     Raises:
         RGTGError: no pairs, a pair over the budget, a fork layer that the model does not have or that is above
@@ -151,7 +110,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         eval_targets: Targets | None = None,
         metrics: Metrics | None = None,
         pad_id: int = 0,
-        progress: Progress = lambda message: None,
+        progress: Progress = no_progress,
         **kwargs: Any,
     ):
         if not train_pairs:
@@ -175,36 +134,42 @@ class PartialRewardTrainer(CompleteCheckpoints):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Rows(self.rows),
-            eval_dataset=_Rows(self.eval_rows) if self.eval_rows else None,
+            train_dataset=Rows(self.rows),
+            eval_dataset=Rows(self.eval_rows) if self.eval_rows else None,
             data_collator=self._collate,
             processing_class=processing_class,
             **kwargs,
         )
-        # The loss that comes out of compute_loss is already that of the whole batch's mean.
+        # compute_loss already returns this part's share of the whole batch's mean.
         self.model_accepts_loss_kwargs = True
         self._trunks: dict[int, ActivationCache] = {}
         self.lower: LowerLayers | None = None
         if fork_layer > 0 and trunk_cache is not None:
-            for pairs in filter(None, (self.train_pairs, self.eval_pairs)):
-                cache = ActivationCache(
-                    trunk_cache,
-                    model,
-                    pairs,
-                    fork_layer,
-                    token_budget,
-                    objective.eos_padding,
-                    autocast=args.bf16 and pretrained(model).dtype == torch.float32,
-                )
-                with args.main_process_first(desc="the trunk's activations"):
-                    cache.fill(model, progress)
-                self._trunks[id(pairs)] = cache
-            self.lower = LowerLayers(model, fork_layer)
-            self.lower.detach()
+            self._read_trunk_from(trunk_cache, model, token_budget, progress)
+
+    def _read_trunk_from(
+        self, folder: str | os.PathLike[str], model: nn.Module, budget: int, progress: Progress
+    ) -> None:
+        """Computes what the layers below the fork give, unless it is in the folder, and detaches these layers."""
+        for pairs in filter(None, (self.train_pairs, self.eval_pairs)):
+            cache = ActivationCache(
+                folder,
+                model,
+                pairs,
+                self.fork_layer,
+                budget,
+                self.objective.eos_padding,
+                autocast=self.args.bf16 and pretrained(model).dtype == torch.float32,
+            )
+            with self.args.main_process_first(desc="the trunk's activations"):
+                cache.fill(model, progress)
+            self._trunks[id(pairs)] = cache
+        self.lower = LowerLayers(model, self.fork_layer)
+        self.lower.detach()
 
     @property
-    def filled(self) -> float:
-        """Share of the rows' tokens that are no padding, each row as long as it is."""
+    def packing_efficiency(self) -> float:
+        """Share of the rows' tokens that are not padding, all rows as long as the longest."""
         longest = max(
             sum(cost(self.train_pairs[i], self.objective.eos_padding) for i in r) for r in self.rows
         )
@@ -216,16 +181,16 @@ class PartialRewardTrainer(CompleteCheckpoints):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of rows; the order depends on the seed and the epoch alone."""
         return DataLoader(
-            _Rows(self.rows),
+            Rows(self.rows),
             batch_sampler=self._batches(),
             collate_fn=self._collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
-    def _batches(self) -> _RowBatches:
+    def _batches(self) -> RowBatches:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _RowBatches(
+        return RowBatches(
             len(self.rows),
             self._train_batch_size,
             seed,
@@ -237,17 +202,17 @@ class PartialRewardTrainer(CompleteCheckpoints):
     def _pass(self, steps: int | None = None) -> int:
         """The pass over the data, from 0, that the next optimizer step belongs to.
 
-        A resumed run begins in the middle of one; its step tells which.
+        It follows from the number of steps, since a resumed run starts in the middle of a pass.
 
         Args:
-            steps: taken so far; None for this moment's.
+            steps: optimizer steps taken so far; None for the current number.
         """
         batches = math.ceil(len(self.rows) / (self._train_batch_size * self.accelerator.num_processes))
         taken = self.state.global_step if steps is None else steps
         return taken // math.ceil(batches / self.args.gradient_accumulation_steps)
 
     def _constrains(self) -> bool:
-        """Whether the next optimizer step is one of farma's constraint."""
+        """Whether the next optimizer step trains farma's constraint."""
         return self._pass() % self.objective.passes == 1
 
     def _collate(self, items: Sequence[tuple[list[int], bool]]) -> dict[str, Any]:
@@ -267,7 +232,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
-        """The batches of one optimizer step on this process, and the terms of that step on all processes."""
+        """The batches of one optimizer step on this process, and the number of terms of the step on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         totals, constraint = torch.zeros(3), self._constrains()
         for inputs in batches:
@@ -294,10 +259,10 @@ class PartialRewardTrainer(CompleteCheckpoints):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The objective's loss of a batch, divided by the terms of the whole optimizer step.
+        """The objective's loss of a batch, divided by the number of terms of the whole optimizer step.
 
         Raises:
-            RGTGError: the loss is not finite; names the batch's pairs.
+            RGTGError: the loss is not finite; the message names the batch's pairs.
         """
         constraint = self._constrains()
         outputs = self._forward(model, inputs, token_scores_and_best if constraint else None)
@@ -323,7 +288,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Multiplications and additions of forward and backward over a batch, by 6 for each parameter and token."""
+        """Estimated operations of forward and backward over a batch: 6 for each parameter and token."""
         return 6 * inputs["input_ids"].numel() * self._parameters()
 
     def _parameters(self) -> int:
@@ -377,17 +342,17 @@ class PartialRewardTrainer(CompleteCheckpoints):
         return super().train(*args, **kwargs)
 
     def fit_head(self, strength: float) -> None:
-        """Fits the head to the objective on the model as it is, before training: see `probe`.
+        """Fits the head to the objective on the model as it is, before training (see `head_fit`).
 
-        Of a vocabulary head, that is the row of the end-of-sequence token, by which farma's whole answers are compared.
+        With a vocabulary head, it fits the row of the end-of-sequence token, by which farma compares whole answers.
 
         Args:
-            strength: of the penalty on the standardised weights.
+            strength: weight of the penalty on the standardised weights.
 
         Raises:
             RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
         """
-        check_strength(strength, self.objective)
+        self.objective.check_head_fit(strength)
         self.objective.check_ends(self.train_pairs, head_fit=True)
         model = self.model
         assert model is not None
@@ -397,9 +362,9 @@ class PartialRewardTrainer(CompleteCheckpoints):
         found, weights, count = [], [], 0
         training = model.training
         model.eval()
-        # The Trainer makes a model compute in half precision when it begins to train, which is later.
+        # The Trainer switches a model to half precision only when training starts, which is later.
         half = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
-        # Every process fits the same head on the same rows: nothing has to be sent.
+        # Every process fits the same head on the same rows, so nothing has to be communicated.
         with torch.no_grad(), half:
             for number in torch.randperm(len(self.rows), generator=generator).tolist():
                 if count >= PAIRS:
@@ -419,14 +384,14 @@ class PartialRewardTrainer(CompleteCheckpoints):
                 parameter.data[end] = weight.to(parameter)
 
     def score(self, pairs: Sequence[TokenizedPair] | None = None) -> Scores:
-        """Rewards of every prefix of both answers, by this process and all others together.
+        """Rewards of every prefix of both answers of each pair; the processes share the work.
 
         Args:
             pairs: `train_pairs` or `eval_pairs` of this trainer, by default the latter.
         """
         chosen = self.eval_pairs if pairs is None or pairs is self.eval_pairs else self.train_pairs
         rows = self.eval_rows if chosen is self.eval_pairs else self.rows
-        share = _RowBatches(
+        share = RowBatches(
             len(rows), 1, 0, lambda: 0, self.accelerator.process_index, self.accelerator.num_processes
         )
         model = self.model_wrapped if self.is_in_train else self.model
@@ -463,7 +428,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and accuracy of whole answers on the evaluation pairs, and what `metrics` gives."""
+        """Loss and whole-answer accuracy on the evaluation pairs, and the further `metrics`."""
         if not self.eval_pairs:
             raise RGTGError("there are no pairs to evaluate on: pass eval_pairs")
         began = time.monotonic()
@@ -471,10 +436,11 @@ class PartialRewardTrainer(CompleteCheckpoints):
         flat = torch.tensor([r for pair in scores for answer in pair for r in answer])
         lengths = torch.tensor([len(answer) for pair in scores for answer in pair])
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        # The rewards of padding are not among the scores, so `eos` is told as `hold`.
-        objective = replace(self.objective, mode="hold") if self.objective.eos_padding else self.objective
+        # The scores do not include the rewards of padding, which is what `eos` would compare.
+        repeat = self.objective.eos_padding
+        objective = replace(self.objective, mode="repeat_last") if repeat else self.objective
         if objective.additive:
-            # The scores are sums already.
+            # The scores are sums over the tokens already.
             objective, flat = Objective("full_bt"), objective.beta_r * flat
         targets = _targets(self.eval_targets, self.eval_pairs, offsets.device)
         right = sum((w[-1] > l[-1]) + 0.5 * (w[-1] == l[-1]) for w, l in scores)  # noqa: E741
@@ -489,7 +455,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        # Evaluation is no training time.
+        # Evaluation does not count as training time.
         self._logged_at += time.monotonic() - began
         return metrics
 
@@ -505,7 +471,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
 
 
 def _in_head(name: str) -> bool:
-    """Whether a parameter is the trained head's."""
+    """Whether a parameter belongs to the trained head."""
     return not {HEAD, VOCABULARY_HEAD}.isdisjoint(name.split("."))
 
 

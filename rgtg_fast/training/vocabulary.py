@@ -1,7 +1,7 @@
 """Reward models with a vocabulary-sized head: FaRMA's scores and GenARM's log-probabilities of answer tokens.
 
-Nothing of the size [tokens, V] is kept: the products with the head run over a few tokens at a time, and what the
-backward pass needs of them is [tokens, E].
+No [tokens, V] tensor is stored: the products with the head run over a few tokens at a time, and the backward pass needs
+only [tokens, E] of them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from rgtg_fast.models.pretrained import read_pretrained
 from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.training.packing import PackedBatch, preceding_positions, pretrained
 
-# The name of the head that adapters are saved with, and served under.
+# The name under which adapters save the head, and decoding finds it.
 VOCABULARY_HEAD = "lm_head"
-# Logits that are held at a time: 128 MiB in float32.
+# Number of logits computed at a time: 128 MiB in float32.
 _LOGITS = 1 << 25
-# How far logits of two correct computations may differ, relative to their norm.
+# Relative difference of the logits that rounding explains.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
@@ -35,11 +35,11 @@ def load_causal(
 
     Args:
         source: folder or hub id.
-        new_head: the vocabulary head is a matrix of zeros of its own, whatever the files hold, and not tied to the
-            embeddings.
+        dtype: of the weights.
+        new_head: replace the vocabulary head by a matrix of zeros that is not tied to the embeddings.
 
     Raises:
-        RGTGError: nothing there, no linear vocabulary head, or logits that are not just that head's.
+        RGTGError: there is no such model, it has no linear vocabulary head, or it scales or caps its logits.
     """
 
     def untied(config: Any) -> None:
@@ -58,7 +58,7 @@ def load_causal(
 
 
 def vocabulary_head(model: nn.Module) -> tuple[str, Any]:
-    """The name and the module of a causal language model's head; PEFT's copy of it where that is trained.
+    """The name and the module of a causal language model's head; PEFT's trainable copy where there is one.
 
     Raises:
         RGTGError: no linear head.
@@ -76,7 +76,7 @@ def vocabulary_head(model: nn.Module) -> tuple[str, Any]:
 
 @torch.no_grad()
 def _check_logits(model: PreTrainedModel, head: Any) -> None:
-    """Refuses families that scale or cap their logits, which the products with the head here would not do."""
+    """Refuses models that scale or cap their logits, which the products with the head in this module do not."""
     ids = torch.tensor([[0, 1, 2, 3]], device=model.device)
     own = model(ids, use_cache=False).logits.double()
     ours = head(model.base_model(ids, use_cache=False).last_hidden_state).double()
@@ -103,9 +103,9 @@ def token_scores(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatc
 
 
 def token_scores_and_best(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """FaRMA's rewards [2, M]: of all answer tokens, and the largest max_v head(h(x, y_<i))[v] in the place of each.
+    """FaRMA's rewards [2, M]: of all answer tokens, and the largest, max_v head(h(x, y_<i))[v], at the same positions.
 
-    The gradient of the second is that of the first of the tokens with the largest reward.
+    The gradient of the maximum goes to the lowest id among the tokens with the largest reward.
     """
     states, tokens = _before_tokens(hidden, batch)
     _, head = vocabulary_head(model)
@@ -123,18 +123,18 @@ def token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBa
 
 
 def states_before(model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """The states [M, E] from which the answer tokens are predicted, which the vocabulary head reads."""
+    """The states [M, E] from which the answer tokens are predicted, the vocabulary head's input."""
     return _before_tokens(hidden, batch)[0]
 
 
 def _before_tokens(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state [M, E] from which each answer token was to be predicted, and the tokens [M]."""
+    """The states [M, E] from which the answer tokens are predicted, and the tokens [M]."""
     rows, columns, before = preceding_positions(batch)
     return hidden[rows, before], batch.input_ids[rows, columns]
 
 
 def _product_dtype(states: torch.Tensor) -> torch.dtype:
-    """What the products with the head are computed in: autocast's dtype where it is on."""
+    """The dtype of the products with the head: autocast's where it is on."""
     kind = states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
@@ -142,7 +142,7 @@ def _product_dtype(states: torch.Tensor) -> torch.dtype:
 def _at(
     states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """The head's output [M] at one token each, from as many rows of the head."""
+    """The head's output [M] at one token per state."""
     with torch.autocast(states.device.type, enabled=False):
         scores = (states.to(weight.dtype) * functional.embedding(tokens, weight)).sum(-1)
         return scores if bias is None else scores + bias[tokens]
@@ -152,14 +152,14 @@ def _at(
 def _best(
     states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The token [M] with the largest score at each state, the first of equals."""
+    """The token [M] with the largest score at each state, the lowest id of equals."""
     with torch.autocast(states.device.type, enabled=False):
         best = [topk_logprobs(logits, 1)[1] for _, logits in _logits(states, weight.to(dtype), bias)]
     return torch.cat(best).squeeze(-1)
 
 
 def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    """The head's outputs [C, V] for a few states at a time, and which these are; in the weight's dtype."""
+    """Yields slices of the states and the head's outputs [C, V] for them, in the weight's dtype."""
     size = max(1, _LOGITS // len(weight))
     for start in range(0, len(states), size):
         part = slice(start, min(start + size, len(states)))
@@ -181,7 +181,10 @@ def chunked_logprobs(
     """log softmax(states · weightᵀ + bias)[tokens], without the [M, V] logits.
 
     Args:
-        states: [M, E]. weight: [V, E], the head. bias: [V] or None. tokens: [M] i64.
+        states: [M, E].
+        weight: [V, E], the head.
+        bias: [V] or None.
+        tokens: [M] int64.
         dtype: of the products; None for the states' own. Sums over the vocabulary are in at least float32.
 
     Returns:
@@ -198,9 +201,9 @@ def chunked_logprobs(
 class _Logprobs(torch.autograd.Function):
     """Log-probabilities of tokens under a linear head, a few tokens at a time.
 
-    With p the softmax, d log p[y] / d state = weight[y] − Σ_v p_v weight[v]. This row is what the forward pass keeps of
-    each token, since the gradient that comes back only scales it. Where the head is trained too, the backward pass
-    computes the logits again.
+    With p the softmax, d log p[y] / d state = weight[y] − Σ_v p_v weight[v]. The forward pass stores this row for each
+    token, since the incoming gradient only scales it. Where the head is trained too, the backward pass recomputes the
+    logits.
     """
 
     @staticmethod
@@ -219,7 +222,7 @@ class _Logprobs(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             slopes = narrow[tokens]
         for part, logits in _logits(states, narrow, bias):
-            # The one-pass top-k knows the sum over the vocabulary: no wide copy of the logits is written.
+            # The one-pass top-k computes the log-sum-exp too, without a float32 copy of the logits.
             logprob, top, _ = topk_logprobs(logits, 1)
             both = logits.gather(-1, torch.cat([tokens[part, None], top], -1)).to(wide)
             out[part] = both[:, 0] - both[:, 1] + logprob[:, 0]
@@ -249,10 +252,10 @@ class _Logprobs(torch.autograd.Function):
 
 
 class _LigerLogprobs(torch.autograd.Function):
-    """The same by liger-kernel's fused linear cross-entropy, for a head that is not trained.
+    """The same with liger-kernel's fused linear cross-entropy, for a head that is not trained.
 
-    The fused loss of all tokens is asked for its gradient with ones, which gives each token's own row; scaled by what
-    comes back, it is right whether or not the installed version honours a gradient for each token.
+    The gradient of the summed losses has each token's own row, which the incoming gradient scales. This is right
+    whether or not the installed version supports a gradient per token.
     """
 
     @staticmethod

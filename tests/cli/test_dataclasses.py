@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rgtg_fast.cli.options import argument, include, option, options_of, register
+from rgtg_fast.cli.options import argument, include, options_of, register
+from rgtg_fast.config import option
 from rgtg_fast.cli.train import RewardOptions
 from rgtg_fast.cli.train_policy import PolicyOptions
 

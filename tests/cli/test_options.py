@@ -11,7 +11,7 @@ import transformers
 
 from rgtg_fast import RGTGError
 from rgtg_fast.cli import main as cli
-from rgtg_fast.training import sources
+from rgtg_fast.training.data import rows
 
 LOADED = "a model was to be loaded"
 LONG = "a" * 300
@@ -73,7 +73,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], lis
 
     for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", load)
-    monkeypatch.setattr(sources, "_from_datasets", load)
+    monkeypatch.setattr(rows, "_from_datasets", load)
     monkeypatch.setenv("RGTG_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     pairs, study = tmp_path / "pairs.jsonl", tmp_path / "study.yaml"

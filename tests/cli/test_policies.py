@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_objective_is_in_the_table() -> None:
-    from rgtg_fast.training.policy.launch import POLICY_OBJECTIVES
+    from rgtg_fast.training.policy.config import POLICY_OBJECTIVES
 
     assert [policy.name for policy in methods.POLICIES] == list(POLICY_OBJECTIVES)
 

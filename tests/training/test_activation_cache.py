@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests.training.test_trunk import *
+from tests.training.test_activation_cache import *
 model, pairs = make(), tokenized(40)
 cache = ActivationCache({str(tmp_path)!r}, model, pairs, 2, budget=64)
 resource.setrlimit(resource.RLIMIT_FSIZE, (cache.nbytes // 2, cache.nbytes // 2))

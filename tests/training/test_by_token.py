@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, named_guide
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.training.config import TrainConfig, train_reward_model
+from rgtg_fast.training.config import TrainConfig
+from rgtg_fast.training.head_fit import fit
+from rgtg_fast.training.launch import train_reward_model
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import Lora, add_adapters
 from rgtg_fast.training.packing import answer_positions, collate, preceding_positions
-from rgtg_fast.training.probe import fit
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 from tests.conftest import make_lm
@@ -25,7 +26,9 @@ from tests.training.support import EOS, needs_loaded_heads, rows, save_lm, setti
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
 
-QUICK = TrainConfig(token_budget=128, accumulation=2, learning_rate=0.01, max_length=64, held_out=0)
+QUICK = TrainConfig(
+    token_budget=128, gradient_accumulation_steps=2, learning_rate=0.01, max_length=64, held_out=0
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(base: Path, output: Path, **settings: Any) -> Any:
-    arguments = {"recipe": QUICK, "logging_steps": 1, "device": "cpu", **settings}
+    arguments = {"config": QUICK, "logging_steps": 1, "device": "cpu", **settings}
     return train_reward_model(base, arguments.pop("data", rows(60)), output, **arguments)
 
 
@@ -55,14 +58,20 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "settings",
     settings_by_day(
-        {"objective": "farma", "epochs": 2},
-        {"objective": "farma", "epochs": 2, "fork_layer": 2, "stop_gradient": True, "weight": "pair"},
-        {"objective": "farma", "epochs": 4, "fork_layer": 3, "head_learning_rate": 0.05},
-        {"objective": "farma", "epochs": 2, "full": True, "fork_layer": 1, "learning_rate": 3e-3},
-        {"objective": "farma", "epochs": 2, "fork_layer": 1, "bf16": True},
-        {"objective": "genarm", "epochs": 2},
-        {"objective": "genarm", "epochs": 2, "fork_layer": 1, "bf16": True, "beta_r": 0.1},
-        {"objective": "genarm", "epochs": 2, "full": True, "learning_rate": 3e-3},
+        {"objective": "farma", "num_train_epochs": 2},
+        {
+            "objective": "farma",
+            "num_train_epochs": 2,
+            "fork_layer": 2,
+            "stop_gradient": True,
+            "weight": "pair",
+        },
+        {"objective": "farma", "num_train_epochs": 4, "fork_layer": 3, "head_learning_rate": 0.05},
+        {"objective": "farma", "num_train_epochs": 2, "full": True, "fork_layer": 1, "learning_rate": 3e-3},
+        {"objective": "farma", "num_train_epochs": 2, "fork_layer": 1, "bf16": True},
+        {"objective": "genarm", "num_train_epochs": 2},
+        {"objective": "genarm", "num_train_epochs": 2, "fork_layer": 1, "bf16": True, "beta_r": 0.1},
+        {"objective": "genarm", "num_train_epochs": 2, "full": True, "learning_rate": 3e-3},
     ),
     ids=str,
 )
@@ -76,18 +85,29 @@ def test_it_learns(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None
 
 
 def test_a_round_is_a_pass_of_comparisons_and_one_of_the_constraint(base: Path, tmp_path: Path) -> None:
-    result = train(base, tmp_path / "out", objective="farma", epochs=2, accumulation=1)
+    result = train(
+        base, tmp_path / "out", objective="farma", num_train_epochs=2, gradient_accumulation_steps=1
+    )
     passes = [row["pass"] for row in read_log(tmp_path / "out") if "loss" in row]
     assert passes == [n for n in (1, 2, 3, 4) for _ in range(result.rows)]
     losses = [row["loss"] for row in read_log(tmp_path / "out") if "loss" in row]
     # All scores begin at zero: answers are equal, and so is every reward to what can be reached.
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)
-    alone = train(base, tmp_path / "alone", objective="farma", epochs=0.5, accumulation=1)
+    alone = train(
+        base, tmp_path / "alone", objective="farma", num_train_epochs=0.5, gradient_accumulation_steps=1
+    )
     assert alone.steps == result.rows
 
 
 def test_the_constraint_shrinks_what_it_measures(base: Path, tmp_path: Path) -> None:
-    train(base, tmp_path / "out", data=rows(150), objective="farma", epochs=3, accumulation=1)
+    train(
+        base,
+        tmp_path / "out",
+        data=rows(150),
+        objective="farma",
+        num_train_epochs=3,
+        gradient_accumulation_steps=1,
+    )
     logged = [row for row in read_log(tmp_path / "out") if row.get("pass") == 6]
     half = len(logged) // 2
     first, second = (sum(row["loss"] for row in part) / len(part) for part in (logged[:half], logged[half:]))
@@ -143,7 +163,13 @@ class _StopAt(TrainerCallback):
 
 @pytest.mark.parametrize("stop", [2, 5, 7], ids=["first pass", "between the passes", "constraint"])
 def test_a_round_is_resumed_in_its_middle(base: Path, tmp_path: Path, stop: int) -> None:
-    common = {"objective": "farma", "fork_layer": 1, "lora_dropout": 0.2, "save_steps": 1, "epochs": 1.0}
+    common = {
+        "objective": "farma",
+        "fork_layer": 1,
+        "lora_dropout": 0.2,
+        "save_steps": 1,
+        "num_train_epochs": 1.0,
+    }
     whole = train(base, tmp_path / "whole", **common)
     assert whole.steps == 10
     with pytest.raises(InterruptedError):
@@ -236,7 +262,7 @@ def test_a_rewarded_token_is_what_guided_decoding_takes(base: Path, tmp_path: Pa
     """Chosen answers use four words alone; guided by either method, answers do so more often."""
     favoured = set(range(6, 10))
     for name in ("farma", "genarm"):
-        train(base, tmp_path / name, data=rows(150), objective=name, epochs=6)
+        train(base, tmp_path / name, data=rows(150), objective=name, num_train_epochs=6)
         decoder = RewardGuidedDecoder.from_pretrained(
             str(base), reward=named_guide(f"{name}:{tmp_path / name}")
         )

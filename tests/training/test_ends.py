@@ -12,9 +12,10 @@ import torch
 
 from rgtg_fast import RGTGError
 from rgtg_fast.evaluation.accuracy import length_verdicts, score_pairs, verdicts
-from rgtg_fast.training.config import TrainConfig, train_reward_model
+from rgtg_fast.training.config import TrainConfig
 from rgtg_fast.training.data import PreferencePair, TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.labels import LabelJudge
+from rgtg_fast.training.launch import train_reward_model
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import load_base
 from rgtg_fast.training.packing import collate, pack, packed_rewards, use_packed_attention
@@ -150,7 +151,7 @@ def test_what_needs_an_end_token_is_refused() -> None:
     # The longer answer needs no padding.
     Objective(mode="eos").check_ends([longer])
     with pytest.raises(
-        RGTGError, match=r"mode='eos' puts end tokens .* that of row 4 was cut: use mode='hold'"
+        RGTGError, match=r"mode='eos' puts end tokens .* that of row 4 was cut: use mode='repeat_last'"
     ):
         Objective(mode="eos").check_ends([longer, shorter])
     Objective("farma").check_ends([shorter])

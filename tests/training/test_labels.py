@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.training.config import TrainConfig, train_reward_model
+from rgtg_fast.training.config import TrainConfig
 from rgtg_fast.training.labels import LABELS_FILE, LabelJudge, as_probabilities
+from rgtg_fast.training.launch import train_reward_model
 from rgtg_fast.training.model import load_base
 from tests.conftest import make_rm, make_tokenizer
 from tests.models.adapters import write_adapter
@@ -22,7 +23,9 @@ from tests.training.support import rows, save_lm
 
 pytest.importorskip("peft", reason="LoRA training needs peft")
 
-QUICK = TrainConfig(token_budget=128, accumulation=2, learning_rate=0.01, max_length=64, held_out=0.2)
+QUICK = TrainConfig(
+    token_budget=128, gradient_accumulation_steps=2, learning_rate=0.01, max_length=64, held_out=0.2
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_a_regression_learns_the_judges_rewards(base: Path, tmp_path: Path, obje
         judge=str(judge),
         full=True,
         learning_rate=3e-3,
-        epochs=8,
+        num_train_epochs=8,
         device="cpu",
         progress=said.append,
     )

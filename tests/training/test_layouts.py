@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgtg_fast import RGTGError
-from rgtg_fast.training.chats import parsed
 from rgtg_fast.training.data import PreferencePair, load_pairs
+from rgtg_fast.training.data.chats import parsed
 
 needs_pandas = pytest.mark.skipif(
     importlib.util.find_spec("pandas") is None or importlib.util.find_spec("pyarrow") is None,

@@ -31,13 +31,13 @@ def test_full_bt_compares_the_whole_answers() -> None:
     assert Objective("full_bt").loss(rewards, offsets).item() == pytest.approx(sum(terms) / 3, rel=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["hold", "truncate"])
+@pytest.mark.parametrize("mode", ["repeat_last", "truncate"])
 def test_partial_bt_compares_every_prefix(mode: str) -> None:
     rewards, offsets, answers = example()
     terms = []
     for i in (0, 2, 4):
         chosen, rejected = answers[i], answers[i + 1]
-        size = (max if mode == "hold" else min)(len(chosen), len(rejected))
+        size = (max if mode == "repeat_last" else min)(len(chosen), len(rejected))
         terms += [
             softplus(rejected[min(t, len(rejected) - 1)] - chosen[min(t, len(chosen) - 1)])
             for t in range(size)
@@ -105,5 +105,5 @@ def test_unknown_names_are_refused(arguments: dict[str, str], said: str) -> None
 
 def test_only_the_published_mode_pads_with_eos() -> None:
     assert Objective("partial_bt", "eos").eos_padding
-    assert not Objective("partial_bt", "hold").eos_padding
+    assert not Objective("partial_bt", "repeat_last").eos_padding
     assert not Objective("full_bt", "eos").eos_padding

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.training.config import train_reward_model
+from rgtg_fast.training.launch import train_reward_model
 from rgtg_fast.training.model import (
     Lora,
     add_adapters,
@@ -21,7 +21,8 @@ from rgtg_fast.training.model import (
     trained_parameters,
     use_packed_forward,
 )
-from rgtg_fast.training.packing import _ShortAttention, collate, pack
+from rgtg_fast.training.packed_attention import _ShortAttention
+from rgtg_fast.training.packing import collate, pack
 from tests.conftest import make_rm
 from tests.training.support import needs_loaded_heads, rows, save_lm, tokenized
 
@@ -113,7 +114,7 @@ def test_every_loader_gives_the_same_rewards(tmp_path: Path, fork: int) -> None:
         metrics=keep,
         fork_layer=fork,
         token_budget=128,
-        accumulation=1,
+        gradient_accumulation_steps=1,
         learning_rate=0.01,
         device="cpu",
     )

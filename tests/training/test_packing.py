@@ -25,15 +25,13 @@ from transformers import (
 
 from rgtg_fast import RGTGError
 from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
+from rgtg_fast.training.packed_attention import Packing, _flex, packed_attention
 from rgtg_fast.training.packing import (
     PackedBatch,
-    Packing,
-    _flex,
     answer_positions,
     collate,
     cost,
     pack,
-    packed_attention,
     packed_hidden,
     packed_rewards,
     pretrained,
@@ -101,7 +99,7 @@ def test_every_pair_is_in_one_row_and_no_row_is_over_budget(
     # No two rows could be one, or the packer would have made them one.
     assert all(a + b > budget for i, a in enumerate(used) for b in used[i + 1 :])
     batch = collate(pairs, rows, PAD, budget, eos_padding)
-    assert batch.filled == pytest.approx(sum(used) / (len(rows) * budget))
+    assert batch.packing_efficiency == pytest.approx(sum(used) / (len(rows) * budget))
 
 
 @settings(max_examples=100, deadline=None)

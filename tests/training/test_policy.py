@@ -16,15 +16,22 @@ pytest.importorskip("peft", reason="LoRA training needs peft")
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
 from rgtg_fast.models.loading import load_causal_lm
-from rgtg_fast.training.policy.launch import PolicyTrainConfig, train_policy
-from rgtg_fast.training.policy.reward import reward_function
+from rgtg_fast.training.labels import reward_function
+from rgtg_fast.training.policy.config import PolicyTrainConfig
+from rgtg_fast.training.policy.launch import train_policy
 from rgtg_fast.training.t_reg import Templates
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models.adapters import write_adapter
 from tests.training.support import CHOSEN, rows, save_lm, settings_by_day
 
 TEMPLATES = Templates("w1 {question} w2 {answer} w3", "w1 {question} w2 {answer} w4")
-QUICK = PolicyTrainConfig(learning_rate=0.01, max_length=64, held_out=0, batch_size=4, accumulation=2)
+QUICK = PolicyTrainConfig(
+    learning_rate=0.01,
+    max_length=64,
+    held_out=0,
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(base: Path, output: Path, **settings: Any) -> Any:
-    recipe = settings.pop("recipe", QUICK)
+    recipe = settings.pop("config", QUICK)
     kind = settings.get("objective", recipe.objective)
     arguments = {"logging_steps": 1, "device": "cpu", **settings}
     if kind.startswith("treg"):
@@ -59,7 +66,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     ids=str,
 )
 def test_it_learns(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    result = train(base, tmp_path / "out", data=rows(100), eval_data=rows(40, seed=1), epochs=3, **settings)
+    result = train(
+        base, tmp_path / "out", data=rows(100), eval_data=rows(40, seed=1), num_train_epochs=3, **settings
+    )
     # Four standard deviations above chance.
     assert result.metrics["accuracy"] > 0.82
     facts = json.loads((tmp_path / "out" / "rgtg_fast.json").read_text())
@@ -94,8 +103,8 @@ def test_the_policy_decodes_unguided_and_guided(base: Path, tmp_path: Path) -> N
         folder,
         objective="rloo",
         reward=reward,
-        max_new_tokens=8,
-        epochs=3,
+        max_completion_length=8,
+        num_train_epochs=3,
         data=rows(60),
         merged=merged,
     )
@@ -164,11 +173,11 @@ class _Broken(TrainerCallback):
 
 @pytest.mark.parametrize("objective", ["treg", "rloo"])
 def test_a_broken_run_goes_on_to_the_same_weights(base: Path, tmp_path: Path, objective: str) -> None:
-    settings: dict[str, Any] = {"objective": objective, "save_steps": 2, "epochs": 1.0}
+    settings: dict[str, Any] = {"objective": objective, "save_steps": 2, "num_train_epochs": 1.0}
     if objective == "rloo":
         settings |= {
             "reward": lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids],
-            "max_new_tokens": 6,
+            "max_completion_length": 6,
             "data": rows(12),
         }
     train(base, tmp_path / "whole", **settings)
@@ -227,7 +236,13 @@ def test_rloo_maximises_a_reward_model(base: Path, tmp_path: Path) -> None:
     guide = write_adapter(tmp_path / "guide", _reward_base(base), fork=2)
     data = [{"prompt": row["prompt"]} for row in rows(20)] + [{"text": "no prompt"}]
     result = train(
-        base, tmp_path / "out", objective="rloo", reward=str(guide), data=data, max_new_tokens=6, iterations=2
+        base,
+        tmp_path / "out",
+        objective="rloo",
+        reward=str(guide),
+        data=data,
+        max_completion_length=6,
+        num_iterations=2,
     )
     assert {"reward", "kl"} <= set(result.metrics)
     assert result.data["train"]["malformed"] == 1
@@ -242,10 +257,10 @@ def test_rloo_maximises_a_reward_model(base: Path, tmp_path: Path) -> None:
         ({"beta": -0.1}, "beta=-0.1"),
         ({"beta": 0.0}, "leaves dpo no preference"),
         ({"margin": float("inf")}, "margin=inf"),
-        ({"objective": "rloo", "samples": 1}, "nothing to compare"),
-        ({"objective": "rloo", "samples": 3}, "no multiple of samples=3"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"epochs": 0}, "epochs=0 is not above 0"),
+        ({"objective": "rloo", "num_generations": 1}, "nothing to compare"),
+        ({"objective": "rloo", "num_generations": 3}, "no multiple of num_generations=3"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0 is not above 0"),
         ({"lora_rank": 0}, "LoRA rank 0"),
         ({"unknown": 1}, "there is no setting 'unknown'"),
         ({"max_length": 4096}, "max_length=4096 exceeds the model's context: use at most 128"),
@@ -254,13 +269,13 @@ def test_rloo_maximises_a_reward_model(base: Path, tmp_path: Path) -> None:
         ({"templates": TEMPLATES}, "dpo has no token rewards"),
         ({"reward": "some/where"}, "dpo learns from pairs and takes no reward"),
         ({"objective": "rloo"}, "rloo needs a reward"),
-        ({"objective": "rloo", "reward": len, "max_new_tokens": 64}, "leaves no room for a prompt"),
+        ({"objective": "rloo", "reward": len, "max_completion_length": 64}, "leaves no room for a prompt"),
         ({"objective": "rloo", "reward": len, "data": [{"text": "w1"}]}, "no prompts are left of the 1 rows"),
     ],
     ids=str,
 )
 def test_what_cannot_be(base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    settings.setdefault("max_new_tokens", 8)
+    settings.setdefault("max_completion_length", 8)
     with pytest.raises(RGTGError, match=message) as error:
         train(base, tmp_path / "out", **settings)
     assert "\n" not in str(error.value)

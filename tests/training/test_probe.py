@@ -12,10 +12,10 @@ from transformers import TrainingArguments
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.training.config import TrainConfig
+from rgtg_fast.training.head_fit import POINTS, compared_prefixes, differences, fit
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import Lora, add_adapters, load_base
 from rgtg_fast.training.packing import answer_positions, collate, pack, packed_hidden, pretrained
-from rgtg_fast.training.probe import POINTS, compared_prefixes, differences, fit
 from rgtg_fast.training.trainer import PartialRewardTrainer
 from tests.training.support import save_lm, tokenized
 
@@ -46,7 +46,7 @@ def test_the_fit_is_the_minimum():
     ("objective", "chosen", "rejected", "mine", "theirs"),
     [
         (Objective("full_bt"), 7, 3, [6], [2]),
-        (Objective("partial_bt", "hold"), 2, 4, [0, 1, 1, 1], [0, 1, 2, 3]),
+        (Objective("partial_bt", "repeat_last"), 2, 4, [0, 1, 1, 1], [0, 1, 2, 3]),
         (Objective("partial_bt", "truncate"), 2, 4, [0, 1], [0, 1]),
     ],
 )
@@ -55,7 +55,7 @@ def test_the_prefixes_that_are_compared(objective, chosen, rejected, mine, their
 
 
 def test_long_answers_are_looked_at_in_a_few_places():
-    mine, theirs = compared_prefixes(300, 200, Objective("partial_bt", "hold"))
+    mine, theirs = compared_prefixes(300, 200, Objective("partial_bt", "repeat_last"))
     assert len(mine) == len(theirs) == POINTS
     assert (mine[0], mine[-1], theirs[-1]) == (0, 299, 199)
 
@@ -66,7 +66,7 @@ def test_long_answers_are_looked_at_in_a_few_places():
 def test_the_head_is_fitted_on_the_models_own_states(tmp_path: Path, name: str, fork: int):
     base = save_lm(tmp_path / "base")
     pairs = tokenized(24)
-    objective = Objective(name, "hold", "pair")
+    objective = Objective(name, "repeat_last", "pair")
     model, _ = load_base(base)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), per_device_train_batch_size=1, use_cpu=True, report_to="none"

@@ -11,7 +11,7 @@ import pytest
 from rgtg_fast import RGTGError
 from rgtg_fast.files import only_writer
 from rgtg_fast.training.config import TrainConfig
-from rgtg_fast.training.run import LOCK_FILE, TrainingLog, no_progress, one_run
+from rgtg_fast.training.folder import LOCK_FILE, TrainingLog, no_progress, one_run
 
 STATE: Any = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=4)
 NONE: Any = None
@@ -107,10 +107,10 @@ def test_a_resumed_log_keeps_whole_lines_up_to_its_checkpoint(tmp_path: Path) ->
         *(("head_learning_rate", value) for value in (-1, 0, float("inf"))),
         *(("weight_decay", value) for value in (-1, float("nan"))),
         *(("seed", value) for value in (-1, 2**32)),
-        *(("epochs", value) for value in (0, float("nan"), 1e9)),
+        *(("num_train_epochs", value) for value in (0, float("nan"), 1e9)),
         ("min_answer_tokens", -1),
         ("limit", 0),
-        ("accumulation", 2**64),
+        ("gradient_accumulation_steps", 2**64),
         ("lora_rank", 2**62),
         ("lora_alpha", 0),
     ],

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.training.config import TrainConfig, train_reward_model
+from rgtg_fast.training.config import TrainConfig
+from rgtg_fast.training.launch import train_reward_model
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import Lora, add_adapters
-from rgtg_fast.training.packing import cost
-from rgtg_fast.training.trainer import PartialRewardTrainer, _RowBatches
+from rgtg_fast.training.packing import RowBatches, cost
+from rgtg_fast.training.trainer import PartialRewardTrainer
 from tests.conftest import make_rm, make_tokenizer
 from tests.training.support import rows, save_lm, settings_by_day, tokenized
 
@@ -32,7 +33,9 @@ pytest.importorskip("peft", reason="LoRA training needs peft")
 ROOT = Path(__file__).parent.parent.parent
 # Seconds after which a process counts as one that hangs, many times what any of them takes.
 HANGS = 3000
-QUICK = TrainConfig(token_budget=128, accumulation=2, learning_rate=0.01, max_length=64, held_out=0)
+QUICK = TrainConfig(
+    token_budget=128, gradient_accumulation_steps=2, learning_rate=0.01, max_length=64, held_out=0
+)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -59,7 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(base: Path, output: Path, **settings: Any) -> Any:
-    arguments = {"recipe": QUICK, "logging_steps": 1, "device": "cpu", **settings}
+    arguments = {"config": QUICK, "logging_steps": 1, "device": "cpu", **settings}
     return train_reward_model(base, arguments.pop("data", rows(60)), output, **arguments)
 
 
@@ -67,7 +70,7 @@ def train(base: Path, output: Path, **settings: Any) -> Any:
     "settings",
     settings_by_day(
         {"objective": "partial_bt", "mode": "eos"},
-        {"objective": "partial_bt", "mode": "hold", "weight": "pair"},
+        {"objective": "partial_bt", "mode": "repeat_last", "weight": "pair"},
         {"objective": "full_bt"},
         {"objective": "cd_fudge"},
         {"objective": "rad"},
@@ -82,7 +85,9 @@ def train(base: Path, output: Path, **settings: Any) -> Any:
     ids=str,
 )
 def test_it_learns(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    result = train(base, tmp_path / "out", data=rows(150), eval_data=rows(40, seed=1), epochs=4, **settings)
+    result = train(
+        base, tmp_path / "out", data=rows(150), eval_data=rows(40, seed=1), num_train_epochs=4, **settings
+    )
     # Four standard deviations above chance.
     assert result.metrics["accuracy"] > 0.8
     assert result.data["train"]["kept"] == len({json.dumps(row) for row in rows(150)})
@@ -108,7 +113,9 @@ def test_a_head_alone_learns_in_half_precision(base: Path, tmp_path: Path, cache
         "head_fit": 0.01,
         "cache_trunk": cache_trunk,
     }
-    result = train(base, tmp_path / "out", data=rows(150), eval_data=rows(40, seed=1), epochs=4, **settings)
+    result = train(
+        base, tmp_path / "out", data=rows(150), eval_data=rows(40, seed=1), num_train_epochs=4, **settings
+    )
     assert result.metrics["accuracy"] > 0.65
     assert {name.rpartition("model.")[2] for name in weights(tmp_path / "out")} == {"score.weight"}
 
@@ -226,7 +233,7 @@ def test_the_datas_rewards_are_what_a_regression_learns(base: Path, tmp_path: Pa
         objective="cd_fudge",
         full=True,
         learning_rate=3e-3,
-        epochs=4,
+        num_train_epochs=4,
     )
     # Here the rejected answer has the higher reward.
     assert result.metrics["accuracy"] < 0.2
@@ -240,7 +247,7 @@ def test_the_datas_rewards_are_what_a_regression_learns(base: Path, tmp_path: Pa
 @pytest.mark.parametrize("count", [7, 8])
 def test_processes_share_the_rows_of_one(count: int) -> None:
     def batches(process: int, processes: int, size: int) -> list[list[tuple[int, bool]]]:
-        return list(_RowBatches(count, size, 3, lambda: 1, process, processes))
+        return list(RowBatches(count, size, 3, lambda: 1, process, processes))
 
     one = [key for batch in batches(0, 1, 1) for key in batch]
     assert sorted(one) == [(row, True) for row in range(count)]
@@ -251,7 +258,7 @@ def test_processes_share_the_rows_of_one(count: int) -> None:
     # What fills up the last batch does not count.
     assert together[count:] == [(one[0][0], False)] * (8 - count)
     # Another epoch has another order.
-    assert list(_RowBatches(count, 1, 3, lambda: 0, 0, 1)) != batches(0, 1, 1)
+    assert list(RowBatches(count, 1, 3, lambda: 0, 0, 1)) != batches(0, 1, 1)
 
 
 # ---- Checkpoints
@@ -261,7 +268,7 @@ def test_processes_share_the_rows_of_one(count: int) -> None:
 def test_a_resumed_run_ends_with_the_same_weights(
     base: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    common = {"save_steps": 3, "epochs": 2, **settings}
+    common = {"save_steps": 3, "num_train_epochs": 2, **settings}
     train(base, tmp_path / "whole", **common)
     with pytest.raises(InterruptedError):
         train(base, tmp_path / "broken", **common, callbacks=[_StopAt(5)])
@@ -304,7 +311,7 @@ from pathlib import Path
 from tests.training.test_trainer import *
 {before}
 try:
-    train(Path({base!r}), Path({out!r}), save_steps=2, epochs=2, resume=True)
+    train(Path({base!r}), Path({out!r}), save_steps=2, num_train_epochs=2, resume=True)
 except RGTGError as error:
     print(error)
     sys.exit(2)
@@ -347,7 +354,7 @@ def goes_on(base: Path, tmp_path: Path) -> Iterator[Callable[[Path], None]]:
     """Resumes what a child left and compares it with a run that nothing has ended, with the child's one thread."""
 
     def check(out: Path) -> None:
-        settings: dict[str, Any] = {"save_steps": 2, "epochs": 2, "resume": True}
+        settings: dict[str, Any] = {"save_steps": 2, "num_train_epochs": 2, "resume": True}
         for folder in (out, tmp_path / "whole"):
             train(base, folder, **settings)
         assert same(out, tmp_path / "whole")
@@ -435,7 +442,7 @@ train_and_evaluate(Path({base!r}), Path({out!r}), {settings!r})
 def train_and_evaluate(base: Path, out: Path, settings: dict[str, Any]) -> None:
     recipe = TrainConfig(**(QUICK.__dict__ | settings))
     held = rows(9, seed=1)
-    train(base, out, recipe=recipe, eval_data=held, save_steps=2, eval_steps=2, epochs=2)
+    train(base, out, config=recipe, eval_data=held, save_steps=2, eval_steps=2, num_train_epochs=2)
 
 
 def processes(base: Path, out: Path, count: int, settings: dict[str, Any]) -> None:
@@ -466,8 +473,8 @@ def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, objective
         make_rm(seed=5).save_pretrained(tmp_path / "judge")
         make_tokenizer().save_pretrained(tmp_path / "judge")
         settings["judge"] = str(tmp_path / "judge")
-    train_and_evaluate(base, one, {"accumulation": 4, **settings})
-    processes(base, two, 2, {"accumulation": 2, **settings})
+    train_and_evaluate(base, one, {"gradient_accumulation_steps": 4, **settings})
+    processes(base, two, 2, {"gradient_accumulation_steps": 2, **settings})
     assert len(losses(one)) >= 4
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     held = [[row["eval_accuracy"] for row in read_log(out) if "eval_loss" in row] for out in (one, two)]
@@ -489,7 +496,7 @@ def test_two_processes_learn_what_one_does(base: Path, tmp_path: Path, objective
         ({"limit": 0}, "limit=0"),
         ({"token_budget": 1}, "token_budget=1"),
         ({"token_budget": 8}, "use a token budget of at least"),
-        ({"epochs": 0}, "epochs=0"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
         ({"objective": "dpo"}, "objective='dpo'"),
         ({"rank": 4}, "no setting 'rank'"),
@@ -532,5 +539,5 @@ def test_the_filled_share_counts_tokens(tmp_path: Path) -> None:
     pairs = tokenized(60)
     trainer = trainer_on(pairs, tmp_path)
     longest = max(sum(cost(pairs[i]) for i in row) for row in trainer.rows)
-    assert trainer.filled == pytest.approx(sum(map(cost, pairs)) / (longest * len(trainer.rows)))
-    assert trainer.filled > 0.9
+    assert trainer.packing_efficiency == pytest.approx(sum(map(cost, pairs)) / (longest * len(trainer.rows)))
+    assert trainer.packing_efficiency > 0.9

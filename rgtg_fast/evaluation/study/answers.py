@@ -24,9 +24,7 @@ from rgtg_fast.models.loading import ModelAndTokenizer, adapter_model, load_caus
 from rgtg_fast.models.prompts import Prompt, PromptLike
 from rgtg_fast.rewards import SequenceReward, named_guide
 from rgtg_fast.rewards.base import Reward
-from rgtg_fast.training.chats import UnusableError
-from rgtg_fast.training.layouts import has_ended, without_end
-from rgtg_fast.training.sources import read_rows
+from rgtg_fast.training.data import UnusableError, has_ended, read_rows, without_end
 
 ANSWERS = "answers.jsonl"
 FIELDS = ("method", "setting", "index", "seed", "prompt", "response", "tokens")

@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.study.settings import Study
 from rgtg_fast.models.prompts import PromptLike
-from rgtg_fast.training.chats import UnusableError, hh_messages
-from rgtg_fast.training.layouts import row_prompt
-from rgtg_fast.training.sources import read_rows
+from rgtg_fast.training.data import UnusableError, hh_messages, read_rows, row_prompt
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from rgtg_fast.evaluation.jsonl import JsonlWriter, plain
 from rgtg_fast.evaluation.judge import Judge, Rating, folders_of, weights_of
 from rgtg_fast.evaluation.study.answers import Answer, Bases
 from rgtg_fast.evaluation.study.settings import Cell, JudgeSettings, Study, canonical
-from rgtg_fast.training.data import PreferencePair, load_pairs, tokenize_pairs
-from rgtg_fast.training.report import ends_text
+from rgtg_fast.training.data import PreferencePair, ends_text, load_pairs, tokenize_pairs
 
 SCORES, ACCURACY = "scores.jsonl", "accuracy.jsonl"
 SCORE_FIELDS = ("method", "setting", "index", "seed", "judge", "told", "answer", "ended", "unended")

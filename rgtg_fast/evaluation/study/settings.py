@@ -15,7 +15,7 @@ from rgtg_fast.config import Guidance
 from rgtg_fast.engine.strategies import named_strategy
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.jsonl import plain
-from rgtg_fast.training.data import check_answers_ended
+from rgtg_fast.training.config import check_answers_ended
 
 NONE = "none"
 ENDS = ("always", "finished")

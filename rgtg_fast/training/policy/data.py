@@ -3,94 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.prompts import Prompt
-from rgtg_fast.training.chats import UnusableError
 from rgtg_fast.training.data import (
-    DataReport,
     Messages,
     PreferencePair,
     TokenizedPair,
+    TrainingData,
+    UnusableError,
     load_pairs,
-    split_by_prompt,
-    tokenize_pairs,
+    prepare_pairs,
+    read_rows,
+    row_prompt,
 )
-from rgtg_fast.training.layouts import row_prompt
-from rgtg_fast.training.sources import read_rows
-
-
-class DataSettings(Protocol):
-    """What of a `PolicyTrainConfig` the data depend on."""
-
-    @property
-    def limit(self) -> int | None: ...
-    @property
-    def held_out(self) -> float: ...
-    @property
-    def answers_ended(self) -> str: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def min_answer_tokens(self) -> int: ...
-    @property
-    def max_new_tokens(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class PolicyData:
-    """Tokenised data, their texts, and the counts.
-
-    Attributes:
-        train, evaluation: tokenised pairs; for prompts alone, pairs without answers.
-        sources: the texts of both, by a pair's index, of each part.
-        report: counts by stage. lines: the same in words.
-    """
-
-    train: list[TokenizedPair]
-    evaluation: list[TokenizedPair]
-    sources: tuple[dict[int, PreferencePair], dict[int, PreferencePair]]
-    report: dict[str, Any]
-    lines: list[str]
+from rgtg_fast.training.policy.config import PolicyTrainConfig
 
 
 def load_preferences(
-    data: Any, eval_data: Any, recipe: DataSettings, tokenizer: PreTrainedTokenizerBase
-) -> PolicyData:
+    data: Any, eval_data: Any, config: PolicyTrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> TrainingData:
     """Preference pairs to train and to evaluate on, as in `train_policy`."""
-    chat = tokenizer.chat_template is not None
-    pairs, loaded = load_pairs(data, chat=chat, answers_ended=recipe.answers_ended)
-    pairs = pairs[: recipe.limit]
-    held: list[PreferencePair] = []
-    eval_loaded: DataReport | None = None
-    if eval_data is not None:
-        held, eval_loaded = load_pairs(eval_data, chat=chat, answers_ended=recipe.answers_ended)
-    elif recipe.held_out > 0:
-        pairs, held = split_by_prompt(pairs, recipe.held_out, recipe.seed)
 
-    def tokens(part: list[PreferencePair]) -> tuple[list[TokenizedPair], DataReport]:
-        return tokenize_pairs(
-            part, tokenizer, recipe.max_length, min_answer_tokens=recipe.min_answer_tokens, chat=chat
+    def load(source: Any) -> Any:
+        return load_pairs(
+            source, chat=tokenizer.chat_template is not None, answers_ended=config.answers_ended
         )
 
-    train, fitted = tokens(pairs)
-    evaluation, eval_fitted = tokens(held) if held else ([], DataReport())
-    report: dict[str, Any] = {"loaded": loaded.as_dict(), "train": fitted.as_dict()}
-    lines = [f"data: {line}" for line in (*loaded.lines(), *fitted.lines()[1:], fitted.end_line())]
-    if held:
-        report["eval"] = (eval_fitted if eval_loaded is None else eval_loaded + eval_fitted).as_dict()
-        lines.append(f"evaluation: {eval_fitted.lines()[0]}")
-    sources = ({pair.index: pair for pair in pairs}, {pair.index: pair for pair in held})
-    return PolicyData(train, evaluation, sources, report, lines)
+    return prepare_pairs(load(data), None if eval_data is None else load(eval_data), config, tokenizer)
 
 
-def load_prompts(data: Any, recipe: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PolicyData:
+def load_prompts(data: Any, config: PolicyTrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
     """Prompts alone, each once, of rows that have a `prompt`.
 
     Raises:
@@ -102,7 +48,7 @@ def load_prompts(data: Any, recipe: DataSettings, tokenizer: PreTrainedTokenizer
     counts = {"read": 0, "malformed": 0, "duplicates": 0, "too_long": 0}
     seen: set[tuple[int, ...]] = set()
     for index, row in enumerate(read_rows(data)):
-        if recipe.limit is not None and len(train) == recipe.limit:
+        if config.limit is not None and len(train) == config.limit:
             break
         counts["read"] += 1
         prompt = _prompt_of(row, chat)
@@ -112,7 +58,7 @@ def load_prompts(data: Any, recipe: DataSettings, tokenizer: PreTrainedTokenizer
         ids = Prompt(prompt, index).ids(tokenizer)
         if tuple(ids) in seen:
             counts["duplicates"] += 1
-        elif len(ids) + recipe.max_new_tokens > recipe.max_length:
+        elif len(ids) + config.max_completion_length > config.max_length:
             counts["too_long"] += 1
         else:
             seen.add(tuple(ids))
@@ -121,11 +67,11 @@ def load_prompts(data: Any, recipe: DataSettings, tokenizer: PreTrainedTokenizer
     if not train:
         raise RGTGError(
             f"no prompts are left of the {counts['read']} rows ({counts['malformed']} without a 'prompt', "
-            f"{counts['too_long']} over max_length={recipe.max_length} with {recipe.max_new_tokens} new tokens)"
+            f"{counts['too_long']} over max_length={config.max_length} with {config.max_completion_length} new tokens)"
         )
     dropped = ", ".join(f"{count} {name}" for name, count in counts.items() if count and name != "read")
     lines = [f"data: {len(train)} of {counts['read']} prompts kept" + (f" ({dropped})" if dropped else "")]
-    return PolicyData(train, [], (sources, {}), {"train": {**counts, "kept": len(train)}}, lines)
+    return TrainingData(train, [], (sources, {}), {"train": {**counts, "kept": len(train)}}, lines)
 
 
 def _prompt_of(row: Any, chat: bool) -> str | Messages | None:

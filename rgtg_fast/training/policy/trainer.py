@@ -1,6 +1,6 @@
-"""TRL's trainers for policies, on tokenised pairs and prompts: DPO, SimPO and T-REG on DPOTrainer, and RLOO.
+"""TRL's trainers on tokenized pairs and prompts: DPO, SimPO and T-REG on DPOTrainer, and RLOO.
 
-This module imports TRL; `policy` says what is missing where it is not installed.
+This module needs TRL; `train_policy` checks that it is installed.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def preference_dataset(
     rewards: AnswerFile | None = None,
     first: int = 0,
 ) -> Dataset:
-    """Tokenised pairs as `TRegTrainer` takes them.
+    """Tokenized pairs as `TRegTrainer` takes them.
 
     Args:
+        pairs: tokenized pairs.
         reference: the reference's log-probabilities of the answers' tokens.
         rewards: the answers' token rewards.
         first: number of the first pair in these files.
@@ -57,7 +58,7 @@ def preference_dataset(
 
 @dataclass
 class TRegCollator(DataCollatorForPreference):
-    """TRL's collator, with token rewards [2B, S] at their tokens' places and the pairs' rows of the data."""
+    """TRL's collator, which also makes token rewards [2B, S] and the pairs' row numbers."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -74,7 +75,7 @@ class TRegCollator(DataCollatorForPreference):
 
 
 class _Recorder:
-    """Hands a call on to a model and keeps what the first one gave."""
+    """Calls a model and keeps the output of the first call."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -90,23 +91,23 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
     """TRL's DPOTrainer with token-level reward regularisation, in the form of DPO or of SimPO.
 
     L = L_DPO + α w ( L_REG(x, y^w) + L_REG(x, y^l) ), L_REG(x, y) = − Σ_t β r̂(y_t) log π_θ(y_t | x, y_<t),
-    w = σ( r_θ(x, y^l) − r_θ(x, y^w) ) without gradient (arXiv 2412.02685). The SimPO form (2405.14734) has
-    r_θ = (β/|y|) log π_θ and no reference in L_DPO's place, its margin γ in the loss and in w, and β/|y| in L_REG. With
-    α = 0, or data without token rewards, it is DPO or SimPO.
+    w = σ( r_θ(x, y^l) − r_θ(x, y^w) ) without gradient (arXiv 2412.02685). The SimPO form (2405.14734) has SimPO's loss
+    instead of L_DPO, with r_θ = (β/|y|) log π_θ, no reference and the margin γ, which is also in w, and β/|y| in L_REG.
+    With α = 0, or data without token rewards, the loss is DPO's or SimPO's.
 
-    The data are tokenised (`preference_dataset`): columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `row` (of the
-    source), `ref_chosen_logps` and `ref_rejected_logps` (the DPO form), and for α > 0 `chosen_token_rewards` and
+    The data are tokenized (`preference_dataset`), with the columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `row`
+    (of the source); for the DPO form `ref_chosen_logps` and `ref_rejected_logps`; for α > 0 `chosen_token_rewards` and
     `rejected_token_rewards`.
 
     Args:
-        model, args, train_dataset, eval_dataset, and all others: as `trl.DPOTrainer` has them; `args` with loss type
-            `sigmoid`.
+        model, train_dataset, eval_dataset, kwargs: as in `trl.DPOTrainer`.
+        args: as in `trl.DPOTrainer`, with the loss type `sigmoid`.
         alpha: α.
         form: "dpo" or "simpo".
         margin: SimPO's γ.
 
     Raises:
-        RGTGError: α or γ that is negative or not finite, another loss type, or a column that is missing.
+        RGTGError: α or γ is negative or not finite, the loss type is another one, or a column is missing.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
             if missing is not None:
                 raise RGTGError(f"the data have no column {missing}: see preference_dataset")
         args = copy.copy(args)
-        # TRL keeps a reference model where it has to compute these log-probabilities itself.
+        # Without this, TRL keeps a reference model to compute these log-probabilities itself.
         args.precompute_ref_log_probs = True
         args.remove_unused_columns = False
         if form == "simpo":
@@ -148,7 +149,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        # TRL has given the tokenizer a padding token by now.
+        # Only now, since TRL has given the tokenizer a padding token.
         self.data_collator = TRegCollator(pad_token_id=int(self._tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +159,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
         return dataset
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: what a policy was made with stands in rgtg_fast.json."""
+        """Writes none: rgtg_fast.json records how the policy was made."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
@@ -168,8 +169,8 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
         lengths = mask.sum(1).clamp(min=1)
         pairs = len(mask) // 2
         if self.form == "simpo":
-            # TRL's length-normalised loss, −log σ(β (log π − ref)/|y| of one minus that of the other), is SimPO's where
-            # the chosen answer's "reference" is |y| γ/β and the rejected one's 0.
+            # TRL's length-normalised loss, −log σ of the difference of β (log π − ref)/|y|, equals SimPO's with the
+            # "reference" |y| γ/β for the chosen answer and 0 for the rejected one.
             inputs[_REFERENCE[0]] = lengths[:pairs] * (self.margin / self.beta)
             inputs[_REFERENCE[1]] = torch.zeros_like(inputs[_REFERENCE[0]])
         recorder = _Recorder(model)
@@ -192,8 +193,8 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
             first, second = regulariser(logprobs, rewards[:, 1:], scale.to(logprobs)).chunk(2)
             penalty = (weight * (first + second)).mean()
             loss = loss + self.alpha * penalty
-            self._tell("t_reg/regularisation", penalty.detach())
-            self._tell("t_reg/weight", weight.mean())
+            self._record("t_reg/regularisation", penalty.detach())
+            self._record("t_reg/weight", weight.mean())
         if self.form == "simpo":
             for name, value in (
                 ("chosen", chosen.mean()),
@@ -201,7 +202,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
                 ("margins", (chosen - rejected).mean()),
                 ("accuracies", (chosen > rejected).float().mean()),
             ):
-                self._tell(f"rewards/{name}", value, replace=True)
+                self._record(f"rewards/{name}", value, replace=True)
         if not torch.isfinite(loss):
             raise self.not_finite("the loss", float(loss.detach()))
         if self._mode == "train":
@@ -213,8 +214,8 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
         assert self.model is not None
         return "train" if self.model.training else "eval"
 
-    def _tell(self, name: str, value: torch.Tensor, replace: bool = False) -> None:
-        """Adds a number to those that are averaged for the log, or puts it in the place of TRL's own."""
+    def _record(self, name: str, value: torch.Tensor, replace: bool = False) -> None:
+        """Adds a value to the metrics that TRL averages for the log, or replaces TRL's own value."""
         found = self._metrics[self._mode][name]
         if replace:
             found.pop()
@@ -227,7 +228,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with pairs per second since the last time and the held-out accuracy."""
+        """Logs, with pairs per second since the last log and the accuracy on held-out pairs."""
         now = time.monotonic()
         if "loss" in logs and self._pairs:
             logs["pairs_per_second"] = round(self._pairs / (now - self._logged_at), 3)
@@ -243,4 +244,4 @@ class PolicyGradientTrainer(CompleteCheckpoints, RLOOTrainer):
     """TRL's RLOOTrainer with complete checkpoints."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: what a policy was made with stands in rgtg_fast.json."""
+        """Writes none: rgtg_fast.json records how the policy was made."""

@@ -1,37 +1,41 @@
-"""What became of the rows of preference data: kept, dropped by reasons, and where the answers that were kept end."""
+"""Counts of the rows of preference data: kept, dropped by reason, and where the kept answers end."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from rgtg_fast.training.chats import UnusableError
+from rgtg_fast.training.data.chats import UnusableError
 
 
 @dataclass
 class DataReport:
-    """How many rows came in, how many pairs were kept and why the others were not.
+    """Counts of rows read and pairs kept, and why the others were dropped.
 
-    `earlier + later` is the report of two stages in a row (loading, then tokenising).
+    `earlier + later` is the report of two stages after one another (loading, then tokenizing).
 
     Attributes:
-        read: rows that came in. kept: pairs that went out.
+        read: rows of the input.
+        kept: pairs of the output.
         malformed: rows without the fields of their layout.
         different_prompts: dialogues that differ before the last answer, or from the row's own prompt.
-        empty: a prompt or an answer without text. identical: both answers the same.
+        empty: a prompt or an answer without text.
+        identical: both answers the same.
         duplicates: the same prompt and answers as an earlier row.
-        short: an answer below the least number of tokens. too_long: over the length limit.
+        short: an answer below the least number of tokens.
+        too_long: over the length limit.
         end_inside: an end-of-sequence token inside an answer, where decoding would have stopped.
         refused: prompts that the chat template refuses.
-        truncated: pairs that were kept and whose prompt lost its beginning.
-        end_texts: answers of kept pairs that ended with the text of an end token, which was taken off.
-        prompts_removed: kept pairs whose answers began with the prompt, which was taken off.
-        prompts_repeated: kept pairs whose answers begin with the prompt, and keep it since most rows' answers do not.
+        truncated: kept pairs whose prompt's beginning was cut off.
+        end_texts: answers of kept pairs from whose end the text of an end token was removed.
+        prompts_removed: kept pairs from whose answers the prompt was removed.
+        prompts_repeated: kept pairs whose answers begin with the prompt, which stays, since in most rows they do not.
         lower_score: kept pairs whose chosen answer has the lower score in the data.
-        cut: answers of kept pairs that did not end; they have no end token. unstated: answers of which the data do not
-            say whether they ended, which counts as ended. Both are known after tokenising.
+        cut: answers of kept pairs that did not end and have no end token; known after tokenizing.
+        unstated: answers of kept pairs for which the data do not say whether they ended, which counts as ended; known
+            after tokenizing.
         first_malformed, first_refused: the first such row and what is wrong with it.
-        unread: columns of the first row that nothing reads.
+        unread: columns of the first row that are not used.
     """
 
     read: int = 0
@@ -58,7 +62,7 @@ class DataReport:
 
     @property
     def dropped(self) -> int:
-        """Pairs that came in and did not go out, by the reasons counted."""
+        """Number of dropped rows or pairs."""
         return sum(getattr(self, name) for name in _DROPS)
 
     def count(self, name: str, by: int = 1) -> None:
@@ -94,7 +98,7 @@ class DataReport:
         return values
 
     def lines(self) -> list[str]:
-        """The counts as text, zeros left out."""
+        """The counts as text, without zeros."""
         lines = [f"{self.kept} of {self.read} pairs kept"]
         for name in _DROPS:
             count = getattr(self, name)
@@ -107,16 +111,17 @@ class DataReport:
         return lines
 
     def end_line(self) -> str:
-        """At which token the answers are read as wholes, known after tokenising."""
+        """At which token whole answers are read, in words; known after tokenizing."""
         return ends_text(2 * self.kept - self.cut, self.cut, self.unstated)
 
 
 def ends_text(ended: int, cut: int, unstated: int = 0) -> str:
-    """At which token answers are read as wholes, in words.
+    """At which token whole answers are read, in words.
 
     Args:
-        ended, cut: how many answers ended, and how many were cut off. unstated: of those that ended, how many are only
-            taken to have ended.
+        ended: number of answers that ended.
+        cut: number of answers that were cut off.
+        unstated: number of those that ended for which the data do not say so.
     """
     said = "" if not unstated else f" ({unstated} of them without a finish_reason, taken to have ended)"
     if not cut:

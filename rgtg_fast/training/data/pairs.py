@@ -1,4 +1,4 @@
-"""Preference pairs: read from files and data sets, cleaned with every drop counted, split by prompt, tokenised."""
+"""Preference pairs: read from files and data sets, cleaned with every drop counted, split by prompt, tokenized."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.prompts import Prompt
-from rgtg_fast.training.chats import Messages, UnusableError, hh_messages, is_plain_text
-from rgtg_fast.training.layouts import (
-    READERS,
-    Reading,
+from rgtg_fast.training.config import check_answers_ended
+from rgtg_fast.training.data.chats import Messages, UnusableError, hh_messages, is_plain_text
+from rgtg_fast.training.data.layouts import (
+    LAYOUTS,
     Row,
     begins_with_prompt,
     has_ended,
@@ -25,13 +25,10 @@ from rgtg_fast.training.layouts import (
     unread_columns,
     without_end,
 )
-from rgtg_fast.training.report import DataReport
-from rgtg_fast.training.sources import read_rows
+from rgtg_fast.training.data.report import DataReport
+from rgtg_fast.training.data.rows import read_rows
 
 Layout: TypeAlias = Literal["auto", "plain", "dialogue", "tldr"]
-LAYOUTS = ("auto", "plain", "dialogue", "tldr")
-# Whether answers ended: "auto" by what the data say of each, and by default they did; or one word for all.
-ANSWERS_ENDED = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ class PreferencePair:
         prompt: a text or chat messages, as `RewardGuidedDecoder.generate` takes it.
         chosen, rejected: the answers' texts.
         index: row of the source, from 0.
-        ended: of the chosen and of the rejected answer, whether it ended by itself (True) or was cut off (False); None
-            where nobody says, which counts as ended.
+        ended: whether the chosen and the rejected answer ended by themselves (True) or were cut off (False); None where
+            the data do not say, which counts as ended.
     """
 
     prompt: str | Messages
@@ -54,7 +51,7 @@ class PreferencePair:
 
     @property
     def opening(self) -> str:
-        """What makes two prompts the same one for a split: the first user message, or the whole text."""
+        """By what a split takes two prompts for the same: the first user message, or the whole text."""
         messages = hh_messages(self.prompt) if isinstance(self.prompt, str) else self.prompt
         if messages is None:
             return str(self.prompt).strip()
@@ -64,13 +61,13 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A pair as token ids; answers that ended have the end-of-sequence token behind them.
+    """A pair as token ids; answers that ended are followed by the end-of-sequence token.
 
     Attributes:
-        prompt_ids: ids that the decoder would give the reward model for this prompt.
-        chosen_ids, rejected_ids: ids of the answers, the last one EOS where the answer ended.
+        prompt_ids: the ids that the reward model gets for this prompt in decoding.
+        chosen_ids, rejected_ids: ids of the answers; the last one is EOS where the answer ended.
         index: row of the source, from 0.
-        ended: of the chosen and of the rejected answer.
+        ended: whether the chosen and the rejected answer ended.
     """
 
     prompt_ids: list[int]
@@ -81,15 +78,15 @@ class TokenizedPair:
 
     @property
     def text_lengths(self) -> tuple[int, int]:
-        """Tokens of the answers' texts, EOS not counted."""
+        """Numbers of tokens of the answers, without EOS."""
         return len(self.chosen_ids) - self.ended[0], len(self.rejected_ids) - self.ended[1]
 
     def read_whole(self, chosen: list[float], rejected: list[float]) -> tuple[list[float], list[float]]:
-        """The rewards of both answers by prefixes of their texts, and behind these that of the whole answer.
+        """The rewards of the prefixes of both answers, each followed by the reward of the whole answer.
 
         Args:
-            chosen, rejected: rewards at every token. The whole of an answer that ended is read at its EOS, that of one
-                that was cut at the last token of its text, whose reward then comes twice.
+            chosen, rejected: rewards at every token. The reward of a whole answer is read at its EOS, or, where it was
+                cut, at its last token, whose reward is then repeated.
         """
         both = [
             rewards if end else [*rewards, rewards[-1]]
@@ -106,7 +103,7 @@ def load_pairs(
     chat: bool = True,
     answers_ended: str = "auto",
 ) -> tuple[list[PreferencePair], DataReport]:
-    """Reads preference pairs and counts every row that gives none.
+    """Reads preference pairs and counts the rows that give none.
 
     Layouts:
 
@@ -117,13 +114,13 @@ def load_pairs(
       chat messages.
     - `tldr`: comparisons of summaries: `info`, `summaries`, `choice`.
 
-    Chats may be texts in JSON or Python's own form. A column with a system message becomes the prompt's. Answers that
-    end with the text of an end token lose it.
+    Chats may be texts in JSON or Python syntax. A column with a system message is put before the prompt. The texts of
+    end tokens at the end of answers are removed.
 
     Args:
         source: a .jsonl, .json, .csv (each also .gz), .parquet or .arrow file; a folder or hub id for `datasets`; a
             loaded data set, a table of pandas, pyarrow or polars, or any iterable of rows.
-        layout: one of the above, or "auto" to know it by the first row's fields.
+        layout: one of the above, or "auto" to detect it by the first row's fields.
         split: of a data set with several.
         chat: turns of HH-RLHF become chat messages; False keeps them as text, for models without a chat template.
         answers_ended: "auto": by `finish_reason` (of both answers, or `chosen_finish_reason` and
@@ -136,14 +133,14 @@ def load_pairs(
     Raises:
         RGTGError: the source cannot be read, no row fits, or no pair is left.
     """
-    if layout not in LAYOUTS:
-        raise RGTGError(f"layout={layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
+    if layout not in ("auto", *LAYOUTS):
+        raise RGTGError(f"layout={layout!r} is unknown: use one of auto, {', '.join(LAYOUTS)}")
     check_answers_ended(answers_ended)
     name = str(source) if isinstance(source, (str, os.PathLike)) else "the data"
     report = DataReport()
     pairs: list[PreferencePair] = []
     seen: set[str] = set()
-    # Whether answers repeat their prompt shows in many rows, not in one.
+    # Only many rows together show whether the data's answers repeat their prompt.
     rows = list(read_rows(source, split))
     first = next((row for row in rows if isinstance(row, Mapping)), {})
     known = layout
@@ -155,12 +152,7 @@ def load_pairs(
     for index, row in enumerate(rows):
         report.read += 1
         try:
-            if isinstance(row, str):
-                raise UnusableError("malformed", row)
-            if not isinstance(row, Mapping):
-                raise UnusableError("malformed", f"a row is an object with fields, not {type(row).__name__}")
-            reading = READERS[known](Row(row), chat, prefixed)
-            pair, notes = _pair(reading, index, answers_ended)
+            pair, notes = _read_pair(row, index, known, chat, prefixed, answers_ended)
             if repeated[index] and not prefixed:
                 notes.append("prompts_repeated")
             key = hashlib.sha256(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode()).hexdigest()
@@ -178,16 +170,6 @@ def load_pairs(
     return pairs, report
 
 
-def check_answers_ended(value: str) -> None:
-    """Refuses what is no way to tell whether answers ended.
-
-    Raises:
-        RGTGError: not one of `ANSWERS_ENDED`.
-    """
-    if value not in ANSWERS_ENDED:
-        raise RGTGError(f"answers_ended={value!r} is unknown: use one of {', '.join(ANSWERS_ENDED)}")
-
-
 def _layout_of(row: Mapping[Any, Any], name: str) -> Layout:
     found = layout_of(row)
     if found is None:
@@ -199,19 +181,30 @@ def _layout_of(row: Mapping[Any, Any], name: str) -> Layout:
 
 
 def _repeated_prompts(rows: Sequence[Any]) -> list[bool | None]:
-    """Of each row, whether both answers begin with its prompt; None where it cannot tell."""
+    """Whether both answers of each row begin with its prompt; None where that is undecided."""
     return [begins_with_prompt(Row(row)) if isinstance(row, Mapping) else None for row in rows]
 
 
-def _pair(reading: Reading, index: int, answers_ended: str) -> tuple[PreferencePair, list[str]]:
-    """A row as a pair with answers free of end tokens' texts, and the counters that it adds to."""
+def _read_pair(
+    row: Any, index: int, layout: str, chat: bool, prefixed: bool, answers_ended: str
+) -> tuple[PreferencePair, list[str]]:
+    """A row as a pair, the texts of end tokens removed from its answers, and the counters of the report to increment.
+
+    Raises:
+        UnusableError: the row gives no pair.
+    """
+    if isinstance(row, str):
+        raise UnusableError("malformed", row)
+    if not isinstance(row, Mapping):
+        raise UnusableError("malformed", f"a row is an object with fields, not {type(row).__name__}")
+    reading = LAYOUTS[layout](Row(row), chat, prefixed)
     answers, ended, notes = [], [], list(reading.notes)
     for text, reason in zip((reading.chosen, reading.rejected), reading.finish_reasons, strict=True):
         answer, marked = without_end(text)
         answers.append(answer)
         notes += ["end_texts"] * marked
         stated = has_ended(reason) if answers_ended == "auto" else answers_ended == "yes"
-        # An answer that carries an end token has ended, whatever a column says.
+        # The text of an end token outweighs the column.
         ended.append(True if marked and answers_ended == "auto" else stated)
     pair = PreferencePair(reading.prompt, answers[0], answers[1], index, (ended[0], ended[1]))
     _check(pair)
@@ -219,10 +212,10 @@ def _pair(reading: Reading, index: int, answers_ended: str) -> tuple[PreferenceP
 
 
 def check_some_left(report: DataReport, name: str) -> None:
-    """Refuses data of which nothing is left.
+    """Checks that pairs are left.
 
     Raises:
-        RGTGError: with the reasons and their counts.
+        RGTGError: none are; with the reasons and their counts.
     """
     if report.kept:
         return
@@ -235,18 +228,20 @@ def check_some_left(report: DataReport, name: str) -> None:
 def split_by_prompt(
     pairs: Sequence[PreferencePair], held_out: float = 0.1, seed: int = 0
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Splits pairs so that no prompt's opening is on both sides.
+    """Splits pairs such that no prompt's opening is in both parts.
 
     Openings are ordered by a hash of the seed and their text, so the split does not depend on the order of the pairs.
 
     Args:
+        pairs: to split.
         held_out: share of the pairs to hold out, in [0, 1).
+        seed: of the order.
 
     Returns:
         The pairs to train on and those held out, each in their order.
 
     Raises:
-        RGTGError: a share out of range, or all pairs have one opening.
+        RGTGError: the share is out of range, or all pairs have the same opening.
     """
     if not 0 <= held_out < 1:
         raise RGTGError(f"held_out={held_out} is not in [0, 1): use for example 0.1")
@@ -263,7 +258,7 @@ def split_by_prompt(
     order = sorted(sizes, key=lambda opening: hashlib.sha256(f"{seed}\0{opening}".encode()).digest())
     out: set[str] = set()
     count = 0
-    # The last opening always stays to be trained on.
+    # The last opening is never held out.
     for opening in order[:-1]:
         if out and count + sizes[opening] / 2 > held_out * len(pairs):
             break
@@ -283,16 +278,18 @@ def tokenize_pairs(
     chat: bool = False,
     eos_token_id: int | None = None,
 ) -> tuple[list[TokenizedPair], DataReport]:
-    """Token ids of pairs: the prompt's are the decoder's own, each answer that ended has EOS behind it, and one alone.
+    """Tokenizes pairs: prompts as in decoding, and exactly one EOS after every answer that ended.
 
-    An answer that was cut off has none, and its last token is the last one of its text.
+    An answer that was cut off has no EOS: its last token is the last one of its text.
 
     Args:
-        max_length: tokens of the prompt and the longer answer at most.
+        pairs: to tokenize.
+        tokenizer: of the model.
+        max_length: most tokens of the prompt and the longer answer.
         chat_template: Jinja chat template in place of the tokenizer's own.
-        truncate_prompt: a prompt over the limit loses its beginning; False drops the pair.
+        truncate_prompt: cut the beginning of a prompt that is too long; False drops the pair.
         min_answer_tokens: pairs with a shorter answer (without EOS) are dropped.
-        chat: a text prompt becomes one user message where there is a chat template, as `rgtg-fast generate` does.
+        chat: make a text prompt one user message where there is a chat template, as `rgtg-fast generate` does.
         eos_token_id: the token that ends an answer, by default the tokenizer's.
 
     Returns:
@@ -301,20 +298,8 @@ def tokenize_pairs(
     Raises:
         RGTGError: no EOS token, chat prompts without a chat template, or no pair is left.
     """
-    eos = cast("int | None", tokenizer.eos_token_id) if eos_token_id is None else eos_token_id
-    title = tokenizer.name_or_path or type(tokenizer).__name__
-    if eos is None:
-        raise RGTGError(
-            f"the tokenizer of {title} has no EOS token, with which an answer ends: set tokenizer.eos_token"
-        )
-    if max_length < 2:
-        raise RGTGError(f"max_length={max_length} is below 2, one token of prompt and one of answer")
+    eos = _checked_eos(pairs, tokenizer, max_length, chat_template, eos_token_id)
     template = chat_template or tokenizer.chat_template
-    if template is None and any(not isinstance(pair.prompt, str) for pair in pairs):
-        raise RGTGError(
-            f"the pairs are chats and the tokenizer of {title} has no chat template: "
-            "pass chat_template, or load pairs in HH's turns with chat=False"
-        )
     end_text = cast(str, tokenizer.decode([eos])).strip() or "\0"
     report = DataReport(read=len(pairs))
     kept: list[TokenizedPair] = []
@@ -324,7 +309,7 @@ def tokenize_pairs(
         texts: list[str] = []
         for pair, prompt in zip(chunk, prompts, strict=True):
             answers = (pair.chosen, pair.rejected)
-            # A chat template ends where the answer's first letter follows; a text prompt's own spacing is kept.
+            # After a chat template the answer starts at its first letter; after a text prompt its spacing is kept.
             texts += [answer.strip() if prompt.messages is not None else answer for answer in answers]
         answer_ids = cast("list[list[int]]", tokenizer(texts, add_special_tokens=False)["input_ids"])
         for i, (pair, prompt) in enumerate(zip(chunk, prompts, strict=True)):
@@ -337,24 +322,58 @@ def tokenize_pairs(
                     [*ids, eos] if end else ids for ids, end in zip(contents, ended, strict=True)
                 )
                 ids = _prompt_ids(prompt, tokenizer, chat_template)
-                room = max_length - max(len(chosen), len(rejected))
-                if len(ids) > room and (not truncate_prompt or room < 1):
+                available = max_length - max(len(chosen), len(rejected))
+                if len(ids) > available and (not truncate_prompt or available < 1):
                     raise UnusableError("too_long")
             except UnusableError as reason:
                 report.drop(reason, pair.index)
                 continue
-            report.truncated += len(ids) > room
+            report.truncated += len(ids) > available
             report.end_texts += sum(text.rstrip().endswith(end_text) for text in texts[both])
             report.cut += 2 - sum(ended)
             report.unstated += pair.ended.count(None)
-            kept.append(TokenizedPair(ids[-room:], chosen, rejected, pair.index, ended))
+            kept.append(TokenizedPair(ids[-available:], chosen, rejected, pair.index, ended))
     report.kept = len(kept)
     check_some_left(report, f"the pairs (max_length={max_length}, min_answer_tokens={min_answer_tokens})")
     return kept, report
 
 
+def _checked_eos(
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat_template: str | None,
+    eos_token_id: int | None,
+) -> int:
+    """Checks the arguments of `tokenize_pairs` and returns the token that ends an answer."""
+    eos = cast("int | None", tokenizer.eos_token_id) if eos_token_id is None else eos_token_id
+    title = tokenizer.name_or_path or type(tokenizer).__name__
+    if eos is None:
+        raise RGTGError(
+            f"the tokenizer of {title} has no EOS token, with which an answer ends: set tokenizer.eos_token"
+        )
+    if max_length < 2:
+        raise RGTGError(f"max_length={max_length} is below 2, one token of prompt and one of answer")
+    if (chat_template or tokenizer.chat_template) is None and any(
+        not isinstance(pair.prompt, str) for pair in pairs
+    ):
+        raise RGTGError(
+            f"the pairs are chats and the tokenizer of {title} has no chat template: "
+            "pass chat_template, or load pairs in HH's turns with chat=False"
+        )
+    return eos
+
+
+def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:
+    """sha256 over the pairs' token ids, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
+    return digest.hexdigest()
+
+
 def without_eos(ids: list[int], eos: int) -> list[int]:
-    """An answer's tokens without the EOS that its text or the tokenizer may have put behind them."""
+    """An answer's tokens without trailing EOS tokens, which its text or the tokenizer may have added."""
     end = len(ids)
     while end and ids[end - 1] == eos:
         end -= 1
@@ -365,7 +384,7 @@ def _prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_templat
     """A prompt's ids.
 
     Raises:
-        UnusableError: the chat template refuses it, for instance a system message or two turns of one speaker.
+        UnusableError: the chat template refuses it, for instance for a system message or two turns of one speaker.
     """
     try:
         return prompt.ids(tokenizer, chat_template)

@@ -1,4 +1,4 @@
-"""Chats in every form that data have them in: HH-RLHF's turns, lists of messages, and texts of these."""
+"""Chats in all forms that data contain: HH-RLHF's turns, lists of messages, and texts of these."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Text: TypeAlias = str | Messages
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-# What data call the speakers, and what chat templates call them.
+# Speakers' names in data -> roles of chat templates.
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -22,7 +22,7 @@ _ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
-# Characters of a text that may be read as a structure; a chat of that length fits no model's context.
+# Longest text to parse as a chat, in characters; a longer chat fits no model's context.
 _LONGEST = 1 << 21
 LOOKS_LIKE_CHAT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
 _LOOKS_LIKE_MESSAGE = re.compile(r"""\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
@@ -32,7 +32,7 @@ class UnusableError(Exception):
     """A row that gives no pair.
 
     Attributes:
-        reason: the counter of the report.
+        reason: the counter of the report to increment.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -41,10 +41,10 @@ class UnusableError(Exception):
 
 
 def hh_messages(text: str) -> Messages | None:
-    """HH-RLHF's turns as chat messages, or None where the text is not a dialogue that a human opens.
+    """HH-RLHF's turns as chat messages; None where the text is not a dialogue that starts with "Human:".
 
-    A last assistant turn without text, with which a prompt ends, is left out; turns of the same speaker in a row
-    become one message.
+    An empty last assistant turn, with which a prompt ends, is left out. Successive turns of one speaker become one
+    message.
     """
     before, *turns = _TURN.split("\n\n" + text.lstrip())
     if before.strip() or not turns or turns[0] != "Human":
@@ -63,12 +63,16 @@ def hh_messages(text: str) -> Messages | None:
 
 
 def text_or_messages(value: Any, name: str) -> Text:
-    """A text, or chat messages: a list of them or one, as objects, or as text in JSON or Python's own form.
+    """A text, or chat messages from a message or a list of messages, as objects or as text in JSON or Python syntax.
 
     Messages have role and content, or from and value; contents may be lists of texts.
 
+    Args:
+        value: of the column.
+        name: of the column, for messages.
+
     Raises:
-        UnusableError: neither.
+        UnusableError: it is neither a text nor chat messages.
     """
     if isinstance(value, str):
         return _chat_in(value, name)
@@ -81,7 +85,7 @@ def text_or_messages(value: Any, name: str) -> Text:
 
 
 def _chat_in(text: str, name: str) -> Text:
-    """The chat messages that a text stands for, or the text."""
+    """The chat messages that a text encodes, or the text."""
     many = LOOKS_LIKE_CHAT.match(text) is not None
     if not many and _LOOKS_LIKE_MESSAGE.match(text) is None:
         return text
@@ -127,7 +131,7 @@ def _as_message(message: Any) -> dict[str, str] | None:
 
 
 def listed(value: Any) -> Any:
-    """A list of a tuple's or an array's items, anything else as it is."""
+    """A tuple or an array as a list; other values unchanged."""
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         value = value.tolist()
     return list(value) if isinstance(value, tuple) else value
@@ -144,9 +148,9 @@ def last_field(value: Any, name: str) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """The structure that a text stands for, None where it is none.
+    """The value that a text encodes in JSON or as a Python literal, None where it is neither. Nothing is executed.
 
-    JSON, or what Python writes for lists and dictionaries; nothing in it is run. numpy writes no commas between them.
+    numpy prints lists of dictionaries without commas between them; these are read too.
     """
     if len(text) > _LONGEST:
         return None
@@ -169,12 +173,12 @@ _BETWEEN = re.compile(rf"({_STRING})|\}}(\s+)\{{", re.DOTALL)
 
 
 def with_commas(text: str) -> str:
-    """A text with commas between dictionaries that only white space separates, outside of strings."""
+    """A text with commas added between dictionaries that are separated by white space only, outside strings."""
     return _BETWEEN.sub(lambda found: found[1] or "}," + found[2] + "{", text)
 
 
 def is_plain_text(texts: Sequence[str]) -> bool:
-    """Whether all texts are Unicode, which half of a surrogate pair is not."""
+    """Whether all texts are valid Unicode; half of a surrogate pair is not."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -183,7 +187,7 @@ def is_plain_text(texts: Sequence[str]) -> bool:
 
 
 def missing(value: Any) -> bool:
-    """None, NaN, and what pandas has for them."""
+    """Whether a value is None, NaN, or one of pandas' equivalents."""
     return (
         value is None
         or type(value).__name__ in ("NAType", "NaTType")

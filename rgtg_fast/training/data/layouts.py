@@ -1,4 +1,4 @@
-"""One row of preference data as a prompt and two answers: names of columns, chats in every form, whole dialogues."""
+"""Reads one row of preference data as a prompt and two answers, by the names of its columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rgtg_fast.training.chats import (
+from rgtg_fast.training.data.chats import (
     ASSISTANT,
     HUMAN,
     LOOKS_LIKE_CHAT,
@@ -23,7 +23,7 @@ from rgtg_fast.training.chats import (
     text_or_messages,
 )
 
-# By what a column is known, the first that a row has counts; capitals, spaces and hyphens make no difference.
+# Names of each kind of column, in order of precedence. Capitals, spaces and hyphens make no difference.
 COLUMNS = {
     "prompt": ("prompt", "question", "query", "instruction"),
     "chosen": ("chosen", "chosen_response", "response_chosen", "chosen_answer"),
@@ -42,10 +42,10 @@ COLUMNS = {
     "summaries": ("summaries",),
     "choice": ("choice",),
 }
-# `finish_reason`: of this package, of OpenAI's interface and of servers that follow it, of Anthropic's and Google's.
+# Values of `finish_reason` in this package, OpenAI's, Anthropic's and Google's APIs, and compatible servers.
 ENDED = ("eos", "stop", "eos_token", "end_turn", "stop_sequence")
 CUT = ("length", "max_tokens", "max_length", "max_new_tokens")
-# Texts of end tokens that data carry at the end of answers, whatever the tokenizer.
+# Texts of end tokens that answers in data may end with, of any tokenizer.
 END_TEXTS = (
     "</s>",
     "<eos>",
@@ -66,12 +66,13 @@ END_TEXTS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What one row says.
+    """The contents of one row.
 
     Attributes:
-        prompt: a text or chat messages. chosen, rejected: the answers' texts.
-        finish_reasons: of the chosen and of the rejected answer, as the data tell them, None where they do not.
-        notes: counters of the report for pairs that are kept.
+        prompt: a text or chat messages.
+        chosen, rejected: the answers' texts.
+        finish_reasons: of the chosen and of the rejected answer, None where the data have none.
+        notes: counters of the report to increment if the pair is kept.
     """
 
     prompt: Text
@@ -82,13 +83,13 @@ class Reading:
 
 
 class Row:
-    """A row whose columns are found by what they are, under any of their names."""
+    """A row whose columns are found by kind, under any of their names (`COLUMNS`)."""
 
     def __init__(self, row: Mapping[Any, Any]):
         self.row, self.names = row, known_columns(tuple(map(str, row)))
 
     def __getitem__(self, kind: str) -> Any:
-        """The value of a column, None where the row has none or its cell is empty of a value."""
+        """The value of a column, None where the row has no such column or no value in it."""
         name = self.names.get(kind)
         value = None if name is None else self.row.get(name)
         return None if missing(value) else value
@@ -107,7 +108,7 @@ class Row:
 
 @functools.lru_cache(maxsize=64)
 def known_columns(names: tuple[str, ...]) -> dict[str, str]:
-    """By what a column is, its name in a row with these names."""
+    """The name of each kind of column, among the names of a row."""
     plain = {_plain(name): name for name in reversed(names)} | {name: name for name in names}
     found = {}
     for kind, aliases in COLUMNS.items():
@@ -122,7 +123,7 @@ def _plain(name: str) -> str:
 
 
 def layout_of(row: Mapping[Any, Any]) -> str | None:
-    """The layout that has this row's fields, None where there is none."""
+    """The layout with this row's fields, None where there is none."""
     kinds = set(known_columns(tuple(map(str, row))))
     if {"info", "summaries", "choice"} <= kinds:
         return "tldr"
@@ -132,7 +133,7 @@ def layout_of(row: Mapping[Any, Any]) -> str | None:
 
 
 def unread_columns(row: Mapping[Any, Any], layout: str) -> list[str]:
-    """The names of the columns with a value that nothing reads."""
+    """The names of the columns that have a value and are not used."""
     names = known_columns(tuple(map(str, row)))
     read = {"tldr": ("info", "summaries", "choice", "system")}.get(layout, ("chosen", "rejected", "system"))
     if layout == "plain":
@@ -144,7 +145,7 @@ def unread_columns(row: Mapping[Any, Any], layout: str) -> list[str]:
         for name, value in rest.items()
         if missing(value) or (hasattr(value, "__len__") and not len(value))
     ]
-    # The first column of what pandas writes has no name, and holds the rows' numbers.
+    # pandas writes the row numbers as a first column without a name.
     return [name for name in rest if name not in empty and name.strip() and not name.startswith("Unnamed:")]
 
 
@@ -152,7 +153,7 @@ def unread_columns(row: Mapping[Any, Any], layout: str) -> list[str]:
 
 
 def read_plain(row: Row, chat: bool, prefixed: bool = False) -> Reading:
-    """A row with a prompt and answers, each alone or behind the dialogue that it answers."""
+    """Reads a row with a prompt and answers, each alone or after the dialogue that it answers."""
     given: Text | None = None
     if "prompt" not in row.names and "messages" in row.names:
         given = _without_answer(row.text("messages"), row)
@@ -164,12 +165,12 @@ def read_plain(row: Row, chat: bool, prefixed: bool = False) -> Reading:
 
 
 def read_dialogue(row: Row, chat: bool, prefixed: bool = False) -> Reading:
-    """A row with two whole dialogues."""
+    """Reads a row with two whole dialogues."""
     return _read(None, row, chat, False, whole=True)
 
 
 def read_tldr(row: Row, chat: bool, prefixed: bool = False) -> Reading:
-    """A row with a post and two summaries of it."""
+    """Reads a row with a post and two summaries of it."""
     info, summaries, choice = (row[name] for name in ("info", "summaries", "choice"))
     for name, value in (("info", info), ("summaries", summaries), ("choice", choice)):
         if value is None:
@@ -201,7 +202,8 @@ def read_tldr(row: Row, chat: bool, prefixed: bool = False) -> Reading:
     return _reading(prompt, _spaced(texts[best]), _spaced(texts[1 - best]), row)
 
 
-READERS: dict[str, Callable[[Row, bool, bool], Reading]] = {
+# The reader of each layout: (row, chat, prefixed) -> contents of the row.
+LAYOUTS: dict[str, Callable[[Row, bool, bool], Reading]] = {
     "plain": read_plain,
     "dialogue": read_dialogue,
     "tldr": read_tldr,
@@ -209,11 +211,14 @@ READERS: dict[str, Callable[[Row, bool, bool], Reading]] = {
 
 
 def _read(given: Text | None, row: Row, chat: bool, prefixed: bool, whole: bool) -> Reading:
-    """A pair of a prompt and two answers or dialogues.
+    """Reads a prompt and two answers or dialogues.
 
     Args:
-        given: the row's prompt, None where the dialogues alone hold it.
-        prefixed: answers that are texts begin with the prompt. whole: texts are dialogues.
+        given: the row's prompt, None where only the dialogues contain it.
+        row: the row.
+        chat: turns of HH-RLHF become chat messages.
+        prefixed: answers that are texts begin with the prompt.
+        whole: texts are dialogues.
     """
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -236,7 +241,7 @@ def _read(given: Text | None, row: Row, chat: bool, prefixed: bool, whole: bool)
         if turns is not None and chat:
             prompt = turns
         elif turns is not None or (isinstance(before, str) and before):
-            # HH's turns as text: an answer follows the colon after one space.
+            # HH-RLHF's turns as text: one space separates an answer from the colon.
             answer, worse = _spaced(answer), _spaced(worse)
     if not isinstance(chosen, str) and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -244,10 +249,11 @@ def _read(given: Text | None, row: Row, chat: bool, prefixed: bool, whole: bool)
 
 
 def row_prompt(row: Mapping[Any, Any], chat: bool) -> Text | None:
-    """The prompt of a row without answers, behind its system message; None where it has none.
+    """The prompt of a row without answers, after its system message; None where the row has no prompt.
 
     Args:
-        chat: HH-RLHF's turns become chat messages, and a text does behind a system message.
+        row: of the data.
+        chat: HH-RLHF's turns become chat messages, and so does a text after a system message.
 
     Raises:
         UnusableError: it is neither a text nor a chat.
@@ -283,10 +289,10 @@ def _number(value: Any) -> float | None:
 
 
 def has_ended(finish_reason: Any) -> bool | None:
-    """Whether an answer ended, by its `finish_reason`; None where that is not told.
+    """Whether an answer ended, by its `finish_reason`; None where there is none.
 
     Raises:
-        UnusableError: a value that says neither that it ended nor that it was cut.
+        UnusableError: the value is in neither `ENDED` nor `CUT`.
     """
     reason = "" if missing(finish_reason) else str(finish_reason).strip().lower()
     if not reason:
@@ -300,10 +306,10 @@ def has_ended(finish_reason: Any) -> bool | None:
 
 
 def without_end(answer: str) -> tuple[str, bool]:
-    """An answer without the texts of end tokens at its end, and whether there were any."""
+    """An answer without the texts of end tokens at its end, and whether it had any."""
     rest, found = answer.rstrip(), False
     while mark := next((mark for mark in END_TEXTS if rest.endswith(mark)), None):
-        # </s> also closes a passage that is struck out.
+        # </s> also closes struck-out text (<s>).
         if mark == "</s>" and rest.count("<s>") >= rest.count("</s>"):
             break
         rest, found = rest.removesuffix(mark).rstrip(), True
@@ -314,10 +320,11 @@ def without_end(answer: str) -> tuple[str, bool]:
 
 
 def _parted(value: Text, whole: bool) -> tuple[Text, str]:
-    """What stands before an answer, "" or [] where it stands alone, and the answer.
+    """Splits a value into what precedes the answer ("" or [] where nothing does) and the answer.
 
     Args:
-        whole: the value is a dialogue.
+        value: an answer or a dialogue.
+        whole: texts are dialogues.
     """
     if not isinstance(value, str):
         return _split_last(value)
@@ -339,7 +346,7 @@ def _split_last(messages: Messages) -> tuple[Messages, str]:
 
 
 def _without_answer(messages: Text, row: Row) -> Text:
-    """A column of messages as a prompt; data may repeat the chosen answer as its last message."""
+    """A column of messages as a prompt; its last message may repeat the chosen answer, which is removed."""
     if isinstance(messages, str) or not messages or messages[-1]["role"] != "assistant":
         return messages
     chosen = row.text("chosen")
@@ -350,12 +357,18 @@ def _without_answer(messages: Text, row: Row) -> Text:
 
 
 def _agreed(given: Text | None, before: Text, chat: bool) -> Text:
-    """The prompt that a row gives twice, by itself and as what stands before its answers.
+    """The prompt of a row that has it in a column of its own and before its answers.
 
-    The prompt may be all of it, or its beginning or end; one of the two may have a system message that the other lacks.
+    The column may have all of the dialogue before the answers, or its beginning or end; a system message may be in one
+    of the two only.
+
+    Args:
+        given: the column's value, None where there is no such column.
+        before: what precedes the answers.
+        chat: turns of HH-RLHF become chat messages.
 
     Raises:
-        UnusableError: they are two prompts.
+        UnusableError: the two prompts differ.
     """
     whole = hh_messages(before) if isinstance(before, str) else before
     if whole is None:
@@ -372,7 +385,7 @@ def _agreed(given: Text | None, before: Text, chat: bool) -> Text:
     if own and theirs and own != theirs:
         raise UnusableError("different_prompts")
     if turns and turns[0]["role"] == "assistant":
-        # Answers of several turns, of which the last one is compared.
+        # The answers have several turns, of which the last one is compared.
         if not rest or rest[-1]["role"] != "user":
             raise UnusableError("different_prompts")
         whole = [*rest, *turns]
@@ -384,7 +397,7 @@ def _agreed(given: Text | None, before: Text, chat: bool) -> Text:
 
 
 def _system_apart(messages: Messages) -> tuple[str | None, Messages]:
-    """The system message that a chat begins with, and the rest of it."""
+    """The system message that a chat begins with, None where there is none, and the other messages."""
     if messages and messages[0]["role"] == "system":
         return messages[0]["content"].strip(), messages[1:]
     return None, messages
@@ -395,7 +408,7 @@ def _bare(messages: Messages) -> list[tuple[str, str]]:
 
 
 def with_system(prompt: Text, system: str | None, chat: bool) -> Text:
-    """A prompt behind a system message: a chat's first message, or the beginning of a text.
+    """A prompt after a system message, which becomes a chat's first message or the beginning of a text.
 
     Raises:
         UnusableError: the prompt has another system message.
@@ -428,7 +441,7 @@ def _system(row: Row) -> str | None:
 
 
 def begins_with_prompt(row: Row) -> bool | None:
-    """Whether both answers repeat the prompt, for texts; None where the row cannot tell."""
+    """Whether both answers are texts that begin with the prompt; None where not all three are plain texts."""
     values = [row[name] for name in ("prompt", "chosen", "rejected")]
     if not all(isinstance(value, str) and value.strip() for value in values):
         return None
@@ -442,10 +455,10 @@ def begins_with_prompt(row: Row) -> bool | None:
 
 
 def _behind(prompt: str, text: str) -> str:
-    """What follows the prompt in a text that repeats it.
+    """The rest of a text that begins with the prompt.
 
     Raises:
-        UnusableError: the text does not repeat it, or only the letters of its beginning.
+        UnusableError: the text does not begin with the prompt, or continues its last word.
     """
     if text.startswith(prompt):
         rest = text[len(prompt) :]

@@ -1,4 +1,4 @@
-"""Rows of data: from files, folders and data sets of Hugging Face, tables in memory, and plain lists."""
+"""Reads rows of data: from files, folders and data sets of Hugging Face, tables in memory, and plain lists."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from typing import Any
 from rgtg_fast.errors import RGTGError
 
 FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".ndjson")
-# What a table in memory calls its way to a list of rows: pyarrow, polars.
+# Methods of tables in memory that return a list of rows: pyarrow's, polars'.
 _TABLES = ("to_pylist", "to_dicts")
-# Under which names a JSON file may hold its rows, besides the split's.
+# Keys of a JSON object under which its rows may be, besides the split's name.
 _ROWS = ("data", "rows", "examples")
 
 
 def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
-    """The source's rows, as `load_pairs` takes them; one that cannot be parsed is a text that says why.
+    """The source's rows, as `load_pairs` takes them; a row that cannot be parsed is a text that says why.
+
+    Args:
+        source: as in `load_pairs`.
+        split: of a data set with several.
 
     Raises:
-        RGTGError: the source cannot be read, or is no source of rows.
+        RGTGError: the source cannot be read, or has no rows.
     """
     if isinstance(source, (str, os.PathLike)):
         if not os.fspath(source):
@@ -38,7 +42,7 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
         return _from_datasets(str(source), split)
     if isinstance(source, Mapping):
         return iter(_from_mapping(source))
-    # pandas: its iterator gives the names of the columns.
+    # pandas: its iterator yields the names of the columns.
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         return iter(source.to_dict("records"))
     for name in _TABLES:
@@ -53,7 +57,7 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
 
 
 def _from_mapping(source: Mapping[Any, Any]) -> list[dict[Any, Any]]:
-    """The rows of a table whose columns are lists; a data set's splits are refused."""
+    """The rows of a table of columns; refuses a dictionary of splits."""
     columns = list(source.values())
     table = bool(columns) and all(isinstance(column, (list, tuple)) for column in columns)
     if not table or len({len(column) for column in columns}) > 1 or _are_rows(columns[0]):
@@ -62,7 +66,7 @@ def _from_mapping(source: Mapping[Any, Any]) -> list[dict[Any, Any]]:
 
 
 def _are_rows(values: Any) -> bool:
-    """Whether a list holds whole rows, and not one column of messages or texts."""
+    """Whether a list contains whole rows, not one column's messages or texts."""
     return bool(values) and all(
         isinstance(value, Mapping) and not {"role", "from"} & set(value) for value in values
     )
@@ -91,7 +95,7 @@ def _from_file(path: Path, suffix: str, split: str) -> Iterator[Any]:
 
 
 def _from_json_file(text: str, path: Path, split: str) -> Iterator[Any]:
-    """A list of rows, a table as pandas writes it, splits or another list under a name, or JSON Lines."""
+    """Rows of a JSON list, of a table as pandas writes it, of a list under a key, or of JSON Lines."""
     begin = text.lstrip()[:1]
     try:
         found = json.loads(text) if begin in ("[", "{") else None
@@ -130,7 +134,7 @@ def _from_csv(text: str, path: Path) -> Iterator[Any]:
         if doubled is not None:
             raise RGTGError(f"{path} has two columns {doubled!r}: give each a name of its own")
         for row in reader:
-            # What stands beyond the last column belongs to a cell that a comma without quotes has cut.
+            # Cells beyond the last column: a comma without quotes has split a cell.
             more = row.pop(None, None)  # pyright: ignore[reportArgumentType, reportCallIssue]
             yield (
                 row
@@ -152,7 +156,7 @@ def _from_arrow(path: Path, suffix: str) -> list[dict[str, Any]]:
         if suffix == ".parquet":
             return parquet.read_table(path).to_pylist()
         with pyarrow.OSFile(str(path)) as file:
-            # Data sets are written as streams, other programs write files.
+            # `datasets` writes Arrow streams, other programs write Arrow files.
             opened = ipc.open_file if file.read(6) == b"ARROW1" else ipc.open_stream
             file.seek(0)
             return opened(file).read_all().to_pylist()
