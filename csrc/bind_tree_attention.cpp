@@ -1,4 +1,4 @@
-// Python's tree_attention(threads, q, k, v, k_cache, v_cache, out, lengths, ancestors, scale, causal).
+// Python's tree_attention(threads, q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal, out).
 #include <optional>
 
 #include "bindings.hpp"
@@ -12,7 +12,7 @@ namespace {
 HeadsView view(const Array& x) { return {memory<void>(x), stride(x, 0), stride(x, 1), stride(x, 2)}; }
 
 void call(int threads, const Array& q, const Array& k, const Array& v, const Array& k_cache, const Array& v_cache,
-          const Array& out, const Array& lengths, const std::optional<Array>& ancestors, double scale, bool causal) {
+          const Array& lengths, const std::optional<Array>& ancestors, double scale, bool causal, const Array& out) {
   expect_rank(q, "q", 4);
   expect_rank(k_cache, "k_cache", 4);
   expect_float(q, "q", true);

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 from rgtg_fast import ops
 from rgtg_fast.bench.benchmark import machine
-from rgtg_fast.ops import specs, use_backend
+from rgtg_fast.ops import use_backend
+from tests.ops.specs import SPECS
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_ops.csv"
 COLUMNS = (
@@ -81,7 +82,7 @@ def cases() -> Iterator[Case]:
     for B in (1, 32):
         yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
     for N in (16, 256):
-        yield Case("partial_bt_loss", {"N": N, "T": 256, "mode": "hold"}, torch.float32)
+        yield Case("partial_bt_loss", {"N": N, "T": 256, "mode": "repeat_last"}, torch.float32)
     # A row of the base model, ten and twenty candidates, forty, and ten of thirty-two rows.
     for M in (1, 10, 20, 40, 320):
         for layer, (N, K) in LINEAR.items():
@@ -103,7 +104,7 @@ def moved_bytes(case: Case) -> int:
     if case.op == "finish_step":
         return s["B"] * (s["K"] * size + 120) + 8 * s["Z"]
     if case.op == "partial_bt_loss":
-        offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
+        offsets = SPECS["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return int(offsets[-1]) * (size + 4) + 8 * len(offsets)
     if case.op == "linear":
         return size * (s["N"] * s["K"] + s["M"] * (s["N"] + s["K"]))
@@ -124,7 +125,7 @@ def operations(case: Case) -> int:
         # The norm's squares and its scaling, then the head.
         return s["B"] * s["K"] * (6 * s["E"] + 6)
     if case.op == "partial_bt_loss":
-        offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
+        offsets = SPECS["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return 6 * int(offsets[-1])
     return 2 * s["M"] * s["N"] * s["K"] if case.op == "linear" else 0
 
@@ -258,9 +259,9 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
     elif case.op == "linear":
         yield "torch linear", dict, lambda a: F.linear(a["x"], a["weight"])
     elif case.op == "commit":
-        yield "torch index_put", dict, lambda a: specs()["commit"].reference(**a)
+        yield "torch index_put", dict, lambda a: SPECS["commit"].reference(**a)
     elif case.op == "finish_step":
-        yield "torch, some twenty-five small kernels", dict, lambda a: specs()["finish_step"].reference(**a)
+        yield "torch, some twenty-five small kernels", dict, lambda a: SPECS["finish_step"].reference(**a)
     elif case.op == "partial_bt_loss":
         yield "torch logsigmoid and autograd, padded", padded, torch_bt_loss
     elif case.op == "tree_attention":
@@ -288,7 +289,7 @@ def inputs_of(case: Case) -> dict[str, Any]:
         M, N, K = (case.shape[name] for name in "MNK")
         x = torch.randn(M, K, device="cuda", dtype=case.dtype)
         return {"x": x, "weight": torch.randn(N, K, device="cuda", dtype=case.dtype)}
-    inputs = specs()[case.op].make_inputs(case.shape, case.dtype, "cuda")
+    inputs = SPECS[case.op].make_inputs(case.shape, case.dtype, "cuda")
     if case.op in ("resample", "score_and_sample"):
         inputs["temperature"].fill_(1.0)
     if case.op == "commit":
@@ -300,7 +301,7 @@ def inputs_of(case: Case) -> dict[str, Any]:
 
 def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
     """Rows of one case: ours, then the rivals."""
-    contestants = [*([("ours", dict, ours(case.op))] if case.op in specs() else []), *rivals(case)]
+    contestants = [*([("ours", dict, ours(case.op))] if case.op in SPECS else []), *rivals(case)]
     need = moved_bytes(case)
     base = inputs_of(case)
     for who, prepare, function in contestants:
@@ -367,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if given.once:
         with use_backend("triton"), torch.inference_mode():
-            wanted = [case for case in wanted if case.op in specs()]
+            wanted = [case for case in wanted if case.op in SPECS]
             for case in wanted:
                 inputs = inputs_of(case)
                 # A profiler names the launches by it.

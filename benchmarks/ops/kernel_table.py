@@ -20,14 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rgtg_fast.ops import specs
-from rgtg_fast.ops._triton import OPTIONS
+from tests.ops.specs import SPECS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ programming guide, technical
 # specifications per compute capability).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Options of a launch, which are no arguments of the kernel.
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # Instructions of the tensor cores in PTX, by generation.
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
@@ -126,7 +127,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def signatures(arch: int) -> Iterator[tuple[str, str, Mapping[str, str]]]:
     """Every signature of every kernel of every op that an architecture launches."""
-    for op, spec in specs().items():
+    for op, spec in SPECS.items():
         for kernel in spec.kernels:
             if not kernel.archs or arch in kernel.archs:
                 for signature in kernel.signatures:

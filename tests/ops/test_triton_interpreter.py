@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from rgtg_fast import Guidance, RGTGError, ops
+from rgtg_fast import Guidance, RGTGError
 from rgtg_fast.ops import (
     backend_of,
     commit,
@@ -27,12 +27,11 @@ from rgtg_fast.ops import (
     use_backend,
 )
 from rgtg_fast.ops._triton import _tickets, tickets
-from rgtg_fast.ops.tree_attention import launch as tree_attention_launch
-from rgtg_fast.ops.tree_attention.launch import SPAN
 from tests.covering import daily, each
 from tests.engine.support import prompts_of
 from tests.engine.test_ahead import as_numbers, make_decoder
 from tests.ops.interpreted import interpreted
+from tests.ops.specs import SPECS, Tolerance, call, in_double
 from tests.ops.support import cases_of, compare, shape_and_dtype
 
 
@@ -47,9 +46,10 @@ def _missing() -> str:
     return ""
 
 
-pytestmark = [pytest.mark.triton, pytest.mark.skipif(bool(_missing()), reason=_missing() or "none")]
-SPECS = ops.specs()
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
+pytestmark = pytest.mark.triton
+if _missing():
+    pytest.skip(_missing(), allow_module_level=True)
+SPAN = SPECS["tree_attention"].kernel.SPAN
 INF, NAN = math.inf, math.nan
 
 # Small enough for an interpreter that walks through every program one by one; the same edges as the specs' own.
@@ -75,23 +75,6 @@ SHAPES = {
     "partial_bt_loss": tuple(shape for shape in SPECS["partial_bt_loss"].shapes if shape["N"] <= 8),
 }
 CASES = daily(cases_of(SHAPES), shape_and_dtype)
-
-
-def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The op's results, and what it has written in place."""
-    result = getattr(ops, name)(**arguments)
-    written = tuple(arguments[key] for key in WRITTEN.get(name, ()))
-    return (*(result if isinstance(result, tuple) else () if result is None else (result,)), *written)
-
-
-def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
-    keep = ("beta", "temperature", "guidance")
-    return {
-        name: x.double()
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in keep
-        else copy.copy(x)
-        for name, x in copy.deepcopy(arguments).items()
-    }
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
@@ -294,16 +277,17 @@ def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask):
     """A program per leaf and a program per span are the same sums in the same order; tickets are taken back."""
     shape = {"B": len(lengths), "H": 2, "G": 1, "S": 3, "T": T, "D": 16, "mask": mask}
     arguments = SPECS["tree_attention"].make_inputs({**shape, "lengths": lengths}, torch.float32)
+    kernel = SPECS["tree_attention"].kernel
     results = []
     for programs in (1, 1000, 1):
-        cut = tree_attention_launch.cut(programs, 6, T, 64, 132)
-        assert (cut[0] == 0) is (programs == 1)
-        with mock.patch.object(tree_attention_launch, "cut", lambda *_, cut=cut: cut):
+        split = kernel.split_prefix(programs, 6, T, 64, 132)
+        assert (split[0] == 0) is (programs == 1)
+        with mock.patch.object(kernel, "split_prefix", lambda *_, split=split: split):
             results.append(tree_attention(**arguments))
         assert not tickets(torch.device("cpu"), 1).any()
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    # Nor does the room in the cache.
+    # Nor does the length of the cache.
     row = lengths.index(700)
     for name in ("k_cache", "v_cache"):
         arguments[name] = arguments[name][:, :, :700]
@@ -335,7 +319,9 @@ def test_block_shapes_are_tried_and_those_that_differ_are_left_out():
         launched.append(next(calls))
         return (1.0, 10.0 - launched[-1], 20.0)
 
-    several = list(tune.candidates(tune.configuration(16, 8, tune.ALONE, torch.bfloat16)))
+    kernel = SPECS["tree_attention"].kernel
+    own = kernel.configuration
+    several = list(tune.candidates(tune.own_settings(shape, torch.bfloat16)))
     assert len(several) == len({tuple(each.items()) for each in several}) > 15
     four = mock.patch.object(tune, "candidates", return_value=several[:4])
     with four:
@@ -344,8 +330,7 @@ def test_block_shapes_are_tried_and_those_that_differ_are_left_out():
     assert [row["us_p50"] for row in rows] == [7.0, 8.0, 9.0, 10.0]
     # Only the launch's own settings change what is launched, and only within.
     assert {row["block_n"] for row in rows} == {32, 64}
-    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
-    assert kernel.choices.configuration is tune.configuration
+    assert kernel.configuration is own
 
     told = io.StringIO()
     with four, mock.patch.object(tune, "agrees", return_value=False), contextlib.redirect_stdout(told):
@@ -495,7 +480,7 @@ def test_commit_moves_every_bit_and_rows_stand_still(dtype):
 @interpreted
 def test_a_full_cache_is_never_written_past_its_end():
     """On a GPU nobody checks the lengths: the kernel does as the reference does and stays inside."""
-    launch = importlib.import_module("rgtg_fast.ops.commit.kernel").launch
+    launch = SPECS["commit"].kernel.launch
     room = torch.full((1, 2, 1, 6, 4), -1.0)
     k_cache, v_cache = room[:, :1, :, :4], room[:, 1:, :, :4]
     lengths = torch.tensor([4])
@@ -509,7 +494,7 @@ def test_a_full_cache_is_never_written_past_its_end():
 # --- partial_bt_loss
 
 
-@pytest.mark.parametrize("mode", ["eos", "hold", "truncate"])
+@pytest.mark.parametrize("mode", ["eos", "repeat_last", "truncate"])
 @pytest.mark.parametrize("weight", ["prefix", "pair"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @interpreted
@@ -530,7 +515,7 @@ def test_loss_and_gradient_of_every_mode(mode, weight, dtype):
         compare(
             results[1][1],
             results[0][1].to(dtype),
-            ops.Tolerance(4e-3, 8e-3) if dtype.itemsize == 2 else tolerance,
+            Tolerance(4e-3, 8e-3) if dtype.itemsize == 2 else tolerance,
         )
 
 
@@ -553,18 +538,18 @@ def test_extreme_rewards_and_nan_stay_in_their_pair():
     ("offsets", "mode"),
     [
         ([0, 2, 3], "eos"),
-        ([0, 2, 2], "hold"),
-        ([0, 1, 4], "hold"),
-        ([1, 2, 3], "hold"),
+        ([0, 2, 2], "repeat_last"),
+        ([0, 1, 4], "repeat_last"),
+        ([1, 2, 3], "repeat_last"),
         ([0, 9, 3], "truncate"),
     ],
 )
 @interpreted
 def test_offsets_that_do_not_fit_give_nan(offsets, mode):
     """On a GPU nobody checks them: the kernel must not read or write outside."""
-    launch = importlib.import_module("rgtg_fast.ops.partial_bt_loss.kernel").launch
-    room = torch.zeros(40)
-    loss, _ = launch(room[8:11], torch.tensor(offsets), mode, "prefix", None)
+    launch = SPECS["partial_bt_loss"].kernel.launch
+    buffer = torch.zeros(40)
+    loss, _ = launch(buffer[8:11], torch.tensor(offsets), mode, "prefix", None)
     assert loss.isnan()
 
 
