@@ -2,15 +2,15 @@
 #include <cstring>
 #include <optional>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
-#include "door.hpp"
 #include "topk_logprobs.hpp"
 #include "workspace.hpp"
 
 namespace rgtg {
 namespace {
 
-// A candidate's token stands in 32 bits, and the last number fills up short lists.
+// A candidate's token takes 32 bits, and the last number is reserved.
 constexpr int64_t kMostTokens = 0xffffffff;
 
 void call(int threads, const Array& logits, int64_t k, const std::optional<Array>& guidance,
@@ -52,8 +52,8 @@ void call(int threads, const Array& logits, int64_t k, const std::optional<Array
   a.parts = parts < 1 ? 1 : parts;
   if (threads > B * a.parts) threads = static_cast<int>(B * a.parts);
 
-  thread_local Workspace room;
-  a.workspace = room.of(topk_workspace(a));
+  thread_local Workspace buffer;
+  a.workspace = buffer.of(topk_workspace(a));
   std::memset(a.workspace, 0, topk::counter_bytes(a));
   const Isa isa = current_isa();
   auto body = [&](int thread, int count) { RGTG_DISPATCH(isa, topk_logprobs(a, thread, count)); };

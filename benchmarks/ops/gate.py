@@ -1,4 +1,4 @@
-"""Tells in half a minute whether a device computes right: what is measured on one that does not is worth nothing.
+"""Checks in half a minute that a device computes correctly, before anything is measured on it.
 
     python -m benchmarks.ops.gate                  # needs a GPU
     python -m benchmarks.ops.gate --device cpu     # tries the command out
@@ -37,7 +37,7 @@ SHAPE = {
 
 
 def wrong_ops(device: str) -> Iterator[str]:
-    """Names of the ops that differ from their references, or fail: those of Triton on a GPU, on a CPU the fastest."""
+    """Names of the ops that differ from their references or fail, with Triton on a GPU and the default on a CPU."""
     for name, spec in SPECS.items():
         arguments = spec.make_inputs(SHAPE[name], torch.bfloat16, device)
         with use_backend("reference"):
@@ -45,7 +45,7 @@ def wrong_ops(device: str) -> Iterator[str]:
         try:
             with use_backend("triton") if device == "cuda" else nullcontext():
                 got = call(name, arguments)
-        except Exception as error:  # noqa: BLE001 - whatever compiler and driver say, the other ops are told too
+        except Exception as error:  # noqa: BLE001 - any error of compiler or driver: go on with the other ops
             yield f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             continue
         tolerance = spec.tolerances[torch.bfloat16]

@@ -1,9 +1,9 @@
-"""Launches every Triton kernel once on small and ragged shapes, for compute-sanitizer to watch.
+"""Launches every Triton kernel once on small and ragged shapes, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m benchmarks.ops.sanitize
     compute-sanitizer --tool racecheck python -m benchmarks.ops.sanitize
 
-Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: otherwise a write past a tensor may land in memory that torch holds.
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: otherwise a write past a tensor may go to memory that torch has reserved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rgtg_fast import ops
 from rgtg_fast.ops import use_backend
 from tests.ops.specs import SPECS
 
-# A sanitizer slows a kernel hundreds of times over.
+# Under a sanitizer a kernel runs hundreds of times slower.
 MOST_NUMBERS = 300_000
 
 

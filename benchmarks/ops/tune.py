@@ -1,11 +1,11 @@
-"""Times other block shapes of tree_attention on a GPU than those that its `configuration` chooses.
+"""Times block shapes of tree_attention on a GPU, beside those that its `configuration` chooses.
 
     python -m benchmarks.ops.tune                  # every shape; needs a GPU
-    python -m benchmarks.ops.tune --list           # what would be tried; needs none
+    python -m benchmarks.ops.tune --list           # prints the block shapes; needs none
 
 For each shape the block shapes are compiled, compared with the reference, timed as in `gpu_ops`, and printed from the
-fastest on. What wins at several shapes belongs into `TILES` of rgtg_fast/ops/tree_attention/kernel.py; nothing is
-chosen while decoding, so that a row's bits never depend on what was fast that day.
+fastest on. The fastest at several shapes belong in `TILES` of rgtg_fast/ops/tree_attention/kernel.py; nothing is
+chosen at run time, so that a row's bits never depend on timing.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ def own_settings(shape: dict[str, Any], dtype: torch.dtype) -> Settings:
 
 
 def candidates(chosen: Settings) -> Iterator[Settings]:
-    """Block shapes beside the chosen one, which comes first. Query rows stay: they decide what is exact in a row."""
+    """The chosen block shapes, then others with the same query rows, on which the bits of a row depend."""
     yield chosen
     for block_n in (32, 64, 128):
         for warps in (2, 4, 8):
             for stages in (2, 3, 4):
                 other = {**chosen, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-                # Keys, values and their copies under way fill the shared memory of a multiprocessor at 227 KiB.
+                # Pipelined blocks of keys and values must fit in shared memory, 227 KiB per multiprocessor.
                 if other != chosen and 4 * block_n * int(str(chosen["BLOCK_D"])) * stages <= 160 * 1024:
                     yield other
 
 
 @contextmanager
 def launched_with(settings: Settings) -> Iterator[None]:
-    """The kernels run with these block shapes."""
+    """Launches the kernel with these block shapes."""
     kernel = SPECS["tree_attention"].kernel
     own = kernel.configuration
     kernel.configuration = lambda *_: settings
@@ -76,7 +76,7 @@ def launched_with(settings: Settings) -> Iterator[None]:
 
 
 def agrees(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance) -> bool:
-    """Whether a result stands as near to the reference's as the op promises."""
+    """Whether a result is within the op's tolerance of the reference."""
     difference = got.double() - want
     rms = difference.square().mean().sqrt() / want.square().mean().sqrt()
     return bool(rms <= tolerance.rms) and bool(difference.abs().max() <= tolerance.max * want.abs().max())
@@ -85,7 +85,7 @@ def agrees(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance) -> bool:
 def tried(
     shape: dict[str, Any], ceiling: float, device: str, time: Callable[..., tuple[float, float, float]]
 ) -> list[dict[str, Any]]:
-    """Rows of one shape, from the fastest on; block shapes that fail are printed and left out.
+    """Result rows of one shape, fastest first; block shapes that fail are printed and left out.
 
     Args:
         ceiling: GB/s of a copy. device: of the inputs. time: as `timed`.
@@ -104,7 +104,7 @@ def tried(
             try:
                 right = agrees(tree_attention(**inputs), want, spec.tolerances[case.dtype])
                 times = time(lambda a: tree_attention(**a), clones) if right else None
-            except Exception as error:  # noqa: BLE001 - whatever compiler and driver say, the next one may do
+            except Exception as error:  # noqa: BLE001 - any error of compiler or driver: go on with the next
                 print(f"    {_short(settings)}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
                 continue
         if times is None:

@@ -4,6 +4,9 @@ Each is one torch.library op with a reference in plain PyTorch, Triton kernels f
 the CPU; README.md has the legend of shapes.
 """
 
+from typing import Any
+
+from ..deprecation import renamed_keywords, warn_renamed
 from ._registry import backend_of, use_backend
 from .commit import commit
 from .finish_step import finish_step
@@ -25,3 +28,14 @@ __all__ = [
     "tree_attention",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The ops by their old names."""
+    if name == "advance":
+        warn_renamed("ops.advance", "ops.finish_step")
+        return renamed_keywords(drawn="chosen_logprob")(finish_step)
+    if name == "reward_tail":
+        warn_renamed("ops.reward_tail", "ops.score_and_sample")
+        return score_and_sample
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -84,7 +85,7 @@ def kernels() -> ModuleType:
 
 def dense(x: torch.Tensor) -> torch.Tensor:
     """The tensor with a contiguous last dimension, which the kernels require; copied only if necessary."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def array(x: torch.Tensor) -> Array:
@@ -92,10 +93,15 @@ def array(x: torch.Tensor) -> Array:
     return x.data_ptr(), _CODES.get(x.dtype, -1), x.shape, x.stride()
 
 
+def optional_array(x: torch.Tensor | None) -> Array | None:
+    """The same; None for None."""
+    return None if x is None else array(x)
+
+
 def run(name: str, arguments: tuple[Any, ...], outputs: Any, written: frozenset[int]) -> None:
     """Calls an op's C++ kernel: `_C.<name>(threads, *arguments, *outputs)`, tensors as `Array`.
 
-    Floating-point inputs get a contiguous last dimension, integer inputs, which are small, are made contiguous.
+    Inputs get a contiguous last dimension, as from `dense`; this runs several times per token and calls little.
 
     Args:
         name: the op's name.
@@ -103,15 +109,22 @@ def run(name: str, arguments: tuple[Any, ...], outputs: Any, written: frozenset[
         outputs: the tensors that it fills: one, a tuple, or None.
         written: indices of the arguments that it writes in place: these are never copied.
     """
-    tensors, inputs = [], []
+    described, copies = [], []
     for i, x in enumerate(arguments):
-        if isinstance(x, torch.Tensor):
-            if i not in written:
-                x = x.contiguous() if x.dtype is torch.int64 else dense(x)
-            # Copies must live until the kernel returns.
-            tensors.append(x)
-            inputs.append(array(x))
-        else:
-            inputs.append(x)
-    results = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
-    getattr(kernels(), name)(torch.get_num_threads(), *inputs, *map(array, results))
+        if not isinstance(x, torch.Tensor):
+            described.append(x)
+            continue
+        shape, strides = x.shape, x.stride()
+        if strides and strides[-1] != 1 and shape[-1] > 1 and i not in written:
+            x = x.contiguous()
+            copies.append(x)  # alive until the kernel returns
+            strides = x.stride()
+        described.append((x.data_ptr(), _CODES.get(x.dtype, -1), shape, strides))
+    if outputs is not None:
+        described += map(array, outputs if isinstance(outputs, tuple) else (outputs,))
+    _kernel(name)(torch.get_num_threads(), *described)
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[..., None]:
+    return getattr(kernels(), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -126,7 +125,7 @@ def register(
             check(*(arguments[i] for i in checked))
 
     def cpu(*arguments: Any) -> Any:
-        backend = op.backend("cpu", arguments[0].dtype, functools.partial(sizes, *arguments))
+        backend = op.backend("cpu", arguments[0].dtype, lambda: sizes(*arguments))
         if backend == "cpp":
             try:
                 results = outputs(*arguments)
@@ -141,7 +140,7 @@ def register(
         return op.launch(*arguments) if backend == "triton" else reference(*arguments)
 
     def cuda(*arguments: Any) -> Any:
-        backend = op.backend("cuda", arguments[0].dtype, functools.partial(sizes, *arguments))
+        backend = op.backend("cuda", arguments[0].dtype, lambda: sizes(*arguments))
         return op.launch(*arguments) if backend == "triton" else reference(*arguments)
 
     schema = torch.library.infer_schema(reference, mutates_args=writes)

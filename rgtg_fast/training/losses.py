@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.ops.partial_bt_loss import MODES, WEIGHTS, partial_bt_loss, partial_bt_terms
+from rgtg_fast.ops.partial_bt_loss import WEIGHTS, partial_bt_loss, partial_bt_terms
 from rgtg_fast.training.data import TokenizedPair
 
 OBJECTIVES = ("partial_bt", "full_bt", "cd_fudge", "rad", "farma", "genarm")
+MODES = ("eos", "hold", "truncate")
+# What the op calls these modes.
+_OP_MODES = {"eos": "eos", "hold": "repeat_last", "truncate": "truncate"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Objective:
         if constraint:
             return float(offsets[-1] - 2 * pairs) if self.weight == "prefix" else float(2 * pairs)
         if self.name == "partial_bt":
-            return partial_bt_terms(offsets, self.mode, self.weight)
+            return partial_bt_terms(offsets, _OP_MODES[self.mode], self.weight)
         if self.name in ("full_bt", "farma", "genarm"):
             return float(pairs)
         if self.name == "cd_fudge" and self.weight == "prefix":
@@ -149,7 +152,7 @@ class Objective:
         if normalizer is None:
             normalizer = torch.tensor(self.terms(offsets, best is not None), device=rewards.device)
         if self.name == "partial_bt":
-            return partial_bt_loss(rewards, offsets, self.mode, self.weight, normalizer)
+            return partial_bt_loss(rewards, offsets, _OP_MODES[self.mode], self.weight, normalizer)
         if rewards.dtype != torch.float64:
             rewards = rewards.float()
         lengths = offsets.diff()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from rgtg_fast import RGTGError
+from rgtg_fast import RGTGError, ops
 from rgtg_fast.ops import backend_of, finish_step
 from rgtg_fast.ops.finish_step import NO_CANDIDATE, OK
 from tests.ops.specs import SPECS
@@ -83,6 +84,20 @@ def test_rows_do_not_know_of_each_other() -> None:
 
 def test_the_reference_serves_on_the_cpu() -> None:
     assert backend_of("finish_step", "cpu") == "reference"
+
+
+def test_the_old_names_work_and_warn() -> None:
+    arguments = row()
+    with pytest.warns(DeprecationWarning, match=r"ops\.advance is now ops\.finish_step"):
+        advance = ops.advance
+    old = {"drawn" if name == "chosen_logprob" else name: x for name, x in copy.deepcopy(arguments).items()}
+    with pytest.warns(DeprecationWarning, match="drawn= is now chosen_logprob="):
+        decision, accepted = advance(**old)
+    want = finish_step(**arguments)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(decision, want[0])
+    assert torch.equal(accepted, want[1])
+    with pytest.warns(DeprecationWarning, match=r"ops\.reward_tail is now ops\.score_and_sample"):
+        assert ops.reward_tail is ops.score_and_sample
 
 
 @pytest.mark.parametrize(

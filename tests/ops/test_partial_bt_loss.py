@@ -209,6 +209,15 @@ def test_terms():
         partial_bt_terms(offsets, "padded")
 
 
+def test_the_old_name_of_a_mode_works_and_warns():
+    rewards, offsets = torch.tensor([0.0, 2.0, 0.0]), offsets_of(2, 1)
+    with pytest.warns(DeprecationWarning, match="mode='hold' is now mode='repeat_last'") as told:
+        loss, terms = partial_bt_loss(rewards, offsets, mode="hold"), partial_bt_terms(offsets, "hold")
+    assert [warning.filename for warning in told] == [__file__] * 2
+    assert loss == partial_bt_loss(rewards, offsets, mode="repeat_last")
+    assert terms == partial_bt_terms(offsets, "repeat_last")
+
+
 def test_is_not_differentiated_twice():
     rewards = torch.zeros(2, requires_grad=True)
     loss = partial_bt_loss(rewards, offsets_of(1, 1))

@@ -32,8 +32,8 @@ def reference(
     slot, chosen = lengths.clamp(max=T - 1), choice.clamp(min=0)
     for new, cache in ((k_new, k_cache), (v_new, v_cache)):
         # A row that does not move writes back what it has: no branch, so no synchronization with the device.
-        kept = cache[:, rows, :, slot]  # [B, L, G, D]
-        cache[:, rows, :, slot] = torch.where(moves[:, None, None, None], new[:, rows, :, chosen], kept)
+        current = cache[:, rows, :, slot]  # [B, L, G, D]
+        cache[:, rows, :, slot] = torch.where(moves[:, None, None, None], new[:, rows, :, chosen], current)
     lengths += moves
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -10,23 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ...deprecation import warn_renamed
 from ...errors import RGTGError
 from .. import _checks
 from .._extension import DTYPE_CODES
 from .._registry import LIBRARY, register
 
-__all__ = ["MODES", "WEIGHTS", "current_mode", "partial_bt_loss", "partial_bt_terms", "reference"]
+__all__ = ["MODES", "WEIGHTS", "partial_bt_loss", "partial_bt_terms", "reference"]
 
 # In the order of the numbers by which the kernels know them.
 MODES = ("eos", "repeat_last", "truncate")
 WEIGHTS = ("prefix", "pair")
 
 
-def current_mode(mode: str) -> str:
+def _current_mode(mode: str) -> str:
     """The present name of a mode: `"hold"` is now `"repeat_last"`."""
     if mode != "hold":
         return mode
-    warnings.warn("mode 'hold' is deprecated: use 'repeat_last'", DeprecationWarning, stacklevel=3)
+    warn_renamed("mode='hold'", "mode='repeat_last'", stacklevel=4)
     return "repeat_last"
 
 
@@ -180,7 +180,7 @@ def partial_bt_terms(offsets: torch.Tensor, mode: str = "eos", weight: str = "pr
         3.0
     """
     op = "partial_bt_terms"
-    mode = current_mode(mode)
+    mode = _current_mode(mode)
     _check_names(op, mode, weight)
     N = _pairs(op, offsets)
     if weight == "pair":
@@ -236,7 +236,7 @@ def partial_bt_loss(
         0.4100 tensor([-0.2500, -0.0596,  0.3096])
     """
     op = "partial_bt_loss"
-    mode = current_mode(mode)
+    mode = _current_mode(mode)
     _check_names(op, mode, weight)
     if rewards.ndim != 1:
         raise RGTGError(

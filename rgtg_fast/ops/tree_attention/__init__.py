@@ -183,6 +183,7 @@ def tree_attention(
             raise RGTGError(f"{op}: S={S} exceeds the {MAX_MASKED} bits of a mask: use S <= {MAX_MASKED}")
         _checks.shaped(op, "ancestors", ancestors, "[B, S]", (B, S))
         _checks.of_dtype(op, "ancestors", ancestors, torch.int64)
+        ancestors = ancestors.contiguous()
     _checks.together(op, q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, lengths=lengths, ancestors=ancestors)
     if scale is None:
         scale = D**-0.5

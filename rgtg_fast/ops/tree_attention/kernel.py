@@ -433,7 +433,6 @@ def launch(
         return out
     q, k, v, k_cache, v_cache = dense(q), dense(k), dense(v), dense(k_cache), dense(v_cache)
     lengths = lengths.contiguous()
-    ancestors = None if ancestors is None else ancestors.contiguous()
     mode = CAUSAL if causal else ALONE if ancestors is None else MASKED
     settings = configuration(D, S * R, mode, q.dtype, architecture(q.device))
     programs = B * G * triton.cdiv(S * R, settings["BLOCK_M"])
