@@ -1,7 +1,7 @@
 // Python's commit(threads, k_new, v_new, k_cache, v_cache, lengths, choice).
+#include "arguments.hpp"
 #include "bindings.hpp"
 #include "commit.hpp"
-#include "door.hpp"
 
 namespace rgtg {
 namespace {
@@ -30,16 +30,15 @@ void call(int threads, const Array& k_new, const Array& v_new, const Array& k_ca
   expect(lengths, "lengths", kInt64, {B});
   expect_apart(lengths, "lengths");
   expect_contiguous(choice, "choice", kInt64, {B});
-  const bool legal = commit({L, B, G, S, T, D * item, view(k_new, item), view(v_new, item), view(k_cache, item),
-                             view(v_cache, item), memory<int64_t>(lengths), stride(lengths, 0), memory<int64_t>(choice)},
-                            threads);
+  const bool legal =
+      commit({L, B, G, S, T, D * item, view(k_new, item), view(v_new, item), view(k_cache, item), view(v_cache, item),
+              memory<int64_t>(lengths), stride(lengths, 0), memory<int64_t>(choice)},
+             threads);
   if (!legal) refuse("a choice is no new token, or a row's cache is full");
 }
 
 }  // namespace
 
-void bind_commit(pybind11::module_& m) {
-  m.def("commit", &call, pybind11::call_guard<pybind11::gil_scoped_release>());
-}
+void bind_commit(pybind11::module_& m) { m.def("commit", &call, pybind11::call_guard<pybind11::gil_scoped_release>()); }
 
 }  // namespace rgtg

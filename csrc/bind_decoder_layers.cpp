@@ -7,9 +7,9 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
 #include "decoder_layers.hpp"
-#include "door.hpp"
 
 namespace rgtg {
 
@@ -85,15 +85,15 @@ class DecoderLayers {
     if (gate == nullptr || !*gate) refuse("a layer has no gate_proj");
     expect_rank(**gate, "gate_proj", 2);
     const int64_t inner = at_least_one(size(**gate, 0), "intermediate_size");
-    shape_ = {hidden, heads, groups, head_dim, inner, rotary, eps, scale, static_cast<Activation>(activation),
+    shape_ = {hidden,          heads, groups, head_dim, inner, rotary, eps, scale, static_cast<Activation>(activation),
               dtype(embedding)};
     expect_contiguous(final_norm, "the final norm", kFloat32, {hidden});
     final_norm_ = memory<float>(final_norm);
     for (const std::vector<Optional>& layer : layers) add(layer);
   }
 
-  // The corrections of every layer's matrices by every adapter, in this order: a and b each, or nothing. An empty table:
-  // none.
+  // The low-rank factors a and b, or nothing, of every layer's matrices for every adapter, in this order. An empty table
+  // means no adapters.
   void adapt(const std::vector<std::pair<Optional, Optional>>& table) {
     const size_t matrices = layers_.size() * kMatrices;
     if (table.size() % matrices != 0) refuse("a correction is missing");
@@ -121,7 +121,7 @@ class DecoderLayers {
   }
 
   // Layers first to last - 1 over x [B, S, hidden]; the last of all is followed by the final norm. Without ids [B, S], x
-  // holds the states that enter. kv: k_cache, v_cache [last - first, B, G, T, D], k_new, v_new [last - first, B, G, S, D].
+  // contains the input states. kv: k_cache, v_cache [last - first, B, G, T, D], k_new, v_new [last - first, B, G, S, D].
   // False, with nothing computed, where an id is outside the vocabulary.
   bool forward(int64_t first, int64_t last, int64_t variants, const Optional& ids, const Array& x, const Array& cos,
                const Array& sin, const Array& positions, const std::vector<Array>& kv, const Array& lengths,
@@ -150,7 +150,9 @@ class DecoderLayers {
       if (memory<int64_t>(lengths)[b] < 0 || memory<int64_t>(lengths)[b] > T) refuse("a length is outside the cache");
     }
     for (int64_t n = 0; n < B * S; ++n) {
-      if (memory<int64_t>(positions)[n] < 0 || memory<int64_t>(positions)[n] >= P) refuse("a position is outside the tables");
+      if (memory<int64_t>(positions)[n] < 0 || memory<int64_t>(positions)[n] >= P) {
+        refuse("a position is outside the tables");
+      }
       if (ids && (memory<int64_t>(*ids)[n] < 0 || memory<int64_t>(*ids)[n] >= size(embedding_, 0))) return false;
     }
     if (B * S == 0) return true;

@@ -3,8 +3,8 @@
 #include <optional>
 #include <vector>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
-#include "door.hpp"
 #include "linear.hpp"
 
 namespace rgtg {
@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kColumns = 4;
 
 // y[rows, outer] = x w^T + bias on `threads` threads, x, bias and y fp32, w of any dtype that the kernel takes. For bf16
-// weights x is rounded here, not by a parallel operation of the caller's: the threads of that would still be spinning on
-// the cores that are needed now.
+// weights x is rounded here, not by a parallel operation of the caller, whose threads would still be spinning on the
+// cores that are needed now.
 void run_linear(int threads, const Array& x, const Array& w, const std::optional<Array>& bias, const Array& y) {
   expect_rank(x, "x", 2);
   expect_rank(w, "the weight", 2);
@@ -27,9 +27,9 @@ void run_linear(int threads, const Array& x, const Array& w, const std::optional
   if (bias) expect_contiguous(*bias, "the bias", kFloat32, {outer});
   const bool rounds = dtype(w) == kBFloat16;
   const float* const input = memory<float>(x);
-  thread_local std::vector<uint16_t> room;
-  if (rounds) room.resize(rows * inner);
-  uint16_t* const rounded = room.data();
+  thread_local std::vector<uint16_t> buffer;
+  if (rounds) buffer.resize(rows * inner);
+  uint16_t* const rounded = buffer.data();
   const Linear p{rounds ? static_cast<const void*>(rounded) : input,
                  memory<void>(w),
                  bias ? memory<float>(*bias) : nullptr,
@@ -51,7 +51,7 @@ void run_linear(int threads, const Array& x, const Array& w, const std::optional
     }
     const Range mine = share((outer + kColumns - 1) / kColumns, thread, n);
     const int64_t end = mine.end * kColumns < outer ? mine.end * kColumns : outer;
-    RGTG_DISPATCH(isa, linear(p, mine.begin * kColumns, end, Upcoming{nullptr, 0}));
+    RGTG_DISPATCH(isa, linear(p, mine.begin * kColumns, end, Prefetch{nullptr, 0}));
   };
   parallel_for(threads, body);
 }

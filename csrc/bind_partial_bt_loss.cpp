@@ -1,9 +1,9 @@
-// Python's partial_bt_loss(threads, rewards, offsets, mode, by pair, normalizer, loss, gradient).
+// Python's partial_bt_loss(threads, rewards, offsets, mode, by_pair, normalizer, loss, gradient).
 #include <optional>
 #include <vector>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
-#include "door.hpp"
 #include "partial_bt_loss.hpp"
 
 namespace rgtg {
@@ -25,10 +25,10 @@ void call(int threads, const Array& rewards, const Array& offsets, int mode, boo
   }
   if (N == 0 && !normalizer) refuse("there is no pair to average over");
   std::vector<double> sums(N);
-  const bool legal = partial_bt_loss({code == kFloat64, M, N, memory<void>(rewards), memory<int64_t>(offsets),
-                                      static_cast<Prefixes>(mode), by_pair, normalizer ? &*normalizer : nullptr,
-                                      sums.data(), memory<void>(loss), memory<void>(gradient)},
-                                     threads);
+  const bool legal = partial_bt_loss(
+      {code == kFloat64, M, N, memory<void>(rewards), memory<int64_t>(offsets), static_cast<Prefixes>(mode), by_pair,
+       normalizer ? &*normalizer : nullptr, sums.data(), memory<void>(loss), memory<void>(gradient)},
+      threads);
   if (!legal) refuse("offsets do not rise from 0 to M by at least one, or answers differ in length in mode eos");
 }
 

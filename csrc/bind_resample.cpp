@@ -1,6 +1,6 @@
 // Python's resample(threads, logprobs, rewards, beta, temperature, seed, position, choice, chosen).
+#include "arguments.hpp"
 #include "bindings.hpp"
-#include "door.hpp"
 #include "resample.hpp"
 
 namespace rgtg {
@@ -24,12 +24,18 @@ void call(int threads, const Array& logprobs, const Array& rewards, const Array&
   expect_contiguous(position, "position", kInt64, {B});
   expect_contiguous(choice, "choice", kInt64, {B});
   expect_contiguous(chosen, "chosen", kFloat32, {B});
-  const Resample a = {dtype(logprobs),       B,
-                      K,                     memory<void>(logprobs),
-                      memory<void>(rewards),   stride(logprobs, 0),
-                      stride(rewards, 0),    memory<float>(beta),
-                      memory<float>(temperature), memory<int64_t>(seed),
-                      memory<int64_t>(position), memory<int64_t>(choice),
+  const Resample a = {dtype(logprobs),
+                      B,
+                      K,
+                      memory<void>(logprobs),
+                      memory<void>(rewards),
+                      stride(logprobs, 0),
+                      stride(rewards, 0),
+                      memory<float>(beta),
+                      memory<float>(temperature),
+                      memory<int64_t>(seed),
+                      memory<int64_t>(position),
+                      memory<int64_t>(choice),
                       memory<float>(chosen)};
   for (int64_t b = 0; b < B; ++b) {
     if (!(a.temperature[b] >= 0 && a.temperature[b] < __builtin_inff())) {

@@ -1,25 +1,24 @@
-// Python's topk_logprobs(threads, logits, guidance, beta, logprobs, tokens, entropy).
+// Python's topk_logprobs(threads, logits, k, guidance, beta, logprobs, tokens, entropy).
 #include <cstring>
 #include <optional>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
-#include "door.hpp"
 #include "topk_logprobs.hpp"
 #include "workspace.hpp"
 
 namespace rgtg {
 namespace {
 
-// A candidate's token stands in 32 bits, and the last number fills up short lists.
+// A candidate's token takes 32 bits, and the last number is reserved.
 constexpr int64_t kMostTokens = 0xffffffff;
 
-void call(int threads, const Array& logits, const std::optional<Array>& guidance, const std::optional<Array>& beta,
-          const Array& logprobs, const Array& tokens, const Array& entropy) {
+void call(int threads, const Array& logits, int64_t k, const std::optional<Array>& guidance,
+          const std::optional<Array>& beta, const Array& logprobs, const Array& tokens, const Array& entropy) {
   expect_rank(logits, "logits", 2);
-  expect_rank(tokens, "tokens", 2);
   expect_float(logits, "logits", true);
   expect_dense(logits, "logits");
-  const int64_t B = size(logits, 0), V = size(logits, 1), k = size(tokens, 1);
+  const int64_t B = size(logits, 0), V = size(logits, 1);
   if (k < 1 || k > V) refuse("k=" + std::to_string(k) + ": use 1 to V=" + std::to_string(V));
   if (V > kMostTokens) refuse("V=" + std::to_string(V) + ": use at most " + std::to_string(kMostTokens));
   if (guidance.has_value() != beta.has_value()) refuse("guidance and beta come together");
@@ -53,8 +52,8 @@ void call(int threads, const Array& logits, const std::optional<Array>& guidance
   a.parts = parts < 1 ? 1 : parts;
   if (threads > B * a.parts) threads = static_cast<int>(B * a.parts);
 
-  thread_local Workspace room;
-  a.workspace = room.of(topk_workspace(a));
+  thread_local Workspace buffer;
+  a.workspace = buffer.of(topk_workspace(a));
   std::memset(a.workspace, 0, topk::counter_bytes(a));
   const Isa isa = current_isa();
   auto body = [&](int thread, int count) { RGTG_DISPATCH(isa, topk_logprobs(a, thread, count)); };

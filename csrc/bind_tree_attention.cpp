@@ -1,8 +1,8 @@
-// Python's tree_attention(threads, q, k, v, k_cache, v_cache, out, lengths, ancestors, scale, causal).
+// Python's tree_attention(threads, q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal, out).
 #include <optional>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
-#include "door.hpp"
 #include "tree_attention.hpp"
 #include "workspace.hpp"
 
@@ -12,7 +12,7 @@ namespace {
 HeadsView view(const Array& x) { return {memory<void>(x), stride(x, 0), stride(x, 1), stride(x, 2)}; }
 
 void call(int threads, const Array& q, const Array& k, const Array& v, const Array& k_cache, const Array& v_cache,
-          const Array& out, const Array& lengths, const std::optional<Array>& ancestors, double scale, bool causal) {
+          const Array& lengths, const std::optional<Array>& ancestors, double scale, bool causal, const Array& out) {
   expect_rank(q, "q", 4);
   expect_rank(k_cache, "k_cache", 4);
   expect_float(q, "q", true);
@@ -63,8 +63,8 @@ void call(int threads, const Array& q, const Array& k, const Array& v, const Arr
   if (threads > items) threads = static_cast<int>(items);
   if (threads < 1) threads = 1;
 
-  thread_local Workspace room;
-  void* workspace = room.of(tree_attention_workspace(a, threads));
+  thread_local Workspace buffer;
+  void* workspace = buffer.of(tree_attention_workspace(a, threads));
   tree_attention_prepare(a, workspace);
   const Isa isa = current_isa();
   auto body = [&](int thread, int count) { RGTG_DISPATCH(isa, tree_attention(a, workspace, thread, count)); };

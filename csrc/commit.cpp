@@ -10,9 +10,9 @@ constexpr int64_t kWorthAThread = 1 << 18;
 
 void move(const LayersView& from, const LayersView& to, int64_t layer, int64_t row, int64_t head, int64_t source,
           int64_t target, int64_t bytes) {
-  // The same memory where new tokens are a window of the cache.
+  // memmove: the memory is the same where new tokens are a window of the cache.
   std::memmove(to.data + layer * to.layer + row * to.row + head * to.head + target * to.token,
-              from.data + layer * from.layer + row * from.row + head * from.head + source * from.token, bytes);
+               from.data + layer * from.layer + row * from.row + head * from.head + source * from.token, bytes);
 }
 
 }  // namespace

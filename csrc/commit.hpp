@@ -1,5 +1,5 @@
-// commit: the chosen tokens' keys and values move to the end of the prefix. Bytes are moved, so no instruction set and
-// no dtype matters.
+// commit: copies the chosen tokens' keys and values to the end of the prefix. Bytes are copied, so neither instruction set
+// nor dtype matters.
 #pragma once
 
 #include "common.hpp"

@@ -29,7 +29,7 @@ struct BarrierState {
 };
 void barrier(BarrierState* state, int threads);
 
-// The share [begin, end) of n items that belongs to one thread.
+// The items [begin, end) of n that one thread computes.
 struct Range {
   int64_t begin, end;
 };
@@ -37,7 +37,7 @@ __attribute__((always_inline)) inline Range share(int64_t n, int thread, int thr
   return {n * thread / threads, n * (thread + 1) / threads};
 }
 
-// Same by a callable with operator()(int thread, int threads), without std::function.
+// The same with a callable (int thread, int threads), without std::function.
 template <class Body>
 inline void parallel_for(int threads, Body& body) {
   parallel(threads, [](void* ctx, int thread, int n) { (*static_cast<Body*>(ctx))(thread, n); }, &body);

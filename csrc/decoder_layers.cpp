@@ -1,6 +1,6 @@
 // Runs decoder layers: norm, q/k/v, rotary embedding, attention over cache and new tokens, output projection, norm,
-// gated MLP. Rows of several adapters run side by side: a product reads its weights once for all of them, then each row
-// gets its own adapter's low-rank correction. Activations are fp32 between the products; where the weights are bf16 the
+// gated MLP. Rows of several adapters run together: a product reads its weights once for all rows, then each row
+// gets its own adapter's low-rank update. Activations are fp32 between the products; where the weights are bf16 the
 // products' inputs are rounded to bf16. Every value of a row depends on that row's own inputs in a fixed order of
 // operations: batch, chunk and thread count change nothing.
 #include "decoder_layers.hpp"
@@ -11,9 +11,9 @@ namespace rgtg {
 namespace RGTG_ISA {
 namespace {
 
-// With so few rows every thread normalises all of them for itself, which is quicker than meeting at a barrier.
+// With at most this many rows every thread normalizes all of them itself, which is faster than a barrier.
 constexpr int64_t kPrivateNormRows = 16;
-// Columns of the gate that a thread computes before it turns to the same columns of `up`: they stay in its cache.
+// Columns of the gate that a thread computes before the same columns of `up`: they stay in its cache.
 constexpr int64_t kMlpColumns = 128;
 // Threads share the columns of a product in units of this many.
 constexpr int64_t kUnit = 4;
@@ -72,32 +72,32 @@ void rotate(const float* x, const float* cos, const float* sin, T* out, int64_t 
   }
 }
 
-// y[r, begin:end] += sum over i of t[r, i] b[i, begin:end] for all rows, in the order of i. b stands in panels, so that it
-// is read from one end to the other: [columns / kPanel][rank][kPanel].
+// y[r, begin:end] += sum over i of t[r, i] b[i, begin:end] for all rows, in the order of i. b is stored in panels
+// [columns / kPanel][rank][kPanel], so that it is read sequentially.
 void add_products(const float* t, int64_t ldt, const float* b, int64_t rank, float* y, int64_t ldy, int64_t rows,
                   int64_t begin, int64_t end) {
   constexpr int kTile = 10;
   for (int64_t n = begin; n < end;) {
-    const int64_t place = n % kPanel, room = kPanel - place < kWidth ? kPanel - place : kWidth;
-    const int count = static_cast<int>(end - n < room ? end - n : room);
-    const float* const panel = b + n / kPanel * rank * kPanel + place;
+    const int64_t offset = n % kPanel, space = kPanel - offset < kWidth ? kPanel - offset : kWidth;
+    const int count = static_cast<int>(end - n < space ? end - n : space);
+    const float* const panel = b + n / kPanel * rank * kPanel + offset;
     for (int64_t first = 0; first < rows; first += kTile) {
       const int tile = static_cast<int>(rows - first < kTile ? rows - first : kTile);
-      Vec sums[kTile];
-      for (int r = 0; r < kTile; ++r) sums[r] = zero();
+      Vec acc[kTile];
+      for (int r = 0; r < kTile; ++r) acc[r] = zero();
       const float* own = t + first * ldt;
       for (int64_t i = 0; i < rank; ++i) {
         const Vec column = load_n(panel + i * kPanel, count);
         if (tile == kTile) {
 #pragma GCC unroll 10
-          for (int r = 0; r < kTile; ++r) sums[r] = fma(set1(own[r * ldt + i]), column, sums[r]);
+          for (int r = 0; r < kTile; ++r) acc[r] = fma(set1(own[r * ldt + i]), column, acc[r]);
         } else {
-          for (int r = 0; r < tile; ++r) sums[r] = fma(set1(own[r * ldt + i]), column, sums[r]);
+          for (int r = 0; r < tile; ++r) acc[r] = fma(set1(own[r * ldt + i]), column, acc[r]);
         }
       }
       for (int r = 0; r < tile; ++r) {
         float* out = y + (first + r) * ldy + n;
-        store_n(out, load_n(out, count) + sums[r], count);
+        store_n(out, load_n(out, count) + acc[r], count);
       }
     }
     n += count;
@@ -126,14 +126,8 @@ struct Worker {
 
   Worker(const DecoderShape& shape, const DecoderCall& call, char* scratch, void* attention_workspace,
          BarrierState* barrier_state, int index, int count)
-      : s(shape),
-        c(call),
-        workspace(attention_workspace),
-        state(barrier_state),
-        thread(index),
-        threads(count),
-        attention(decoder_attention(shape, call)),
-        chunk(decoder_chunk(call)) {
+      : s(shape), c(call), workspace(attention_workspace), state(barrier_state), thread(index), threads(count),
+        attention(decoder_attention(shape, call)), chunk(decoder_chunk(call)) {
     auto take = [&](auto*& pointer, int64_t elements) {
       pointer = reinterpret_cast<decltype(pointer)>(scratch);
       scratch += aligned(elements * static_cast<int64_t>(sizeof(*pointer)));
@@ -156,12 +150,11 @@ struct Worker {
     Range units = share((n + kUnit - 1) / kUnit, thread, threads);
     return {units.begin * kUnit, units.end * kUnit < n ? units.end * kUnit : n};
   }
-  Upcoming upcoming(const void* w, int64_t n, int64_t inner) const {
+  Prefetch prefetch(const void* w, int64_t n, int64_t inner) const {
     Range mine = columns(n);
-    return {static_cast<const T*>(w) + mine.begin * inner,
-            (mine.end - mine.begin) * inner * kBytes};
+    return {static_cast<const T*>(w) + mine.begin * inner, (mine.end - mine.begin) * inner * kBytes};
   }
-  Upcoming upcoming_qkv(const LayerWeights& w) const {
+  Prefetch prefetch_qkv(const LayerWeights& w) const {
     const int64_t nq = s.heads * s.head_dim, nk = s.groups * s.head_dim;
     const int64_t first = columns(nq + 2 * nk).begin;
     if (first < nq) return {static_cast<const T*>(w.q) + first * s.hidden, (nq - first) * s.hidden * kBytes};
@@ -197,7 +190,7 @@ struct Worker {
   }
 
   // low = a x for the matrices from `matrix` on that share their input x [rows, inner]. Ends with a barrier.
-  void reduce(int64_t layer, int matrix, int count, const T* x, int64_t inner, int64_t first, int64_t rows) {
+  void lora_down(int64_t layer, int matrix, int count, const T* x, int64_t inner, int64_t first, int64_t rows) {
     if (c.variants == 1) return;
     adapted(first, rows, [&](int64_t variant, int64_t begin, int64_t n, int64_t step) {
       for (int i = 0; i < count; ++i) {
@@ -211,13 +204,13 @@ struct Worker {
     wait();
   }
 
-  // y[:, begin:end] += b low for the rows with an adapter; `place` is the matrix's place in the last reduce().
-  void correct(int64_t layer, int matrix, int place, float* y, int64_t ldy, int64_t first, int64_t rows, int64_t begin,
+  // y[:, begin:end] += b low for the rows with an adapter; `index` is the matrix's index in the last lora_down().
+  void lora_up(int64_t layer, int matrix, int index, float* y, int64_t ldy, int64_t first, int64_t rows, int64_t begin,
                int64_t end) const {
     if (c.variants == 1) return;
     adapted(first, rows, [&](int64_t variant, int64_t start, int64_t n, int64_t step) {
       const LowRank& p = low_rank(layer, matrix, variant);
-      add_products(low + start * 3 * c.rank + place * c.rank, step * 3 * c.rank, p.b, p.rank, y + start * ldy,
+      add_products(low + start * 3 * c.rank + index * c.rank, step * 3 * c.rank, p.b, p.rank, y + start * ldy,
                    step * ldy, n, begin, end);
     });
   }
@@ -240,7 +233,7 @@ struct Worker {
     wait();
   }
 
-  void normalise(const float* x, const float* weight, int64_t rows) {
+  void normalize(const float* x, const float* weight, int64_t rows) {
     const Range mine = private_norm() ? Range{0, rows} : share(rows, thread, threads);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
       rms_norm(x + r * s.hidden, weight, norm + r * s.hidden, s.hidden, s.eps);
@@ -258,17 +251,17 @@ struct Worker {
       const int64_t begin = (mine.begin > starts[i] ? mine.begin : starts[i]) - starts[i];
       const int64_t end = (mine.end < starts[i + 1] ? mine.end : starts[i + 1]) - starts[i];
       if (begin >= end) continue;
-      const Upcoming next = mine.end > starts[i + 1]
-                                ? Upcoming{weights[i + 1], (mine.end - starts[i + 1]) * s.hidden * kBytes}
-                                : upcoming(w.o, s.hidden, nq);
+      const Prefetch next = mine.end > starts[i + 1]
+                                ? Prefetch{weights[i + 1], (mine.end - starts[i + 1]) * s.hidden * kBytes}
+                                : prefetch(w.o, s.hidden, nq);
       linear(product(norm, weights[i], biases[i], qkv + starts[i], rows, s.hidden, all, false), begin, end, next);
-      correct(layer, kQ + i, i, qkv + starts[i], all, first, rows, begin, end);
+      lora_up(layer, kQ + i, i, qkv + starts[i], all, first, rows, begin, end);
     }
   }
 
-  // Queries and new keys get their norm (where the model has one) and their rotary embedding; keys and values go to
-  // the scratch of the new tokens.
-  void place(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
+  // Normalizes queries and new keys (where the model does), applies the rotary embedding, and stores the new keys and
+  // values.
+  void rope_and_store(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
     const int64_t all = s.heads + 2 * s.groups;
     const Range mine = share(rows * all, thread, threads);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
@@ -291,9 +284,7 @@ struct Worker {
     auto heads = [&](const KeyValues& kv) { return HeadsView{at<T>(kv, layer, 0, 0), kv.row, kv.group, kv.token}; };
     const int64_t width = s.heads * s.head_dim;
     // The op numbers tokens from the beginning of the batch, the scratch from the beginning of the chunk.
-    auto chunked = [&](T* p) {
-      return HeadsView{p - first * width, c.tokens * width, s.head_dim, width};
-    };
+    auto chunked = [&](T* p) { return HeadsView{p - first * width, c.tokens * width, s.head_dim, width}; };
     attention.q = chunked(q);
     attention.out = chunked(mixed);
     attention.k = heads(c.k_new);
@@ -307,7 +298,7 @@ struct Worker {
 
   void mlp(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
     const Range mine = columns(s.inner);
-    // Few rows: one long stretch of each matrix keeps the memory busy. Many: short ones stay in the cache.
+    // Few rows: a long range of each matrix uses the full bandwidth. Many: a short one stays in the cache.
     const int64_t step = rows <= kPrivateNormRows ? mine.end - mine.begin : kMlpColumns;
     const T* up_w = static_cast<const T*>(w.up);
     const T* gate_w = static_cast<const T*>(w.gate);
@@ -316,11 +307,11 @@ struct Worker {
       const int64_t bytes = (end - begin) * s.hidden * kBytes;
       linear(product(norm, w.gate, w.gate_bias, gate, rows, s.hidden, s.inner, false), begin, end,
              {up_w + begin * s.hidden, bytes});
-      const Upcoming next =
-          end < mine.end ? Upcoming{gate_w + end * s.hidden, bytes} : upcoming(w.down, s.hidden, s.inner);
+      const Prefetch next =
+          end < mine.end ? Prefetch{gate_w + end * s.hidden, bytes} : prefetch(w.down, s.hidden, s.inner);
       linear(product(norm, w.up, w.up_bias, up, rows, s.hidden, s.inner, false), begin, end, next);
-      correct(layer, kGate, 0, gate, s.inner, first, rows, begin, end);
-      correct(layer, kUp, 1, up, s.inner, first, rows, begin, end);
+      lora_up(layer, kGate, 0, gate, s.inner, first, rows, begin, end);
+      lora_up(layer, kUp, 1, up, s.inner, first, rows, begin, end);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t offset = r * s.inner + begin;
         activate_and_multiply(gate + offset, up + offset, hidden + offset, end - begin, s.activation);
@@ -338,30 +329,30 @@ struct Worker {
       for (int64_t first = 0; first < n; first += chunk) {
         const int64_t rows = first + chunk < n ? chunk : n - first;
         float* x = c.x + first * s.hidden;
-        normalise(x, w.input_norm, rows);
-        reduce(layer, kQ, 3, norm, s.hidden, first, rows);
+        normalize(x, w.input_norm, rows);
+        lora_down(layer, kQ, 3, norm, s.hidden, first, rows);
         project_qkv(w, layer, first, rows);
         wait();
-        place(w, layer, first, rows);
+        rope_and_store(w, layer, first, rows);
         wait();
         attend(layer, first, rows);
         wait();
-        reduce(layer, kO, 1, mixed, mixed_width, first, rows);
+        lora_down(layer, kO, 1, mixed, mixed_width, first, rows);
         linear(product(mixed, w.o, w.o_bias, x, rows, mixed_width, s.hidden, true), out.begin, out.end,
-               upcoming(w.gate, s.inner, s.hidden));
-        correct(layer, kO, 0, x, s.hidden, first, rows, out.begin, out.end);
+               prefetch(w.gate, s.inner, s.hidden));
+        lora_up(layer, kO, 0, x, s.hidden, first, rows, out.begin, out.end);
         wait();
-        normalise(x, w.mlp_norm, rows);
-        reduce(layer, kGate, 2, norm, s.hidden, first, rows);
+        normalize(x, w.mlp_norm, rows);
+        lora_down(layer, kGate, 2, norm, s.hidden, first, rows);
         mlp(w, layer, first, rows);
         wait();
-        reduce(layer, kDown, 1, hidden, s.inner, first, rows);
+        lora_down(layer, kDown, 1, hidden, s.inner, first, rows);
         const bool again = first + chunk < n;
-        const Upcoming next = again ? upcoming_qkv(w)
-                              : layer + 1 < c.layer_count ? upcoming_qkv(c.layers[layer + 1])
-                                                          : Upcoming{nullptr, 0};
+        const Prefetch next = again                       ? prefetch_qkv(w)
+                              : layer + 1 < c.layer_count ? prefetch_qkv(c.layers[layer + 1])
+                                                          : Prefetch{nullptr, 0};
         linear(product(hidden, w.down, w.down_bias, x, rows, s.inner, s.hidden, true), out.begin, out.end, next);
-        correct(layer, kDown, 0, x, s.hidden, first, rows, out.begin, out.end);
+        lora_up(layer, kDown, 0, x, s.hidden, first, rows, out.begin, out.end);
         wait();
       }
     }

@@ -19,13 +19,13 @@ struct LayerWeights {
 // The matrices of a layer in the order of LayerWeights.
 enum Matrix : int { kQ = 0, kK = 1, kV = 2, kO = 3, kGate = 4, kUp = 5, kDown = 6, kMatrices = 7 };
 
-// A correction y += b (a x) of one matrix: a [rank, inner] of the model's dtype, b in fp32 and in panels of kPanel outputs,
-// [outer / kPanel][rank][kPanel], the last one filled up.
+// A low-rank update y += b (a x) of one matrix: a [rank, inner] of the model's dtype, b in fp32 and in panels of kPanel
+// outputs, [outer / kPanel][rank][kPanel], the last one padded.
 constexpr int64_t kPanel = 16;
 struct LowRank {
   const void* a;
   const float* b;
-  int64_t rank;  // 0: the adapter leaves this matrix alone
+  int64_t rank;  // 0: the adapter has no update for this matrix
 };
 
 struct DecoderShape {
@@ -44,19 +44,19 @@ struct KeyValues {
 struct DecoderCall {
   const LayerWeights* layers;
   int64_t layer_count;
-  const float* final_norm;   // nullptr: x is left as the last layer gives it
+  const float* final_norm;  // nullptr: x is the output of the last layer
   // Batch row b is of variant b % variants; 0 is the model itself, the others have an adapter each:
   // low_rank[layer][matrix][variant - 1]. rank is the largest of all.
   const LowRank* low_rank;
   int64_t variants, rank;
   const void* embedding;     // [vocabulary, hidden] of the model's dtype
-  float embedding_scale;     // what its rows are multiplied by, rounded to that dtype
-  const int64_t* ids;        // [N], or nullptr where x holds the states to begin with
+  float embedding_scale;     // factor of its rows, rounded to that dtype
+  const int64_t* ids;        // [N], or nullptr where x contains the input states
   float* x;                  // [N, hidden]: the residual stream, and the result
   const float *cos, *sin;    // [positions, rotary]
   const int64_t* positions;  // [N]
   KeyValues k_cache, v_cache, k_new, v_new;
-  const int64_t* lengths;    // [batch]: tokens that stand in the cache
+  const int64_t* lengths;    // [batch]: tokens in the cache
   const int64_t* ancestors;  // [batch, tokens] bit masks or nullptr
   bool causal;
   int64_t batch, tokens, cache_tokens;

@@ -1,18 +1,19 @@
-// Which instruction set serves, chosen once by cpuid. RGTG_DISPATCH(isa, call) expands to the call in the namespace
-// of the chosen instruction set.
+// The instruction set in use, chosen once by cpuid. RGTG_DISPATCH(isa, call) expands to the call in the namespace of
+// that instruction set.
 #pragma once
 
 namespace rgtg {
 
-enum Isa : int { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // The best instruction set of this machine, or the one that the environment variable RGTG_FAST_ISA names.
-// Throws std::runtime_error where it names one that this machine or this build has not.
+// Throws std::runtime_error where this machine or this build does not have it.
 Isa current_isa();
 const char* isa_name(Isa isa);
 
 }  // namespace rgtg
 
+// clang-format off
 #ifdef RGTG_X86
 #define RGTG_DISPATCH(isa, ...)                          \
   do {                                                   \
@@ -27,21 +28,22 @@ const char* isa_name(Isa isa);
         ::rgtg::avx2::__VA_ARGS__;                       \
         break;                                           \
       default:                                           \
-        ::rgtg::plain::__VA_ARGS__;                      \
+        ::rgtg::generic::__VA_ARGS__;                    \
     }                                                    \
   } while (0)
 // Declares a kernel in the namespace of every instruction set.
 #define RGTG_DECLARE(...)                \
   namespace rgtg {                       \
-  namespace plain { __VA_ARGS__; }       \
+  namespace generic { __VA_ARGS__; }     \
   namespace avx2 { __VA_ARGS__; }        \
   namespace avx512 { __VA_ARGS__; }      \
   namespace avx512bf16 { __VA_ARGS__; }  \
   }
 #else
-#define RGTG_DISPATCH(isa, ...) ::rgtg::plain::__VA_ARGS__
-#define RGTG_DECLARE(...)          \
-  namespace rgtg {                 \
-  namespace plain { __VA_ARGS__; } \
+#define RGTG_DISPATCH(isa, ...) ::rgtg::generic::__VA_ARGS__
+#define RGTG_DECLARE(...)            \
+  namespace rgtg {                   \
+  namespace generic { __VA_ARGS__; } \
   }
 #endif
+// clang-format on

@@ -1,6 +1,6 @@
 // y = x w^T for few rows (bound by reading w) and for many (bound by multiply-adds), without repacking w.
 //
-// A tile of R rows of x and C rows of w keeps R * C vector accumulators and walks along k; each y[m, n] has one
+// A tile of R rows of x and C rows of w has R * C vector accumulators and loops over k; each y[m, n] has one
 // accumulator, whose lanes are added in one fixed tree at the end. That order is the same in tiles of every size, hence
 // the bit-exact independence of the batch and of the threads. Where few rows make the product bound by memory, every
 // step also prefetches the rows of w that the following tiles need: without it two cores leave a fifth of the
@@ -12,16 +12,14 @@ namespace rgtg {
 namespace RGTG_ISA {
 namespace {
 
-// Bytes of w that stay in the second-level cache while the tiles of many rows pass over them.
+// Bytes of w that stay in the second-level cache while the tiles of many rows read them.
 constexpr int64_t kBlockBytes = 256 << 10;
 // How far ahead w is prefetched when one tile holds all rows: enough to cover the memory's latency at full bandwidth.
-constexpr int64_t kAheadBytes = 8 << 10;
+constexpr int64_t kPrefetchBytes = 8 << 10;
 // A tile's share of the first-level cache.
 constexpr int64_t kStretchBytes = 28 << 10;
 constexpr int64_t kPartialFloats = 16 << 10;
 constexpr int64_t kLine = 64;
-
-// ---- the inner loops' operands --------------------------------------------------------------------------------------
 
 // Tiles have up to kTall rows of x by 4 rows of w or up to kFlat by 2, as the registers allow. More than kFlat rows of
 // x make several tiles of up to kTall.
@@ -42,7 +40,7 @@ struct Fp32 : TileSizes<3, 3> {
   static constexpr int kLanes = kWidth;
   static Operand get(const float* p) {
     Vec x = load(p);
-    // Held in a register: folded into the multiply-adds that use it, it would be loaded once for each of them.
+    // Keep it in a register: as a memory operand of the multiply-adds it would be loaded once for each of them.
 #if defined(__AVX512F__)
     asm("" : "+v"(x.v));
 #elif defined(__AVX2__)
@@ -80,6 +78,7 @@ struct Bfloat : TileSizes<2, 2> {
     Vec even, odd;
   };
   static constexpr int kLanes = 2 * kWidth;
+  // clang-format off
   static Operand get(const Bf16* p) {
 #if defined(__AVX512F__)
     __m512i pair = _mm512_loadu_si512(p);
@@ -101,22 +100,20 @@ struct Bfloat : TileSizes<2, 2> {
     return r;
 #endif
   }
+  // clang-format on
   static Operand get_n(const Bf16* p, int n) {
-    Bf16 room[kLanes] = {};
-    std::memcpy(room, p, n * sizeof(Bf16));
-    return get(room);
+    Bf16 buffer[kLanes] = {};
+    std::memcpy(buffer, p, n * sizeof(Bf16));
+    return get(buffer);
   }
-  static Vec dot(Vec acc, const Operand& a, const Operand& b) {
-    return fma(a.even, b.even, fma(a.odd, b.odd, acc));
-  }
+  static Vec dot(Vec acc, const Operand& a, const Operand& b) { return fma(a.even, b.even, fma(a.odd, b.odd, acc)); }
 };
 
 #endif
 
-// ---- sums of four vectors' lanes, every vector in the same order ----------------------------------------------------
-
 typedef float Four __attribute__((vector_size(16)));
 
+// The sums of four vectors' lanes, every vector in the same order.
 inline Four sums_of(Vec a, Vec b, Vec c, Vec d) {
 #if defined(__AVX512F__)
   __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
@@ -131,8 +128,6 @@ inline Four sums_of(Vec a, Vec b, Vec c, Vec d) {
   return Four{sum(a), sum(b), sum(c), sum(d)};
 #endif
 }
-
-// ---- R rows of x against a run of w's rows --------------------------------------------------------------------------
 
 // A sweep's prefetching. Near: the lines of w that it needs itself a little later, one of each row at every step along
 // k. Otherwise: so many lines at every step of memory that is needed much later.
@@ -163,7 +158,7 @@ void sweep(const Sweep& s) {
   const float* const bias = s.p->bias;
   const int64_t whole = length / T::kLanes * T::kLanes;
   // Near: as many bytes ahead as that many panels and columns.
-  const int64_t ahead_columns = kAheadBytes / (C * kBytes) / T::kLanes * T::kLanes;
+  const int64_t ahead_columns = kPrefetchBytes / (C * kBytes) / T::kLanes * T::kLanes;
   const int64_t ahead_rows = whole > 0 ? ahead_columns / whole * C : 0;
   const int64_t ahead_rest = whole > 0 ? ahead_columns % whole : 0;
   auto row_at = [&](int64_t n) {
@@ -174,7 +169,7 @@ void sweep(const Sweep& s) {
   for (int64_t n = s.begin; n < s.end; n += C) {
     const int wide = static_cast<int>(s.end - n < C ? s.end - n : C);
     const Element* const w = static_cast<const Element*>(s.p->w) + n * inner + s.k_begin;
-    // The last columns of a run may be fewer: one is computed again in the place of each that is missing.
+    // The last rows of w may be fewer than C: the last one is computed again for each that is missing.
     const Element* w_row[C];
     for (int c = 0; c < C; ++c) w_row[c] = w + (c < wide ? c : wide - 1) * inner;
     float* const partial = s.partial + (n - s.begin) * R * kWidth;
@@ -283,10 +278,8 @@ SweepFn many_tiles(int rows, int lines) {
   return nullptr;
 }
 
-// ---- all of y[:, begin:end] -----------------------------------------------------------------------------------------
-
-// Rows of x that lie some power of two apart would share the same few places of the first-level cache: a tile that meets
-// many rows of w gets them packed in the order in which it reads them.
+// Rows of x that are a power of two apart map to the same few sets of the first-level cache: for a tile that meets many
+// rows of w they are packed in the order in which it reads them.
 template <class T>
 void pack(const typename T::Element* x, int64_t ldx, int64_t rows, int64_t length, typename T::Element* out) {
   constexpr int64_t kBytes = sizeof(typename T::Element);
@@ -306,7 +299,7 @@ inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
-void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
+void run(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   if (begin >= end || p.rows == 0) return;
   constexpr int64_t kBytes = sizeof(typename T::Element);
   const int64_t row_bytes = p.inner * kBytes;
@@ -330,7 +323,7 @@ void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
 
   for (int64_t n = begin; n < end; n += block) {
     const int64_t stop = at_most(n + block, end);
-    const char* const after = stop < end ? w + stop * row_bytes : static_cast<const char*>(upcoming.data);
+    const char* const after = stop < end ? w + stop * row_bytes : static_cast<const char*>(prefetch.data);
     for (int64_t t = 0, sharing = 0; t < tiles; ++t) {
       const Range rows = share(p.rows, static_cast<int>(t), static_cast<int>(tiles));
       const int count = static_cast<int>(rows.end - rows.begin);
@@ -360,11 +353,11 @@ void run(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
 
 }  // namespace
 
-void linear(const Linear& p, int64_t begin, int64_t end, Upcoming upcoming) {
+void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   if (p.dtype == kFloat32) {
-    run<Fp32>(p, begin, end, upcoming);
+    run<Fp32>(p, begin, end, prefetch);
   } else {
-    run<Bfloat>(p, begin, end, upcoming);
+    run<Bfloat>(p, begin, end, prefetch);
   }
 }
 

@@ -1,5 +1,5 @@
-// Python bindings: raw pointers, shapes and strides in elements, dtype codes. Each kernel file adds one bind_<op>
-// function (csrc/bind_<op>.cpp), called here.
+// Python bindings: addresses, shapes, strides in elements, dtype codes. Each op has a bind_<op> function
+// (csrc/bind_<op>.cpp), called here.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -13,7 +13,7 @@
 namespace rgtg {
 namespace {
 
-constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
 
 Isa best_isa() {
 #ifdef RGTG_X86
@@ -25,7 +25,7 @@ Isa best_isa() {
   if (avx512) return kAvx512;
   if (avx2) return kAvx2;
 #endif
-  return kPlain;
+  return kGeneric;
 }
 
 }  // namespace
@@ -36,19 +36,22 @@ Isa current_isa() {
   static const Isa best = best_isa();
   const char* asked = std::getenv("RGTG_FAST_ISA");
   if (asked == nullptr || *asked == '\0') return best;
+  // The former name of "generic".
+  if (std::strcmp(asked, "plain") == 0) return kGeneric;
   for (int i = 0; i < 4; ++i) {
     if (std::strcmp(asked, kNames[i]) != 0) continue;
     if (i <= best) return static_cast<Isa>(i);
     throw std::runtime_error(std::string("RGTG_FAST_ISA=") + asked + " is not available here (best: " + kNames[best] +
                              "): unset it or name a lower one");
   }
-  throw std::runtime_error(std::string("RGTG_FAST_ISA=") + asked + " is unknown: use plain, avx2, avx512 or avx512bf16");
+  throw std::runtime_error(std::string("RGTG_FAST_ISA=") + asked +
+                           " is unknown: use generic, avx2, avx512 or avx512bf16");
 }
 
 }  // namespace rgtg
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of rgtg_fast.";
-  m.def("isa", [] { return rgtg::isa_name(rgtg::current_isa()); }, "The instruction set that serves.");
+  m.def("isa", [] { return rgtg::isa_name(rgtg::current_isa()); }, "The instruction set in use.");
   rgtg::bind_all(m);
 }

@@ -102,7 +102,9 @@ class Pool {
 Pool* pool = new Pool;
 
 struct ForkHandler {
-  ForkHandler() { pthread_atfork(nullptr, nullptr, [] { pool = new Pool; }); }
+  ForkHandler() {
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  }
 } fork_handler;
 
 }  // namespace

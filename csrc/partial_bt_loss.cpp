@@ -1,5 +1,5 @@
 // The Bradley-Terry terms of all prefixes. A packed batch has a few thousand, each an exponential and a logarithm, so
-// this is plain code in double precision, the same for every instruction set.
+// this is scalar code in double precision, the same for every instruction set.
 #include "partial_bt_loss.hpp"
 
 #include <math.h>
@@ -21,7 +21,7 @@ double pair_loss(const PartialBtLoss& a, int64_t pair, double scale) {
   T *slope_w = static_cast<T*>(a.gradient) + at[0], *slope_l = slope_w + chosen;
   const int64_t n = terms(a, chosen, rejected);
   const double share = a.by_pair ? scale / static_cast<double>(n) : scale;
-  // The last reward of the shorter answer collects the slopes of all terms that it stands in.
+  // The last reward of the shorter answer sums the slopes of all terms that it appears in.
   double sum = 0, last_w = 0, last_l = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t iw = i < chosen ? i : chosen - 1, il = i < rejected ? i : rejected - 1;
@@ -60,8 +60,8 @@ bool partial_bt_loss(const PartialBtLoss& a, int threads) {
     if (a.mode == Prefixes::kEos && chosen != rejected) return false;
     count += terms(a, chosen, rejected);
   }
-  const double total = a.normalizer != nullptr ? *a.normalizer : static_cast<double>(a.by_pair ? a.N : count);
-  const double scale = 1.0 / total;
+  const double normalizer = a.normalizer != nullptr ? *a.normalizer : static_cast<double>(a.by_pair ? a.N : count);
+  const double scale = 1.0 / normalizer;
   const int64_t useful = (count + kWorthAThread - 1) / kWorthAThread, most = useful < a.N ? useful : a.N;
   if (threads > most) threads = most < 1 ? 1 : static_cast<int>(most);
   auto body = [&](int thread, int n) {

@@ -1,5 +1,5 @@
 // Draws one candidate per row by the Gumbel trick over Philox4x32-10 noise: a first pass finds the best score, a second
-// one adds up the exponentials and compares the noisy scores, a chunk of candidates at a time.
+// adds up the exponentials and compares the noisy scores, a chunk of candidates at a time.
 #include "resample.hpp"
 
 #include <math.h>
@@ -45,8 +45,8 @@ void gumbel(int64_t seed, int64_t position, int64_t first, int64_t counters, flo
   }
   const Vec one = set1(1.0f), half = set1(0.5f), unit = set1(0x1p-32f), limit = set1(1.0f - 0x1p-24f);
   for (int64_t i = 0; i < 4 * counters; i += kWidth) {
-    // v is uniform in (0, 1), e = -log(1 - v) exponential. Where 1 - v rounds to 1, v itself is e; dividing by the
-    // v that w stands for makes up for the rounding elsewhere.
+    // v is uniform in (0, 1), e = -log(1 - v) exponential. Where 1 - v rounds to 1, v itself is e; elsewhere the
+    // division by 1 - w corrects the rounding.
     const Vec v = min((load(noise + i) + half) * unit, limit), w = one - v;
     const Vec rest = one - w;
     const Vec e = where_equal(rest, zero(), v, (zero() - log(w)) * v / rest);
@@ -83,7 +83,7 @@ float best_of(const float* scores, int64_t n) {
   return sum(nans) == 0 ? largest(top) : __builtin_nanf("");
 }
 
-// The first place of x among n scores.
+// The index of the first x among n scores.
 int64_t index_of(float x, const float* scores, int64_t n) {
   int64_t i = 0;
   while (i < n - 1 && scores[i] != x) ++i;
@@ -112,10 +112,10 @@ void draw(const Resample& a, int64_t row) {
     return;
   }
   float chosen = 0;
-  double log_total = 0;
+  double log_l = 0;
   if (tau > 0) {
     float top = -kInf;
-    double total = 0;
+    double l = 0;
     for (int64_t first = 0; first < a.K; first += kChunk) {
       const int64_t n = a.K - first < kChunk ? a.K - first : kChunk;
       gumbel(a.seed[row], a.position[row], first, ((n + 3) / 4 + kWidth - 1) / kWidth * kWidth, noise);
@@ -129,7 +129,7 @@ void draw(const Resample& a, int64_t row) {
         store(scores + i, x);
         store(noise + i, noisy);
       }
-      total += sum(sums);
+      l += sum(sums);
       const float here = largest(highest);
       if (here <= top) continue;
       top = here;
@@ -137,10 +137,10 @@ void draw(const Resample& a, int64_t row) {
       chosen = scores[choice];
       choice += first;
     }
-    log_total = ::log(total);
+    log_l = ::log(l);
   }
   a.choice[row] = choice;
-  a.chosen[row] = static_cast<float>(chosen - log_total);
+  a.chosen[row] = static_cast<float>(chosen - log_l);
 }
 
 }  // namespace

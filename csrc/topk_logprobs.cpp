@@ -1,7 +1,7 @@
 // Top k of a row, its log-sum-exp and its entropy from one read of the logits. A work item is a part of a row: whole
-// segments, walked over in blocks that stay in the first-level cache between the maximum and the exponentials.
-// Candidates stand in a heap whose worst one is the threshold for the next; a candidate is one integer that orders by
-// score and then by lower token. The thread that finishes the last part of a row puts the row together.
+// segments, processed in blocks that stay in the first-level cache between the maximum and the exponentials.
+// Candidates are in a heap whose smallest is the threshold for the next; a candidate is one integer that orders by
+// score and then by lower token. The thread that finishes the last part of a row merges the parts.
 #include "topk_logprobs.hpp"
 
 #include <math.h>
@@ -20,7 +20,7 @@ constexpr float kInf = __builtin_inff();
 
 // Larger for the larger score (NaN is the largest), then for the lower token.
 inline uint64_t candidate(float score, int64_t token) {
-  // Adding 0 makes one zero of the two.
+  // Adding 0 turns -0 into 0.
   const uint32_t bits = bits_of_float(score + 0.0f);
   const uint32_t order = score != score ? 0xffffffffu : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return static_cast<uint64_t>(order) << 32 | (0xffffffffu - static_cast<uint32_t>(token));
@@ -94,20 +94,20 @@ void offer(Heap* heap, const float* scores, int64_t n, int64_t first_token) {
 
 template <class T>
 Sums segment(const TopkLogprobs& a, int64_t row, int64_t begin, int64_t end, Heap* heap) {
-  alignas(64) float room[kBlock], scores[kBlock];
+  alignas(64) float buffer[kBlock], scores[kBlock];
   const T* logits = static_cast<const T*>(a.logits) + row * a.logits_row;
   const float beta = a.guidance == nullptr ? 0.0f : a.beta[row];
-  float peak = -kInf;
-  Vec total = zero(), weighted = zero();
+  float m = -kInf;
+  Vec l = zero(), acc = zero();
   for (int64_t v = begin; v < end; v += kBlock) {
     const int64_t n = end - v < kBlock ? end - v : kBlock, padded = (n + kWidth - 1) / kWidth * kWidth;
     const float* x = reinterpret_cast<const float*>(logits + v);
     if (sizeof(T) != sizeof(float) || padded != n) {
       int64_t i = 0;
-      for (; i + kWidth <= n; i += kWidth) store(room + i, load(logits + v + i));
-      for (; i < n; ++i) room[i] = to_float(logits[v + i]);
-      for (; i < padded; ++i) room[i] = -kInf;
-      x = room;
+      for (; i + kWidth <= n; i += kWidth) store(buffer + i, load(logits + v + i));
+      for (; i < n; ++i) buffer[i] = to_float(logits[v + i]);
+      for (; i < padded; ++i) buffer[i] = -kInf;
+      x = buffer;
     }
     if (beta == 0) {
       offer(heap, x, n, v);
@@ -120,45 +120,44 @@ Sums segment(const TopkLogprobs& a, int64_t row, int64_t begin, int64_t end, Hea
     Vec top = set1(-kInf);
     for (int64_t i = 0; i < padded; i += kWidth) top = max(load(x + i), top);
     const float here = largest(top);
-    if (here > peak) {
-      // Nothing was seen before where the peak was −inf, unless it was NaN, which stays.
-      const float shift = peak == -kInf ? 0.0f : peak - here;
-      const Vec factor = set1(peak == -kInf ? 0.0f : expf(shift));
-      weighted = fma(total, set1(shift), weighted) * factor;
-      total = total * factor;
-      peak = here;
+    if (here > m) {
+      // Nothing was added before where m was −inf, except NaN, which stays.
+      const float shift = m == -kInf ? 0.0f : m - here;
+      const Vec factor = set1(m == -kInf ? 0.0f : expf(shift));
+      acc = fma(l, set1(shift), acc) * factor;
+      l = l * factor;
+      m = here;
     }
-    const Vec base = set1(peak == -kInf ? 0.0f : peak), lowest = set1(-104.0f);
+    const Vec base = set1(m == -kInf ? 0.0f : m), lowest = set1(-104.0f);
     for (int64_t i = 0; i < padded; i += kWidth) {
       // e^-104 is 0, and 0 * -104 too, where 0 * -inf would be NaN.
       const Vec d = max(lowest, load(x + i) - base), e = exp(d);
-      total = total + e;
-      weighted = fma(e, d, weighted);
+      l = l + e;
+      acc = fma(e, d, acc);
     }
   }
-  return {peak, sum(total), sum(weighted)};
+  return {m, sum(l), sum(acc)};
 }
 
 template <class T>
 void finish_row(const TopkLogprobs& a, int64_t row, const Sums* sums, Heap* heap) {
-  float peak = -kInf;
-  for (int64_t i = 0; i < topk::segments(a); ++i) peak = sums[i].peak > peak ? sums[i].peak : peak;
-  double total = 0, weighted = 0;
+  float m = -kInf;
+  for (int64_t i = 0; i < topk::segments(a); ++i) m = sums[i].m > m ? sums[i].m : m;
+  double l = 0, acc = 0;
   for (int64_t i = 0; i < topk::segments(a); ++i) {
-    const double shift = sums[i].peak == -kInf ? 0.0 : static_cast<double>(sums[i].peak) - peak;
+    const double shift = sums[i].m == -kInf ? 0.0 : static_cast<double>(sums[i].m) - m;
     const double factor = ::exp(shift);
-    total += factor * sums[i].total;
-    weighted += factor * (sums[i].weighted + shift * sums[i].total);
+    l += factor * sums[i].l;
+    acc += factor * (sums[i].acc + shift * sums[i].l);
   }
-  const double log_total = ::log(total);
-  a.entropy[row] = static_cast<float>(log_total - weighted / total);
+  const double log_l = ::log(l);
+  a.entropy[row] = static_cast<float>(log_l - acc / l);
   heap->sort();
   const T* logits = static_cast<const T*>(a.logits) + row * a.logits_row;
   for (int64_t i = 0; i < a.k; ++i) {
     const int64_t token = token_of(heap->items[i]);
     a.tokens[row * a.k + i] = token;
-    a.logprobs[row * a.k + i] =
-        static_cast<float>(static_cast<double>(to_float(logits[token])) - peak - log_total);
+    a.logprobs[row * a.k + i] = static_cast<float>(static_cast<double>(to_float(logits[token])) - m - log_l);
   }
 }
 
@@ -178,7 +177,7 @@ void work(const TopkLogprobs& a, int thread, int threads) {
       const int64_t end = (s + 1) * kSegment < a.V ? (s + 1) * kSegment : a.V;
       sums[s] = segment<T>(a, row, s * kSegment, end, &heap);
     }
-    // A part shorter than k is filled up with what loses against everything.
+    // A part shorter than k is filled up with the smallest key.
     while (heap.size < a.k) heap.add(0);
     if (__atomic_add_fetch(done + row, 1, __ATOMIC_ACQ_REL) < a.parts) continue;
     for (int64_t other = row * a.parts; other < (row + 1) * a.parts; ++other) {

@@ -13,12 +13,12 @@ struct TopkLogprobs {
   int64_t logits_row;     // stride in elements
   const float* guidance;  // or null
   int64_t guidance_row;
-  const float* beta;      // [B], with guidance
-  float* logprobs;        // [B, k]
-  int64_t* tokens;        // [B, k]
-  float* entropy;         // [B]
-  int64_t parts;          // work items per row, each with candidates of its own
-  void* workspace;        // topk_workspace(a) bytes, 64-byte aligned; it begins with B counters, zeroed by the caller
+  const float* beta;  // [B], with guidance
+  float* logprobs;    // [B, k]
+  int64_t* tokens;    // [B, k]
+  float* entropy;     // [B]
+  int64_t parts;      // work items per row, each with candidates of its own
+  void* workspace;    // topk_workspace(a) bytes, 64-byte aligned; it begins with B counters, zeroed by the caller
 };
 
 namespace topk {
@@ -27,9 +27,9 @@ namespace topk {
 // threads.
 constexpr int64_t kSegment = 8192;
 
-// Of the logits x of one segment: peak = max x, total = sum of e^(x - peak), weighted = sum of e^(x - peak) (x - peak).
+// Of the logits x of one segment: m = max x, l = sum of e^(x - m), acc = sum of e^(x - m) (x - m).
 struct Sums {
-  float peak, total, weighted;
+  float m, l, acc;
 };
 
 static inline int64_t segments(const TopkLogprobs& a) { return (a.V + kSegment - 1) / kSegment; }

@@ -1,5 +1,5 @@
 // Attention of new tokens to a shared prefix and to each other. A work item is one row of the batch, one key-value
-// head, up to kRows query rows (new tokens x heads of the group) and kSplit slots of the prefix. It walks over blocks
+// head, up to kRows query rows (new tokens x heads of the group) and kSplit slots of the prefix. It loops over blocks
 // of kBlock keys that stay in the first-level cache while all its query rows use them; the softmax is kept online.
 // Items of one query row are merged, in the order of their slots, by the thread that finishes the last of them.
 #include "tree_attention.hpp"
@@ -27,17 +27,17 @@ constexpr float kInf = __builtin_inff();
 
 // Memory of one thread.
 struct Scratch {
-  float* q;       // [kRows][padded(D)], or pairs of Bf16 in the place of a float
-  float* sums;    // [kRows][padded(D)]
+  float* q;       // [kRows][padded(D)], or pairs of Bf16 as one float each
+  float* acc;     // [kRows][padded(D)]
   float* keys;    // [kBlock / kTileKeys][D][kTileKeys]
   float* values;  // [kBlock][padded(D)]
   float* scores;  // [kRows][kBlock]
-  float* peak;    // [kRows]
-  float* total;   // [kRows]
+  float* m;       // [kRows]
+  float* l;       // [kRows]
   float* factor;  // [kRows]
 };
 
-// What the queries and keys of type T are multiplied as. Default: as floats.
+// How queries and keys of type T are multiplied. Default: as floats.
 template <class T>
 struct Product {
   using Unit = T;
@@ -111,14 +111,14 @@ void tile_scores(const float* q, int64_t q_stride, const float* keys, int64_t un
   }
 }
 
-// sums[r] = sums[r] * factor[r] + sum over keys of weights[r][key] * values[key], for R query rows and V vectors.
+// out[r] = out[r] * factor[r] + sum over keys of weights[r][key] * values[key], for R query rows and V vectors.
 template <int R, int V>
-void tile_sums(const float* weights, const float* values, int64_t stride, int64_t n, const float* factor,
-               float* sums, int64_t sums_stride) {
+void tile_sums(const float* weights, const float* values, int64_t stride, int64_t n, const float* factor, float* out,
+               int64_t out_stride) {
   Vec acc[R][V];
   for (int r = 0; r < R; ++r) {
     const Vec f = set1(factor[r]);
-    for (int j = 0; j < V; ++j) acc[r][j] = load(sums + r * sums_stride + j * kWidth) * f;
+    for (int j = 0; j < V; ++j) acc[r][j] = load(out + r * out_stride + j * kWidth) * f;
   }
   for (int64_t t = 0; t < n; ++t) {
     Vec v[V];
@@ -131,7 +131,7 @@ void tile_sums(const float* weights, const float* values, int64_t stride, int64_
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < V; ++j) store(sums + r * sums_stride + j * kWidth, acc[r][j]);
+    for (int j = 0; j < V; ++j) store(out + r * out_stride + j * kWidth, acc[r][j]);
   }
 }
 
@@ -150,21 +150,21 @@ void score_rows(int64_t rows, const float* q, int64_t q_stride, const float* key
 
 template <int V>
 void sum_rows(int64_t rows, const float* weights, const float* values, int64_t stride, int64_t n, const float* factor,
-              float* sums, int64_t sums_stride) {
+              float* out, int64_t out_stride) {
   switch (rows) {
-    case 1: return tile_sums<1, V>(weights, values, stride, n, factor, sums, sums_stride);
-    case 2: return tile_sums<2, V>(weights, values, stride, n, factor, sums, sums_stride);
-    case 3: return tile_sums<3, V>(weights, values, stride, n, factor, sums, sums_stride);
-    case 4: return tile_sums<4, V>(weights, values, stride, n, factor, sums, sums_stride);
-    case 5: return tile_sums<5, V>(weights, values, stride, n, factor, sums, sums_stride);
-    default: return tile_sums<6, V>(weights, values, stride, n, factor, sums, sums_stride);
+    case 1: return tile_sums<1, V>(weights, values, stride, n, factor, out, out_stride);
+    case 2: return tile_sums<2, V>(weights, values, stride, n, factor, out, out_stride);
+    case 3: return tile_sums<3, V>(weights, values, stride, n, factor, out, out_stride);
+    case 4: return tile_sums<4, V>(weights, values, stride, n, factor, out, out_stride);
+    case 5: return tile_sums<5, V>(weights, values, stride, n, factor, out, out_stride);
+    default: return tile_sums<6, V>(weights, values, stride, n, factor, out, out_stride);
   }
 }
 
 float exp1(float x) {
-  float room[kWidth];
-  store(room, exp(set1(x)));
-  return room[0];
+  float buffer[kWidth];
+  store(buffer, exp(set1(x)));
+  return buffer[0];
 }
 
 template <class T>
@@ -185,21 +185,21 @@ class Item {
     for (int64_t r = 0; r < rows_; ++r) {
       pack_query(at<T>(a_.q, b_, head(r), token(r)), s_.q + r * width_, static_cast<const P*>(nullptr));
     }
-    const bool alone = a_.ancestors == nullptr && !a_.causal;
-    if (split_ == 0 && alone) {
+    const bool independent = a_.ancestors == nullptr && !a_.causal;
+    if (split_ == 0 && independent) {
       start_with_itself();
     } else {
       for (int64_t r = 0; r < rows_; ++r) {
-        s_.peak[r] = -kInf;
-        s_.total[r] = 0;
-        std::memset(s_.sums + r * width_, 0, width_ * sizeof(float));
+        s_.m[r] = -kInf;
+        s_.l[r] = 0;
+        std::memset(s_.acc + r * width_, 0, width_ * sizeof(float));
       }
     }
-    if (split_ == 0 && !alone) {
-      const int64_t seen = a_.causal ? token(rows_ - 1) + 1 : a_.S;
-      for (int64_t j = 0; j < seen; j += kBlock) {
+    if (split_ == 0 && !independent) {
+      const int64_t visible = a_.causal ? token(rows_ - 1) + 1 : a_.S;
+      for (int64_t j = 0; j < visible; j += kBlock) {
         block<true>(at<T>(a_.k, b_, g_, j), a_.k.token, at<T>(a_.v, b_, g_, j), a_.v.token,
-                    seen - j < kBlock ? seen - j : kBlock, j);
+                    visible - j < kBlock ? visible - j : kBlock, j);
       }
     }
     const int64_t length = a_.lengths[b_];
@@ -212,40 +212,40 @@ class Item {
 
   // The result, where the row has one item only.
   void finish() {
-    for (int64_t r = 0; r < rows_; ++r) write(r, s_.sums + r * width_, s_.total[r]);
+    for (int64_t r = 0; r < rows_; ++r) write(r, s_.acc + r * width_, s_.l[r]);
   }
 
   void save(float* partial) {
-    std::memcpy(partial, s_.sums, rows_ * width_ * sizeof(float));
+    std::memcpy(partial, s_.acc, rows_ * width_ * sizeof(float));
     const int64_t rows = attention::item_rows(a_);
-    std::memcpy(partial + rows * width_, s_.peak, rows_ * sizeof(float));
-    std::memcpy(partial + rows * (width_ + 1), s_.total, rows_ * sizeof(float));
+    std::memcpy(partial + rows * width_, s_.m, rows_ * sizeof(float));
+    std::memcpy(partial + rows * (width_ + 1), s_.l, rows_ * sizeof(float));
   }
 
   void merge(const float* partials, int64_t splits) {
-    const int64_t size = attention::partial_floats(a_), peaks = attention::item_rows(a_) * width_;
-    const int64_t totals = peaks + attention::item_rows(a_);
+    const int64_t size = attention::partial_floats(a_), maxima = attention::item_rows(a_) * width_;
+    const int64_t sums = maxima + attention::item_rows(a_);
     for (int64_t r = 0; r < rows_; ++r) {
-      float peak = -kInf;
+      float m = -kInf;
       for (int64_t i = 0; i < splits; ++i) {
-        const float x = partials[i * size + peaks + r];
-        if (!(x <= peak)) peak = x;
+        const float x = partials[i * size + maxima + r];
+        if (!(x <= m)) m = x;
       }
-      float total = 0;
-      float* sums = s_.sums;
-      std::memset(sums, 0, width_ * sizeof(float));
+      float l = 0;
+      float* acc = s_.acc;
+      std::memset(acc, 0, width_ * sizeof(float));
       for (int64_t i = 0; i < splits; ++i) {
         const float* partial = partials + i * size;
-        // A split of which the row sees nothing weighs nothing.
-        const float x = partial[peaks + r];
-        const float weight = x == -kInf ? 0.0f : exp1(x - peak);
-        total = total + weight * partial[totals + r];
+        // A split without anything visible to the row has the weight 0.
+        const float x = partial[maxima + r];
+        const float weight = x == -kInf ? 0.0f : exp1(x - m);
+        l = l + weight * partial[sums + r];
         const Vec w = set1(weight);
         for (int64_t d = 0; d < width_; d += kWidth) {
-          store(sums + d, fma(w, load(partial + r * width_ + d), load(sums + d)));
+          store(acc + d, fma(w, load(partial + r * width_ + d), load(acc + d)));
         }
       }
-      write(r, sums, total);
+      write(r, acc, l);
     }
   }
 
@@ -260,27 +260,27 @@ class Item {
   void pack_query(const T* q, float* out, const PairProduct*) const { std::memcpy(out, q, a_.D * sizeof(T)); }
 #endif
 
-  // Without a mask, a new token sees itself: its own score is the first peak.
+  // Without a mask, a new token sees only itself: its own score is the first maximum.
   void start_with_itself() {
     for (int64_t r = 0; r < rows_; ++r) {
       const T* q = at<T>(a_.q, b_, head(r), token(r));
       const T* k = at<T>(a_.k, b_, g_, token(r));
       const T* v = at<T>(a_.v, b_, g_, token(r));
-      float* sums = s_.sums + r * width_;
+      float* acc = s_.acc + r * width_;
       Vec dot = zero();
       for (int64_t d = 0; d < width_; d += kWidth) {
         const int64_t left = a_.D - d;
         const int n = static_cast<int>(left < 0 ? 0 : left < kWidth ? left : kWidth);
         if (n < kWidth) {
           if (n > 0) dot = fma(load_n(q + d, n), load_n(k + d, n), dot);
-          store(sums + d, n > 0 ? load_n(v + d, n) : zero());
+          store(acc + d, n > 0 ? load_n(v + d, n) : zero());
         } else {
           dot = fma(load(q + d), load(k + d), dot);
-          store(sums + d, load(v + d));
+          store(acc + d, load(v + d));
         }
       }
-      s_.peak[r] = sum(dot) * a_.scale;
-      s_.total[r] = 1;
+      s_.m[r] = sum(dot) * a_.scale;
+      s_.l[r] = 1;
     }
   }
 
@@ -324,19 +324,19 @@ class Item {
       }
       Vec top = load(x);
       for (int64_t t = kWidth; t < end; t += kWidth) top = max(top, load(x + t));
-      const float old = s_.peak[r], here = largest(top), peak = here > old ? here : old;
-      // Nothing seen yet: any finite number does, every weight is 0.
-      const Vec base = set1(peak == -kInf ? 0.0f : peak);
-      Vec total = zero();
+      const float old = s_.m[r], here = largest(top), m = here > old ? here : old;
+      // Nothing visible yet: any finite number will do, every weight is 0.
+      const Vec base = set1(m == -kInf ? 0.0f : m);
+      Vec l = zero();
       for (int64_t t = 0; t < end; t += kWidth) {
         const Vec weight = exp(load(x + t) - base);
         store(x + t, weight);
-        total = total + weight;
+        l = l + weight;
       }
-      const float factor = old == peak ? 1.0f : exp1(old - peak);
-      s_.peak[r] = peak;
+      const float factor = old == m ? 1.0f : exp1(old - m);
+      s_.m[r] = m;
       s_.factor[r] = factor;
-      s_.total[r] = s_.total[r] * factor + sum(total);
+      s_.l[r] = s_.l[r] * factor + sum(l);
     }
     const float* value = values(v, &v_stride, n);
     const int64_t vecs = (a_.D + kWidth - 1) / kWidth;
@@ -344,7 +344,7 @@ class Item {
       for (int64_t j = 0; j < vecs; j += kVecs) {
         const float* weights = s_.scores + r * kBlock;
         const float* from = value + j * kWidth;
-        float* to = s_.sums + r * width_ + j * kWidth;
+        float* to = s_.acc + r * width_ + j * kWidth;
         switch (vecs - j) {
           case 1: sum_rows<1>(rows_ - r, weights, from, v_stride, n, s_.factor + r, to, width_); break;
 #if defined(__AVX512F__)
@@ -357,13 +357,13 @@ class Item {
     }
   }
 
-  void write(int64_t r, const float* sums, float total) const {
-    // A token that sees nothing at all yields zeros.
-    const float inverse = total == 0 ? 0.0f : 1 / total;
+  void write(int64_t r, const float* acc, float l) const {
+    // A token to which nothing is visible gives zeros.
+    const float inverse = l == 0 ? 0.0f : 1 / l;
     T* out = const_cast<T*>(at<T>(a_.out, b_, head(r), token(r)));
     int64_t d = 0;
-    for (; d + kWidth <= a_.D; d += kWidth) store(out + d, load(sums + d) * set1(inverse));
-    if (d < a_.D) store_n(out + d, load(sums + d) * set1(inverse), static_cast<int>(a_.D - d));
+    for (; d + kWidth <= a_.D; d += kWidth) store(out + d, load(acc + d) * set1(inverse));
+    if (d < a_.D) store_n(out + d, load(acc + d) * set1(inverse), static_cast<int>(a_.D - d));
   }
 
   const TreeAttention& a_;
@@ -376,16 +376,16 @@ template <class T, class P>
 void work(const TreeAttention& a, char* workspace, int thread, int threads) {
   const attention::Layout layout = attention::layout(a, workspace, threads);
   const int64_t group = a.H / a.G, width = padded(a.D);
-  float* room = layout.scratch + thread * attention::thread_floats(a);
+  float* buffer = layout.scratch + thread * attention::thread_floats(a);
   Scratch s;
-  s.q = room;
-  s.sums = s.q + kRows * width;
-  s.keys = s.sums + kRows * width;
+  s.q = buffer;
+  s.acc = s.q + kRows * width;
+  s.keys = s.acc + kRows * width;
   s.values = s.keys + kBlock * width;
   s.scores = s.values + kBlock * width;
-  s.peak = s.scores + kRows * kBlock;
-  s.total = s.peak + kRows;
-  s.factor = s.total + kRows;
+  s.m = s.scores + kRows * kBlock;
+  s.l = s.m + kRows;
+  s.factor = s.l + kRows;
   attention::Header* header = layout.header;
 
   int64_t item = __atomic_fetch_add(&header->next, 1, __ATOMIC_RELAXED);
@@ -396,7 +396,7 @@ void work(const TreeAttention& a, char* workspace, int thread, int threads) {
     const int64_t splits = attention::splits(a.lengths[b]), items = blocks * a.G * splits;
     while (item < before + items) {
       const int64_t i = item - before, split = i % splits, g = i / splits % a.G;
-      // The last query rows of a prompt see the most keys: they go first.
+      // The last query rows of a prompt see the most keys, so they are computed first.
       const int64_t block = blocks - 1 - i / splits / a.G, first = block * kRows;
       Item<T, P> work_item(a, s, b, g, tokens.begin * group + first, rows - first < kRows ? rows - first : kRows,
                            split);
@@ -417,7 +417,7 @@ void work(const TreeAttention& a, char* workspace, int thread, int threads) {
     before += items;
     if (splits > 1) slots += items;
   }
-  // The last thread to find nothing leaves the counters as it found them.
+  // The last thread to find no item resets the counters.
   if (__atomic_add_fetch(&header->finished, 1, __ATOMIC_ACQ_REL) == threads) {
     header->next = 0;
     header->finished = 0;

@@ -4,10 +4,10 @@
 //     tree_attention_prepare(a, workspace);            once, outside the region
 //     in every thread of the region, for every layer and every range of tokens:
 //         RGTG_DISPATCH(isa, tree_attention(a, workspace, thread, threads));    or without, in an ISA's own namespace
-//         barrier(...);                                before anybody reads a.out or calls again
+//         barrier(...);                                before any thread reads a.out or calls again
 //
 // Between the calls of one preparation only pointers, strides, first and count may change. The order of additions
-// of one new token depends on its own row's length, on its own place in the row and on its mask alone: its result has the
+// of one new token depends on its own row's length, on its own index in the row and on its mask alone: its result has the
 // same bits in any batch, any range and on any number of threads.
 #pragma once
 
@@ -52,7 +52,7 @@ constexpr int64_t kRows = 120;
 constexpr int64_t kSplit = 128;
 
 struct Header {
-  alignas(64) int64_t next;      // first work item that nobody has taken
+  alignas(64) int64_t next;      // first work item that no thread has taken
   alignas(64) int64_t finished;  // threads that found none left
 };
 
@@ -71,9 +71,9 @@ static inline int64_t item_rows(const TreeAttention& a) {
   const int64_t rows = a.S * (a.H / a.G);
   return rows < kRows ? rows : kRows;
 }
-// Floats of one work item's unfinished result: sums of values, peak and total of every query row.
+// Floats of one work item's partial result: acc, m and l of every query row.
 static inline int64_t partial_floats(const TreeAttention& a) { return item_rows(a) * (padded(a.D) + 2); }
-// Floats of one thread: queries, sums, keys, values, scores, peaks, totals and factors.
+// Floats of one thread: queries, acc, keys, values, scores, m, l and factors.
 constexpr int64_t kBlock = 64;
 static inline int64_t thread_floats(const TreeAttention& a) {
   // A whole number of cache lines, because kRows * 67 is not.

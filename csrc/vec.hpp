@@ -1,6 +1,6 @@
 // Vectors of float, kWidth of them, for the instruction set that the file is compiled for: 16 with AVX-512, 8 with
 // AVX2, 4 elsewhere (through the compiler's vector extension: SSE2, NEON). Memory may hold float, Bf16 or F16.
-// Everything stands in namespace rgtg::RGTG_ISA, so that no two instruction sets share a function.
+// Everything is in namespace rgtg::RGTG_ISA, so that no two instruction sets share a function.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ struct F16 {
   uint16_t bits;
 };
 
-// ---- one number -----------------------------------------------------------------------------------------------------
+// Single numbers.
 
 inline float float_of_bits(uint32_t bits) {
   float x;
@@ -71,7 +71,7 @@ inline void from_float(float x, F16* out) {
 #endif
 }
 
-// ---- kWidth numbers -------------------------------------------------------------------------------------------------
+// Vectors.
 
 #if defined(__AVX512F__)
 
@@ -86,9 +86,7 @@ inline Vec load(const Bf16* p) {
   __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-inline Vec load(const F16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+inline Vec load(const F16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 // The first n numbers (0 <= n <= kWidth), zeros after them; nothing beyond is read.
 inline Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
@@ -104,8 +102,7 @@ inline __m256i round_bf16(Vec a) {
 #else
   __m512i bits = _mm512_castps_si512(a.v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
 #endif
@@ -133,9 +130,7 @@ inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 // Bit i is set where a[i] > b[i], or where a[i] is NaN.
 inline uint32_t greater_or_nan(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
-inline Vec round_even(Vec a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline Vec round_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x where a equals b, y elsewhere.
 inline Vec where_equal(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), y.v, x.v)};
@@ -147,15 +142,15 @@ inline Vec exponent(Vec x, Vec* m) {
   m->v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
   return {_mm512_cvtepi32_ps(e)};
 }
-// 2^a for whole a in [-126, 127].
+// 2^a for integer a in [-126, 127].
 inline Vec pow2(Vec a) {
-  return {_mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127)), 23))};
+  return {
+      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127)), 23))};
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-// x[i][j] and x[j][i] change places.
+// Transposes: swaps x[i][j] and x[j][i].
 inline void transpose(Vec (&x)[kWidth]) {
   __m512 t[16];
 #pragma GCC unroll 8
@@ -205,17 +200,16 @@ inline __m256i first(int n) {
 inline Vec load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
 template <class T>
 inline Vec load_n(const T* p, int n) {
-  T room[kWidth] = {};
-  std::memcpy(room, p, n * sizeof(T));
-  return load(room);
+  T buffer[kWidth] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
 }
 
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(Bf16* p, Vec a) {
   __m256i bits = _mm256_castps_si256(a.v);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
   __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
@@ -227,9 +221,9 @@ inline void store(F16* p, Vec a) {
 inline void store_n(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
 template <class T>
 inline void store_n(T* p, Vec a, int n) {
-  T room[kWidth];
-  store(room, a);
-  std::memcpy(p, room, n * sizeof(T));
+  T buffer[kWidth];
+  store(buffer, a);
+  std::memcpy(p, buffer, n * sizeof(T));
 }
 
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -258,10 +252,10 @@ inline Vec exponent(Vec x, Vec* m) {
   m->v = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)));
   return {_mm256_cvtepi32_ps(e)};
 }
-// 2^a for whole a in [-126, 127].
+// 2^a for integer a in [-126, 127].
 inline Vec pow2(Vec a) {
-  return {_mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127)), 23))};
+  return {
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127)), 23))};
 }
 inline float sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -274,7 +268,7 @@ inline float largest(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
-// x[i][j] and x[j][i] change places.
+// Transposes: swaps x[i][j] and x[j][i].
 inline void transpose(Vec (&x)[kWidth]) {
   __m256 t[8], u[8];
   for (int i = 0; i < 8; i += 2) {
@@ -315,9 +309,9 @@ inline Vec load(const T* p) {
 // The first n numbers (0 <= n <= kWidth), zeros after them; nothing beyond is read.
 template <class T>
 inline Vec load_n(const T* p, int n) {
-  T room[kWidth] = {};
-  std::memcpy(room, p, n * sizeof(T));
-  return load(room);
+  T buffer[kWidth] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
 }
 
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, 16); }
@@ -345,7 +339,7 @@ inline uint32_t greater_or_nan(Vec a, Vec b) {
   Int4 le = a.v <= b.v;
   return (le[0] ? 0u : 1u) | (le[1] ? 0u : 2u) | (le[2] ? 0u : 4u) | (le[3] ? 0u : 8u);
 }
-// Right for |a| < 2^22: adding and taking away 1.5 * 2^23 leaves the nearest whole number.
+// Right for |a| < 2^22: adding and taking away 1.5 * 2^23 leaves the nearest integer.
 inline Vec round_even(Vec a) {
   const Vec magic = set1(12582912.0f);
   return (a + magic) - magic;
@@ -361,7 +355,7 @@ inline Vec exponent(Vec x, Vec* m) {
   std::memcpy(&m->v, &bits, 16);
   return {__builtin_convertvector(e, Float4)};
 }
-// 2^a for whole a in [-126, 127].
+// 2^a for integer a in [-126, 127].
 inline Vec pow2(Vec a) {
   Vec r;
   Int4 bits = (__builtin_convertvector(a.v, Int4) + 127) << 23;
@@ -374,7 +368,7 @@ inline float largest(Vec a) {
   return x > y ? x : y;
 }
 
-// x[i][j] and x[j][i] change places.
+// Transposes: swaps x[i][j] and x[j][i].
 inline void transpose(Vec (&x)[kWidth]) {
   Vec t[4] = {x[0], x[1], x[2], x[3]};
   for (int i = 0; i < 4; ++i) x[i].v = Float4{t[0].v[i], t[1].v[i], t[2].v[i], t[3].v[i]};
@@ -386,7 +380,7 @@ inline Vec zero() { return set1(0.0f); }
 
 // e^x to about one unit in the last place; 0 below -104, inf above 88.73, NaN for NaN.
 inline Vec exp(Vec x) {
-  // Second operands win on NaN, so x stands second.
+  // max and min return the second operand on NaN, so x is the second.
   x = max(set1(-104.0f), min(set1(89.0f), x));
   Vec n = round_even(x * set1(1.44269504088896341f));
   // ln 2 in two parts: n times the first is exact.

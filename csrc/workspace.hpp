@@ -1,4 +1,4 @@
-// Memory that a host thread keeps between its calls: fresh pages would cost more than many a call itself.
+// Memory that a host thread keeps between calls: allocating pages takes longer than a small call.
 #pragma once
 
 #include <cstdlib>
@@ -9,7 +9,7 @@ namespace rgtg {
 
 class Workspace {
  public:
-  // At least `bytes`, 64-byte aligned, with whatever the last call left in them.
+  // At least `bytes`, 64-byte aligned, with the contents of the last call.
   void* of(size_t bytes) {
     if (bytes > size_) {
       memory_.reset();

@@ -1,4 +1,4 @@
-"""What the benchmarks of the ops share. Run: pytest benchmarks/ops --benchmark-enable."""
+"""Fixtures of the op benchmarks. Run: pytest benchmarks/ops --benchmark-enable."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rgtg_fast.ops import backend_of
 
 @pytest.fixture
 def cpp_only() -> None:
-    """A reference timed by mistake would be a wrong number under the kernel's name."""
+    """Skips where the reference would be timed in place of the kernel."""
     if backend_of("tree_attention", "cpu") != "cpp":
         pytest.skip("the C++ kernels are not installed: there is nothing to compare")
 
 
 @pytest.fixture
 def timed(benchmark) -> Callable:
-    """Times the kernel or its rival and notes machine facts beside the numbers."""
+    """Times an implementation and records threads and torch version with the times."""
 
     def run(function: Callable, *arguments: object) -> None:
         benchmark.extra_info["threads"] = torch.get_num_threads()

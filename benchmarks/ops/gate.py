@@ -1,4 +1,4 @@
-"""Tells in half a minute whether a device computes right: what is measured on one that does not is worth nothing.
+"""Checks in half a minute that a device computes correctly, before anything is measured on it.
 
     python -m benchmarks.ops.gate                  # needs a GPU
     python -m benchmarks.ops.gate --device cpu     # tries the command out
@@ -10,7 +10,6 @@ captured steps and without, and must give the tokens that the CPU gives.
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,12 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from benchmarks.ops.tune import agrees
-from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward, ops
+from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
 from rgtg_fast.bench.benchmark import SHAPES
-from rgtg_fast.ops import specs, use_backend
+from rgtg_fast.ops import use_backend
+from tests.ops.specs import SPECS, call, in_double
 
-# Results in place, beside those that are returned.
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
 # One shape of each op, ragged where it can be.
 SHAPE = {
     "topk_logprobs": {"B": 1, "V": 49152, "k": 10},
@@ -34,34 +32,20 @@ SHAPE = {
     "commit": {"L": 2, "B": 3, "G": 2, "S": 5, "T": 40, "D": 64},
     "score_and_sample": {"B": 8, "K": 10, "E": 576},
     "finish_step": {"B": 9, "K": 10, "Z": 2},
-    "partial_bt_loss": {"N": 3, "T": 9, "mode": "hold"},
+    "partial_bt_loss": {"N": 3, "T": 9, "mode": "repeat_last"},
 }
 
 
-def results(name: str, arguments: dict[str, Any]) -> list[torch.Tensor]:
-    """What an op returns and writes."""
-    out = getattr(ops, name)(**arguments)
-    returned = list(out) if isinstance(out, tuple) else [] if out is None else [out]
-    return [*returned, *(arguments[key] for key in WRITTEN.get(name, ()))]
-
-
-def wide(name: str, x: Any) -> Any:
-    """An argument for the reference: float64, but for what an op keeps in float32."""
-    keeps = name in ("beta", "temperature", "guidance")
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() and not keeps else x
-
-
 def wrong_ops(device: str) -> Iterator[str]:
-    """Names of the ops that differ from their references, or fail: those of Triton on a GPU, on a CPU the fastest."""
-    for name, spec in specs().items():
+    """Names of the ops that differ from their references or fail, with Triton on a GPU and the default on a CPU."""
+    for name, spec in SPECS.items():
         arguments = spec.make_inputs(SHAPE[name], torch.bfloat16, device)
-        double = {key: wide(key, copy.deepcopy(x)) for key, x in arguments.items()}
         with use_backend("reference"):
-            want = results(name, double)
+            want = call(name, in_double(arguments))
         try:
             with use_backend("triton") if device == "cuda" else nullcontext():
-                got = results(name, arguments)
-        except Exception as error:  # noqa: BLE001 - whatever compiler and driver say, the other ops are told too
+                got = call(name, arguments)
+        except Exception as error:  # noqa: BLE001 - any error of compiler or driver: go on with the other ops
             yield f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             continue
         tolerance = spec.tolerances[torch.bfloat16]
@@ -111,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     with torch.inference_mode():
         wrong = list(wrong_ops(given.device))
     print(
-        f"{len(specs()) - len(wrong)} of {len(specs())} ops right, {time.perf_counter() - begun:.0f} s",
+        f"{len(SPECS) - len(wrong)} of {len(SPECS)} ops right, {time.perf_counter() - begun:.0f} s",
         *wrong,
         sep="\n",
     )

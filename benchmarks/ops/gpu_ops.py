@@ -1,12 +1,12 @@
-"""Times every op on a GPU against what PyTorch composes, attention against other libraries if installed, and products.
+"""Times every op on a GPU against PyTorch, attention also against other installed libraries, and matrix products.
 
     python -m benchmarks.ops.gpu_ops                     # all cases into benchmarks/results/gpu_ops.csv
-    python -m benchmarks.ops.gpu_ops --ops commit --list # what would be run; needs no GPU
-    ncu ... python -m benchmarks.ops.gpu_ops --once      # our kernels, each case run once, for a profiler
+    python -m benchmarks.ops.gpu_ops --ops commit --list # prints the cases; needs no GPU
+    ncu ... python -m benchmarks.ops.gpu_ops --once      # runs each of our kernels once, for a profiler
 
 A measurement is one CUDA graph that runs the op once on each of several copies of its inputs, together larger than
-the second-level cache, so that every run finds it cold; time is by CUDA events, per run, as quantiles over replays.
-`linear` is PyTorch's own product of M rows with a layer's weights: what the rest of a step has to be measured by.
+the second-level cache, so that no run finds its inputs there. Times are by CUDA events, per run, as quantiles over
+replays. `linear` is PyTorch's product of M rows with a layer's weights, for comparison with the rest of a step.
 Bytes and operations are those that any implementation needs; the ceilings are a device copy and a large product of
 bfloat16 matrices, measured in the same way.
 """
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 from rgtg_fast import ops
 from rgtg_fast.bench.benchmark import machine
-from rgtg_fast.ops import specs, use_backend
+from rgtg_fast.ops import use_backend
+from tests.ops.specs import SPECS
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_ops.csv"
 COLUMNS = (
@@ -35,7 +36,7 @@ COLUMNS = (
 )
 MACHINE = ("gpu", "driver", "torch", "triton", "commit", "copy_gb_per_s", "product_tflop_per_s")
 
-# Several times the 50 to 126 MB of the second-level caches in question.
+# Several times the 50 to 126 MB of the GPUs' second-level caches.
 COLD_BYTES = 400 << 20
 MAX_COPIES = 128
 REPLAYS = 40
@@ -81,7 +82,7 @@ def cases() -> Iterator[Case]:
     for B in (1, 32):
         yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
     for N in (16, 256):
-        yield Case("partial_bt_loss", {"N": N, "T": 256, "mode": "hold"}, torch.float32)
+        yield Case("partial_bt_loss", {"N": N, "T": 256, "mode": "repeat_last"}, torch.float32)
     # A row of the base model, ten and twenty candidates, forty, and ten of thirty-two rows.
     for M in (1, 10, 20, 40, 320):
         for layer, (N, K) in LINEAR.items():
@@ -89,7 +90,7 @@ def cases() -> Iterator[Case]:
 
 
 def moved_bytes(case: Case) -> int:
-    """What must be read and written, whoever does it."""
+    """Bytes that any implementation must read and write."""
     size, s = case.dtype.itemsize, case.shape
     if case.op == "topk_logprobs":
         return s["B"] * (s["V"] * (size + (4 if s.get("guided") else 0)) + s["k"] * 12 + 4)
@@ -103,7 +104,7 @@ def moved_bytes(case: Case) -> int:
     if case.op == "finish_step":
         return s["B"] * (s["K"] * size + 120) + 8 * s["Z"]
     if case.op == "partial_bt_loss":
-        offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
+        offsets = SPECS["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return int(offsets[-1]) * (size + 4) + 8 * len(offsets)
     if case.op == "linear":
         return size * (s["N"] * s["K"] + s["M"] * (s["N"] + s["K"]))
@@ -111,7 +112,7 @@ def moved_bytes(case: Case) -> int:
 
 
 def operations(case: Case) -> int:
-    """Additions, multiplications and exponentials that any implementation needs; 0 where it only moves numbers."""
+    """Additions, multiplications and exponentials that any implementation needs; 0 where it only copies."""
     s = case.shape
     if case.op == "topk_logprobs":
         # Shift, exponential, the sums for log-sum-exp and entropy, and one comparison.
@@ -124,13 +125,13 @@ def operations(case: Case) -> int:
         # The norm's squares and its scaling, then the head.
         return s["B"] * s["K"] * (6 * s["E"] + 6)
     if case.op == "partial_bt_loss":
-        offsets = specs()["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
+        offsets = SPECS["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return 6 * int(offsets[-1])
     return 2 * s["M"] * s["N"] * s["K"] if case.op == "linear" else 0
 
 
 def copies(footprint: int) -> int:
-    """Copies of the inputs that together find the cache cold; as many as may be where the inputs are tiny."""
+    """Copies of the inputs that together exceed the cache; at most `MAX_COPIES`."""
     return max(2, min(MAX_COPIES, -(-COLD_BYTES // max(footprint, 1))))
 
 
@@ -186,7 +187,7 @@ def torch_resample(a: dict[str, Any]) -> Any:
 
 
 def torch_tail(a: dict[str, Any]) -> Any:
-    """As transformers' blocks and heads do it: the norm's small kernels, the head in float32, then the draw."""
+    """As in transformers: the norm's small kernels, the head in float32, then softmax and multinomial."""
     x = a["hidden"].float()
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + a["eps"])
     rewards = F.linear((a["norm"] * x.to(a["norm"].dtype)).float(), a["head"].float()[None]).squeeze(-1)
@@ -194,13 +195,13 @@ def torch_tail(a: dict[str, Any]) -> Any:
 
 
 def padded(a: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of the usual way: answers in rows of one length, the last reward repeated."""
+    """Inputs of the usual implementation: answers padded to one length, the last reward repeated."""
     lengths = a["offsets"].diff()  # [2N]
     term = torch.arange(int(lengths.max()), device=lengths.device)
     at = a["offsets"][:-1, None] + term.minimum(lengths[:, None] - 1)
     used = term < lengths.view(-1, 2).amax(1)[:, None]
     rewards = a["rewards"][at].view(len(used), 2, -1)
-    # Copies that autograd may keep, whatever mode the caller is in.
+    # Copies that autograd may save, even if the caller is in inference mode.
     with torch.inference_mode(False):
         return {"rewards": rewards.clone().requires_grad_(), "used": used.clone()}
 
@@ -213,7 +214,7 @@ def torch_bt_loss(a: dict[str, Any]) -> Any:
 
 
 def replicated(a: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of the usual way: every candidate is a row of its own with a copy of the prefix."""
+    """Inputs of the usual implementation: every candidate is a row of its own with a copy of the prefix."""
     S = a["q"].shape[2]
 
     def keys(cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -248,7 +249,7 @@ def packed(a: dict[str, Any]) -> dict[str, Any]:
 
 
 def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], Callable[[Any], Any]]]:
-    """Name, what makes its inputs out of ours, and its call."""
+    """Other implementations: name, conversion of our inputs, call."""
     if case.op == "topk_logprobs":
         yield "torch log_softmax + topk", dict, torch_topk
     elif case.op == "resample":
@@ -258,14 +259,14 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
     elif case.op == "linear":
         yield "torch linear", dict, lambda a: F.linear(a["x"], a["weight"])
     elif case.op == "commit":
-        yield "torch index_put", dict, lambda a: specs()["commit"].reference(**a)
+        yield "torch index_put", dict, lambda a: SPECS["commit"].reference(**a)
     elif case.op == "finish_step":
-        yield "torch, some twenty-five small kernels", dict, lambda a: specs()["finish_step"].reference(**a)
+        yield "torch, some twenty-five small kernels", dict, lambda a: SPECS["finish_step"].reference(**a)
     elif case.op == "partial_bt_loss":
         yield "torch logsigmoid and autograd, padded", padded, torch_bt_loss
     elif case.op == "tree_attention":
         yield "torch SDPA, packed query rows, prefix only", one_prefix, torch_sdpa
-        # The published way; of forty candidates' copies nobody learns more than of ten's.
+        # The published implementation, for at most ten candidates.
         if case.shape["S"] <= 10:
             yield "torch SDPA, replicated prefix", replicated, torch_sdpa
         if importlib.util.find_spec("flash_attn"):
@@ -283,27 +284,27 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
 
 
 def inputs_of(case: Case) -> dict[str, Any]:
-    """Inputs on the device that a run may be repeated with."""
+    """Inputs on the device with which a run can be repeated."""
     if case.op == "linear":
         M, N, K = (case.shape[name] for name in "MNK")
         x = torch.randn(M, K, device="cuda", dtype=case.dtype)
         return {"x": x, "weight": torch.randn(N, K, device="cuda", dtype=case.dtype)}
-    inputs = specs()[case.op].make_inputs(case.shape, case.dtype, "cuda")
+    inputs = SPECS[case.op].make_inputs(case.shape, case.dtype, "cuda")
     if case.op in ("resample", "score_and_sample"):
         inputs["temperature"].fill_(1.0)
     if case.op == "commit":
-        # From the start, so that there is a slot for every replay.
+        # From length 0, so that there is a slot for every replay.
         inputs["choice"].fill_(0)
         inputs["lengths"].zero_()
     return inputs
 
 
 def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
-    """Rows of one case: ours, then the rivals."""
-    contestants = [*([("ours", dict, ours(case.op))] if case.op in specs() else []), *rivals(case)]
+    """Result rows of one case: our op, then the other implementations."""
+    implementations = [*([("ours", dict, ours(case.op))] if case.op in SPECS else []), *rivals(case)]
     need = moved_bytes(case)
     base = inputs_of(case)
-    for who, prepare, function in contestants:
+    for who, prepare, function in implementations:
         first = prepare(base)
         n = copies(footprint(first))
         inputs = [first, *(prepare({k: _clone(x) for k, x in base.items()}) for _ in range(n - 1))]
@@ -326,7 +327,7 @@ def measure(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
 
 
 def shape_text(case: Case) -> str:
-    """The shape as the results files hold it."""
+    """The shape as in the result files."""
     return " ".join(f"{k}={v}" for k, v in case.shape.items() if k != "lengths")
 
 
@@ -367,10 +368,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if given.once:
         with use_backend("triton"), torch.inference_mode():
-            wanted = [case for case in wanted if case.op in specs()]
+            wanted = [case for case in wanted if case.op in SPECS]
             for case in wanted:
                 inputs = inputs_of(case)
-                # A profiler names the launches by it.
+                # The name of the launches in a profiler.
                 with torch.cuda.nvtx.range(f"{case.op} {shape_text(case)}"):
                     ours(case.op)(inputs)
         torch.cuda.synchronize()
@@ -393,7 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
                     writer.writerow({**row, **where})
                     file.flush()
                     print(*(row[name] for name in COLUMNS), sep="  ")
-            except RuntimeError as error:  # out of memory, a capture that failed: the next case may do
+            except RuntimeError as error:  # out of memory, or a capture that failed: go on with the next case
                 reason = str(error).partition("\n")[0]
                 print(f"{case.op} {shape_text(case)}: the rest of this case is left out: {reason}")
                 failed += 1

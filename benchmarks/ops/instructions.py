@@ -1,4 +1,4 @@
-"""Counts the instructions of a Triton kernel in the machine code for a GPU that is not there.
+"""Counts the instructions of a Triton kernel in its machine code, without a GPU.
 
     python -m benchmarks.ops.instructions topk_logprobs
     python -m benchmarks.ops.instructions topk_logprobs --arch 80
@@ -28,7 +28,7 @@ WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
 
 @dataclass
 class Count:
-    """Instructions of one thread: how many, and those that make it wait for others."""
+    """Instructions of one thread, and those that wait for other threads."""
 
     instructions: int = 0
     barriers: int = 0
@@ -40,7 +40,7 @@ class Count:
 
 @dataclass
 class Counts:
-    """One kernel: what lies outside loops, how much of that a branch may leave out, each loop's turn, the loads.
+    """One kernel: instructions outside loops, those of them that a branch may skip, one iteration of each loop, loads.
 
     A loop within a loop is counted with the outer one. `loads` has the number of loads from global memory by bits.
     """
@@ -53,7 +53,7 @@ class Counts:
 
 @dataclass
 class _Block:
-    """Instructions that run one after the other, and where they go on."""
+    """Instructions without a branch between them, and the blocks that follow."""
 
     names: list[str] = field(default_factory=list)
     loads: Counter[int] = field(default_factory=Counter)
@@ -62,7 +62,7 @@ class _Block:
 
 
 def count(text: str) -> Counts:
-    """Counts in the text of a disassembled kernel."""
+    """Counts the instructions of a disassembled kernel."""
     blocks = _blocks(text)
     reached = [_reached(blocks, i) for i in range(len(blocks))]
     counts, seen = Counts(), set()
@@ -106,7 +106,7 @@ def _blocks(text: str) -> list[_Block]:
             if name.startswith("BRA") and target:
                 jumps.append((len(blocks) - 1, target.group(1)))
             if name.startswith(("BRA", "EXIT")):
-                # A predicate stands before the instruction, or before its target.
+                # A predicate is before the instruction, or before its target.
                 if guard or (target and re.search(r"U?P\d", rest[: target.start()])):
                     block.next.add(len(blocks))
                 blocks.append(_Block())
@@ -144,7 +144,7 @@ def _sum(blocks: list[_Block]) -> Count:
 
 
 def counts_of(op: str, kernel: str, signature: Mapping[str, str], arch: int) -> Counts:
-    """Compiles one kernel and counts."""
+    """Compiles one kernel and counts its instructions."""
     return count(disassembled("nvdisasm", "-c", build(op, kernel, signature, arch).asm["cubin"]))
 
 

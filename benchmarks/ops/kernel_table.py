@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that are not there and writes registers and shared memory to docs/kernels.md.
+"""Compiles every Triton kernel, without a GPU, and writes registers and shared memory to docs/kernels.md.
 
     python -m benchmarks.ops.kernel_table            # writes docs/kernels.md
     python -m benchmarks.ops.kernel_table --print    # to the screen
@@ -20,21 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rgtg_fast.ops import specs
-from rgtg_fast.ops._triton import OPTIONS
+from tests.ops.specs import SPECS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ programming guide, technical
 # specifications per compute capability).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Launch options, which are not arguments of the kernel.
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # Instructions of the tensor cores in PTX, by generation.
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one kernel with one signature on one architecture."""
+    """Resources of one kernel with one signature on one architecture."""
 
     op: str
     kernel: str
@@ -48,7 +49,7 @@ class Compiled:
 
     @property
     def label(self) -> str:
-        """Dtype and constants: what tells one signature from the others."""
+        """Dtype and constants, which identify the signature."""
         return label(self.signature)
 
 
@@ -71,7 +72,7 @@ def _constant(name: str, kind: str) -> bool:
 
 
 def build(op: str, kernel: str, signature: Mapping[str, str], arch: int) -> Any:
-    """One kernel as Triton has compiled it, down to machine code; no driver is asked."""
+    """Compiles one kernel to machine code, without a driver."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,11 +96,11 @@ def build(op: str, kernel: str, signature: Mapping[str, str], arch: int) -> Any:
 
 
 def compile_one(op: str, kernel: str, signature: Mapping[str, str], arch: int) -> Compiled:
-    """What the compiler says of one kernel; the resources are read out of the machine code."""
+    """Compiles one kernel and reads its resources from the machine code."""
     done = build(op, kernel, signature, arch)
     registers, stack = _resources(done.asm["cubin"])
     found = tuple(sorted({m.group(1) for m in TENSOR_CORES.finditer(done.asm["ptx"])}))
-    # Copies of 16 bytes into shared memory that run while others are computed with.
+    # Asynchronous copies of 16 bytes to shared memory.
     overlapped = bool(re.search(r"cp\.async\.cg\.shared\.global .*0x10\b", done.asm["ptx"]))
     return Compiled(
         op, kernel, dict(signature), arch, registers, stack, done.metadata.shared, found, overlapped
@@ -107,7 +108,7 @@ def compile_one(op: str, kernel: str, signature: Mapping[str, str], arch: int) -
 
 
 def disassembled(tool: str, option: str, cubin: bytes) -> str:
-    """What one of the disassemblers that Triton brings along says of machine code."""
+    """The output of one of the disassemblers in the Triton package."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
@@ -118,15 +119,15 @@ def disassembled(tool: str, option: str, cubin: bytes) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and the bytes of its stack: where spilled registers go."""
+    """Registers per thread, and bytes of its stack, to which registers spill."""
     text = disassembled("cuobjdump", "--dump-resource-usage", cubin)
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
 def signatures(arch: int) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-    """Every signature of every kernel of every op that an architecture launches."""
-    for op, spec in specs().items():
+    """Every signature of every kernel that an architecture launches."""
+    for op, spec in SPECS.items():
         for kernel in spec.kernels:
             if not kernel.archs or arch in kernel.archs:
                 for signature in kernel.signatures:
@@ -134,16 +135,16 @@ def signatures(arch: int) -> Iterator[tuple[str, str, Mapping[str, str]]]:
 
 
 def compile_all(archs: tuple[int, ...] = tuple(SHARED_LIMIT)) -> list[Compiled]:
-    """Compiles everything, on as many processes as there are cores."""
+    """Compiles everything, with one process per core."""
     jobs = [(*entry, arch) for arch in archs for entry in signatures(arch)]
-    # Children must compile, not interpret, whoever asks.
+    # Children must compile, not interpret.
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(compile_one, *zip(*jobs, strict=True), chunksize=1))
 
 
 def may_spill(row: Compiled) -> bool:
-    """The one exception: 4-byte numbers with D = 256, whose queries alone fill the registers once split in two."""
+    """The one exception: 4-byte numbers with D = 256, whose queries, split in two, fill the registers."""
     return (
         row.kernel == "tree_attention_kernel"
         and row.signature["p_q"].startswith("*fp32")
@@ -152,7 +153,7 @@ def may_spill(row: Compiled) -> bool:
 
 
 def page(rows: list[Compiled]) -> str:
-    """The page in Markdown: one line per kernel and signature, the architectures beside each other."""
+    """The page in Markdown: one line per kernel and signature, one column per architecture."""
     import triton
 
     archs = sorted({row.arch for row in rows})
@@ -163,8 +164,8 @@ def page(rows: list[Compiled]) -> str:
         "# The Triton kernels, compiled",
         "",
         f"Written by `python -m benchmarks.ops.kernel_table` with Triton {triton.__version__}; no GPU is needed. Per",
-        "architecture: registers of a thread, bytes of shared memory of a program, and what drives the tensor cores.",
-        "Nothing spills to memory but where bytes of stack are named. Limits: 255 registers, and shared memory of",
+        "architecture: registers per thread, bytes of shared memory per program, and the tensor-core instruction.",
+        "Registers spill to memory only where bytes of stack are named. Limits: 255 registers, and shared memory of",
         ", ".join(f"{SHARED_LIMIT[arch] // 1024} KiB on sm_{arch}" for arch in archs) + ".",
         "",
         "| op | kernel | signature | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",

@@ -1,9 +1,9 @@
-"""Launches every Triton kernel once on small and ragged shapes, for compute-sanitizer to watch.
+"""Launches every Triton kernel once on small and ragged shapes, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m benchmarks.ops.sanitize
     compute-sanitizer --tool racecheck python -m benchmarks.ops.sanitize
 
-Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: otherwise a write past a tensor may land in memory that torch holds.
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: otherwise a write past a tensor may go to memory that torch has reserved.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from rgtg_fast import ops
-from rgtg_fast.ops import specs, use_backend
+from rgtg_fast.ops import use_backend
+from tests.ops.specs import SPECS
 
-# A sanitizer slows a kernel hundreds of times over.
+# Under a sanitizer a kernel runs hundreds of times slower.
 MOST_NUMBERS = 300_000
 
 
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     launches = [
         (name, shape)
-        for name, spec in specs().items()
+        for name, spec in SPECS.items()
         for shape in spec.shapes
         if shape.get("k", 0) <= 256 and size(spec.make_inputs(shape, torch.bfloat16)) <= MOST_NUMBERS
     ]
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("torch sees no CUDA device: nothing was launched")
         return 2
     for name, shape in launches:
-        inputs = specs()[name].make_inputs(shape, torch.bfloat16, "cuda")
+        inputs = SPECS[name].make_inputs(shape, torch.bfloat16, "cuda")
         with use_backend("triton"), torch.inference_mode():
             getattr(ops, name)(**inputs)
         torch.cuda.synchronize()

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from rgtg_fast.ops import commit, specs
+from rgtg_fast.ops import commit
+from tests.ops.specs import SPECS
 
 pytestmark = pytest.mark.usefixtures("cpp_only")
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("cpp_only")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("who", ["ours", "torch", "torch_per_layer"])
 def test_commit(timed, who, dtype, B):
-    case = specs()["commit"].make_inputs({"L": 30, "B": B, "G": 3, "S": 10, "T": 512, "D": 64}, dtype)
+    case = SPECS["commit"].make_inputs({"L": 30, "B": B, "G": 3, "S": 10, "T": 512, "D": 64}, dtype)
     case["choice"] = torch.arange(B) % 10
     rows, start = torch.arange(B), case["lengths"].clone()
 

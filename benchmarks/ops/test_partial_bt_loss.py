@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rgtg_fast.ops import partial_bt_loss, specs
+from rgtg_fast.ops import partial_bt_loss
+from tests.ops.specs import SPECS
 
 pytestmark = pytest.mark.usefixtures("cpp_only")
 
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("cpp_only")
 @pytest.mark.parametrize(("N", "T"), [(8, 200), (64, 200)])
 @pytest.mark.parametrize("who", ["ours", "torch"])
 def test_partial_bt_loss(timed, who, N, T):
-    case = specs()["partial_bt_loss"].make_inputs({"N": N, "T": T, "mode": "hold"}, torch.float32)
+    case = SPECS["partial_bt_loss"].make_inputs({"N": N, "T": T, "mode": "repeat_last"}, torch.float32)
     rewards = case.pop("rewards").requires_grad_()
     lengths = case["offsets"].diff()
     term = torch.arange(T)

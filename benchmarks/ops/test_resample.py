@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rgtg_fast.ops import resample, specs
+from rgtg_fast.ops import resample
+from tests.ops.specs import SPECS
 
 pytestmark = pytest.mark.usefixtures("cpp_only")
 
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("cpp_only")
 @pytest.mark.parametrize("B", [1, 8])
 @pytest.mark.parametrize("who", ["ours", "torch"])
 def test_resample(timed, who, B, K):
-    case = specs()["resample"].make_inputs({"B": B, "K": K}, torch.float32)
+    case = SPECS["resample"].make_inputs({"B": B, "K": K}, torch.float32)
     case["temperature"] = torch.full((B,), 0.8)
 
     def ours() -> tuple[torch.Tensor, torch.Tensor]:

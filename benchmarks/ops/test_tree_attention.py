@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from rgtg_fast.ops import specs, tree_attention
+from rgtg_fast.ops import tree_attention
+from tests.ops.specs import SPECS
 
 pytestmark = pytest.mark.usefixtures("cpp_only")
 
@@ -23,7 +24,7 @@ H, G, D = 9, 3, 64
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("who", ["ours", "torch_masked", "torch_replicated"])
 def test_candidates(timed, who, dtype, T, S):
-    case = specs()["tree_attention"].make_inputs({"B": 1, "H": H, "G": G, "S": S, "T": T, "D": D}, dtype)
+    case = SPECS["tree_attention"].make_inputs({"B": 1, "H": H, "G": G, "S": S, "T": T, "D": D}, dtype)
     q, k, v, k_cache, v_cache = (case[name] for name in ("q", "k", "v", "k_cache", "v_cache"))
     keys, values = torch.cat([k_cache, k], 2), torch.cat([v_cache, v], 2)
     mask = torch.cat([torch.ones(S, T, dtype=torch.bool), torch.eye(S, dtype=torch.bool)], 1)
@@ -52,7 +53,7 @@ def test_candidates(timed, who, dtype, T, S):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("who", ["ours", "torch"])
 def test_prefill(timed, who, dtype, P):
-    case = specs()["tree_attention"].make_inputs(
+    case = SPECS["tree_attention"].make_inputs(
         {"B": 1, "H": H, "G": G, "S": P, "T": 0, "D": D, "mask": "causal"}, dtype
     )
 

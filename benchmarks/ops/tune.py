@@ -1,18 +1,17 @@
-"""Times other block shapes of tree_attention on a GPU than those that `launch.py` chooses.
+"""Times block shapes of tree_attention on a GPU, beside those that its `configuration` chooses.
 
     python -m benchmarks.ops.tune                  # every shape; needs a GPU
-    python -m benchmarks.ops.tune --list           # what would be tried; needs none
+    python -m benchmarks.ops.tune --list           # prints the block shapes; needs none
 
 For each shape the block shapes are compiled, compared with the reference, timed as in `gpu_ops`, and printed from the
-fastest on. What wins at several shapes belongs into `TILES` of rgtg_fast/ops/tree_attention/launch.py; nothing is
-chosen while decoding, so that a row's bits never depend on what was fast that day.
+fastest on. The fastest at several shapes belong in `TILES` of rgtg_fast/ops/tree_attention/kernel.py; nothing is
+chosen at run time, so that a row's bits never depend on timing.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.ops.gpu_ops import Case, copies, copy_bandwidth, footprint, moved_bytes, timed
-from rgtg_fast.ops import Tolerance, specs, tree_attention, use_backend
-from rgtg_fast.ops.tree_attention.launch import ALONE, configuration
+from rgtg_fast.ops import tree_attention, use_backend
+from tests.ops.specs import SPECS, Tolerance
 
 RESULTS = Path(__file__).parents[1] / "results" / "tune.csv"
 COLUMNS = (
@@ -46,32 +45,38 @@ SHAPES = tuple(
 Settings = dict[str, object]
 
 
+def own_settings(shape: dict[str, Any], dtype: torch.dtype) -> Settings:
+    """The block shapes that the launch itself chooses; needs Triton."""
+    kernel = SPECS["tree_attention"].kernel
+    return kernel.configuration(shape["D"], shape["S"] * shape["H"] // shape["G"], kernel.ALONE, dtype)
+
+
 def candidates(chosen: Settings) -> Iterator[Settings]:
-    """Block shapes beside the chosen one, which comes first. Query rows stay: they decide what is exact in a row."""
+    """The chosen block shapes, then others with the same query rows, on which the bits of a row depend."""
     yield chosen
     for block_n in (32, 64, 128):
         for warps in (2, 4, 8):
             for stages in (2, 3, 4):
                 other = {**chosen, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-                # Keys, values and their copies under way fill the shared memory of a multiprocessor at 227 KiB.
+                # Pipelined blocks of keys and values must fit in shared memory, 227 KiB per multiprocessor.
                 if other != chosen and 4 * block_n * int(str(chosen["BLOCK_D"])) * stages <= 160 * 1024:
                     yield other
 
 
 @contextmanager
 def launched_with(settings: Settings) -> Iterator[None]:
-    """The kernels run with these block shapes."""
-    choices = importlib.import_module("rgtg_fast.ops.tree_attention.launch")
-    old = choices.configuration
-    choices.configuration = lambda *_: settings
+    """Launches the kernel with these block shapes."""
+    kernel = SPECS["tree_attention"].kernel
+    own = kernel.configuration
+    kernel.configuration = lambda *_: settings
     try:
         yield
     finally:
-        choices.configuration = old
+        kernel.configuration = own
 
 
 def agrees(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance) -> bool:
-    """Whether a result stands as near to the reference's as the op promises."""
+    """Whether a result is within the op's tolerance of the reference."""
     difference = got.double() - want
     rms = difference.square().mean().sqrt() / want.square().mean().sqrt()
     return bool(rms <= tolerance.rms) and bool(difference.abs().max() <= tolerance.max * want.abs().max())
@@ -80,26 +85,26 @@ def agrees(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance) -> bool:
 def tried(
     shape: dict[str, Any], ceiling: float, device: str, time: Callable[..., tuple[float, float, float]]
 ) -> list[dict[str, Any]]:
-    """Rows of one shape, from the fastest on; block shapes that fail are printed and left out.
+    """Result rows of one shape, fastest first; block shapes that fail are printed and left out.
 
     Args:
         ceiling: GB/s of a copy. device: of the inputs. time: as `timed`.
     """
-    spec, case = specs()["tree_attention"], Case("tree_attention", shape)
+    spec, case = SPECS["tree_attention"], Case("tree_attention", shape)
     inputs = spec.make_inputs(shape, case.dtype, device)
     with use_backend("reference"):
         want = tree_attention(**{k: x.double() if _floating(x) else x for k, x in inputs.items()})
     clones = [inputs]
     for _ in range(copies(footprint(inputs)) - 1 if device == "cuda" else 0):
         clones.append({k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in inputs.items()})
-    chosen = configuration(shape["D"], shape["S"] * shape["H"] // shape["G"], ALONE, case.dtype)
+    chosen = own_settings(shape, case.dtype)
     rows = []
     for settings in candidates(chosen):
         with use_backend("triton"), launched_with(settings):
             try:
                 right = agrees(tree_attention(**inputs), want, spec.tolerances[case.dtype])
                 times = time(lambda a: tree_attention(**a), clones) if right else None
-            except Exception as error:  # noqa: BLE001 - whatever compiler and driver say, the next one may do
+            except Exception as error:  # noqa: BLE001 - any error of compiler or driver: go on with the next
                 print(f"    {_short(settings)}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
                 continue
         if times is None:
@@ -134,8 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.list:
         for shape in SHAPES:
-            rows = shape["S"] * shape["H"] // shape["G"]
-            for settings in candidates(configuration(shape["D"], rows, ALONE, torch.bfloat16)):
+            for settings in candidates(own_settings(shape, torch.bfloat16)):
                 print(f"B={shape['B']} S={shape['S']} T={shape['T']}", _short(settings))
         return 0
     if not torch.cuda.is_available():

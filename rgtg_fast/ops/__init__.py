@@ -1,10 +1,13 @@
-"""The fused operations: six to decode (topk_logprobs ... advance), partial_bt_loss to train.
+"""The fused ops: six for decoding, partial_bt_loss for training.
 
-Each is one torch.library op with a reference in plain PyTorch, a C++ kernel for the CPU and Triton kernels
-for CUDA; see README.md for the legend of shapes.
+Each is one torch.library op with a reference in plain PyTorch, Triton kernels for CUDA and, for most, a C++ kernel for
+the CPU; README.md has the legend of shapes.
 """
 
-from ._registry import KernelSpec, OpSpec, Tolerance, backend_of, specs, use_backend
+from typing import Any
+
+from ..deprecation import renamed_keywords, warn_renamed
+from ._registry import backend_of, use_backend
 from .commit import commit
 from .finish_step import finish_step
 from .partial_bt_loss import partial_bt_loss, partial_bt_terms
@@ -14,9 +17,6 @@ from .topk_logprobs import topk_logprobs
 from .tree_attention import tree_attention
 
 __all__ = [
-    "KernelSpec",
-    "OpSpec",
-    "Tolerance",
     "backend_of",
     "commit",
     "finish_step",
@@ -24,8 +24,18 @@ __all__ = [
     "partial_bt_terms",
     "resample",
     "score_and_sample",
-    "specs",
     "topk_logprobs",
     "tree_attention",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The ops by their old names."""
+    if name == "advance":
+        warn_renamed("ops.advance", "ops.finish_step")
+        return renamed_keywords(drawn="chosen_logprob")(finish_step)
+    if name == "reward_tail":
+        warn_renamed("ops.reward_tail", "ops.score_and_sample")
+        return score_and_sample
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

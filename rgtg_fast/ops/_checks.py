@@ -1,4 +1,4 @@
-"""Checks that several ops share; every message is one line that says what would work."""
+"""Checks that several ops share. Every message is one line and names a valid value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import RGTGError
 
 
 def floating(op: str, name: str, x: torch.Tensor) -> None:
-    """Refuses anything but real floating-point numbers in strided memory."""
+    """Raises unless the tensor is strided and of a real floating-point dtype."""
     if not x.dtype.is_floating_point:
         raise RGTGError(f"{op}: {name} has dtype {x.dtype}: use a floating-point dtype")
     if x.layout != torch.strided:
@@ -16,26 +16,26 @@ def floating(op: str, name: str, x: torch.Tensor) -> None:
 
 
 def written(op: str, **outputs: torch.Tensor) -> None:
-    """Refuses tensors that are written in place and of which two numbers stand at one address."""
+    """Raises where a tensor that is written in place has two numbers at one address."""
     for name, x in outputs.items():
         if x.numel() and any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
             raise RGTGError(f"{op}: {name} is written in place and was expanded: pass {name}.clone()")
 
 
 def shaped(op: str, name: str, x: torch.Tensor, legend: str, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor of another shape."""
+    """Raises unless the tensor has this shape."""
     if tuple(x.shape) != shape:
         raise RGTGError(f"{op}: {name} has shape {list(x.shape)}: use {legend} = {list(shape)}")
 
 
 def of_dtype(op: str, name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
-    """Refuses a tensor of another dtype."""
+    """Raises unless the tensor has this dtype."""
     if x.dtype != dtype:
         raise RGTGError(f"{op}: {name} has dtype {x.dtype}: use {dtype}")
 
 
 def together(op: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Refuses tensors on another device than the first."""
+    """Raises unless all tensors are strided and on the device of the first."""
     for name, x in others.items():
         if x is not None and x.layout != torch.strided:
             raise RGTGError(f"{op}: {name} has layout {x.layout}: use {name}.to_dense()")

@@ -1,4 +1,4 @@
-"""Finds the C++ extension `rgtg_fast._C`, and says so once where it is missing."""
+"""Finds the C++ extension `rgtg_fast._C`, warns once where it is missing, and calls its kernels."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
-# The dtype codes that all kernels take; csrc/common.hpp holds the same table.
+# Codes of the dtypes that all kernels take; csrc/common.hpp has the same table.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Those that only some do.
+# With those that only some kernels take.
 _CODES = {**DTYPE_CODES, torch.float64: 3, torch.int64: 4}
 
-# What the extension knows of a tensor: address, dtype code, shape, strides in elements.
+# The extension's description of a tensor: address, dtype code, shape, strides in elements.
 Array = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -32,7 +34,7 @@ def _import() -> tuple[ModuleType | None, str]:
 
 
 def _installed_elsewhere() -> Path | None:
-    """A folder further down the module path whose copy of this package has its kernels, where this one has not."""
+    """A later folder of the module path with a copy of this package that has its kernels, where this one has not."""
     for entry in sys.path:
         copy = Path(entry).resolve() / PACKAGE.name
         if copy != PACKAGE and any((copy / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
@@ -41,7 +43,7 @@ def _installed_elsewhere() -> Path | None:
 
 
 def remedy() -> str:
-    """What brings the kernels, in one line."""
+    """How to install the kernels, in one line."""
     installed = _installed_elsewhere()
     if installed is not None:
         return (
@@ -60,7 +62,7 @@ def _warn() -> None:
 
 
 def missing_reason() -> str:
-    """Why there is no extension, in one clause; empty where there is one."""
+    """Why the extension is missing, in one clause; empty where it is not."""
     module, error = _import()
     return "" if module is not None else f"the C++ kernels are not installed ({error})"
 
@@ -74,7 +76,7 @@ def load(warn: bool = True) -> ModuleType | None:
 
 
 def kernels() -> ModuleType:
-    """The extension, where the caller has made sure that it is there."""
+    """The extension, where the caller has made sure that it is installed."""
     module, error = _import()
     if module is None:
         raise ImportError(error)
@@ -82,15 +84,47 @@ def kernels() -> ModuleType:
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """The tensor with a contiguous last dimension, all that the kernels ask for; copied only if need be."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    """The tensor with a contiguous last dimension, which the kernels require; copied only if necessary."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def array(x: torch.Tensor) -> Array:
-    """What the extension reads of a tensor and checks. The caller holds the tensor as long as it is in use."""
+    """The description of a tensor that the extension reads and checks. The caller keeps the tensor alive."""
     return x.data_ptr(), _CODES.get(x.dtype, -1), x.shape, x.stride()
 
 
 def optional_array(x: torch.Tensor | None) -> Array | None:
     """The same; None for None."""
     return None if x is None else array(x)
+
+
+def run(name: str, arguments: tuple[Any, ...], outputs: Any, written: frozenset[int]) -> None:
+    """Calls an op's C++ kernel: `_C.<name>(threads, *arguments, *outputs)`, tensors as `Array`.
+
+    Inputs get a contiguous last dimension, as from `dense`; this runs several times per token and calls little.
+
+    Args:
+        name: the op's name.
+        arguments: its arguments in their order, tensors and others.
+        outputs: the tensors that it fills: one, a tuple, or None.
+        written: indices of the arguments that it writes in place: these are never copied.
+    """
+    described, copies = [], []
+    for i, x in enumerate(arguments):
+        if not isinstance(x, torch.Tensor):
+            described.append(x)
+            continue
+        shape, strides = x.shape, x.stride()
+        if strides and strides[-1] != 1 and shape[-1] > 1 and i not in written:
+            x = x.contiguous()
+            copies.append(x)  # alive until the kernel returns
+            strides = x.stride()
+        described.append((x.data_ptr(), _CODES.get(x.dtype, -1), shape, strides))
+    if outputs is not None:
+        described += map(array, outputs if isinstance(outputs, tuple) else (outputs,))
+    _kernel(name)(torch.get_num_threads(), *described)
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[..., None]:
+    return getattr(kernels(), name)

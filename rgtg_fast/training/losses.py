@@ -16,8 +16,6 @@ from rgtg_fast.training.data import TokenizedPair
 
 OBJECTIVES = ("partial_bt", "full_bt", "cd_fudge", "rad", "farma", "genarm")
 MODES = ("eos", "repeat_last", "truncate")
-# What the op calls these modes.
-_OP_MODES = {"eos": "eos", "repeat_last": "hold", "truncate": "truncate"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class Objective:
         if constraint:
             return float(offsets[-1] - 2 * pairs) if self.weight == "prefix" else float(2 * pairs)
         if self.name == "partial_bt":
-            return partial_bt_terms(offsets, _OP_MODES[self.mode], self.weight)
+            return partial_bt_terms(offsets, self.mode, self.weight)
         if self.name in ("full_bt", "farma", "genarm"):
             return float(pairs)
         if self.name == "cd_fudge" and self.weight == "prefix":
@@ -165,7 +163,7 @@ class Objective:
         if normalizer is None:
             normalizer = torch.tensor(self.terms(offsets, best is not None), device=rewards.device)
         if self.name == "partial_bt":
-            return partial_bt_loss(rewards, offsets, _OP_MODES[self.mode], self.weight, normalizer)
+            return partial_bt_loss(rewards, offsets, self.mode, self.weight, normalizer)
         if rewards.dtype != torch.float64:
             rewards = rewards.float()
         lengths = offsets.diff()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +10,12 @@ import pytest
 import torch
 
 from rgtg_fast import ops
-from rgtg_fast.ops import backend_of, specs, tree_attention, use_backend
-from rgtg_fast.ops.tree_attention.launch import SPAN
+from rgtg_fast.ops import backend_of, tree_attention, use_backend
+from tests.ops.specs import SPECS, call, in_double
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels are NOT run on a GPU"
 )
-SPECS = specs()
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     pytest.param(name, shape, dtype, id=f"{name}-{i}-{dtype}")
@@ -32,23 +29,8 @@ SHARED = ("norm", "head", "bias", "eos")
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
-def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The op's results, and what it has written in place."""
-    result = getattr(ops, name)(**arguments)
-    written = tuple(arguments[key] for key in WRITTEN.get(name, ()))
-    return (*(result if isinstance(result, tuple) else () if result is None else (result,)), *written)
-
-
 def moved(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-
-
-def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
-    keep = ("beta", "temperature", "guidance")
-    return {
-        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in keep else x
-        for name, x in copy.deepcopy(arguments).items()
-    }
 
 
 @pytest.fixture
@@ -131,13 +113,14 @@ def test_a_row_has_the_same_bits_in_any_batch(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("S", [1, 10, 40])
 def test_the_cut_of_the_prefix_changes_no_bit(dtype, S, monkeypatch):
-    shape = {"B": 2, "H": 8, "G": 2, "S": S, "T": 2 * SPAN + 300, "D": 128, "lengths": [2 * SPAN + 290, 700]}
+    kernel = SPECS["tree_attention"].kernel
+    T = 2 * kernel.SPAN + 300
+    shape = {"B": 2, "H": 8, "G": 2, "S": S, "T": T, "D": 128, "lengths": [T - 10, 700]}
     arguments = moved(SPECS["tree_attention"].make_inputs(shape, dtype))
-    launch = importlib.import_module("rgtg_fast.ops.tree_attention.launch")
     results = []
     for programs in (1, 1000):
-        cut = launch.cut(programs, 4 * S, shape["T"], launch.least_leaf(16), 132)
-        monkeypatch.setattr(launch, "cut", lambda *_, cut=cut: cut)
+        split = kernel.split_prefix(programs, 4 * S, T, kernel.least_leaf(16), 132)
+        monkeypatch.setattr(kernel, "split_prefix", lambda *_, split=split: split)
         results.append(tree_attention(**arguments))
         monkeypatch.undo()
     assert torch.equal(*results)
@@ -184,7 +167,7 @@ def test_offsets_that_do_not_fit_give_nan_on_the_device():
     rewards = torch.zeros(5, device="cuda")
     for lengths in ((2, 2), (2, 9), (0, 5)):
         offsets = torch.tensor([0, *lengths]).cumsum(0).cuda()
-        assert ops.partial_bt_loss(rewards, offsets, "hold").isnan()
+        assert ops.partial_bt_loss(rewards, offsets, "repeat_last").isnan()
 
 
 def test_offsets_pass_31_bits(compare):
@@ -199,8 +182,8 @@ def test_offsets_pass_31_bits(compare):
     arguments = moved(small)
     far = (1 << 31) + 64
     for name in ("k_cache", "v_cache"):
-        room = torch.empty(far + 2 * 300 * 64, dtype=torch.bfloat16, device="cuda")
-        arguments[name] = room.as_strided((2, 2, 300, 64), (far, 300 * 64, 64, 1)).copy_(arguments[name])
+        buffer = torch.empty(far + 2 * 300 * 64, dtype=torch.bfloat16, device="cuda")
+        arguments[name] = buffer.as_strided((2, 2, 300, 64), (far, 300 * 64, 64, 1)).copy_(arguments[name])
     compare(tree_attention(**arguments).cpu(), want, SPECS["tree_attention"].tolerances[torch.bfloat16])
     one, zero = (
         torch.ones(2, dtype=torch.int64, device="cuda"),

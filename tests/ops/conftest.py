@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rgtg_fast.ops import Tolerance, _extension
+from rgtg_fast.ops import _extension
 from tests.ops import support
+from tests.ops.specs import Tolerance
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
@@ -19,6 +21,18 @@ import torch
 
 from rgtg_fast.ops import _triton
 from tests.conftest import poisoned
+
+
+def missing_reason() -> str:
+    """Why the kernels cannot be interpreted here; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: the Triton kernels are NOT tested (pip install triton)"
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton <= (3, 6) and numpy >= (2, 4):
+        return (
+            "Triton 3.6's interpreter fails with numpy 2.4: the kernels are NOT interpreted; use numpy < 2.4"
+        )
+    return ""
 
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rgtg_fast.ops import Tolerance
+from tests.ops.specs import Tolerance
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

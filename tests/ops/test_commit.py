@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgtg_fast import RGTGError
-from rgtg_fast.ops import _extension, commit, specs, use_backend
+from rgtg_fast.ops import _extension, commit, use_backend
+from tests.ops.specs import SPECS
 
 BACKENDS = ["reference"] if _extension.missing_reason() else ["reference", "cpp"]
-SPEC = specs()["commit"]
+SPEC = SPECS["commit"]
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 

@@ -1,18 +1,20 @@
-"""The reference of advance case by case, and what the op refuses; kernels: see the other files."""
+"""The reference of finish_step case by case, and what the op refuses; kernels: see the other files."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from rgtg_fast import RGTGError
-from rgtg_fast.ops import backend_of, finish_step, specs
+from rgtg_fast import RGTGError, ops
+from rgtg_fast.ops import backend_of, finish_step
 from rgtg_fast.ops.finish_step import NO_CANDIDATE, OK
+from tests.ops.specs import SPECS
 
-SPEC = specs()["finish_step"]
+SPEC = SPECS["finish_step"]
 NAN, INF = math.nan, math.inf
 
 
@@ -23,7 +25,7 @@ def row(**changed: Any) -> dict[str, torch.Tensor | None]:
         "rewards": [[0.5, 0.25, -INF]],
         "candidates": [[10, 11, 2**40]],
         "choice": [1],
-        "drawn": [-0.5],
+        "chosen_logprob": [-0.5],
         "tokens": [7],
         "position": [5],
         "limit": [9],
@@ -35,7 +37,7 @@ def row(**changed: Any) -> dict[str, torch.Tensor | None]:
 
 
 @pytest.mark.parametrize(
-    ("changed", "packed", "kept", "token"),
+    ("changed", "decision", "accepted", "token"),
     [
         ({}, [11, -2, 0.25, -0.5, OK], 1, 11),
         ({"choice": [2]}, [2**40, -3, -INF, -0.5, OK], 2, 2**40),
@@ -54,34 +56,48 @@ def row(**changed: Any) -> dict[str, torch.Tensor | None]:
         ({"rewards": [[INF, 0.25, NAN]], "choice": [-1]}, [10, -1, INF, -0.5, 10], -1, 10),
     ],
 )
-def test_a_row(changed: dict[str, Any], packed: list[float], kept: int, token: int) -> None:
+def test_a_row(changed: dict[str, Any], decision: list[float], accepted: int, token: int) -> None:
     arguments = row(**changed)
     if "eos" in changed and not changed["eos"]:
         arguments["eos"] = torch.zeros(0, dtype=torch.int64)
     got = finish_step(**arguments)  # pyright: ignore[reportArgumentType]
     assert got[0].dtype == torch.float64
     torch.testing.assert_close(
-        got[0][:, 0].tolist(), [float(x) for x in packed], rtol=0, atol=0, equal_nan=True
+        got[0][:, 0].tolist(), [float(x) for x in decision], rtol=0, atol=0, equal_nan=True
     )
-    assert (got[1].tolist(), arguments["tokens"].tolist()) == ([kept], [token])  # pyright: ignore[reportOptionalMemberAccess]
+    assert (got[1].tolist(), arguments["tokens"].tolist()) == ([accepted], [token])  # pyright: ignore[reportOptionalMemberAccess]
     assert arguments["position"].tolist() == [6]  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_rows_do_not_know_of_each_other() -> None:
-    whole, (packed, kept) = (a := SPEC.make_inputs(SPEC.shapes[2], torch.float32)), finish_step(**a)
+    whole, (decision, accepted) = (a := SPEC.make_inputs(SPEC.shapes[2], torch.float32)), finish_step(**a)
     parts = SPEC.make_inputs(SPEC.shapes[2], torch.float32)
-    for b in range(len(kept)):
+    for b in range(len(accepted)):
         alone = {name: x if name == "eos" else x[b : b + 1] for name, x in parts.items()}
-        one, kept_one = finish_step(**alone)
-        torch.testing.assert_close(one[:, 0], packed[:, b], rtol=0, atol=0, equal_nan=True)
-        assert kept_one == kept[b]
+        one, accepted_one = finish_step(**alone)
+        torch.testing.assert_close(one[:, 0], decision[:, b], rtol=0, atol=0, equal_nan=True)
+        assert accepted_one == accepted[b]
     assert torch.equal(parts["tokens"], whole["tokens"]), "written in place"
-    assert (kept == -1).any()
-    assert ((whole["tokens"] >= 0) & (packed[4] >= 0)).any()
+    assert (accepted == -1).any()
+    assert ((whole["tokens"] >= 0) & (decision[4] >= 0)).any()
 
 
 def test_the_reference_serves_on_the_cpu() -> None:
     assert backend_of("finish_step", "cpu") == "reference"
+
+
+def test_the_old_names_work_and_warn() -> None:
+    arguments = row()
+    with pytest.warns(DeprecationWarning, match=r"ops\.advance is now ops\.finish_step"):
+        advance = ops.advance
+    old = {"drawn" if name == "chosen_logprob" else name: x for name, x in copy.deepcopy(arguments).items()}
+    with pytest.warns(DeprecationWarning, match="drawn= is now chosen_logprob="):
+        decision, accepted = advance(**old)
+    want = finish_step(**arguments)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(decision, want[0])
+    assert torch.equal(accepted, want[1])
+    with pytest.warns(DeprecationWarning, match=r"ops\.reward_tail is now ops\.score_and_sample"):
+        assert ops.reward_tail is ops.score_and_sample
 
 
 @pytest.mark.parametrize(
@@ -97,9 +113,9 @@ def test_the_reference_serves_on_the_cpu() -> None:
         ("choice", torch.zeros(9), "choice has dtype torch.float32: use torch.int64"),
         ("limit", torch.zeros(8, dtype=torch.int64), r"limit has shape \[8\]: use \[B\] = \[9\]"),
         (
-            "drawn",
+            "chosen_logprob",
             torch.zeros(9, dtype=torch.int64),
-            "drawn has dtype torch.int64: use a floating-point dtype",
+            "chosen_logprob has dtype torch.int64: use a floating-point dtype",
         ),
         ("eos", torch.zeros(2, 1, dtype=torch.int64), r"eos has shape \[2, 1\]: use \[Z\]"),
         (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rgtg_fast import RGTGError, ops
 from rgtg_fast.ops import _extension, use_backend
-from tests.ops.test_specs import SPECS, call
+from tests.ops.specs import SPECS, call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHER_DTYPES = (*DTYPES, torch.int64, torch.int32, torch.bool, torch.complex64)
@@ -22,7 +22,7 @@ WHOLE = (-1, -2, 0, 1, 3, 64, 2**31, 2**32, 2**63 - 1, -(2**63), -(2**63) + 1)
 SIZES = {"T": 300}
 OPTIONS = {
     "mask": (None, "chain", "causal"),
-    "mode": ("eos", "hold", "truncate"),
+    "mode": ("eos", "repeat_last", "truncate"),
     "weight": ("prefix", "pair"),
 }
 # Dimensions of rows, so that there may be none: the first but where it is said.
@@ -158,14 +158,11 @@ def test_fuzz_longer(name: str, data: st.DataObject) -> None:
     _try(name, data)
 
 
-# ---- the door of the extension itself --------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("cpp")
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 @pytest.mark.parametrize("name", [name for name in SPECS if SPECS[name].has_cpp])
-def test_the_door_checks_for_itself(name: str, data: st.DataObject) -> None:
+def test_the_extension_checks_its_arguments_itself(name: str, data: st.DataObject) -> None:
     """Called past the public function, which has looked at everything already."""
     arguments = copy.deepcopy(_arguments(name, data))
     if not isinstance(arguments.get("k", 1), (int, torch.Tensor)):
@@ -196,7 +193,7 @@ def test_offsets_whose_differences_overflow_are_refused(offsets: list[int], back
     if backend == "cpp" and (reason := _extension.missing_reason()):
         pytest.skip(reason)
     rewards, ends, one = torch.zeros(2), torch.tensor(offsets), torch.ones(())
-    for mode in ("eos", "hold", "truncate"):
+    for mode in ("eos", "repeat_last", "truncate"):
         with use_backend(backend), pytest.raises(RGTGError, match="partial_bt_loss: "):
             ops.partial_bt_loss(rewards, ends, mode=mode, normalizer=one)
     if len(offsets) > 1 and offsets[1:] != sorted(set(offsets[1:])):

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from benchmarks.ops import gpu_ops
-from rgtg_fast.ops import specs, topk_logprobs, tree_attention
+from rgtg_fast.ops import topk_logprobs, tree_attention
+from tests.ops.specs import SPECS
 
 
 def test_every_op_has_cases_and_bytes():
     found = list(gpu_ops.cases())
-    assert {case.op for case in found} == {*specs(), "linear"}
+    assert {case.op for case in found} == {*SPECS, "linear"}
     # A product reads its weights and rows once; it has no kernel of ours beside it.
     (product,) = (case for case in found if case.shape == {"M": 10, "N": 6144, "K": 4096, "layer": "qkv"})
     assert gpu_ops.moved_bytes(product) == 2 * (6144 * 4096 + 10 * (6144 + 4096))
@@ -42,7 +43,7 @@ def test_quantiles_and_copies():
 
 
 def test_the_rivals_compute_the_same():
-    arguments = specs()["tree_attention"].make_inputs(
+    arguments = SPECS["tree_attention"].make_inputs(
         {"B": 2, "H": 4, "G": 2, "S": 3, "T": 9, "D": 8, "lengths": [9, 9]}, torch.float32
     )
     got = gpu_ops.torch_sdpa(gpu_ops.replicated(arguments))  # [B·S, H, 1, D]

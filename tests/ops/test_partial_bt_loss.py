@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgtg_fast import RGTGError
-from rgtg_fast.ops import _extension, partial_bt_loss, partial_bt_terms, specs, use_backend
+from rgtg_fast.ops import _extension, partial_bt_loss, partial_bt_terms, use_backend
 from rgtg_fast.ops.partial_bt_loss import MODES, WEIGHTS
+from tests.ops.specs import SPECS
 
 BACKENDS = ["reference"] if _extension.missing_reason() else ["reference", "cpp"]
-SPEC = specs()["partial_bt_loss"]
+SPEC = SPECS["partial_bt_loss"]
 NAN, INF = math.nan, math.inf
 
 
@@ -33,7 +34,7 @@ def written_out(
     answers = [list(rewards[a:b]) for a, b in pairwise(ends)]
     total, count = rewards.new_zeros(()), 0.0
     for chosen, rejected in zip(answers[::2], answers[1::2], strict=True):
-        if mode == "hold":
+        if mode == "repeat_last":
             while len(chosen) < len(rejected):
                 chosen = [*chosen, chosen[-1]]
             while len(rejected) < len(chosen):
@@ -168,11 +169,13 @@ def test_batches_of_one_step_add_up(backend):
     offsets = offsets_of(4, 5), offsets_of(1, 6, 3, 2)
     joined = torch.cat([offsets[0], offsets[1][1:] + 9])
     for weight in WEIGHTS:
-        z = torch.tensor(sum(partial_bt_terms(o, "hold", weight) for o in offsets), dtype=torch.float64)
+        z = torch.tensor(
+            sum(partial_bt_terms(o, "repeat_last", weight) for o in offsets), dtype=torch.float64
+        )
         with use_backend(backend):
-            whole = partial_bt_loss(torch.cat([first, second]), joined, "hold", weight)
+            whole = partial_bt_loss(torch.cat([first, second]), joined, "repeat_last", weight)
             parts = [
-                partial_bt_loss(r, o, "hold", weight, z)
+                partial_bt_loss(r, o, "repeat_last", weight, z)
                 for r, o in zip((first, second), offsets, strict=True)
             ]
         torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-14, atol=0)
@@ -181,7 +184,7 @@ def test_batches_of_one_step_add_up(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_pair_is_no_loss_where_others_count(backend):
     with use_backend(backend):
-        loss = partial_bt_loss(torch.zeros(0), offsets_of(), "hold", normalizer=torch.tensor(7.0))
+        loss = partial_bt_loss(torch.zeros(0), offsets_of(), "repeat_last", normalizer=torch.tensor(7.0))
     assert loss.item() == 0
 
 
@@ -197,11 +200,22 @@ def test_dtypes():
 
 def test_terms():
     offsets = offsets_of(3, 5, 2, 1)
-    assert partial_bt_terms(offsets, "hold") == 7.0
+    assert partial_bt_terms(offsets, "repeat_last") == 7.0
     assert partial_bt_terms(offsets, "truncate") == 4.0
-    assert partial_bt_terms(offsets, "hold", "pair") == 2.0
-    with pytest.raises(RGTGError, match="partial_bt_terms: there is no mode 'padded': use one of eos, hold"):
+    assert partial_bt_terms(offsets, "repeat_last", "pair") == 2.0
+    with pytest.raises(
+        RGTGError, match="partial_bt_terms: there is no mode 'padded': use one of eos, repeat_last"
+    ):
         partial_bt_terms(offsets, "padded")
+
+
+def test_the_old_name_of_a_mode_works_and_warns():
+    rewards, offsets = torch.tensor([0.0, 2.0, 0.0]), offsets_of(2, 1)
+    with pytest.warns(DeprecationWarning, match="mode='hold' is now mode='repeat_last'") as told:
+        loss, terms = partial_bt_loss(rewards, offsets, mode="hold"), partial_bt_terms(offsets, "hold")
+    assert [warning.filename for warning in told] == [__file__] * 2
+    assert loss == partial_bt_loss(rewards, offsets, mode="repeat_last")
+    assert terms == partial_bt_terms(offsets, "repeat_last")
 
 
 def test_is_not_differentiated_twice():
@@ -216,7 +230,7 @@ def test_compiles_as_one_graph():
     offsets = offsets_of(3, 5, 2, 1)
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        return partial_bt_loss(2 * x, offsets, "hold", "pair")
+        return partial_bt_loss(2 * x, offsets, "repeat_last", "pair")
 
     x = torch.linspace(-1, 1, 11)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -232,16 +246,16 @@ def test_compiles_as_one_graph():
             (2, 3),
             5,
             "eos",
-            "pair 0 has answers of 2 and 3 tokens, .* pad the shorter with EOS, or use 'hold'",
+            "pair 0 has answers of 2 and 3 tokens, .* pad the shorter with EOS, or use 'repeat_last'",
         ),
         (
             (2, 2, 0, 1),
             5,
-            "hold",
+            "repeat_last",
             "the chosen answer of pair 1 has 0 tokens: every answer needs at least one",
         ),
-        ((2, -1), 1, "hold", "the rejected answer of pair 0 has -1 tokens"),
-        ((2, 2), 5, "hold", "offsets go from 0 to 4: they must go from 0 to M=5"),
+        ((2, -1), 1, "repeat_last", "the rejected answer of pair 0 has -1 tokens"),
+        ((2, 2), 5, "repeat_last", "offsets go from 0 to 4: they must go from 0 to M=5"),
     ],
 )
 def test_bad_offsets_are_named(backend, lengths, M, mode, message):

@@ -12,7 +12,7 @@ from scipy import stats
 
 from rgtg_fast import RGTGError
 from rgtg_fast.ops import _extension, resample, use_backend
-from rgtg_fast.ops.resample.reference import gumbel, philox
+from rgtg_fast.ops.resample import gumbel, philox
 
 BACKENDS = ["reference"] if _extension.missing_reason() else ["reference", "cpp"]
 INF, NAN = math.inf, math.nan

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional
 
 from rgtg_fast import RGTGError
-from rgtg_fast.ops import backend_of, resample, score_and_sample, specs, use_backend
+from rgtg_fast.ops import backend_of, resample, score_and_sample, use_backend
+from tests.ops.specs import SPECS
 
-SPEC = specs()["score_and_sample"]
+SPEC = SPECS["score_and_sample"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

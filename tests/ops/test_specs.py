@@ -1,4 +1,4 @@
-"""What every op promises, checked by looping over the registered specs."""
+"""What every op promises, checked for every spec."""
 
 from __future__ import annotations
 
@@ -12,35 +12,16 @@ import torch
 from rgtg_fast import ops
 from rgtg_fast.ops import use_backend
 from tests.covering import daily
+from tests.ops.specs import SPECS, call, in_double
 from tests.ops.support import cases_of, shape_and_dtype
 
-SPECS = ops.specs()
 CASES = daily(cases_of({name: spec.shapes for name, spec in SPECS.items() if spec.has_cpp}), shape_and_dtype)
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
 
 
 def small(dtypes: tuple[torch.dtype, ...], names: Iterable[str] = SPECS) -> list[Any]:
     """The first shapes of every op in these dtypes."""
     cases = cases_of({name: SPECS[name].shapes[:6] for name in names}, dtypes)
     return daily(cases, shape_and_dtype)
-
-
-def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The op's results, and what it has written in place."""
-    result = getattr(ops, name)(**arguments)
-    written = tuple(arguments[key] for key in WRITTEN.get(name, ()))
-    return (*(result if isinstance(result, tuple) else () if result is None else (result,)), *written)
-
-
-def in_double(
-    arguments: dict[str, Any], keep: tuple[str, ...] = ("beta", "temperature", "guidance")
-) -> dict[str, Any]:
-    return {
-        name: x.double()
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in keep
-        else copy.copy(x)
-        for name, x in arguments.items()
-    }
 
 
 @pytest.mark.usefixtures("cpp")
@@ -56,7 +37,7 @@ def test_cpp_equals_the_float64_reference(name, shape, dtype, compare, monkeypat
     spec = SPECS[name]
     arguments = spec.make_inputs(shape, dtype)
     with use_backend("reference"):
-        want = call(name, in_double(copy.deepcopy(arguments)))
+        want = call(name, in_double(arguments))
     monkeypatch.setattr(torch, "empty", poisoned)
     with use_backend("cpp"):
         got = call(name, arguments)
@@ -111,8 +92,8 @@ def test_strided_views_give_the_same(name):
     def spread(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.ndim < 2 or not x.is_floating_point():
             return x
-        room = torch.full([2 * n for n in x.shape[:-1]] + [x.shape[-1] + 3], float("nan"))
-        view = room[tuple(slice(None, None, 2) for _ in x.shape[:-1])][..., : x.shape[-1]]
+        buffer = torch.full([2 * n for n in x.shape[:-1]] + [x.shape[-1] + 3], float("nan"))
+        view = buffer[tuple(slice(None, None, 2) for _ in x.shape[:-1])][..., : x.shape[-1]]
         return view.copy_(x)
 
     views = {key: spread(copy.deepcopy(x)) for key, x in arguments.items()}

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgtg_fast import RGTGError
-from rgtg_fast.ops import _extension, specs, tree_attention, use_backend
+from rgtg_fast.ops import _extension, tree_attention, use_backend
+from tests.ops.specs import SPECS
 
 BACKENDS = ["reference"] if _extension.missing_reason() else ["reference", "cpp"]
-SPEC = specs()["tree_attention"]
+SPEC = SPECS["tree_attention"]
 
 
 def visible(s: int, j: int, b: int, ancestors: torch.Tensor | None, causal: bool) -> bool:

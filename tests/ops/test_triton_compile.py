@@ -14,26 +14,24 @@ import pytest
 import torch
 
 from benchmarks.ops import instructions, kernel_table
-from rgtg_fast.ops import specs
-from rgtg_fast.ops.commit import launch as commit
-from rgtg_fast.ops.finish_step import launch as finish_step
-from rgtg_fast.ops.partial_bt_loss import launch as partial_bt_loss
-from rgtg_fast.ops.resample import launch as resample
-from rgtg_fast.ops.score_and_sample import launch as score_and_sample
-from rgtg_fast.ops.topk_logprobs import launch as topk_logprobs
-from rgtg_fast.ops.tree_attention import launch as tree_attention
+from rgtg_fast.ops.partial_bt_loss import MODES, WEIGHTS
+from rgtg_fast.ops.topk_logprobs import MAX_K, MAX_V, largest_k, triton_limit
 from tests.covering import daily
+from tests.ops.specs import SPECS
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip(
+        "Triton is not installed: the Triton kernels are NOT compiled (pip install triton)",
+        allow_module_level=True,
+    )
 
 # The tensor cores' instructions that came with an architecture.
 OWN = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 KERNELS = sorted((Path(__file__).parents[2] / "rgtg_fast" / "ops").glob("*/kernel.py"))
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed: the Triton kernels are NOT compiled (pip install triton)",
-)
 pytestmark = pytest.mark.triton
 
 
+tree_attention, topk_logprobs = SPECS["tree_attention"].kernel, SPECS["topk_logprobs"].kernel
 SIGNATURES = [(*entry, arch) for arch in kernel_table.SHARED_LIMIT for entry in kernel_table.signatures(arch)]
 
 
@@ -47,7 +45,6 @@ def name_of(value: object) -> str:
     return kernel_table.label(value).replace(" ", "-") if isinstance(value, Mapping) else str(value)
 
 
-@needs_triton
 @pytest.mark.parametrize(
     ("op", "kernel", "signature", "arch"),
     daily(SIGNATURES, shows),
@@ -75,7 +72,6 @@ def test_attention_is_compiled_for_every_dtype_and_for_many_rows():
     assert any(int(signature["BLOCK_M"]) >= 64 for signature in attention)
 
 
-@needs_triton
 @pytest.mark.parametrize("leaves", [1, 0])
 def test_two_programs_of_attention_share_a_multiprocessor(leaves):
     """On sm_90, for 10 candidates of a head of 128: one's loads and scores go on while the other waits."""
@@ -101,12 +97,12 @@ def test_a_leaf_never_has_partial_sums_that_outweigh_the_prefix():
             leaf = tree_attention.leaf_of(length, least)
             assert 64 <= least <= leaf <= tree_attention.LEAF
             assert block_m * 4 <= leaf * 2 * 2 / 2
-            assert -(-length // leaf) <= max(tree_attention.TOGETHER, -(-length // tree_attention.LEAF))
+            assert -(-length // leaf) <= max(tree_attention.MAX_PARTS, -(-length // tree_attention.LEAF))
     assert [tree_attention.leaf_of(n, 64) for n in (1, 512, 513, 1024, 1025)] == [64, 64, 128, 128, 256]
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "cut"),
+    ("B", "T", "split"),
     [
         (1, 512, (0, 4)),
         (1, 576, (0, 5)),
@@ -117,9 +113,9 @@ def test_a_leaf_never_has_partial_sums_that_outweigh_the_prefix():
         (32, 4096, (2048, 2)),
     ],
 )
-def test_the_prefix_is_cut_where_programs_would_leave_multiprocessors_idle(B, T, cut):
+def test_the_prefix_is_cut_where_programs_would_leave_multiprocessors_idle(B, T, split):
     """Of the 8B model with 10 candidates on 132 multiprocessors: 8 heads, 40 query rows in blocks of 64."""
-    assert tree_attention.cut(B * 8, 40, T, tree_attention.least_leaf(64), 132) == cut
+    assert tree_attention.split_prefix(B * 8, 40, T, tree_attention.least_leaf(64), 132) == split
 
 
 @pytest.fixture
@@ -143,8 +139,7 @@ def no_gpu(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@needs_triton
-@pytest.mark.parametrize("name", specs())
+@pytest.mark.parametrize("name", SPECS)
 def test_launches_compile_as_they_are_called(name, no_gpu, monkeypatch):
     """From the wrapper through Triton's own specialisation of the arguments to machine code, all but the launch."""
     from triton.runtime.jit import JITFunction
@@ -158,11 +153,11 @@ def test_launches_compile_as_they_are_called(name, no_gpu, monkeypatch):
         return run(self, *arguments, grid=grid, warmup=True, **options)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    launch = importlib.import_module(f"rgtg_fast.ops.{name}.kernel").launch
-    for shape in specs()[name].shapes:
-        if shape.get("k", 0) <= topk_logprobs.MAX_K:
-            launch(*specs()[name].make_inputs(shape, torch.bfloat16).values())
-    assert set(compiled) == {kernel.name for kernel in specs()[name].kernels}
+    launch = SPECS[name].kernel.launch
+    for shape in SPECS[name].shapes:
+        if shape.get("k", 0) <= MAX_K:
+            launch(*SPECS[name].make_inputs(shape, torch.bfloat16).values())
+    assert set(compiled) == {kernel.name for kernel in SPECS[name].kernels}
 
 
 def test_the_page_lists_every_kernel_and_signature():
@@ -186,8 +181,8 @@ def test_every_kernel_has_a_spec_and_every_spec_a_kernel():
             and isinstance(node.func, ast.Subscript)
             and isinstance(node.func.value, ast.Name)
         }
-        assert launched == {kernel.name for kernel in specs()[path.parent.name].kernels}
-    assert len(KERNELS) == len(specs())
+        assert launched == {kernel.name for kernel in SPECS[path.parent.name].kernels}
+    assert len(KERNELS) == len(SPECS)
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.parent.name)
@@ -208,7 +203,7 @@ def test_nothing_makes_the_host_wait(path):
 
 
 def known(op: str, kernel: str, configuration: dict[str, object], arch: int = 90) -> None:
-    own = (k for k in specs()[op].kernels if k.name == kernel and (not k.archs or arch in k.archs))
+    own = (k for k in SPECS[op].kernels if k.name == kernel and (not k.archs or arch in k.archs))
     want = {name: str(value) for name, value in configuration.items()}
     assert any(want.items() <= signature.items() for k in own for signature in k.signatures), (
         op,
@@ -218,17 +213,17 @@ def known(op: str, kernel: str, configuration: dict[str, object], arch: int = 90
 
 
 def test_topk_says_what_it_takes():
-    assert topk_logprobs.reason_against(256, 524288) == ""
-    assert topk_logprobs.reason_against(128, topk_logprobs.MAX_V) == ""
-    assert "takes k <= 256, not 257" in topk_logprobs.reason_against(257, 524288)
-    assert "takes k <= 128 for V=524289, not 129" in topk_logprobs.reason_against(129, 524289)
-    assert "takes V <= 2097152" in topk_logprobs.reason_against(1, 1 << 22)
+    assert triton_limit(256, 524288) == ""
+    assert triton_limit(128, MAX_V) == ""
+    assert "takes k <= 256, not 257" in triton_limit(257, 524288)
+    assert "takes k <= 128 for V=524289, not 129" in triton_limit(129, 524289)
+    assert "takes V <= 2097152" in triton_limit(1, 1 << 22)
 
 
 def test_what_is_launched_is_compiled():
     """The configurations that the launches choose, from one end to the other, are among the signatures."""
     for D in (64, 128, 256):
-        known("commit", "commit_kernel", commit.configuration(D))
+        known("commit", "commit_kernel", SPECS["commit"].kernel.configuration(D))
         known("tree_attention", "tree_attention_merge_kernel", tree_attention.merge_configuration(D, 1))
         known("tree_attention", "tree_attention_merge_kernel", tree_attention.merge_configuration(128, 0))
         for arch in (75, 80, 89, 90, 100, 120):
@@ -242,20 +237,28 @@ def test_what_is_launched_is_compiled():
                 settings = tree_attention.configuration(D, rows, tree_attention.ALONE, torch.float32, arch)
                 known("tree_attention", "tree_attention_kernel", settings, table)
     for K in (1, 10, 64, 65, 512, 513, 256000):
-        known("resample", "resample_kernel", resample.configuration(K))
+        known("resample", "resample_kernel", SPECS["resample"].kernel.configuration(K))
     for K in (1, 4, 5, 40, 65, 512, 513, 2000):
         for E in (16, 128, 129, 4096):
-            known("score_and_sample", "score_and_sample_kernel", score_and_sample.configuration(K, E))
-    for mode in partial_bt_loss.MODES:
-        for weight in partial_bt_loss.WEIGHTS:
-            known("partial_bt_loss", "pair_kernel", partial_bt_loss.pair_configuration(mode, weight))
+            known(
+                "score_and_sample",
+                "score_and_sample_kernel",
+                SPECS["score_and_sample"].kernel.configuration(K, E),
+            )
+    for mode in MODES:
+        for weight in WEIGHTS:
+            known(
+                "partial_bt_loss",
+                "pair_kernel",
+                SPECS["partial_bt_loss"].kernel.pair_configuration(mode, weight),
+            )
     for K in (1, 10, 64, 65, 4096, 256000):
-        known("finish_step", "finish_step_kernel", finish_step.configuration(K))
-    known("partial_bt_loss", "sum_kernel", partial_bt_loss.sum_configuration())
-    for V in (1, 100, 32000, 128256, 151936, 262144, 262208, 600000, topk_logprobs.MAX_V):
+        known("finish_step", "finish_step_kernel", SPECS["finish_step"].kernel.configuration(K))
+    known("partial_bt_loss", "sum_kernel", SPECS["partial_bt_loss"].kernel.sum_configuration())
+    for V in (1, 100, 32000, 128256, 151936, 262144, 262208, 600000, MAX_V):
         known("topk_logprobs", "topk_segment_kernel", topk_logprobs.segment_configuration(V))
         for k in (1, 10, 40, 100, 256):
-            few = min(k, topk_logprobs.most(V), V)
+            few = min(k, largest_k(V), V)
             known("topk_logprobs", "topk_merge_kernel", topk_logprobs.merge_configuration(V, few))
 
 
@@ -264,7 +267,6 @@ TOPK = [
 ]
 
 
-@needs_triton
 @pytest.mark.parametrize(
     ("kernel", "signature"),
     daily([entry for entry in TOPK if entry[1].get("num_warps") == "1"], partial(shows, "topk_logprobs")),
@@ -285,7 +287,6 @@ def test_the_kernels_of_topk_are_cheap_by_their_machine_code(kernel, signature):
         assert all(loop.exchanges == 1 and not loop.barriers for loop in counts.loops[:-1])
 
 
-@needs_triton
 @pytest.mark.parametrize(
     "signature",
     daily(

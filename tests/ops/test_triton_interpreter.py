@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
-import importlib.util
-import io
 import math
-from importlib.metadata import version
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -16,40 +11,25 @@ from unittest import mock
 import pytest
 import torch
 
-from rgtg_fast import Guidance, RGTGError, ops
+from rgtg_fast import Guidance, RGTGError
 from rgtg_fast.ops import (
     backend_of,
     commit,
     partial_bt_loss,
     resample,
     topk_logprobs,
-    tree_attention,
     use_backend,
 )
-from rgtg_fast.ops._triton import _tickets, tickets
-from rgtg_fast.ops.tree_attention import launch as tree_attention_launch
-from rgtg_fast.ops.tree_attention.launch import SPAN
 from tests.covering import daily, each
 from tests.engine.support import prompts_of
 from tests.engine.test_ahead import as_numbers, make_decoder
-from tests.ops.interpreted import interpreted
+from tests.ops.interpreted import interpreted, missing_reason
+from tests.ops.specs import SPECS, Tolerance, call, in_double
 from tests.ops.support import cases_of, compare, shape_and_dtype
 
-
-def _missing() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: the Triton kernels are NOT tested (pip install triton)"
-    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    if triton <= (3, 6) and numpy >= (2, 4):
-        return (
-            "Triton 3.6's interpreter fails with numpy 2.4: the kernels are NOT interpreted; use numpy < 2.4"
-        )
-    return ""
-
-
-pytestmark = [pytest.mark.triton, pytest.mark.skipif(bool(_missing()), reason=_missing() or "none")]
-SPECS = ops.specs()
-WRITTEN = {"commit": ("k_cache", "v_cache", "lengths"), "finish_step": ("tokens", "position")}
+pytestmark = pytest.mark.triton
+if missing_reason():
+    pytest.skip(missing_reason(), allow_module_level=True)
 INF, NAN = math.inf, math.nan
 
 # Small enough for an interpreter that walks through every program one by one; the same edges as the specs' own.
@@ -75,23 +55,6 @@ SHAPES = {
     "partial_bt_loss": tuple(shape for shape in SPECS["partial_bt_loss"].shapes if shape["N"] <= 8),
 }
 CASES = daily(cases_of(SHAPES), shape_and_dtype)
-
-
-def call(name: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The op's results, and what it has written in place."""
-    result = getattr(ops, name)(**arguments)
-    written = tuple(arguments[key] for key in WRITTEN.get(name, ()))
-    return (*(result if isinstance(result, tuple) else () if result is None else (result,)), *written)
-
-
-def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
-    keep = ("beta", "temperature", "guidance")
-    return {
-        name: x.double()
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in keep
-        else copy.copy(x)
-        for name, x in copy.deepcopy(arguments).items()
-    }
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
@@ -148,8 +111,8 @@ def test_strided_views_give_the_same(name):
     def spread(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.ndim < 2 or not x.is_floating_point():
             return x
-        room = torch.full([2 * n for n in x.shape[:-1]] + [x.shape[-1] + 3], NAN)
-        view = room[tuple(slice(None, None, 2) for _ in x.shape[:-1])][..., : x.shape[-1]]
+        buffer = torch.full([2 * n for n in x.shape[:-1]] + [x.shape[-1] + 3], NAN)
+        view = buffer[tuple(slice(None, None, 2) for _ in x.shape[:-1])][..., : x.shape[-1]]
         return view.copy_(x)
 
     views = {key: spread(copy.deepcopy(x)) for key, x in arguments.items()}
@@ -275,138 +238,6 @@ def test_k_beyond_the_kernel_is_the_reference_and_never_silent():
     assert backend_of("tree_attention", "cuda", torch.float64) == "reference"
 
 
-# --- tree_attention
-
-
-@pytest.mark.parametrize("mask", [None, "causal", "tree"])
-@pytest.mark.parametrize(
-    ("T", "lengths"),
-    [
-        pytest.param(1500, [0, 64, 300, 700, 1100, 1500], id="leaves merged by their last program"),
-        pytest.param(
-            2 * SPAN + 300, [2 * SPAN + 290, 700], id="leaves by a kernel, spans by their last program"
-        ),
-    ],
-)
-@interpreted
-@use_backend("triton")
-def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask):
-    """A program per leaf and a program per span are the same sums in the same order; tickets are taken back."""
-    shape = {"B": len(lengths), "H": 2, "G": 1, "S": 3, "T": T, "D": 16, "mask": mask}
-    arguments = SPECS["tree_attention"].make_inputs({**shape, "lengths": lengths}, torch.float32)
-    results = []
-    for programs in (1, 1000, 1):
-        cut = tree_attention_launch.cut(programs, 6, T, 64, 132)
-        assert (cut[0] == 0) is (programs == 1)
-        with mock.patch.object(tree_attention_launch, "cut", lambda *_, cut=cut: cut):
-            results.append(tree_attention(**arguments))
-        assert not tickets(torch.device("cpu"), 1).any()
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-    # Nor does the room in the cache.
-    row = lengths.index(700)
-    for name in ("k_cache", "v_cache"):
-        arguments[name] = arguments[name][:, :, :700]
-    short = {
-        key: x[row : row + 1] if isinstance(x, torch.Tensor) and x.shape[0] == len(lengths) else x
-        for key, x in arguments.items()
-    }
-    assert torch.equal(tree_attention(**short), results[0][row : row + 1])
-
-
-def test_tickets_that_graphs_have_recorded_stay_when_more_are_needed():
-    few = tickets(torch.device("cpu"), 10)
-    many = tickets(torch.device("cpu"), len(few) + 1)
-    assert len(many) > len(few)
-    assert any(held is few for held in _tickets[torch.device("cpu"), 0])
-    assert tickets(torch.device("cpu"), 10) is many
-
-
-@interpreted
-def test_block_shapes_are_tried_and_those_that_differ_are_left_out():
-    from benchmarks.ops import tune
-
-    shape = {"B": 1, "H": 4, "G": 1, "S": 2, "T": 70, "D": 16, "lengths": [70]}
-    launched = []
-    calls = iter(range(100))
-
-    def time(function, inputs):
-        function(inputs[0])
-        launched.append(next(calls))
-        return (1.0, 10.0 - launched[-1], 20.0)
-
-    several = list(tune.candidates(tune.configuration(16, 8, tune.ALONE, torch.bfloat16)))
-    assert len(several) == len({tuple(each.items()) for each in several}) > 15
-    four = mock.patch.object(tune, "candidates", return_value=several[:4])
-    with four:
-        rows = tune.tried(shape, 100.0, "cpu", time)
-    assert [row["chosen"] for row in rows] == [False, False, False, True], "the fastest first"
-    assert [row["us_p50"] for row in rows] == [7.0, 8.0, 9.0, 10.0]
-    # Only the launch's own settings change what is launched, and only within.
-    assert {row["block_n"] for row in rows} == {32, 64}
-    kernel = importlib.import_module("rgtg_fast.ops.tree_attention.kernel")
-    assert kernel.choices.configuration is tune.configuration
-
-    told = io.StringIO()
-    with four, mock.patch.object(tune, "agrees", return_value=False), contextlib.redirect_stdout(told):
-        assert tune.tried(shape, 100.0, "cpu", time) == []
-    assert "differs from the reference" in told.getvalue()
-
-
-@interpreted
-@use_backend("triton")
-def test_many_rows_walk_over_the_whole_prefix():
-    shape = {"B": 2, "H": 2, "G": 1, "S": 512, "T": 700, "D": 16, "mask": "causal", "lengths": [0, 600]}
-    arguments = SPECS["tree_attention"].make_inputs(shape, torch.float32)
-    with use_backend("reference"):
-        want = tree_attention(**in_double(arguments))
-    compare(tree_attention(**arguments), want, SPECS["tree_attention"].tolerances[torch.float32])
-
-
-@interpreted
-@use_backend("triton")
-def test_a_nan_candidate_stays_alone():
-    arguments = SPECS["tree_attention"].make_inputs(
-        {"B": 1, "H": 4, "G": 2, "S": 8, "T": 300, "D": 16}, torch.float32
-    )
-    want = tree_attention(**arguments)
-    for name in ("q", "k", "v"):
-        arguments[name][:, :, 3] = NAN
-    got = tree_attention(**arguments)
-    others = [0, 1, 2, 4, 5, 6, 7]
-    assert got[:, :, 3].isnan().all()
-    assert torch.equal(got[:, :, others], want[:, :, others])
-
-
-@interpreted
-@use_backend("triton")
-def test_an_empty_prefix_and_a_token_that_sees_nothing():
-    make = SPECS["tree_attention"].make_inputs
-    arguments = make({"B": 1, "H": 4, "G": 2, "S": 5, "T": 0, "D": 16}, torch.float32)
-    assert torch.equal(tree_attention(**arguments), arguments["v"].repeat_interleave(2, dim=1))
-    blind = make(
-        {"B": 1, "H": 2, "G": 1, "S": 2, "T": 4, "D": 8, "mask": "tree", "lengths": [0]}, torch.float32
-    )
-    got = tree_attention(**blind)
-    assert (got[:, :, 1] == 0).all()
-    assert got[:, :, 0].isfinite().all()
-
-
-@pytest.mark.parametrize("factor", [1e4, 1e-30, 0.0])
-@interpreted
-@use_backend("triton")
-def test_extreme_scores(factor):
-    arguments = SPECS["tree_attention"].make_inputs(
-        {"B": 1, "H": 2, "G": 1, "S": 3, "T": 600, "D": 16}, torch.float32
-    )
-    arguments["scale"] = factor
-    with use_backend("reference"):
-        want = tree_attention(**in_double(arguments))
-    torch.testing.assert_close(
-        tree_attention(**arguments).double(), want, rtol=0, atol=1e-3 if factor > 1 else 4e-6
-    )
-
-
 # --- resample
 
 
@@ -495,7 +326,7 @@ def test_commit_moves_every_bit_and_rows_stand_still(dtype):
 @interpreted
 def test_a_full_cache_is_never_written_past_its_end():
     """On a GPU nobody checks the lengths: the kernel does as the reference does and stays inside."""
-    launch = importlib.import_module("rgtg_fast.ops.commit.kernel").launch
+    launch = SPECS["commit"].kernel.launch
     room = torch.full((1, 2, 1, 6, 4), -1.0)
     k_cache, v_cache = room[:, :1, :, :4], room[:, 1:, :, :4]
     lengths = torch.tensor([4])
@@ -509,7 +340,7 @@ def test_a_full_cache_is_never_written_past_its_end():
 # --- partial_bt_loss
 
 
-@pytest.mark.parametrize("mode", ["eos", "hold", "truncate"])
+@pytest.mark.parametrize("mode", ["eos", "repeat_last", "truncate"])
 @pytest.mark.parametrize("weight", ["prefix", "pair"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @interpreted
@@ -530,7 +361,7 @@ def test_loss_and_gradient_of_every_mode(mode, weight, dtype):
         compare(
             results[1][1],
             results[0][1].to(dtype),
-            ops.Tolerance(4e-3, 8e-3) if dtype.itemsize == 2 else tolerance,
+            Tolerance(4e-3, 8e-3) if dtype.itemsize == 2 else tolerance,
         )
 
 
@@ -553,18 +384,18 @@ def test_extreme_rewards_and_nan_stay_in_their_pair():
     ("offsets", "mode"),
     [
         ([0, 2, 3], "eos"),
-        ([0, 2, 2], "hold"),
-        ([0, 1, 4], "hold"),
-        ([1, 2, 3], "hold"),
+        ([0, 2, 2], "repeat_last"),
+        ([0, 1, 4], "repeat_last"),
+        ([1, 2, 3], "repeat_last"),
         ([0, 9, 3], "truncate"),
     ],
 )
 @interpreted
 def test_offsets_that_do_not_fit_give_nan(offsets, mode):
     """On a GPU nobody checks them: the kernel must not read or write outside."""
-    launch = importlib.import_module("rgtg_fast.ops.partial_bt_loss.kernel").launch
-    room = torch.zeros(40)
-    loss, _ = launch(room[8:11], torch.tensor(offsets), mode, "prefix", None)
+    launch = SPECS["partial_bt_loss"].kernel.launch
+    buffer = torch.zeros(40)
+    loss, _ = launch(buffer[8:11], torch.tensor(offsets), mode, "prefix", None)
     assert loss.isnan()
 
 

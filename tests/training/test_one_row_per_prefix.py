@@ -70,7 +70,7 @@ def loss_of_one_row_per_prefix(
 
 
 @pytest.mark.parametrize("weight", ["prefix", "pair"])
-@pytest.mark.parametrize("mode", ["eos", "hold", "truncate"])
+@pytest.mark.parametrize("mode", ["eos", "repeat_last", "truncate"])
 def test_the_gradient_is_that_of_one_row_per_prefix(mode, weight):
     pairs = make_pairs()
     model = make_rm(dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_the_modes_differ():
     model = make_rm(dtype=torch.float64)
     losses = [
         loss_of_one_row_per_prefix(model, pairs, mode, weight).item()
-        for mode in ("eos", "hold", "truncate")
+        for mode in ("eos", "repeat_last", "truncate")
         for weight in ("prefix", "pair")
     ]
     assert len({round(loss, 6) for loss in losses}) == 6

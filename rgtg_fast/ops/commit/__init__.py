@@ -1,20 +1,22 @@
-"""Room of commit: the chosen token's keys and values move to the prefix's end, in every layer at once."""
+"""Op commit: appends the chosen token's keys and values to the prefix, in every layer at once."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from ...errors import RGTGError
 from .. import _checks
 from .._registry import register
-from .cpp import cpp
-from .reference import reference
-from .spec import SPEC
 
-__all__ = ["SPEC", "commit", "reference"]
+__all__ = ["commit", "reference"]
+
+# Values are copied whatever they mean.
+DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
-def _fake(
+def reference(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
     k_cache: torch.Tensor,
@@ -22,17 +24,25 @@ def _fake(
     lengths: torch.Tensor,
     choice: torch.Tensor,
 ) -> None:
-    return None
+    T = k_cache.shape[3]
+    if T == 0:
+        return
+    moves = choice >= 0  # [B]
+    rows = torch.arange(len(choice), device=choice.device)
+    slot, chosen = lengths.clamp(max=T - 1), choice.clamp(min=0)
+    for new, cache in ((k_new, k_cache), (v_new, v_cache)):
+        # A row that does not move writes back what it has: no branch, so no synchronization with the device.
+        current = cache[:, rows, :, slot]  # [B, L, G, D]
+        cache[:, rows, :, slot] = torch.where(moves[:, None, None, None], new[:, rows, :, chosen], current)
+    lengths += moves
 
 
-def _check_values(
-    k_new: torch.Tensor,
-    v_new: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    lengths: torch.Tensor,
-    choice: torch.Tensor,
-) -> None:
+def outputs(*_: Any) -> None:
+    """Nothing is returned: the op writes in place."""
+
+
+def check(k_new: torch.Tensor, k_cache: torch.Tensor, lengths: torch.Tensor, choice: torch.Tensor) -> None:
+    """Refuses choices that are no new token, and rows whose cache is full."""
     S, T = k_new.shape[3], k_cache.shape[3]
     for row, (length, chosen) in enumerate(zip(lengths.tolist(), choice.tolist(), strict=True)):
         if not -1 <= chosen < S:
@@ -44,18 +54,14 @@ def _check_values(
             )
 
 
-# Bytes are moved whatever they mean.
-MOVED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-
 register(
-    SPEC,
-    "(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor(c!) lengths, Tensor choice) -> ()",
-    _fake,
-    _check_values,
-    cpp,
-    MOVED,
-    MOVED,
+    reference,
+    outputs,
+    name="commit",
+    check=check,
+    writes=("k_cache", "v_cache", "lengths"),
+    cpp_dtypes=DTYPES,
+    triton_dtypes=DTYPES,
 )
 
 
@@ -71,21 +77,23 @@ def commit(
 
         k_cache[:, b, :, lengths[b]] = k_new[:, b, :, choice[b]],  the same for v,  lengths[b] += 1
 
-    A row with choice −1 stands still: its cache and its length keep every bit.
+    A row with choice −1 does not change: its cache and its length keep every bit. Of keys, values and caches only the
+    last dimension need be contiguous.
 
     Args:
-        k_new, v_new: `[L, B, G, S, D]`, keys and values of the new tokens, any floating dtype. Of these and
-            the caches only the last dimension need be contiguous.
-        k_cache, v_cache: `[L, B, G, T, D]`, same dtype, written in place.
-        lengths: `[B]` int64, tokens of each row's prefix, updated in place.
-        choice: `[B]` int64, index of the new token that stays, or −1.
+        k_new: `[L, B, G, S, D]`, keys of the new tokens, any floating dtype.
+        v_new: `[L, B, G, S, D]`, values of the new tokens, same dtype.
+        k_cache: `[L, B, G, T, D]`, keys of the prefix, same dtype; written in place.
+        v_cache: `[L, B, G, T, D]`, values of the prefix, same dtype; written in place.
+        lengths: `[B]` int64, tokens of each row's prefix; written in place.
+        choice: `[B]` int64, index of the new token to append, or −1.
 
     Raises:
         RGTGError: shapes or dtypes do not fit; on the CPU also: a choice is not below S, or a row's cache is
             full, and then nothing is written.
 
     Source:
-        Takes the place of the k-fold, re-ordered cache of ARGS (arXiv 2402.01694).
+        Replaces the k-fold, re-ordered cache of ARGS (arXiv 2402.01694).
 
     Example:
         >>> import torch

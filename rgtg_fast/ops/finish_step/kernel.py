@@ -1,4 +1,4 @@
-"""Triton kernel of advance: one program per row."""
+"""Triton kernel of finish_step: one program per row."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ import triton.language as tl
 
 from .._extension import dense
 from .._triton import on_device
-from .launch import configuration
-from .reference import NO_CANDIDATE, OK
+from . import NO_CANDIDATE, OK, outputs
 
-IS_FINE, HAS_NO_CANDIDATE = tl.constexpr(OK), tl.constexpr(NO_CANDIDATE)
+# Candidates of a block, with their warps.
+BLOCKS = {64: 1, 4096: 8}
+
+
+def configuration(K: int) -> dict[str, object]:
+    """Block shape for K candidates."""
+    block = next((n for n in BLOCKS if n >= K), max(BLOCKS))
+    return {"BLOCK": block, "num_warps": BLOCKS[block]}
+
+
+IS_OK, HAS_NO_CANDIDATE = tl.constexpr(OK), tl.constexpr(NO_CANDIDATE)
 
 
 # Sizes that change from call to call must not compile the kernel anew when they happen to be 1 or a multiple of 16.
@@ -21,14 +30,14 @@ def finish_step_kernel(
     p_rewards,
     p_candidates,
     p_choice,
-    p_drawn,
+    p_chosen_logprob,
     p_tokens,
     p_position,
     p_limit,
     p_widths,
     p_eos,
-    p_packed,
-    p_kept,
+    p_decision,
+    p_accepted,
     B,
     K,
     Z,
@@ -51,10 +60,10 @@ def finish_step_kernel(
     for first in range(0, width, BLOCK):
         o_k = first + tl.arange(0, BLOCK)
         b_r = tl.load(p_rewards + o_k, mask=o_k < width, other=0.0).to(tl.float32)
-        # NaN is below nothing.
+        # NaN compares as not below infinity.
         bad = tl.minimum(bad, tl.min(tl.where(b_r < float("inf"), K, o_k), 0))
-    fault = tl.where(choice < 0, HAS_NO_CANDIDATE, IS_FINE).to(tl.int64)
-    fault = tl.where(bad < K, tl.load(p_candidates + bad, mask=bad < K, other=0), fault)
+    error_code = tl.where(choice < 0, HAS_NO_CANDIDATE, IS_OK).to(tl.int64)
+    error_code = tl.where(bad < K, tl.load(p_candidates + bad, mask=bad < K, other=0), error_code)
 
     ends = position + 1 >= tl.load(p_limit + i_b)
     for first in range(0, Z, 16):
@@ -62,13 +71,13 @@ def finish_step_kernel(
         b_eos = tl.load(p_eos + o_e, mask=o_e < Z, other=-1)
         ends = ends | (tl.max((b_eos == token).to(tl.int32), 0) != 0)
 
-    p_packed += i_b
-    tl.store(p_packed, token.to(tl.float64))
-    tl.store(p_packed + B, tl.load(p_logprobs + i_b * stride_logprobs + at).to(tl.float64))
-    tl.store(p_packed + 2 * B, tl.load(p_rewards + at).to(tl.float64))
-    tl.store(p_packed + 3 * B, tl.load(p_drawn + i_b).to(tl.float64))
-    tl.store(p_packed + 4 * B, fault.to(tl.float64))
-    tl.store(p_kept + i_b, tl.where(newest < 0, -1, choice))
+    p_decision += i_b
+    tl.store(p_decision, token.to(tl.float64))
+    tl.store(p_decision + B, tl.load(p_logprobs + i_b * stride_logprobs + at).to(tl.float64))
+    tl.store(p_decision + 2 * B, tl.load(p_rewards + at).to(tl.float64))
+    tl.store(p_decision + 3 * B, tl.load(p_chosen_logprob + i_b).to(tl.float64))
+    tl.store(p_decision + 4 * B, error_code.to(tl.float64))
+    tl.store(p_accepted + i_b, tl.where(newest < 0, -1, choice))
     tl.store(p_tokens + i_b, tl.where(ends | (newest < 0), -1, token))
     tl.store(p_position + i_b, position + 1)
 
@@ -78,7 +87,7 @@ def launch(
     rewards: torch.Tensor,
     candidates: torch.Tensor,
     choice: torch.Tensor,
-    drawn: torch.Tensor,
+    chosen_logprob: torch.Tensor,
     tokens: torch.Tensor,
     position: torch.Tensor,
     limit: torch.Tensor,
@@ -87,24 +96,23 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, K = logprobs.shape
     logprobs, rewards, candidates = dense(logprobs), dense(rewards), dense(candidates)
-    packed = torch.empty((5, B), dtype=torch.float64, device=logprobs.device)
-    kept = torch.empty((B,), dtype=torch.int64, device=logprobs.device)
+    decision, accepted = outputs(logprobs)
     if B == 0:
-        return packed, kept
+        return decision, accepted
     with on_device(logprobs):
         finish_step_kernel[(B,)](
             logprobs,
             rewards,
             candidates,
             choice.contiguous(),
-            drawn.contiguous(),
+            chosen_logprob.contiguous(),
             tokens,
             position,
             limit.contiguous(),
             None if widths is None else widths.contiguous(),
             eos.contiguous(),
-            packed,
-            kept,
+            decision,
+            accepted,
             B,
             K,
             len(eos),
@@ -113,4 +121,4 @@ def launch(
             candidates.stride(0),
             **configuration(K),
         )
-    return packed, kept
+    return decision, accepted

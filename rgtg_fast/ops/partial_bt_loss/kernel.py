@@ -1,4 +1,4 @@
-"""Triton kernels of partial_bt_loss: one program per pair, then one that adds the pairs up."""
+"""Triton kernels of partial_bt_loss: one program per pair, then one that sums the pairs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,36 @@ import triton
 import triton.language as tl
 
 from .._triton import on_device
-from .launch import pair_configuration, sum_configuration
+from . import MODES, WEIGHTS, outputs
 
-EOS = tl.constexpr(0)
-TRUNCATE = tl.constexpr(2)
+# Prefixes of a block: an answer of a few hundred tokens takes one or two.
+BLOCK = 256
+# Pairs of a block when their sums are added up.
+SUM_BLOCK = 1024
+
+
+def pair_configuration(mode: str, weight: str) -> dict[str, object]:
+    """Constants of the kernel of one pair."""
+    return {
+        "MODE": MODES.index(mode),
+        "PAIR": WEIGHTS.index(weight),
+        "BLOCK": BLOCK,
+        "num_warps": 4,
+        "enable_fp_fusion": False,
+    }
+
+
+def sum_configuration() -> dict[str, object]:
+    """Constants of the kernel that adds up the pairs."""
+    return {"BLOCK": SUM_BLOCK, "num_warps": 4, "enable_fp_fusion": False}
+
+
+EOS, TRUNCATE = tl.constexpr(MODES.index("eos")), tl.constexpr(MODES.index("truncate"))
 
 
 @triton.jit
 def _terms(b_chosen, b_rejected, MODE: tl.constexpr):
-    """Terms of pairs with answers of these lengths."""
+    """Number of terms of pairs with answers of these lengths."""
     if MODE == TRUNCATE:
         return tl.minimum(b_chosen, b_rejected)
     else:
@@ -36,12 +57,12 @@ def pair_kernel(
     BLOCK: tl.constexpr,
 ):
     i_p = tl.program_id(0)
-    # What the sum is divided by. Every program counts the terms of all pairs for itself: whole numbers, a few reads
-    # from the cache, and no program waits for another.
+    # The normalizer. Every program counts the terms of all pairs itself: exact in integers, a few reads from the
+    # cache, and no program waits for another.
     if p_normalizer is not None:
-        total = tl.load(p_normalizer)
+        normalizer = tl.load(p_normalizer)
     elif PAIR:
-        total = N.to(tl.float32)
+        normalizer = N.to(tl.float32)
     else:
         count = tl.full((), 0, tl.int64)
         for pairs in range(0, N, BLOCK):
@@ -51,21 +72,21 @@ def pair_kernel(
             b_middle = tl.load(p_offsets + 2 * o_p + 1, mask=m_p, other=0)
             b_end = tl.load(p_offsets + 2 * o_p + 2, mask=m_p, other=0)
             count += tl.sum(_terms(b_middle - b_start, b_end - b_middle, MODE), 0)
-        total = count.to(tl.float32)
+        normalizer = count.to(tl.float32)
 
     start = tl.load(p_offsets + 2 * i_p)
     middle = tl.load(p_offsets + 2 * i_p + 1)
     end = tl.load(p_offsets + 2 * i_p + 2)
     chosen, rejected = middle - start, end - middle
-    # Nobody has looked at the offsets on the host: what does not fit gives NaN and touches nothing.
-    # Offsets are compared, since a difference of any two may overflow.
-    legal = (start >= 0) & (start < middle) & (middle < end) & (end <= M)
-    legal = legal & ((i_p > 0) | (start == 0)) & ((i_p < N - 1) | (end == M))
+    # The host has not checked the offsets: invalid ones give NaN and no access to memory.
+    # Offsets are compared, because a difference of two may overflow.
+    valid = (start >= 0) & (start < middle) & (middle < end) & (end <= M)
+    valid = valid & ((i_p > 0) | (start == 0)) & ((i_p < N - 1) | (end == M))
     if MODE == EOS:
-        legal = legal & (chosen == rejected)
-    if legal:
+        valid = valid & (chosen == rejected)
+    if valid:
         n = _terms(chosen, rejected, MODE)
-        share = 1.0 / total
+        share = 1.0 / normalizer
         if PAIR:
             share = tl.div_rn(share, n.to(tl.float32))
         b_sum = tl.zeros([BLOCK], tl.float32)
@@ -87,7 +108,7 @@ def pair_kernel(
             b_sum += tl.where(m_i, b_term, 0.0)
             b_slope = share * tl.div_rn(tl.where(b_margin >= 0, b_e, 1.0), b_one)
             b_slope = tl.where(m_i, b_slope, 0.0)
-            # The last reward of an answer collects the slopes of all terms that it stands in.
+            # The last reward of an answer sums the slopes of all terms that it appears in.
             tl.store(p_gradient + start + o_i, -b_slope, mask=o_i < chosen - 1)
             tl.store(p_gradient + middle + o_i, b_slope, mask=o_i < rejected - 1)
             b_last_w += tl.where(o_i >= chosen - 1, b_slope, 0.0)
@@ -117,8 +138,7 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     M, N = rewards.shape[0], offsets.shape[0] // 2
     rewards, offsets = rewards.contiguous(), offsets.contiguous()
-    loss = torch.empty((), dtype=torch.float32, device=rewards.device)
-    gradient = torch.empty((M,), dtype=torch.float32, device=rewards.device)
+    loss, gradient = outputs(rewards)
     sums = torch.empty((N,), dtype=torch.float32, device=rewards.device)
     with on_device(rewards):
         if N > 0:

@@ -8,7 +8,18 @@ import triton.language as tl
 
 from .._extension import dense
 from .._triton import on_device
-from .launch import configuration
+from . import outputs
+
+# Candidates of a block and its warps: the usual k in one warp, without a barrier; a vocabulary at 16 candidates per
+# thread.
+BLOCKS = {64: 1, 512: 4, 4096: 8}
+
+
+def configuration(K: int) -> dict[str, object]:
+    """Block shapes for K candidates."""
+    block = next((n for n in BLOCKS if n >= K), max(BLOCKS))
+    # Products and sums are rounded separately, as in the reference.
+    return {"BLOCK": block, "num_warps": BLOCKS[block], "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -35,7 +46,7 @@ def _scores(p_logprobs, p_rewards, beta, first, K, BLOCK: tl.constexpr):
     o_k = first + tl.arange(0, BLOCK)
     m_k = o_k < K
     b_logprob = tl.load(p_logprobs + o_k, mask=m_k, other=-float("inf")).to(tl.float32)
-    # A row with β = 0 does not read its rewards, so that nothing in them can matter.
+    # A row with β = 0 does not read its rewards, whatever they contain.
     m_reward = o_k < tl.where(beta != 0, K, 0)
     b_reward = tl.load(p_rewards + o_k, mask=m_reward, other=0.0).to(tl.float32)
     b_score = b_logprob + beta * b_reward
@@ -44,13 +55,13 @@ def _scores(p_logprobs, p_rewards, beta, first, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def draw(p_logprobs, p_rewards, beta, tau, seed, position, K, BLOCK: tl.constexpr):
+def draw_candidate(p_logprobs, p_rewards, beta, tau, seed, position, K, BLOCK: tl.constexpr):
     """A row's choice and its log-probability; -1 and NaN where it has no distribution."""
     best = tl.full((), -float("inf"), tl.float32)
     undefined = tl.full((), 0, tl.int32)
     for first in range(0, K, BLOCK):
         b_score = _scores(p_logprobs, p_rewards, beta, first, K, BLOCK)
-        # The maximum may pass over NaN: it is counted.
+        # The maximum may ignore NaN, so NaN is counted.
         undefined += tl.sum((b_score != b_score).to(tl.int32), 0)
         best = tl.maximum(best, tl.max(b_score, 0))
     finite = (best > -float("inf")) & (best < float("inf"))
@@ -61,7 +72,7 @@ def draw(p_logprobs, p_rewards, beta, tau, seed, position, K, BLOCK: tl.constexp
     winner = tl.full((), -float("inf"), tl.float32)
     choice = tl.full((), 0, tl.int32)
     chosen = tl.full((), 0.0, tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    l_sum = tl.full((), 0.0, tl.float32)
     for first in range(0, K, BLOCK):
         b_score = _scores(p_logprobs, p_rewards, beta, first, K, BLOCK)
         # Differences first: the best candidate is at 0 for every temperature, however small.
@@ -69,7 +80,7 @@ def draw(p_logprobs, p_rewards, beta, tau, seed, position, K, BLOCK: tl.constexp
         b_noisy = b_scaled
         if tau > 0:
             b_noisy += _gumbel(seed, position, first, BLOCK)
-        total += tl.sum(tl.exp(b_scaled), 0)
+        l_sum += tl.sum(tl.exp(b_scaled), 0)
         top = tl.max(b_noisy, 0)
         # An earlier block keeps a tie.
         if top > winner:
@@ -77,7 +88,7 @@ def draw(p_logprobs, p_rewards, beta, tau, seed, position, K, BLOCK: tl.constexp
             here = tl.argmax(b_noisy, 0)
             choice = first + here
             chosen = tl.sum(tl.where(tl.arange(0, BLOCK) == here, b_scaled, 0.0), 0)
-    logprob = tl.where(greedy, 0.0, chosen - tl.log(total))
+    logprob = tl.where(greedy, 0.0, chosen - tl.log(l_sum))
     return tl.where(defined, choice, -1).to(tl.int64), tl.where(defined, logprob, float("nan"))
 
 
@@ -99,7 +110,7 @@ def resample_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     beta, tau = tl.load(p_beta + i_b), tl.load(p_temperature + i_b)
     seed, position = tl.load(p_seed + i_b), tl.load(p_position + i_b)
-    choice, logprob = draw(
+    choice, logprob = draw_candidate(
         p_logprobs + i_b * stride_logprobs,
         p_rewards + i_b * stride_rewards,
         beta,
@@ -123,10 +134,9 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, K = logprobs.shape
     logprobs, rewards = dense(logprobs), dense(rewards)
-    choice = torch.empty((B,), dtype=torch.int64, device=logprobs.device)
-    chosen = torch.empty((B,), dtype=torch.float32, device=logprobs.device)
+    choice, chosen_logprob = outputs(logprobs)
     if B == 0:
-        return choice, chosen
+        return choice, chosen_logprob
     with on_device(logprobs):
         resample_kernel[(B,)](
             logprobs,
@@ -136,10 +146,10 @@ def launch(
             seed.contiguous(),
             position.contiguous(),
             choice,
-            chosen,
+            chosen_logprob,
             K,
             logprobs.stride(0),
             rewards.stride(0),
             **configuration(K),
         )
-    return choice, chosen
+    return choice, chosen_logprob

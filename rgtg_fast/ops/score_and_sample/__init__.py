@@ -1,6 +1,8 @@
-"""Op score_and_sample: final norm, score head and the draw of a candidate: all that follows a reward model's blocks."""
+"""Op score_and_sample: final norm, score head and resampling: everything after a reward model's last block."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -8,14 +10,13 @@ from ...errors import RGTGError
 from .. import _checks
 from .._extension import DTYPE_CODES
 from .._registry import register
-from ..resample import _check_values as _check_draw
-from .reference import reference
-from .spec import SPEC
+from ..resample import check as check_temperature
+from ..resample import reference as resample_reference
 
-__all__ = ["SPEC", "reference", "score_and_sample"]
+__all__ = ["reference", "score_and_sample"]
 
 
-def _fake(
+def reference(
     hidden: torch.Tensor,
     norm: torch.Tensor,
     head: torch.Tensor,
@@ -26,41 +27,35 @@ def _fake(
     seed: torch.Tensor,
     position: torch.Tensor,
     eps: float,
-    offset: float = 0.0,
+    offset: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    B, K = hidden.shape[:2]
+    x = hidden.to(dtype)  # [B, K, E]
+    scale = torch.rsqrt(x.square().mean(-1) + eps)  # [B, K]
+    weight = (norm.to(dtype) + offset) * head.to(dtype)
+    rewards = scale * (x * weight).sum(-1)
+    if bias is not None:
+        rewards = rewards + bias.to(dtype)
+    choice, logprob = resample_reference(logprobs.to(dtype), rewards, beta, temperature, seed, position)
+    return rewards, choice, logprob
+
+
+def outputs(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards, choice and log-probability, not yet filled."""
+    (B, K), device = hidden.shape[:2], hidden.device
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return (
-        hidden.new_empty((B, K), dtype=dtype),
-        hidden.new_empty((B,), dtype=torch.int64),
-        hidden.new_empty((B,), dtype=dtype),
+        torch.empty((B, K), dtype=dtype, device=device),
+        torch.empty((B,), dtype=torch.int64, device=device),
+        torch.empty((B,), dtype=dtype, device=device),
     )
 
 
-def _check_values(
-    hidden: torch.Tensor,
-    norm: torch.Tensor,
-    head: torch.Tensor,
-    bias: torch.Tensor | None,
-    logprobs: torch.Tensor,
-    beta: torch.Tensor,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    position: torch.Tensor,
-    eps: float,
-    offset: float = 0.0,
-) -> None:
-    _check_draw(logprobs, logprobs, beta, temperature, seed, position)
-
-
 register(
-    SPEC,
-    "(Tensor hidden, Tensor norm, Tensor head, Tensor? bias, Tensor logprobs, Tensor beta, Tensor temperature, "
-    "Tensor seed, Tensor position, float eps, float offset=0.0) -> (Tensor, Tensor, Tensor)",
-    _fake,
-    _check_values,
-    cpp=None,
-    cpp_dtypes=frozenset(),
+    reference,
+    outputs,
+    name="score_and_sample",
+    check=check_temperature,
     triton_dtypes=frozenset(DTYPE_CODES),
 )
 
@@ -86,14 +81,21 @@ def score_and_sample(
     Args:
         hidden: `[B, K, E]`, the candidates' states after a reward model's last block, before its final norm, any
             floating dtype.
-        norm: `[E]`, weight of the RMS norm, same dtype. head: `[E]`, weight of the score head, any floating dtype.
-        bias: `[1]`, of the score head, or None.
+        norm: `[E]`, weight of the RMS norm, same dtype.
+        head: `[E]`, weight of the score head, any floating dtype.
+        bias: `[1]`, bias of the score head, or None.
         logprobs: `[B, K]` float32 (float64 where hidden is), log-probabilities of the candidates.
-        beta, temperature, seed, position: `[B]`, as in `resample`.
-        eps: the norm's. offset: added to its weight (Gemma: 1).
+        beta: `[B]` float32, weight of the rewards, as in `resample`.
+        temperature: `[B]` float32, τ ≥ 0.
+        seed: `[B]` int64, the row's seed.
+        position: `[B]` int64, index of the token to draw.
+        eps: added to the norm's mean square.
+        offset: added to the norm's weight (Gemma: 1).
 
     Returns:
-        `rewards [B, K]`, and `choice [B]` and `logprob [B]` as in `resample`; float32, float64 for float64 states.
+        rewards: `[B, K]`, float32 (float64 for float64 states).
+        choice: `[B]` int64, as in `resample`.
+        logprob: `[B]`, as in `resample`, dtype of the rewards.
 
     Raises:
         RGTGError: shapes or dtypes do not fit, or, on the CPU, a temperature is negative, infinite or NaN.

@@ -8,8 +8,25 @@ import triton.language as tl
 
 from .._extension import dense
 from .._triton import on_device
-from ..resample.kernel import draw
-from .launch import configuration
+from ..resample.kernel import BLOCKS, draw_candidate
+from . import outputs
+
+# Block of candidates and of numbers of their states: two sums of 32 registers per thread.
+BLOCK_C, BLOCK_E = 16, 512
+# Smaller blocks for few candidates and for small models.
+FEW_C, FEW_E = 4, 128
+
+
+def configuration(K: int, E: int) -> dict[str, object]:
+    """Block shapes for K candidates with states of E numbers."""
+    return {
+        "BLOCK_C": FEW_C if K <= FEW_C else BLOCK_C,
+        "BLOCK_E": FEW_E if E <= FEW_E else BLOCK_E,
+        "BLOCK": next((n for n in BLOCKS if n >= K), max(BLOCKS)),
+        "num_warps": 8,
+        # Resampling rounds products and sums separately, as in the reference.
+        "enable_fp_fusion": False,
+    }
 
 
 @triton.jit(do_not_specialize=["K", "stride_logprobs"])
@@ -44,7 +61,7 @@ def score_and_sample_kernel(
         o_c = first + tl.arange(0, BLOCK_C)
         m_c = o_c < K
         p_states = p_hidden + o_c.to(tl.int64)[:, None] * hidden_k
-        # Squares and products are summed up in one pass: the norm's scale comes out of the sum.
+        # Squares and products are summed in one pass: the norm's scale factors out of the sum.
         b_squares = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
         b_products = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
         for at in range(0, E, BLOCK_E):
@@ -60,9 +77,9 @@ def score_and_sample_kernel(
         if p_bias is not None:
             b_reward += tl.load(p_bias).to(tl.float32)
         tl.store(p_rewards + o_c, b_reward, mask=m_c)
-    # The draw reads what other threads of this program have stored.
+    # Resampling reads what other threads of this program have stored.
     tl.debug_barrier()
-    choice, logprob = draw(
+    choice, logprob = draw_candidate(
         p_logprobs + i_b * stride_logprobs,
         p_rewards,
         tl.load(p_beta + i_b),
@@ -87,15 +104,13 @@ def launch(
     seed: torch.Tensor,
     position: torch.Tensor,
     eps: float,
-    offset: float = 0.0,
+    offset: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, K, E = hidden.shape
     hidden, logprobs = dense(hidden), dense(logprobs)
-    rewards = torch.empty((B, K), dtype=torch.float32, device=hidden.device)
-    choice = torch.empty((B,), dtype=torch.int64, device=hidden.device)
-    chosen = torch.empty((B,), dtype=torch.float32, device=hidden.device)
+    rewards, choice, logprob = outputs(hidden)
     if B == 0:
-        return rewards, choice, chosen
+        return rewards, choice, logprob
     with on_device(hidden):
         score_and_sample_kernel[(B,)](
             hidden,
@@ -109,7 +124,7 @@ def launch(
             position.contiguous(),
             rewards,
             choice,
-            chosen,
+            logprob,
             K,
             E,
             eps,
@@ -118,4 +133,4 @@ def launch(
             logprobs.stride(0),
             **configuration(K, E),
         )
-    return rewards, choice, chosen
+    return rewards, choice, logprob

@@ -1,6 +1,8 @@
-"""Room of topk_logprobs: the k best next tokens and the entropy, from one read of the logits."""
+"""Op topk_logprobs: the k most probable next tokens and the entropy, from one read of the logits."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -8,47 +10,78 @@ from ...errors import RGTGError
 from .. import _checks
 from .._extension import DTYPE_CODES
 from .._registry import register
-from .cpp import cpp
-from .launch import reason_against
-from .reference import reference
-from .spec import SPEC
 
-__all__ = ["SPEC", "reference", "topk_logprobs"]
+__all__ = ["reference", "topk_logprobs"]
+
+# Logits of a segment, which one Triton program reads, and of a group within it.
+SEGMENTS = {1024: 32, 2048: 64, 4096: 64}
+MAX_SEGMENTS = 512
+MAX_V = max(SEGMENTS) * MAX_SEGMENTS
+MAX_K = 256
+# Groups of the best segments, or tokens of the best groups, that a Triton program selects from in registers.
+MAX_ENTRIES = 8192
 
 
-def _fake(
+def reference(
     logits: torch.Tensor,
     k: int,
-    guidance: torch.Tensor | None = None,
-    beta: torch.Tensor | None = None,
+    guidance: torch.Tensor | None,
+    beta: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = logits if logits.dtype == torch.float64 else logits.float()  # [B, V]
+    logprobs = x.log_softmax(-1)
+    # Ordering by logit is ordering by log-probability without the rounding of the subtraction: candidates
+    # that differ never tie, on any backend.
+    score = x
+    if guidance is not None and beta is not None:
+        weight = beta.to(x.dtype)[:, None]
+        score = torch.where(weight == 0, x, x + weight * guidance.to(x.dtype))
+    # Stable: ties go to the lowest token id. NaN counts as the largest, so it is seen and not lost.
+    tokens = score.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    p = logprobs.exp()
+    entropy = -torch.where(p == 0, 0, p * logprobs).sum(-1)
+    return logprobs.gather(-1, tokens), tokens, entropy
+
+
+def outputs(logits: torch.Tensor, k: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, tokens and entropy, not yet filled."""
+    B, device = logits.shape[0], logits.device
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    B = logits.shape[0]
     return (
-        logits.new_empty((B, k), dtype=dtype),
-        logits.new_empty((B, k), dtype=torch.int64),
-        logits.new_empty((B,), dtype=dtype),
+        torch.empty((B, k), dtype=dtype, device=device),
+        torch.empty((B, k), dtype=torch.int64, device=device),
+        torch.empty((B,), dtype=dtype, device=device),
     )
 
 
-def _check_values(
-    logits: torch.Tensor,
-    k: int,
-    guidance: torch.Tensor | None = None,
-    beta: torch.Tensor | None = None,
-) -> None:
-    """Every value of the arguments is legal."""
+def segment_of(V: int) -> int:
+    """Logits of a segment: the fewest that cut a row into at most `MAX_SEGMENTS`. They follow from V alone."""
+    return next(n for n in SEGMENTS if -(-V // n) <= MAX_SEGMENTS)
+
+
+def largest_k(V: int) -> int:
+    """The largest k that the Triton kernels take for a vocabulary: 256 up to V = 524288, then 128."""
+    segment = segment_of(V)
+    return min(MAX_K, MAX_ENTRIES // max(SEGMENTS[segment], segment // SEGMENTS[segment]))
+
+
+def triton_limit(k: int = 1, V: int = 1) -> str:
+    """Why the Triton kernels cannot serve these sizes; empty where they can."""
+    if V > MAX_V:
+        return f"its Triton kernel takes V <= {MAX_V}, not {V}"
+    if k > largest_k(V):
+        place = f" for V={V}" if largest_k(V) < MAX_K else ""
+        return f"its Triton kernel takes k <= {largest_k(V)}{place}, not {k}"
+    return ""
 
 
 register(
-    SPEC,
-    "(Tensor logits, SymInt k, Tensor? guidance=None, Tensor? beta=None) -> (Tensor, Tensor, Tensor)",
-    _fake,
-    _check_values,
-    cpp,
-    frozenset(DTYPE_CODES),
-    frozenset(DTYPE_CODES),
-    triton_against=reason_against,
+    reference,
+    outputs,
+    name="topk_logprobs",
+    cpp_dtypes=frozenset(DTYPE_CODES),
+    triton_dtypes=frozenset(DTYPE_CODES),
+    triton_limit=triton_limit,
     sizes=lambda logits, k, *_: {"k": k, "V": logits.shape[1]},
 )
 
@@ -70,12 +103,13 @@ def topk_logprobs(
         logits: `[B, V]`, any floating dtype; rows may be strided. −inf excludes a token.
         k: number of candidates, 1 ≤ k ≤ V.
         guidance: `[B, V]` float32, a reward for every token (the "combined" support), or None.
-        beta: `[B]` float32, weight of the guidance; needed with guidance. A row with 0 ignores its guidance,
-            even where that is inf or NaN.
+        beta: `[B]` float32, weight of the guidance; required with guidance. A row with 0 ignores its guidance, even
+            where that is inf or NaN.
 
     Returns:
-        `logprobs [B, k]` and `entropy [B]` in nats, float32 (float64 for float64 logits), and `tokens [B,
-        k]` int64. A NaN score counts as the largest, so that it is selected and seen.
+        logprobs: `[B, k]` in nats, float32 (float64 for float64 logits).
+        tokens: `[B, k]` int64. A NaN score counts as the largest, so that it is selected and not lost.
+        entropy: `[B]` in nats, same dtype as logprobs.
 
     Raises:
         RGTGError: k is below 1 or above V, or shapes or dtypes do not fit.

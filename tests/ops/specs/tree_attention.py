@@ -1,4 +1,4 @@
-"""Inputs, shapes and tolerances of tree_attention, for tests and benchmarks."""
+"""Inputs, shapes, tolerances and compiled kernels of tree_attention."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from .._registry import OpSpec, Tolerance
-from .launch import KERNELS
-from .reference import reference
+from tests.ops.specs import TYPES, KernelSpec, OpSpec, Tolerance, signature
 
 
 def make_inputs(
@@ -17,7 +15,7 @@ def make_inputs(
 ) -> dict[str, Any]:
     """Ragged prefixes from T down to about T/2 (`lengths` overrides); slots past a row's length hold NaN.
 
-    Numbers are drawn on the device, which has its own for a seed.
+    Generated on the device, so the numbers of a seed depend on the device.
     """
     B, H, G, S, T, D = (shape[name] for name in "BHGSTD")
     random = torch.Generator(device).manual_seed(seed)
@@ -59,9 +57,64 @@ def _shape(B: int, H: int, G: int, S: int, T: int, D: int, **more: Any) -> dict[
     return {"B": B, "H": H, "G": G, "S": S, "T": T, "D": D, **more}
 
 
+STRIDED = ("q", "k", "v", "k_cache", "v_cache", "out")
+
+
+def _attention(
+    kernel: Any, dtype: torch.dtype, D: int, rows: int, mode: int, leaves: int = 1, arch: int = 90
+) -> dict[str, str]:
+    pointer = f"*{TYPES[dtype]}:16"
+    arguments = {f"p_{name}": pointer for name in STRIDED}
+    arguments |= {"p_acc": "*fp32:16", "p_m": "*fp32:16", "p_l": "*fp32:16"}
+    arguments |= {"p_tickets": "*i32:16", "p_lengths": "*i64:16"}
+    arguments["p_ancestors"] = "*i64:16" if mode == kernel.MASKED else "None"
+    arguments |= {"scale": "fp32", "G": "i32", "S": "i32", "T": "i32", "R": "i32", "span": "i32"}
+    arguments["least"] = "i32"
+    for name in STRIDED:
+        arguments |= {f"{name}_{letter}": "i64:16" for letter in ("b", "h", "s")}
+    return signature(arguments, {**kernel.configuration(D, rows, mode, dtype, arch), "LEAVES": leaves})
+
+
+def _merge(kernel: Any, dtype: torch.dtype, D: int, leaves: int = 1) -> dict[str, str]:
+    arguments = {"p_acc": "*fp32:16", "p_m": "*fp32:16", "p_l": "*fp32:16", "p_lengths": "*i64:16"}
+    arguments |= {"p_out": f"*{TYPES[dtype]}:16", "G": "i32", "S": "i32", "T": "i32", "R": "i32"}
+    arguments |= {"span": "i32", "least": "i32", "splits": "i32"}
+    arguments |= {f"out_{letter}": "i64:16" for letter in ("b", "h", "s")}
+    return signature(arguments, kernel.merge_configuration(D, leaves))
+
+
+def _signatures(kernel: Any, arch: int) -> tuple[dict[str, str], ...]:
+    """What an architecture launches: every block of query rows, over a leaf (1) and over a span (0)."""
+    alone, masked, causal = kernel.MODES
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    half = [(D, rows) for D, tiles in kernel.TILES[arch][2].items() for rows in tiles if D != 127]
+    return (
+        *(_attention(kernel, bf16, D, rows, alone, leaves, arch) for D, rows in half for leaves in (1, 0)),
+        *(_attention(kernel, bf16, D, rows, mode, 0, arch) for D, rows in half for mode in (masked, causal)),
+        *(_attention(kernel, bf16, D, 64, alone, 0, arch) for D in (80, 96)),
+        *(_attention(kernel, fp16, 128, rows, alone, 0, arch) for rows in (16, 64)),
+        *(_attention(kernel, fp32, 64, rows, alone, 0, arch) for rows in (16, 32)),
+        *(_attention(kernel, fp32, 128, 16, mode, 0, arch) for mode in (alone, causal)),
+        _attention(kernel, fp32, 256, 16, alone, 0, arch),
+    )
+
+
+def compiled(kernel: Any) -> tuple[KernelSpec, ...]:
+    merges = (
+        *(_merge(kernel, torch.bfloat16, D) for D in (64, 80, 128, 256)),
+        _merge(kernel, torch.bfloat16, 128, 0),
+    )
+    return (
+        *(
+            KernelSpec("tree_attention_kernel", _signatures(kernel, arch), archs=(arch,))
+            for arch in kernel.TILES
+        ),
+        KernelSpec("tree_attention_merge_kernel", merges),
+    )
+
+
 SPEC = OpSpec(
     name="tree_attention",
-    reference=reference,
     make_inputs=make_inputs,
     shapes=(
         _shape(1, 1, 1, 1, 0, 1),
@@ -88,5 +141,5 @@ SPEC = OpSpec(
         torch.bfloat16: Tolerance(4e-3, 8e-3),
         torch.float16: Tolerance(5e-4, 1e-3),
     },
-    kernels=KERNELS,
+    compiled=compiled,
 )

@@ -1,4 +1,4 @@
-"""Inputs, shapes and tolerances of partial_bt_loss, for tests and benchmarks."""
+"""Inputs, shapes, tolerances and compiled kernels of partial_bt_loss."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 
-from .._registry import OpSpec, Tolerance
-from .launch import KERNELS
-from .reference import reference
+from rgtg_fast.ops.partial_bt_loss import MODES, WEIGHTS
+from tests.ops.specs import TYPES, KernelSpec, OpSpec, Tolerance, signature
 
 
 def make_inputs(
     shape: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> dict[str, Any]:
     """N pairs of answers of 1 to T tokens (both equally long for "eos"), margins of both signs."""
-    N, T, mode = shape["N"], shape["T"], shape.get("mode", "hold")
+    N, T, mode = shape["N"], shape["T"], shape.get("mode", "repeat_last")
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, T + 1, (N, 2), generator=random)
     lengths[0] = torch.tensor([T, 1])
@@ -34,15 +33,41 @@ def make_inputs(
     }
 
 
+def _pair_signature(
+    kernel: Any, dtype: torch.dtype, mode: str, weight: str, normalizer: bool
+) -> dict[str, str]:
+    arguments = {
+        "p_rewards": f"*{TYPES[dtype]}:16",
+        "p_offsets": "*i64:16",
+        "p_normalizer": "*fp32:16" if normalizer else "None",
+        "p_sums": "*fp32:16",
+        "p_gradient": "*fp32:16",
+        "M": "i32",
+        "N": "i32",
+    }
+    return signature(arguments, kernel.pair_configuration(mode, weight))
+
+
+def compiled(kernel: Any) -> tuple[KernelSpec, ...]:
+    pairs = [(torch.float32, mode, weight, False) for mode in MODES for weight in WEIGHTS]
+    pairs += [
+        (dtype, "repeat_last", "prefix", True) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    sums = {"p_sums": "*fp32:16", "p_loss": "*fp32:16", "N": "i32"}
+    return (
+        KernelSpec("pair_kernel", tuple(_pair_signature(kernel, *pair) for pair in pairs)),
+        KernelSpec("sum_kernel", (signature(sums, kernel.sum_configuration()),)),
+    )
+
+
 SPEC = OpSpec(
     name="partial_bt_loss",
-    reference=reference,
     make_inputs=make_inputs,
     shapes=(
         {"N": 1, "T": 1, "mode": "eos"},
-        {"N": 3, "T": 9, "mode": "hold"},
+        {"N": 3, "T": 9, "mode": "repeat_last"},
         {"N": 5, "T": 70, "mode": "truncate", "weight": "pair"},
-        {"N": 8, "T": 300, "mode": "hold", "weight": "pair", "normalizer": True},
+        {"N": 8, "T": 300, "mode": "repeat_last", "weight": "pair", "normalizer": True},
         {"N": 4, "T": 600, "mode": "eos", "normalizer": True},
         {"N": 700, "T": 20, "mode": "truncate"},
     ),
@@ -53,5 +78,5 @@ SPEC = OpSpec(
         torch.bfloat16: Tolerance(2e-6, 2e-6),
         torch.float16: Tolerance(2e-6, 2e-6),
     },
-    kernels=KERNELS,
+    compiled=compiled,
 )

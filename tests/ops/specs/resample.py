@@ -1,4 +1,4 @@
-"""Inputs, shapes and tolerances of resample, for tests and benchmarks."""
+"""Inputs, shapes, tolerances and compiled kernels of resample."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from .._registry import OpSpec, Tolerance
-from .launch import KERNELS
-from .reference import reference
+from tests.ops.specs import TYPES, KernelSpec, OpSpec, Tolerance, signature
 
 
 def make_inputs(
@@ -30,9 +28,27 @@ def make_inputs(
     }
 
 
+def _signature(kernel: Any, dtype: torch.dtype, K: int) -> dict[str, str]:
+    arguments = {"p_logprobs": f"*{TYPES[dtype]}:16", "p_rewards": f"*{TYPES[dtype]}:16"}
+    arguments |= {
+        "p_beta": "*fp32:16",
+        "p_temperature": "*fp32:16",
+        "p_seed": "*i64:16",
+        "p_position": "*i64:16",
+    }
+    arguments |= {"p_choice": "*i64:16", "p_logprob": "*fp32:16"}
+    arguments |= {"K": "i32", "stride_logprobs": "i64", "stride_rewards": "i64"}
+    return signature(arguments, kernel.configuration(K))
+
+
+def compiled(kernel: Any) -> tuple[KernelSpec, ...]:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    signatures = tuple(_signature(kernel, dtype, K) for K in kernel.BLOCKS for dtype in dtypes)
+    return (KernelSpec("resample_kernel", signatures),)
+
+
 SPEC = OpSpec(
     name="resample",
-    reference=reference,
     make_inputs=make_inputs,
     shapes=(
         {"B": 1, "K": 1},
@@ -49,5 +65,5 @@ SPEC = OpSpec(
         torch.bfloat16: Tolerance(1e-6, 2e-6),
         torch.float16: Tolerance(1e-6, 2e-6),
     },
-    kernels=KERNELS,
+    compiled=compiled,
 )

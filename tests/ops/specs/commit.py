@@ -1,4 +1,4 @@
-"""Inputs, shapes and tolerances of commit, for tests and benchmarks."""
+"""Inputs, shapes, tolerances and compiled kernels of commit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from .._registry import OpSpec, Tolerance
-from .launch import KERNELS
-from .reference import reference
+from tests.ops.specs import EXACT, TYPES, KernelSpec, OpSpec, signature
 
 
 def make_inputs(
@@ -17,7 +15,7 @@ def make_inputs(
 ) -> dict[str, Any]:
     """Ragged rows, the second of which stands still; slots past a row's length hold NaN.
 
-    Numbers are drawn on the device, which has its own for a seed.
+    Generated on the device, so the numbers of a seed depend on the device.
     """
     L, B, G, S, T, D = (shape[name] for name in "LBGSTD")
     random = torch.Generator(device).manual_seed(seed)
@@ -38,12 +36,29 @@ def make_inputs(
     }
 
 
-# Numbers are moved, not computed.
-EXACT = Tolerance(0.0, 0.0)
+def _signature(kernel: Any, dtype: torch.dtype, D: int) -> dict[str, str]:
+    pointer, stride = f"*{TYPES[dtype]}:16", "i64:16"
+    arguments = {f"p_{name}": pointer for name in ("k_new", "v_new", "k_cache", "v_cache")}
+    arguments |= {
+        "p_lengths": "*i64:16",
+        "p_choice": "*i64:16",
+        "stride_lengths": "i32",
+        "stride_choice": "i32",
+    }
+    arguments |= {"LG": "i32", "G": "i32", "S": "i32", "T": "i32", "D": "i32:16"}
+    for name in ("k_new", "v_new", "k_cache", "v_cache"):
+        arguments |= {f"{name}_{letter}": stride for letter in ("l", "b", "g", "s")}
+    return signature(arguments, kernel.configuration(D))
+
+
+def compiled(kernel: Any) -> tuple[KernelSpec, ...]:
+    cases = [(torch.bfloat16, D) for D in (64, 128, 256)]
+    cases += [(dtype, 128) for dtype in (torch.float16, torch.float32, torch.float64)]
+    return (KernelSpec("commit_kernel", tuple(_signature(kernel, *case) for case in cases)),)
+
 
 SPEC = OpSpec(
     name="commit",
-    reference=reference,
     make_inputs=make_inputs,
     shapes=(
         {"L": 1, "B": 1, "G": 1, "S": 1, "T": 1, "D": 1},
@@ -51,11 +66,6 @@ SPEC = OpSpec(
         {"L": 30, "B": 1, "G": 3, "S": 10, "T": 512, "D": 64},
         {"L": 30, "B": 8, "G": 3, "S": 40, "T": 64, "D": 64},
     ),
-    tolerances={
-        torch.float64: EXACT,
-        torch.float32: EXACT,
-        torch.bfloat16: EXACT,
-        torch.float16: EXACT,
-    },
-    kernels=KERNELS,
+    tolerances=EXACT,
+    compiled=compiled,
 )

@@ -1,6 +1,6 @@
-// What Python hands over and the checks at the door. A kernel believes its arguments, so everything that it reads of a
-// tensor (address, dtype, shape, strides) comes from that tensor, and a bind function compares them with one another. What
-// does not fit is a std::invalid_argument, which Python sees as a ValueError, before anything is written.
+// The arguments that Python passes, and their checks. Kernels do not check: everything that a kernel reads of a tensor
+// (address, dtype, shape, strides) comes from that tensor, and a bind function compares them with one another. Where they
+// do not fit it throws std::invalid_argument, a ValueError in Python, before anything is written.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ inline bool is_empty(const Array& a) {
   return false;
 }
 
-// Of so many dimensions, and at an address.
+// `rank` dimensions, and memory.
 inline void expect_rank(const Array& a, const char* name, size_t rank) {
   if (shape(a).size() != rank || std::get<3>(a).size() != rank) {
     refuse(std::string(name) + " has shape " + listed(shape(a)) + ": use " + std::to_string(rank) + " dimensions");
@@ -73,7 +73,7 @@ inline void expect(const Array& a, const char* name, int code, std::initializer_
   }
 }
 
-// Numbers of the last dimension stand next to each other. The strides of an empty tensor mean nothing.
+// The last dimension is contiguous. The strides of an empty tensor mean nothing.
 inline void expect_dense(const Array& a, const char* name) {
   const size_t last = shape(a).size() - 1;
   if (size(a, last) > 1 && stride(a, last) != 1 && !is_empty(a)) {
@@ -81,7 +81,7 @@ inline void expect_dense(const Array& a, const char* name) {
   }
 }
 
-// All numbers stand next to each other, in the order of their indices.
+// Contiguous in the order of the indices.
 inline void expect_contiguous(const Array& a, const char* name) {
   int64_t next = 1;
   if (is_empty(a)) return;
@@ -96,10 +96,12 @@ inline void expect_contiguous(const Array& a, const char* name, int code, std::i
   expect_contiguous(a, name);
 }
 
-// No two numbers of it share their memory by a stride of 0: it is written.
+// No two numbers share memory by a stride of 0: the kernel writes here.
 inline void expect_apart(const Array& a, const char* name) {
   for (size_t d = 0; d < shape(a).size(); ++d) {
-    if (size(a, d) > 1 && stride(a, d) == 0 && !is_empty(a)) refuse(std::string(name) + " is written and has a stride of 0");
+    if (size(a, d) > 1 && stride(a, d) == 0 && !is_empty(a)) {
+      refuse(std::string(name) + " is written and has a stride of 0");
+    }
   }
 }
 

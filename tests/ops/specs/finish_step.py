@@ -1,4 +1,4 @@
-"""Inputs, shapes and tolerances of advance, for tests and benchmarks."""
+"""Inputs, shapes, tolerances and compiled kernels of finish_step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from .._registry import OpSpec, Tolerance
-from .launch import KERNELS
-from .reference import reference
+from tests.ops.specs import EXACT, TYPES, KernelSpec, OpSpec, signature
 
 
 def make_inputs(
@@ -30,7 +28,7 @@ def make_inputs(
         "rewards": rewards.to(device, dtype),
         "candidates": candidates.to(device),
         "choice": torch.where(row % 5 == 4, -1, choice).to(device),
-        "drawn": torch.randn(B, generator=random).to(device),
+        "chosen_logprob": torch.randn(B, generator=random).to(device),
         "tokens": torch.where(row % 6 == 1, -1, row).to(device),
         "position": (3 * row).to(device),
         "limit": (3 * row + torch.where(row % 4 == 2, 1, 9)).to(device),
@@ -39,12 +37,38 @@ def make_inputs(
     }
 
 
-# Numbers are moved, not computed.
-EXACT = Tolerance(0.0, 0.0)
+def _signature(kernel: Any, dtype: torch.dtype, K: int, ragged: bool = False) -> dict[str, str]:
+    pointer = f"*{TYPES[dtype]}:16"
+    arguments = {
+        "p_logprobs": pointer,
+        "p_rewards": pointer,
+        "p_candidates": "*i64:16",
+        "p_choice": "*i64:16",
+    }
+    arguments |= {
+        "p_chosen_logprob": "*fp32:16",
+        "p_tokens": "*i64:16",
+        "p_position": "*i64:16",
+        "p_limit": "*i64:16",
+    }
+    arguments |= {"p_widths": "*i64:16" if ragged else "None", "p_eos": "*i64:16"}
+    arguments |= {"p_decision": "*fp64:16", "p_accepted": "*i64:16", "B": "i32", "K": "i32", "Z": "i32"}
+    arguments |= dict.fromkeys(("stride_logprobs", "stride_rewards", "stride_candidates"), "i64")
+    return signature(arguments, kernel.configuration(K))
+
+
+def compiled(kernel: Any) -> tuple[KernelSpec, ...]:
+    signatures = (
+        _signature(kernel, torch.float32, 10),
+        _signature(kernel, torch.float32, 40, ragged=True),
+        _signature(kernel, torch.float32, 128256),
+        *(_signature(kernel, dtype, 10) for dtype in (torch.bfloat16, torch.float16)),
+    )
+    return (KernelSpec("finish_step_kernel", signatures),)
+
 
 SPEC = OpSpec(
     name="finish_step",
-    reference=reference,
     make_inputs=make_inputs,
     shapes=(
         {"B": 1, "K": 1, "Z": 0},
@@ -53,11 +77,6 @@ SPEC = OpSpec(
         {"B": 8, "K": 300, "Z": 20},
         {"B": 7, "K": 5003, "Z": 1, "ragged": True},
     ),
-    tolerances={
-        torch.float64: EXACT,
-        torch.float32: EXACT,
-        torch.bfloat16: EXACT,
-        torch.float16: EXACT,
-    },
-    kernels=KERNELS,
+    tolerances=EXACT,
+    compiled=compiled,
 )

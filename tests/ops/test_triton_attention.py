@@ -1,0 +1,154 @@
+"""The Triton kernels of tree_attention against the reference, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from unittest import mock
+
+import pytest
+import torch
+
+from rgtg_fast.ops import tree_attention, use_backend
+from rgtg_fast.ops._triton import _tickets, tickets
+from tests.ops.interpreted import interpreted, missing_reason
+from tests.ops.specs import SPECS, in_double
+from tests.ops.support import compare
+
+pytestmark = pytest.mark.triton
+if missing_reason():
+    pytest.skip(missing_reason(), allow_module_level=True)
+SPAN = SPECS["tree_attention"].kernel.SPAN
+NAN = math.nan
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "tree"])
+@pytest.mark.parametrize(
+    ("T", "lengths"),
+    [
+        pytest.param(1500, [0, 64, 300, 700, 1100, 1500], id="leaves merged by their last program"),
+        pytest.param(
+            2 * SPAN + 300, [2 * SPAN + 290, 700], id="leaves by a kernel, spans by their last program"
+        ),
+    ],
+)
+@interpreted
+@use_backend("triton")
+def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask):
+    """A program per leaf and a program per span are the same sums in the same order; tickets are taken back."""
+    shape = {"B": len(lengths), "H": 2, "G": 1, "S": 3, "T": T, "D": 16, "mask": mask}
+    arguments = SPECS["tree_attention"].make_inputs({**shape, "lengths": lengths}, torch.float32)
+    kernel = SPECS["tree_attention"].kernel
+    results = []
+    for programs in (1, 1000, 1):
+        split = kernel.split_prefix(programs, 6, T, 64, 132)
+        assert (split[0] == 0) is (programs == 1)
+        with mock.patch.object(kernel, "split_prefix", lambda *_, split=split: split):
+            results.append(tree_attention(**arguments))
+        assert not tickets(torch.device("cpu"), 1).any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    # Nor does the length of the cache.
+    row = lengths.index(700)
+    for name in ("k_cache", "v_cache"):
+        arguments[name] = arguments[name][:, :, :700]
+    short = {
+        key: x[row : row + 1] if isinstance(x, torch.Tensor) and x.shape[0] == len(lengths) else x
+        for key, x in arguments.items()
+    }
+    assert torch.equal(tree_attention(**short), results[0][row : row + 1])
+
+
+def test_tickets_that_graphs_have_recorded_stay_when_more_are_needed():
+    few = tickets(torch.device("cpu"), 10)
+    many = tickets(torch.device("cpu"), len(few) + 1)
+    assert len(many) > len(few)
+    assert any(held is few for held in _tickets[torch.device("cpu"), 0])
+    assert tickets(torch.device("cpu"), 10) is many
+
+
+@interpreted
+def test_block_shapes_are_tried_and_those_that_differ_are_left_out():
+    from benchmarks.ops import tune
+
+    shape = {"B": 1, "H": 4, "G": 1, "S": 2, "T": 70, "D": 16, "lengths": [70]}
+    launched = []
+    calls = iter(range(100))
+
+    def time(function, inputs):
+        function(inputs[0])
+        launched.append(next(calls))
+        return (1.0, 10.0 - launched[-1], 20.0)
+
+    kernel = SPECS["tree_attention"].kernel
+    own = kernel.configuration
+    several = list(tune.candidates(tune.own_settings(shape, torch.bfloat16)))
+    assert len(several) == len({tuple(each.items()) for each in several}) > 15
+    four = mock.patch.object(tune, "candidates", return_value=several[:4])
+    with four:
+        rows = tune.tried(shape, 100.0, "cpu", time)
+    assert [row["chosen"] for row in rows] == [False, False, False, True], "the fastest first"
+    assert [row["us_p50"] for row in rows] == [7.0, 8.0, 9.0, 10.0]
+    # Only the launch's own settings change what is launched, and only within.
+    assert {row["block_n"] for row in rows} == {32, 64}
+    assert kernel.configuration is own
+
+    told = io.StringIO()
+    with four, mock.patch.object(tune, "agrees", return_value=False), contextlib.redirect_stdout(told):
+        assert tune.tried(shape, 100.0, "cpu", time) == []
+    assert "differs from the reference" in told.getvalue()
+
+
+@interpreted
+@use_backend("triton")
+def test_many_rows_walk_over_the_whole_prefix():
+    shape = {"B": 2, "H": 2, "G": 1, "S": 512, "T": 700, "D": 16, "mask": "causal", "lengths": [0, 600]}
+    arguments = SPECS["tree_attention"].make_inputs(shape, torch.float32)
+    with use_backend("reference"):
+        want = tree_attention(**in_double(arguments))
+    compare(tree_attention(**arguments), want, SPECS["tree_attention"].tolerances[torch.float32])
+
+
+@interpreted
+@use_backend("triton")
+def test_a_nan_candidate_stays_alone():
+    arguments = SPECS["tree_attention"].make_inputs(
+        {"B": 1, "H": 4, "G": 2, "S": 8, "T": 300, "D": 16}, torch.float32
+    )
+    want = tree_attention(**arguments)
+    for name in ("q", "k", "v"):
+        arguments[name][:, :, 3] = NAN
+    got = tree_attention(**arguments)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert got[:, :, 3].isnan().all()
+    assert torch.equal(got[:, :, others], want[:, :, others])
+
+
+@interpreted
+@use_backend("triton")
+def test_an_empty_prefix_and_a_token_that_sees_nothing():
+    make = SPECS["tree_attention"].make_inputs
+    arguments = make({"B": 1, "H": 4, "G": 2, "S": 5, "T": 0, "D": 16}, torch.float32)
+    assert torch.equal(tree_attention(**arguments), arguments["v"].repeat_interleave(2, dim=1))
+    blind = make(
+        {"B": 1, "H": 2, "G": 1, "S": 2, "T": 4, "D": 8, "mask": "tree", "lengths": [0]}, torch.float32
+    )
+    got = tree_attention(**blind)
+    assert (got[:, :, 1] == 0).all()
+    assert got[:, :, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e-30, 0.0])
+@interpreted
+@use_backend("triton")
+def test_extreme_scores(factor):
+    arguments = SPECS["tree_attention"].make_inputs(
+        {"B": 1, "H": 2, "G": 1, "S": 3, "T": 600, "D": 16}, torch.float32
+    )
+    arguments["scale"] = factor
+    with use_backend("reference"):
+        want = tree_attention(**in_double(arguments))
+    torch.testing.assert_close(
+        tree_attention(**arguments).double(), want, rtol=0, atol=1e-3 if factor > 1 else 4e-6
+    )
