@@ -259,7 +259,7 @@ def reward_function(
             part = [torch.tensor(ids) for ids in texts[start : start + batch]]
             padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(network.device)
             lengths = torch.tensor([len(ids) for ids in part], device=network.device)
-            # A causal model does not see the padding behind an answer.
+            # A causal model does not attend to the padding after an answer.
             mask = torch.arange(padded.shape[1], device=network.device) < lengths[:, None]
             hidden = model.base_model(padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
             last = hidden[torch.arange(len(part)), lengths - 1]

@@ -166,7 +166,7 @@ def load_pairs(
         for note in notes:
             report.count(note)
     report.kept = len(pairs)
-    check_some_left(report, name)
+    _check_some_left(report, name)
     return pairs, report
 
 
@@ -211,7 +211,7 @@ def _read_pair(
     return pair, notes
 
 
-def check_some_left(report: DataReport, name: str) -> None:
+def _check_some_left(report: DataReport, name: str) -> None:
     """Checks that pairs are left.
 
     Raises:
@@ -334,7 +334,7 @@ def tokenize_pairs(
             report.unstated += pair.ended.count(None)
             kept.append(TokenizedPair(ids[-available:], chosen, rejected, pair.index, ended))
     report.kept = len(kept)
-    check_some_left(report, f"the pairs (max_length={max_length}, min_answer_tokens={min_answer_tokens})")
+    _check_some_left(report, f"the pairs (max_length={max_length}, min_answer_tokens={min_answer_tokens})")
     return kept, report
 
 
