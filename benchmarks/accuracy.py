@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness import MACHINE, RESULTS, append, read, shown
 from rgtg_fast import bundled
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.cli.accuracy import Data, judge
 from rgtg_fast.errors import RGTGError
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from benchmarks.cells import HEADLINES, ROUND, SHARED, sweep_cells
 from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
-from rgtg_fast.bench.benchmark import SHAPES, machine, run_bench
+from rgtg_fast.bench.models import SHAPES
+from rgtg_fast.bench.roofline import machine
+from rgtg_fast.bench.run import run_bench
 from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError
 

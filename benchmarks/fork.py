@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
 from rgtg_fast import bundled
-from rgtg_fast.bench.benchmark import run_bench
+from rgtg_fast.bench.run import run_bench
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.accuracy import Data, judge
 from rgtg_fast.errors import RGTGError

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import MACHINE, append, read, shown
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rgtg_fast.bench.benchmark import AGREEING
+from rgtg_fast.bench.methods import METHODS, must_agree
 from rgtg_fast.errors import RGTGError
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,8 +28,6 @@ MACHINE = (
 CELL = ("model", "device", "dtype", "prompt_length", "k", "batch", "new_tokens")
 # A row is present when all of these agree: another machine or another job is another row.
 KEY = ("cpu", "cores", "threads", "gpu", *CELL, "method")
-# Of methods that must agree, those that a method measured later is compared with.
-BESIDE = ("args_replicated", "ours", "shared_trunk", "genarm_published", "ours_genarm")
 COLUMNS = (
     "date",
     *MACHINE,
@@ -177,11 +175,6 @@ def shown(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _agrees(method: str, others: Sequence[str]) -> bool:
-    """Whether a method's tokens must agree with those of any of the others."""
-    return any(method in group and not set(group).isdisjoint(others) for group in AGREEING)
-
-
 def sweep(
     cells: Sequence[Cell],
     path: Path,
@@ -203,7 +196,7 @@ def sweep(
         bench: `run_bench`.
         models: its arguments that name the models.
         model: their name in the file.
-        machine: `rgtg_fast.bench.benchmark.machine()`, for finding rows of this machine.
+        machine: `rgtg_fast.bench.roofline.machine()`, for finding rows of this machine.
         device: "cpu" or "cuda".
         say: is told what happens.
         seconds: no cell is begun later than this after the start; those left out are named. None: all are measured.
@@ -236,7 +229,7 @@ def sweep(
                 f"[{number}/{len(cells)}] {cell}: left out, {seconds:g} s are over: {', '.join(missing)}"
             )
             continue
-        methods = [m for m in cell.methods if m in missing or (m in BESIDE and _agrees(m, missing))]
+        methods = [m for m in cell.methods if m in missing or (METHODS[m].anchor and must_agree(m, missing))]
         progress(f"[{number}/{len(cells)}] {cell}: {', '.join(methods)}")
         start, reason = time.perf_counter(), None
         written: set[str] = set()

@@ -49,7 +49,7 @@ from rgtg_fast import (
     TextReward,
     VocabularyReward,
 )
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.methods import METHODS, Cost
 from rgtg_fast.config import Strategy

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
-from rgtg_fast.bench.benchmark import DTYPES, SHAPES, machine
+from rgtg_fast.bench.models import DTYPES, SHAPES
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.profiling import PhaseTimer
 

@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops import partial_bt_loss

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.ops.tune import agrees
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward, ops
-from rgtg_fast.bench.benchmark import SHAPES
+from rgtg_fast.bench.models import SHAPES
 from rgtg_fast.ops import specs, use_backend
 
 # Results in place, beside those that are returned.

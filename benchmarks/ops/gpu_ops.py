@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from rgtg_fast import ops
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.ops import specs, use_backend
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_ops.csv"

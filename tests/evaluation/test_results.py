@@ -9,8 +9,8 @@ import torch
 from benchmarks import decode, figures, harness
 from benchmarks.cells import HEADLINES, ROUND, SHARED, shown_places, sweep_cells
 from benchmarks.harness import COLUMNS, Cell
-from rgtg_fast.bench import benchmark
-from rgtg_fast.bench.benchmark import BenchmarkMismatchError
+from rgtg_fast.bench import roofline
+from rgtg_fast.bench.run import BenchmarkMismatchError
 from rgtg_fast.errors import RGTGError
 
 ROOT = Path(__file__).parents[2]
@@ -354,7 +354,7 @@ def test_figures_are_the_same_files_every_time(results, tmp_path):
 def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the figures need matplotlib (the bench extra)")
     monkeypatch.setattr(decode, "HEADLINES", (Cell(6, 3, 1, "float32", ("ours", "unguided"), new_tokens=3),))
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device="cpu": 10e9)
+    monkeypatch.setattr(roofline, "memory_bandwidth", lambda device="cpu": 10e9)
     output = tmp_path / "decode.csv"
     command = ["--quick", "--shape", "tiny", "--output", str(output)]
     assert decode.main(command) == 0
