@@ -2,7 +2,7 @@
 
 Each method of `rgtg-fast methods` decodes a few tokens with the base model's own weights as its guide's (what a step
 costs depends on shapes alone), and every forward is written down as it comes, apart from the package's own counters.
-The result goes into results/method_costs.csv, of which `python -m benchmarks.figures` makes the tables in
+The result goes into results/method_costs.csv, of which `python -m benchmarks.report` makes the tables in
 docs/methods/README.md.
 """
 

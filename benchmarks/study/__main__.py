@@ -2,7 +2,7 @@
 
 Guides, policy and judge are adapters of the embedded model. The judge's is larger, and trained on data that no guide
 has seen. What is there is kept, so that an interrupted run goes on where it stopped. The results go to
-benchmarks/study/results; `python -m benchmarks.figures` puts their tables into the documentation.
+benchmarks/study/results; `python -m benchmarks.report` puts their tables into the documentation.
 """
 
 from __future__ import annotations

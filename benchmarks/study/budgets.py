@@ -75,27 +75,3 @@ def budget(name: str, facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> d
         "data_sha256": facts["data_sha256"],
         **{key: recipe[key] for key in COLUMNS if key in recipe},
     }
-
-
-def budgets_block(rows: Sequence[Row]) -> str:
-    """The rows of `training.csv` as a table for the documentation."""
-    if not rows:
-        return "Not trained yet: `python -m benchmarks.study --only train`."
-    lines = [
-        "| model | objective | pairs | from layer | rank | steps | minutes | loss, first to last | held-out accuracy |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        cells = (
-            row["model"],
-            f"`{row['objective']}`",
-            f"{int(row['pairs']):,}",
-            row["fork_layer"],
-            row["lora_rank"],
-            row["steps"],
-            f"{float(row['seconds']) / 60:.0f}",
-            f"{float(row['first_loss']):.3f} to {float(row['last_loss']):.3f}",
-            f"{float(row['held_out_accuracy']):.3f}" if row["held_out_accuracy"] else "–",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

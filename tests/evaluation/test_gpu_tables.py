@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import figures, gpu_tables
-from benchmarks.gpu_tables import (
+from benchmarks.harness import COLUMNS, RESULTS, read
+from benchmarks.ops import gpu_ops
+from benchmarks.profile_step import COLUMNS as STEP_COLUMNS
+from benchmarks.report.blocks import OF_GPU, matching
+from benchmarks.report.gpu import (
     LARGE,
+    MEASURED,
+    NO_OPS,
     NOT_YET,
     SMALL,
     TARGETS,
@@ -19,9 +24,6 @@ from benchmarks.gpu_tables import (
     predicted_block,
     targets_block,
 )
-from benchmarks.harness import COLUMNS, RESULTS, read
-from benchmarks.ops import gpu_ops
-from benchmarks.profile_step import COLUMNS as STEP_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 GPU = "NVIDIA Imaginary"
@@ -131,7 +133,7 @@ def test_what_is_not_there_is_not_measured_yet() -> None:
     some = targets_block(by_gpu(DECODE[:1], [], []))
     assert some.count(NOT_YET) == len(TARGETS) - 1
     assert "No GPU" not in some
-    assert ops_block(by_gpu(DECODE, [], [])) == gpu_tables.NO_OPS
+    assert ops_block(by_gpu(DECODE, [], [])) == NO_OPS
     assert by_gpu([decoded(SMALL, "ours", 1, gpu="")], [], []) == {}
 
 
@@ -149,19 +151,14 @@ def test_ops_stand_beside_their_peers(found: dict[str, Results]) -> None:
 
 
 def test_predictions_stand_beside_what_was_measured(found: dict[str, Results]) -> None:
-    predicted = read(figures.PREDICTED)
-    assert [row["what"] for row in predicted] == list(gpu_tables.MEASURED), (
-        "each has a line and a measurement"
-    )
+    predicted = read(RESULTS / "predicted.csv")
+    assert [row["what"] for row in predicted] == list(MEASURED), "each has a line and a measurement"
     assert all(float(row["predicted"]) > 0 and float(row["floor"]) > 0 for row in predicted)
     lines = predicted_block(predicted, found).splitlines()
     assert lines[0].endswith(f"| unit | floor | predicted | {GPU} |")
     assert "| tree_attention B=8 T=4096 S=10 | us | 45 | 49 | 10.5 |" in lines
     assert "| topk_logprobs B=32 k=10 | us | 2.7 | 8 | 10.5 |" in lines
     assert predicted_block(predicted, {}).count(NOT_YET) == len(predicted)
-    page = ROOT / "docs" / "performance.md"
-    gpus = figures.gpu_results(figures.all_rows())
-    assert figures.current_block(page, figures.GPU_PREDICTED) == predicted_block(predicted, gpus)
 
 
 def test_figures_are_drawn_once_there_are_rows(found: dict[str, Results], tmp_path: Path) -> None:
@@ -182,14 +179,5 @@ def test_figures_are_drawn_once_there_are_rows(found: dict[str, Results], tmp_pa
     assert "ARGS, k copies of the cache" in speed
 
 
-def test_the_pages_show_what_the_results_hold() -> None:
-    rows = figures.all_rows()
-    gpus = figures.gpu_results(rows)
-    assert figures.current_block(ROOT / "README.md", figures.GPU_TARGETS) == targets_block(gpus)
-    page = ROOT / "docs" / "performance.md"
-    assert figures.current_block(page, figures.GPU_DECODING) == figures.block(rows, "cuda")
-    assert figures.current_block(page, figures.GPU_OPS) == ops_block(gpus)
-    for name in figures.OF_GPU:
-        assert all(row["gpu"] for path in RESULTS.glob(f"{name}*.csv") for row in read(path)), (
-            "no GPU made these"
-        )
+def test_the_results_of_gpus_name_their_gpu() -> None:
+    assert all(row["gpu"] for pattern in OF_GPU for row in matching(pattern)), "no GPU made these"

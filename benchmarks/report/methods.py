@@ -7,11 +7,10 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.method_costs import GATE, MEASURED, STRATEGY
-from benchmarks.study.tables import interval, setting
+from benchmarks.report.pages import Row, grouped, interval
+from benchmarks.report.study import setting
 from rgtg_fast.cli.methods import METHODS, STRATEGIES
 from rgtg_fast.cli.policies import POLICIES
-
-Row = dict[str, str]
 
 NO_COSTS = "Not measured yet: run `python -m benchmarks.method_costs`."
 NO_EVIDENCE = "Not measured yet: run `python -m benchmarks.study`."
@@ -23,7 +22,7 @@ _ALSO = {"best-of": "best_of_n", "cards": "segment", "proxy-tuning": "eft", "t-r
 def costs_block(rows: Sequence[Row]) -> str:
     """Forwards and tokens of every method, beside what the table of methods says."""
     parts = []
-    for measured in _grouped(rows, ("model", "dtype", "rows", "k")):
+    for measured in grouped(rows, ("model", "dtype", "rows", "k")):
         first = measured[0]
         lines = [
             f"{first['model']}, {first['rows']} prompts at once, k = {first['k']}, {first['dtype']}; counted where "
@@ -34,7 +33,7 @@ def costs_block(rows: Sequence[Row]) -> str:
             "| as the table says |",
             "|---|---|--:|--:|--:|--:|---|",
         ]
-        for same in _grouped(measured, ("guide", *MEASURED, *(f"table_{name}" for name in MEASURED))):
+        for same in grouped(measured, ("guide", *MEASURED, *(f"table_{name}" for name in MEASURED))):
             row = same[0]
             wrong = [name for name in MEASURED if row[name] != row[f"table_{name}"]]
             told = (
@@ -99,7 +98,7 @@ def evidence_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
     """
     judged = [row for row in rows if row["judge"] and row["reward"]]
     parts = []
-    for of_judge in _grouped(judged, ("judge",)):
+    for of_judge in grouped(judged, ("judge",)):
         judge, baseline = of_judge[0]["judge"], _baseline(of_judge)
         gains = {
             pair["method"]: pair for pair in pairs if pair["judge"] == judge and pair["other"] == baseline
@@ -112,7 +111,7 @@ def evidence_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
             "| LM forwards, tokens | RM forwards, tokens |",
             "|---|---|---|--:|--:|---|--:|--:|--:|",
         ]
-        for same in _grouped(of_judge, ("method",)):
+        for same in grouped(of_judge, ("method",)):
             best = max(same, key=lambda row: float(row["reward"]))
             lines.append(_evidence(best, len(same), gains.get(best["method"])))
         parts.append("\n".join(lines))
@@ -168,10 +167,3 @@ def _settings(text: str) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _grouped(rows: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return list(groups.values())

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, str]
+from benchmarks.report.pages import LINES, STYLE, Row, save_figure
+from rgtg_fast.bench.methods import METHODS
 
 NOT_YET = "not measured yet"
 NONE = (
@@ -18,18 +19,6 @@ NO_OPS = "Not measured yet: run `bash benchmarks/gpu.sh` on a machine with a GPU
 # Our decoder's ways to run a step; the fastest that was measured counts.
 OURS = ("ours", "ours_compiled")
 LARGE, SMALL = "llama-8b (random weights)", "llama-1b (random weights)"
-LINES = {
-    "ours": ("rgtg-fast, one graph a step", "#0072b2", "-"),
-    "ours_compiled": ("rgtg-fast, compiled", "#56b4e9", "-"),
-    "ours_eager": ("rgtg-fast, eager", "#0072b2", ":"),
-    "args_replicated": ("ARGS, k copies of the cache", "#d55e00", "-"),
-    "pargs_serial": ("PARGS, no cache, one by one", "#cc79a7", "-"),
-    "ours_genarm": ("rgtg-fast, GenARM", "#009e73", "-"),
-    "genarm_published": ("GenARM, eager", "#009e73", ":"),
-    "unguided": ("unguided", "#7f7f7f", "--"),
-}
-# Same numbers, same file: no random ids.
-STYLE = {"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none", "font.size": 9}
 OP_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
@@ -368,7 +357,7 @@ def _draw_roofline(title: str, rows: Sequence[Row], path: Path) -> Path:
         title=title,
     )
     axis.grid(alpha=0.3)
-    return _save(figure, path, 2)
+    return save_figure(figure, path, columns=2, fontsize=7)
 
 
 def _draw_speed(title: str, rows: Sequence[Row], path: Path) -> Path:
@@ -381,16 +370,15 @@ def _draw_speed(title: str, rows: Sequence[Row], path: Path) -> Path:
     usual = {"k": "10", "prompt_length": "512", "batch": "1"}
     for axis, (varied, label, at_usual) in zip(axes, panels, strict=True):
         fixed = {name: value for name, value in usual.items() if name != varied}
-        for method, (named, colour, style) in LINES.items():
+        for method, (colour, style) in LINES.items():
             at = {
                 int(row[varied]): float(row["tokens_per_second"])
                 for row in rows
                 if row["method"] == method and all(row[name] == value for name, value in fixed.items())
             }
             if at:
-                axis.plot(
-                    *zip(*sorted(at.items()), strict=True), style, marker="o", ms=3, color=colour, label=named
-                )
+                points = zip(*sorted(at.items()), strict=True)
+                axis.plot(*points, style, marker="o", ms=3, color=colour, label=METHODS[method].label)
         axis.set(xscale="log", yscale="log", xlabel=label, title=at_usual)
         ticks = sorted({int(row[varied]) for row in rows})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -398,7 +386,7 @@ def _draw_speed(title: str, rows: Sequence[Row], path: Path) -> Path:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("tokens per second")
     figure.suptitle(title, fontsize=9)
-    return _save(figure, path, 4)
+    return save_figure(figure, path, columns=4, fontsize=7)
 
 
 def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -406,20 +394,3 @@ def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:
 
     figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
     return figure, axes[0]
-
-
-def _save(figure: Any, path: Path, columns: int) -> Path:
-    from matplotlib import pyplot
-
-    entries = {
-        label: line
-        for axis in figure.axes
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=7
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
