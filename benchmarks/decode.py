@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cells import HEADLINES, ROUND, SHARED, sweep_cells
 from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
@@ -33,8 +34,8 @@ def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:
     append(path, [row for row in rows if tuple(row[name] for name in (*CELL, "method")) not in names])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the README's lines only")
     parser.add_argument(
         "--round", nargs="+", choices=list(ROUND), metavar="NAME", help=f"cells for a GPU: {', '.join(ROUND)}"
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--shared", action="store_true", help="one forward for both models against two models"
     )
     parser.add_argument(
-        "--reward", help="guide of every cell: a folder with an adapter of the model, or bundled:NAME"
+        "--reward",
+        help="reward model of every cell: a folder with an adapter of the model, or bundled:NAME",
     )
     parser.add_argument("--fresh", action="store_true", help="measure anew what the file already holds")
     parser.add_argument(
@@ -59,6 +61,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="name of the models in the file")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.csv")
+    return parser
+
+
+def _models(given: argparse.Namespace, shape: str | None) -> tuple[dict[str, Any], str]:
+    """The arguments of `run_bench` that name the models, and their name in the file."""
+    if shape:
+        models, model = {"shape": shape}, f"{shape} (random weights)"
+    elif given.lm:
+        models, model = {"lm": given.lm}, Path(given.lm).name
+    else:
+        models, model = {"lm": str(embedded.default_model(print))}, embedded.NAME
+    if given.reward:
+        models, model = models | {"rm": given.reward}, f"{model} with {given.reward}"
+    return models, given.name or model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
     given = parser.parse_args(arguments)
 
     if given.round:
@@ -79,15 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(wanted)} cells")
         return 0
     try:
-        if shape:
-            models, model = {"shape": shape}, f"{shape} (random weights)"
-        elif given.lm:
-            models, model = {"lm": given.lm}, Path(given.lm).name
-        else:
-            models, model = {"lm": str(embedded.default_model(print))}, embedded.NAME
-        if given.reward:
-            models, model = models | {"rm": given.reward}, f"{model} with {given.reward}"
-        model = given.name or model
+        models, model = _models(given, shape)
         if given.fresh:
             _fresh(given.output, wanted, model, given.device)
         start = time.perf_counter()
