@@ -16,6 +16,7 @@ import datetime
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.accuracy import Scores, prefix_accuracy
+from rgtg_fast.evaluation.accuracy import PairScores, prefix_accuracy
 from rgtg_fast.training.config import TrainConfig, train_reward_model
 
 TABLE = "guides.csv"
@@ -71,7 +72,7 @@ def recipes() -> dict[str, TrainConfig]:
     }
 
 
-def accuracies(scores: Scores) -> dict[str, float]:
+def accuracies(scores: Sequence[PairScores]) -> dict[str, float]:
     """How often the chosen answer has the higher reward, by the share of the answers that is read."""
     found = prefix_accuracy(scores, [float(fraction) for fraction in FRACTIONS])
     return {f"accuracy_{fraction}": point.accuracy for fraction, point in zip(FRACTIONS, found, strict=True)}

@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks.harness import read
 from benchmarks.report.methods import NO_EVIDENCE, evidence_block, source_of
-from rgtg_fast.evaluation.study.comparison import Comparison
-from rgtg_fast.evaluation.study.summary import COLUMNS, PAIRWISE, write_comparisons, write_summary
+from rgtg_fast.evaluation.study.summary import COLUMNS, PAIRWISE, Comparison, write_comparisons, write_summary
 
 ROOT = Path(__file__).parents[2]
 
