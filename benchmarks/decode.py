@@ -1,8 +1,8 @@
 """Times decoding, ours against the published algorithms: `python -m benchmarks.decode [--quick]`.
 
 Prompt lengths 16, 512 and 2048, k of 5, 10 and 40, batches of 1 and 8, float32 and bfloat16, 64 new tokens,
-prefill included, into results/decode.csv. Cells already in the file are skipped, so a broken sweep continues
-where it stopped, as does one that `--seconds` has ended; `--fresh` starts anew.
+prefill included, into results/decode.csv. Cells already in the file are skipped, so that a sweep that was
+interrupted, or ended by `--seconds`, continues where it stopped; `--fresh` measures everything again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rgtg_fast.errors import RGTGError
 
 
 def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:
-    """Drop the rows of these cells' methods: they are about to be measured again."""
+    """Drop the rows of these cells' methods, which are measured again."""
     names = {
         (model, device, *(str(getattr(cell, name)) for name in CELL[2:]), method)
         for cell in wanted
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reward",
         help="reward model of every cell: a folder with an adapter of the model, or bundled:NAME",
     )
-    parser.add_argument("--fresh", action="store_true", help="measure anew what the file already holds")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
     parser.add_argument(
         "--seconds",
         type=float,

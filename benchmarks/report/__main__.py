@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import decoding, gpu, training
-from benchmarks.report.blocks import BLOCKS, PAGES, STUDY, Results, all_rows, table
+from benchmarks.report.blocks import BLOCKS, PAGES, STUDY, ReportData, all_rows, table
 from benchmarks.report.pages import ROOT, write_block
 
 
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--study", type=Path, default=STUDY, help="summary.csv of `rgtg-fast evaluate`")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(arguments)
-    results = Results(all_rows(given.results), given.study)
+    results = ReportData(all_rows(given.results), given.study)
     if not results.decode:
         print("there are no results: python -m benchmarks.decode measures them", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Which table stands where: one entry per marked section of README and docs."""
+"""Which table goes where: one entry per marked section of README and docs."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ def matching(pattern: str) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class Results:
+class ReportData:
     """The rows of all results files.
 
     Attributes:
-        decode: speed of decoding. summary: summary.csv of a study.
+        decode: rows of decode*.csv.
+        summary: summary.csv of a study.
     """
 
     decode: list[Row]
     summary: Path = STUDY
 
     @cached_property
-    def gpus(self) -> dict[str, gpu.Results]:
+    def gpus(self) -> dict[str, gpu.GpuResults]:
         """What every GPU made: its rows of decoding, and the results of ops and steps."""
         cuda = [row for row in self.decode if row["device"] == "cuda"]
         return gpu.by_gpu(cuda, *map(matching, OF_GPU))
@@ -76,36 +77,36 @@ class Block:
     """A marked section of a page.
 
     Attributes:
-        page: in `PAGES`. name: in the section's markers. text: from the results.
+        page: in `PAGES`.
+        name: in the section's markers.
+        text: makes the table from the data.
     """
 
     page: str
     name: str
-    text: Callable[[Results], str]
+    text: Callable[[ReportData], str]
 
 
 BLOCKS = (
-    Block("readme", "shared-trunk", lambda results: decoding.trunk_block(results.decode)),
-    Block("readme", "benchmarks", lambda results: decoding.speed_block(results.decode)),
-    Block("readme", "gpu-targets", lambda results: gpu.targets_block(results.gpus)),
-    Block("performance", "benchmarks", lambda results: decoding.phases_block(results.decode)),
-    Block("performance", "gpu-decoding", lambda results: decoding.speed_block(results.decode, "cuda")),
-    Block("performance", "gpu-ops", lambda results: gpu.ops_block(results.gpus)),
+    Block("readme", "shared-trunk", lambda data: decoding.trunk_block(data.decode)),
+    Block("readme", "benchmarks", lambda data: decoding.speed_block(data.decode)),
+    Block("readme", "gpu-targets", lambda data: gpu.targets_block(data.gpus)),
+    Block("performance", "benchmarks", lambda data: decoding.phases_block(data.decode)),
+    Block("performance", "gpu-decoding", lambda data: decoding.speed_block(data.decode, "cuda")),
+    Block("performance", "gpu-ops", lambda data: gpu.ops_block(data.gpus)),
     # What was expected of a GPU before any had run this.
-    Block(
-        "performance", "gpu-predicted", lambda results: gpu.predicted_block(table("predicted"), results.gpus)
-    ),
-    Block("training", "accuracy", lambda results: training.accuracy_block(table("accuracy"))),
-    Block("training", "training-cost", lambda results: training.cost_block(table("train"))),
-    Block("trunk", "fork", lambda results: training.fork_block(table("fork"))),
-    Block("methods", "costs", lambda results: methods.cost_blocks(table("method_costs"))),
-    Block("methods", "evidence", lambda results: methods.evidence_block(results.study, results.pairs)),
-    Block("evaluation", "study", lambda results: study.study_block(results.study)),
+    Block("performance", "gpu-predicted", lambda data: gpu.predicted_block(table("predicted"), data.gpus)),
+    Block("training", "accuracy", lambda data: training.accuracy_block(table("accuracy"))),
+    Block("training", "training-cost", lambda data: training.cost_block(table("train"))),
+    Block("trunk", "fork", lambda data: training.fork_block(table("fork"))),
+    Block("methods", "costs", lambda data: methods.cost_blocks(table("method_costs"))),
+    Block("methods", "evidence", lambda data: methods.evidence_block(data.study, data.pairs)),
+    Block("evaluation", "study", lambda data: study.study_block(data.study)),
     Block(
         "evaluation",
         "study-training",
-        lambda results: study.budgets_block(read(results.summary.parent / BUDGETS)),
+        lambda data: study.budgets_block(read(data.summary.parent / BUDGETS)),
     ),
-    Block("evaluation", "study-control", lambda results: study.study_block(read(CONTROL))),
-    Block("readme", "study-headline", lambda results: study.headline_block(results.study, results.pairs)),
+    Block("evaluation", "study-control", lambda data: study.study_block(read(CONTROL))),
+    Block("readme", "study-headline", lambda data: study.headline_block(data.study, data.pairs)),
 )

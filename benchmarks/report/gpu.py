@@ -1,4 +1,4 @@
-"""What a round on a GPU says, from results/*.csv: the figures to reach, ops beside their peers, roofline and speed."""
+"""Results of GPUs: the figures to reach, ops beside their peers, roofline and speed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OP_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 @dataclass(frozen=True)
-class Results:
+class GpuResults:
     """Rows of one GPU: decoding, ops and profiled steps, the latest of equals last."""
 
     decode: Sequence[Row]
@@ -50,13 +50,16 @@ class Target:
     """A figure to reach.
 
     Attributes:
-        what: it is. goal: as it is printed. form: of the measured number. value: from a GPU's results; None: not there.
+        what: is measured.
+        goal: as it is printed.
+        form: format of the measured number.
+        value: from a GPU's results; None where it was not measured.
     """
 
     what: str
     goal: str
     form: str
-    value: Callable[[Results], float | None]
+    value: Callable[[GpuResults], float | None]
 
 
 def shape_of(row: Row) -> dict[str, int]:
@@ -70,16 +73,16 @@ def shape_of(row: Row) -> dict[str, int]:
     return {name: int(size) for name, _, size in parts if size.isdigit()}
 
 
-def _of_floor(model: str, batch: int, method: str) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _of_floor(model: str, batch: int, method: str) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         row = results.decoded(model, method, batch)
         return 1 / float(row["achieved_over_floor"]) if row else None
 
     return value
 
 
-def _over_replicated(model: str, batch: int) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _over_replicated(model: str, batch: int) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         theirs = results.decoded(model, "args_replicated", batch)
         rows = [results.decoded(model, name, batch) for name in OURS]
         speeds = [float(row["tokens_per_second"]) for row in rows if row]
@@ -88,7 +91,7 @@ def _over_replicated(model: str, batch: int) -> Callable[[Results], float | None
     return value
 
 
-def _shared_trunk(results: Results) -> float | None:
+def _shared_trunk(results: GpuResults) -> float | None:
     def fastest(*methods: str) -> float | None:
         rows = [results.decoded(LARGE, method, 1) for method in methods]
         return max((float(row["tokens_per_second"]) for row in rows if row), default=None)
@@ -98,7 +101,7 @@ def _shared_trunk(results: Results) -> float | None:
     return shared / alone if shared and alone else None
 
 
-def _long_attention(results: Results, candidates: int) -> list[dict[str, Row]]:
+def _long_attention(results: GpuResults, candidates: int) -> list[dict[str, Row]]:
     """Attention over 4,096 slots and more, with 64 and more pairs of row and key-value head."""
     found = []
     for by_who in results.timed("tree_attention", S=candidates):
@@ -108,12 +111,12 @@ def _long_attention(results: Results, candidates: int) -> list[dict[str, Row]]:
     return found
 
 
-def _attention_of_copy(results: Results) -> float | None:
+def _attention_of_copy(results: GpuResults) -> float | None:
     return min((float(rows["ours"]["of_copy"]) for rows in _long_attention(results, 10)), default=None)
 
 
 def _over(rows: Iterable[dict[str, Row]], peer: str) -> float | None:
-    """Our smallest lead over the peer whose name begins so."""
+    """Our smallest lead over the peer whose name begins with this."""
     leads = []
     for by_who in rows:
         theirs = next((row for who, row in by_who.items() if who.startswith(peer)), None)
@@ -122,14 +125,14 @@ def _over(rows: Iterable[dict[str, Row]], peer: str) -> float | None:
     return min(leads, default=None)
 
 
-def _cache_share(results: Results) -> float | None:
+def _cache_share(results: GpuResults) -> float | None:
     ours, theirs = (results.decoded(LARGE, name, 1) for name in ("ours", "args_replicated"))
     if not ours or not theirs:
         return None
     return float(ours["cache_resident_reward_bytes"]) / float(theirs["cache_resident_reward_bytes"])
 
 
-def _synchronizations(results: Results) -> float | None:
+def _synchronizations(results: GpuResults) -> float | None:
     counts = [row["synchronizations_per_step"] for row in results.steps if row["mode"] != "eager"]
     return max((float(count) for count in counts if count), default=None)
 
@@ -176,21 +179,21 @@ TARGETS = (
 )
 
 
-def _attention_us(B: int, T: int) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _attention_us(B: int, T: int) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         rows = results.timed("tree_attention", B=B, T=T, S=10)
         return float(rows[0]["ours"]["us_p50"]) if rows and "ours" in rows[0] else None
 
     return value
 
 
-def _topk_us(results: Results) -> float | None:
+def _topk_us(results: GpuResults) -> float | None:
     rows = results.timed("topk_logprobs", B=32, k=10)
     return min((float(row["ours"]["us_p50"]) for row in rows if "ours" in row), default=None)
 
 
-def _product_share(M: int) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _product_share(M: int) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         rows = results.timed("linear", M=M)
         return min(
             (float(row["torch linear"]["of_copy"]) for row in rows if "torch linear" in row), default=None
@@ -199,16 +202,16 @@ def _product_share(M: int) -> Callable[[Results], float | None]:
     return value
 
 
-def _ms(model: str, method: str) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _ms(model: str, method: str) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         row = results.decoded(model, method, 1)
         return float(row["decode_ms_per_token"]) if row else None
 
     return value
 
 
-# What results/predicted.csv says before the first round, by the line's name: what is measured of it.
-MEASURED: dict[str, Callable[[Results], float | None]] = {
+# For every line of results/predicted.csv, which was written before the first round, the measured value.
+MEASURED: dict[str, Callable[[GpuResults], float | None]] = {
     **{
         f"tree_attention B={B} T={T} S=10": _attention_us(B, T)
         for B, T in ((1, 512), (1, 4096), (8, 4096), (32, 512), (32, 4096))
@@ -223,8 +226,8 @@ MEASURED: dict[str, Callable[[Results], float | None]] = {
 }
 
 
-def predicted_block(predicted: Sequence[Row], found: dict[str, Results]) -> str:
-    """What was predicted for an H100 before any GPU had run this, beside what every GPU took."""
+def predicted_block(predicted: Sequence[Row], found: dict[str, GpuResults]) -> str:
+    """What was predicted for an H100 before any GPU had run this, beside what was measured on every GPU."""
     names = list(found) or ["measured"]
     lines = [
         f"| predicted for an H100, before a GPU was at hand | unit | floor | predicted | {' | '.join(names)} |",
@@ -237,16 +240,16 @@ def predicted_block(predicted: Sequence[Row], found: dict[str, Results]) -> str:
     return "\n".join(lines)
 
 
-def by_gpu(decode: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> dict[str, Results]:
+def by_gpu(decode: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> dict[str, GpuResults]:
     """The rows that a GPU made, by its name."""
     names = dict.fromkeys(row["gpu"] for row in (*decode, *ops, *steps) if row["gpu"])
     return {
-        name: Results(*([row for row in rows if row["gpu"] == name] for rows in (decode, ops, steps)))
+        name: GpuResults(*([row for row in rows if row["gpu"] == name] for rows in (decode, ops, steps)))
         for name in names
     }
 
 
-def targets_block(found: dict[str, Results]) -> str:
+def targets_block(found: dict[str, GpuResults]) -> str:
     """The figures to reach, and what every GPU reached."""
     names = list(found) or ["measured"]
     lines = [
@@ -261,7 +264,7 @@ def targets_block(found: dict[str, Results]) -> str:
     return "\n".join([*notes, *lines])
 
 
-def ops_block(found: dict[str, Results]) -> str:
+def ops_block(found: dict[str, GpuResults]) -> str:
     """Every op beside its peers, a table for each GPU."""
     parts = []
     for name, results in found.items():
@@ -290,7 +293,7 @@ def ops_block(found: dict[str, Results]) -> str:
     return "\n\n".join(parts) or NO_OPS
 
 
-def draw_gpu(found: dict[str, Results], folder: Path) -> list[Path]:
+def draw_gpu(found: dict[str, GpuResults], folder: Path) -> list[Path]:
     """Roofline of the ops, and tokens per second over k, P and B for every model, as far as they were measured."""
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""Tables of docs/methods/README.md: what every method costs, and what a study found about its answers."""
+"""The cost of every method, and what a study found about its answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rgtg_fast.cli.policies import POLICIES
 NO_COSTS = "Not measured yet: run `python -m benchmarks.method_costs`."
 NO_EVIDENCE = "Not measured yet: run `python -m benchmarks.study`."
 BASELINE = "unguided"
-# Names that a study may give to what the tables of methods call otherwise.
+# Names in studies of what the tables of methods call otherwise.
 _ALSO = {"best-of": "best_of_n", "cards": "segment", "proxy-tuning": "eft", "t-reg": "treg"}
 
 
@@ -68,7 +68,7 @@ def strategies_block(rows: Sequence[Row]) -> str:
 
 
 def cost_blocks(rows: Sequence[Row]) -> str:
-    """Both of the above."""
+    """The tables of methods and of strategies."""
     strategies = [row for row in rows if row["guide"] == STRATEGY]
     both = [costs_block([row for row in rows if row["guide"] != STRATEGY])]
     return "\n\n".join([*both, strategies_block(strategies)] if strategies else both)
@@ -91,10 +91,11 @@ def source_of(method: str) -> str:
 
 
 def evidence_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
-    """What a study's judges say of every method, each at the setting that was judged best, beside its cost.
+    """The judged reward of every method at its best setting, beside its cost.
 
     Args:
-        rows: of the summary.csv that `rgtg-fast evaluate` writes. pairs: of its pairwise.csv.
+        rows: of the summary.csv that `rgtg-fast evaluate` writes.
+        pairs: of its pairwise.csv.
     """
     judged = [row for row in rows if row["judge"] and row["reward"]]
     parts = []

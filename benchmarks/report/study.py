@@ -31,10 +31,11 @@ def study_block(rows: Sequence[Row]) -> str:
 
 
 def headline_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
-    """The frontier under the study's last judge, and what every method gains under each judge.
+    """The figure of reward over divergence under the study's last judge, and every method's gain under each judge.
 
     Args:
-        rows: of the study's summary.csv. pairs: of its pairwise.csv.
+        rows: of the study's summary.csv.
+        pairs: of its pairwise.csv.
     """
     judged = [row for row in rows if row["reward"]]
     if not judged:
@@ -63,7 +64,7 @@ def headline_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
 
 
 def setting(row: Row) -> str:
-    """What a row was decoded with, a dash where nothing is known."""
+    """The settings of a row, a dash where none is known."""
     named = (("β", "beta"), ("k", "top_k"), ("τ", "temperature"))
     return ", ".join(f"{letter} = {float(row[name]):g}" for letter, name in named if row[name]) or "–"
 

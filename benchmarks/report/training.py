@@ -14,7 +14,7 @@ NO_COST = "Not measured yet: run `python -m benchmarks.train`."
 
 
 def accuracy_block(rows: list[Row]) -> str:
-    """Accuracy of every guide by the share of the answers that it has read, and how the guides differ."""
+    """Accuracy of every reward model by the share of the answers that it has read, and how they differ."""
     parts = []
     for judged in grouped(rows, ("data", "pairs", "dtype")):
         first = judged[0]
@@ -28,10 +28,10 @@ def accuracy_block(rows: list[Row]) -> str:
             "| answer read | " + " | ".join(f"{100 * float(f):g} %" for f in fractions) + " |",
             "|---|" + "--:|" * len(fractions),
         ]
-        for guide in dict.fromkeys(row["guide"] for row in points):
-            lines.append(_line(f"`{guide}`", [r for r in points if r["guide"] == guide], _share))
-            above = [r for r in judged if r["figure"] == ABOVE_LONGER and r["guide"] == guide]
-            lines.append(_line(f"`{guide}` − longer wins", above, _gap))
+        for name in dict.fromkeys(row["guide"] for row in points):
+            lines.append(_line(f"`{name}`", [r for r in points if r["guide"] == name], _share))
+            above = [r for r in judged if r["figure"] == ABOVE_LONGER and r["guide"] == name]
+            lines.append(_line(f"`{name}` − longer wins", above, _gap))
         gaps = [row for row in judged if row["figure"] == DIFFERENCE]
         for one, other in dict.fromkeys((row["guide"], row["other"]) for row in gaps):
             pair = [row for row in gaps if (row["guide"], row["other"]) == (one, other)]
@@ -54,7 +54,7 @@ def _gap(row: Row) -> str:
 
 
 def cost_block(rows: list[Row]) -> str:
-    """What a pair costs packed, one row per prefix, and in TRL's full-sequence trainer."""
+    """The cost of a pair packed, one row per prefix, and in TRL's full-sequence trainer."""
     key = ("cpu", "threads", "gpu", "model", "dtype", "tuning", "data", "pairs", "max_length")
     parts = []
     for timed in grouped(rows, key):
@@ -85,7 +85,7 @@ def cost_block(rows: list[Row]) -> str:
 
 
 def fork_block(rows: list[Row]) -> str:
-    """Held-out accuracy and speed of guides that differ in the layer where their adapter begins."""
+    """Held-out accuracy and speed of adapters that differ in their first layer."""
     key = ("cpu", "threads", "gpu", "model", "dtype", "data", "pairs", "objective")
     parts = []
     for same in grouped(rows, key):

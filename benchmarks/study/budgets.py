@@ -1,4 +1,4 @@
-"""What the study's models were trained with and for how long, out of the folders that training leaves."""
+"""How the study's models were trained and for how long, from the folders that training leaves."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ Row = dict[str, str]
 
 
 def keep(models: Path, names: Iterable[str], results: Path) -> None:
-    """Writes `training.csv` and the models' logs into the results; of models that are not here, what stood there stays.
+    """Writes `training.csv` and the models' logs into the results; rows of models that are not here stay.
 
     Args:
-        models: folder of the models. names: of these. results: folder to write to.
+        models: folder of the models.
+        names: of the models.
+        results: folder to write to.
     """
     path = results / BUDGETS
     rows: dict[str, dict[str, Any]] = {row["model"]: {**row} for row in read(path)}
@@ -59,7 +61,9 @@ def budget(name: str, facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> d
     """One row of `training.csv`.
 
     Args:
-        name: the model's. facts: its `rgtg_fast.json`. log: the rows of its `training_log.jsonl`.
+        name: of the model.
+        facts: its `rgtg_fast.json`.
+        log: the rows of its `training_log.jsonl`.
     """
     recipe = facts["recipe"]
     losses = [line["loss"] for line in log if "loss" in line]

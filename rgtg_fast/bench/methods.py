@@ -44,7 +44,7 @@ class Agreement(Enum):
 
 
 @dataclass(frozen=True)
-class Method:
+class BenchMethod:
     """One method that can be timed.
 
     Attributes:
@@ -81,27 +81,27 @@ class Method:
 
 # Each peer is looked up in `baselines` when it runs, so that a test can replace it.
 _TABLE = (
-    Method("ours", "rgtg-fast", anchor=True),
-    Method("ours_transformers", "rgtg-fast, the model's own blocks", engine="transformers"),
-    Method("ours_eager", "rgtg-fast, eager", graphs=False),
-    Method("ours_compiled", "rgtg-fast, compiled", engine="transformers", compile=True),
-    Method(
+    BenchMethod("ours", "rgtg-fast", anchor=True),
+    BenchMethod("ours_transformers", "rgtg-fast, the model's own blocks", engine="transformers"),
+    BenchMethod("ours_eager", "rgtg-fast, eager", graphs=False),
+    BenchMethod("ours_compiled", "rgtg-fast, compiled", engine="transformers", compile=True),
+    BenchMethod(
         "ours_genarm",
         "rgtg-fast, GenARM",
         RewardModel.LANGUAGE_MODEL,
         Agreement.VOCABULARY,
         anchor=True,
     ),
-    Method("shared_trunk", "rgtg-fast, one forward for both", RewardModel.SHARED_ADAPTER, anchor=True),
-    Method(
+    BenchMethod("shared_trunk", "rgtg-fast, one forward for both", RewardModel.SHARED_ADAPTER, anchor=True),
+    BenchMethod(
         "shared_compiled",
         "rgtg-fast, one forward for both, compiled",
         RewardModel.SHARED_ADAPTER,
         engine="transformers",
         compile=True,
     ),
-    Method("two_models", "rgtg-fast, two models", RewardModel.ADAPTER),
-    Method(
+    BenchMethod("two_models", "rgtg-fast, two models", RewardModel.ADAPTER),
+    BenchMethod(
         "args_replicated",
         "ARGS, k copies of the cache",
         peer=lambda lm, rm, prompts, guidance, n: baselines.args_replicated(
@@ -111,7 +111,7 @@ _TABLE = (
         warm_up_tokens=2,
         anchor=True,
     ),
-    Method(
+    BenchMethod(
         "pargs_serial",
         "PARGS, no cache, one by one",
         peer=lambda lm, rm, prompts, guidance, n: baselines.pargs_serial(
@@ -120,7 +120,7 @@ _TABLE = (
         one_row=True,
         warm_up_tokens=2,
     ),
-    Method(
+    BenchMethod(
         "genarm_published",
         "GenARM, eager",
         RewardModel.LANGUAGE_MODEL,
@@ -130,15 +130,15 @@ _TABLE = (
         ),
         anchor=True,
     ),
-    Method(
+    BenchMethod(
         "unguided",
         "unguided",
         RewardModel.NONE,
         None,
         peer=lambda lm, rm, prompts, guidance, n: baselines.unguided(lm, prompts, new_tokens=n),
     ),
-    Method("ours_unguided", "rgtg-fast, unguided", RewardModel.NONE, None),
-    Method(
+    BenchMethod("ours_unguided", "rgtg-fast, unguided", RewardModel.NONE, None),
+    BenchMethod(
         "ours_unguided_compiled",
         "rgtg-fast, unguided, compiled",
         RewardModel.NONE,
@@ -147,7 +147,7 @@ _TABLE = (
         compile=True,
     ),
 )
-METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+METHODS: dict[str, BenchMethod] = {method.name: method for method in _TABLE}
 
 
 def reference(name: str, names: Iterable[str]) -> str | None:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from rgtg_fast import bundled
-from rgtg_fast.bench.methods import Method, RewardModel
+from rgtg_fast.bench.methods import BenchMethod, RewardModel
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter, LowRank, decoder_layers, fingerprint, is_adapter, linear_shape
 from rgtg_fast.models.loading import load_causal_lm, load_sequence_classifier
@@ -134,7 +134,7 @@ def second_language_model(base: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def find_adapter(
-    rm: str | None, base: PreTrainedModel, methods: Iterable[Method], seed: int
+    rm: str | None, base: PreTrainedModel, methods: Iterable[BenchMethod], seed: int
 ) -> Adapter | None:
     """The adapter that `rm` names, or a random one where a method needs one and `rm` is None.
 
@@ -208,7 +208,7 @@ class RewardModels:
         cls,
         rm: str | None,
         base: PreTrainedModel,
-        methods: Iterable[Method],
+        methods: Iterable[BenchMethod],
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
@@ -239,7 +239,7 @@ class RewardModels:
             found.language_model = second_language_model(base, seed)
         return found
 
-    def model_of(self, method: Method) -> PreTrainedModel | None:
+    def model_of(self, method: BenchMethod) -> PreTrainedModel | None:
         """The model that a method runs beside the base model."""
         if method.reward is RewardModel.NONE:
             return None

@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from rgtg_fast import __version__
-from rgtg_fast.bench.methods import Method, RewardModel
+from rgtg_fast.bench.methods import BenchMethod, RewardModel
 from rgtg_fast.bench.models import RewardModels
 
 
@@ -131,7 +131,7 @@ def _token_cache_bytes(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * groups * size * model.dtype.itemsize
 
 
-def bytes_read(method: Method, lm: PreTrainedModel, rewards: RewardModels) -> tuple[int, float]:
+def bytes_read(method: BenchMethod, lm: PreTrainedModel, rewards: RewardModels) -> tuple[int, float]:
     """Bytes of the weights that a method's step reads, and of the caches that it keeps for a token of a row.
 
     Args:

@@ -50,7 +50,7 @@ class BenchmarkMismatchError(RGTGError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """The settings of `run_bench` that decide what is measured, checked; see there.
 
     Raises:
@@ -192,7 +192,7 @@ def run_bench(
     """
     progress = progress or (lambda line: None)
     models, sizes = (lm, rm, shape), (prompt_length, k, batch, new_tokens)
-    settings = Settings(*models, *sizes, dtype, methods, repeats, seed, beta, seconds_per_run)
+    settings = BenchSettings(*models, *sizes, dtype, methods, repeats, seed, beta, seconds_per_run)
     target = resolve_device(device)
     with _threads(threads):
         return _Benchmark(settings, target, progress, each).run()
@@ -222,7 +222,7 @@ class _Benchmark:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: BenchSettings,
         device: torch.device,
         progress: Callable[[str], None],
         each: Callable[[dict[str, Any]], None] | None,
@@ -320,7 +320,7 @@ def warm_up(
     entries: Sequence[TimedMethod],
     isolated: Isolation,
     prompts: Sequence[Sequence[int]],
-    settings: Settings,
+    settings: BenchSettings,
 ) -> list[TimedMethod]:
     """Run every method for a few tokens, compare them, and plan the timed runs.
 

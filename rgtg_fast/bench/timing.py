@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.bench.baselines import BaselineRun
-from rgtg_fast.bench.methods import Method, RewardModel
+from rgtg_fast.bench.methods import BenchMethod, RewardModel
 from rgtg_fast.bench.models import RewardModels, clone_modules
 from rgtg_fast.config import Guidance
 from rgtg_fast.decoder import RewardGuidedDecoder
@@ -74,7 +74,7 @@ class TimedMethod:
         peak_bytes: most bytes that were allocated for it at once, resident ones included; None on a CPU.
     """
 
-    method: Method
+    method: BenchMethod
     call: Callable[[Sequence[Sequence[int]], int], BaselineRun]
     engine: str
     device: torch.device
@@ -234,7 +234,7 @@ class Isolation:
 
 
 def prepare(
-    method: Method,
+    method: BenchMethod,
     lm: PreTrainedModel,
     rewards: RewardModels,
     tokenizer: PreTrainedTokenizerBase | None,

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rgtg_fast.bench import baselines, models, roofline, run, timing
 from rgtg_fast.bench.baselines import BaselineRun
 from rgtg_fast.bench.methods import METHODS
-from rgtg_fast.bench.run import BenchmarkMismatchError, Settings, run_bench
+from rgtg_fast.bench.run import BenchmarkMismatchError, BenchSettings, run_bench
 from rgtg_fast.bench.timing import Isolation, TimedMethod, TokenDifference, first_difference
 from rgtg_fast.errors import MemoryTooSmallError, RGTGError
 
@@ -456,7 +456,7 @@ def rounds_of(monkeypatch, device):
     job = {"prompt_length": 1, "k": 1, "batch": 1, "new_tokens": 64, "repeats": 3, "seconds_per_run": 10.0}
     names = ("ours", "args_replicated")
     named = {"lm": None, "rm": None, "shape": "tiny", "dtype": "float32", "seed": 0, "beta": 1.0}
-    run.warm_up(entries, isolated, [[1]], Settings(**named, **job, methods=names))
+    run.warm_up(entries, isolated, [[1]], BenchSettings(**named, **job, methods=names))
     return asked, entries
 
 

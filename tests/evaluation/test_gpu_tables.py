@@ -17,7 +17,7 @@ from benchmarks.report.gpu import (
     NOT_YET,
     SMALL,
     TARGETS,
-    Results,
+    GpuResults,
     by_gpu,
     draw_gpu,
     ops_block,
@@ -112,11 +112,11 @@ STEPS = [stepped("eager", 7), stepped("graphed", 0), stepped("compiled", 0.5)]
 
 
 @pytest.fixture
-def found() -> dict[str, Results]:
+def found() -> dict[str, GpuResults]:
     return by_gpu(DECODE, OPS, STEPS)
 
 
-def test_every_goal_is_taken_from_the_rows_that_it_is_about(found: dict[str, Results]) -> None:
+def test_every_goal_is_taken_from_the_rows_that_it_is_about(found: dict[str, GpuResults]) -> None:
     lines = targets_block(found).splitlines()
     assert lines[0] == f"| bfloat16, k = 10 | goal | {GPU} |"
     measured = [line.rsplit("| ", 2)[-1].strip(" |") for line in lines[2:]]
@@ -137,7 +137,7 @@ def test_what_is_not_there_is_not_measured_yet() -> None:
     assert by_gpu([decoded(SMALL, "ours", 1, gpu="")], [], []) == {}
 
 
-def test_ops_stand_beside_their_peers(found: dict[str, Results]) -> None:
+def test_ops_stand_beside_their_peers(found: dict[str, GpuResults]) -> None:
     lines = ops_block(found).splitlines()
     assert lines[0].startswith(
         f"{GPU}, driver 1.2, torch 2, triton 3, rgtg-fast abc; a device copy moves 4000 GB/s"
@@ -150,7 +150,7 @@ def test_ops_stand_beside_their_peers(found: dict[str, Results]) -> None:
     assert len([line for line in lines if line.startswith("| `")]) == len(OPS)
 
 
-def test_predictions_stand_beside_what_was_measured(found: dict[str, Results]) -> None:
+def test_predictions_stand_beside_what_was_measured(found: dict[str, GpuResults]) -> None:
     predicted = read(RESULTS / "predicted.csv")
     assert [row["what"] for row in predicted] == list(MEASURED), "each has a line and a measurement"
     assert all(float(row["predicted"]) > 0 and float(row["floor"]) > 0 for row in predicted)
@@ -161,7 +161,7 @@ def test_predictions_stand_beside_what_was_measured(found: dict[str, Results]) -
     assert predicted_block(predicted, {}).count(NOT_YET) == len(predicted)
 
 
-def test_figures_are_drawn_once_there_are_rows(found: dict[str, Results], tmp_path: Path) -> None:
+def test_figures_are_drawn_once_there_are_rows(found: dict[str, GpuResults], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the figures need matplotlib (the bench extra)")
     assert draw_gpu({}, tmp_path / "none") == []
     first = [(path.name, path.read_bytes()) for path in draw_gpu(found, tmp_path / "a")]

@@ -11,7 +11,7 @@ from benchmarks.cells import HEADLINES, ROUND, SHARED, shown_places, sweep_cells
 from benchmarks.harness import COLUMNS, Cell
 from benchmarks.report import decoding, training
 from benchmarks.report.__main__ import main as report
-from benchmarks.report.blocks import BLOCKS, PAGES, Results, all_rows
+from benchmarks.report.blocks import BLOCKS, PAGES, ReportData, all_rows
 from benchmarks.report.pages import current_block, write_block
 from rgtg_fast.bench import roofline
 from rgtg_fast.bench.run import BenchmarkMismatchError
@@ -396,7 +396,7 @@ def test_the_pages_show_what_the_results_hold(block):
     page, rows = PAGES[block.page], all_rows()
     if not page.exists() or not rows:
         pytest.skip(f"no {page.name} or no benchmarks/results/decode*.csv in this checkout")
-    assert current_block(page, block.name) == block.text(Results(rows)), "run python -m benchmarks.report"
+    assert current_block(page, block.name) == block.text(ReportData(rows)), "run python -m benchmarks.report"
 
 
 def test_forks_are_shown_from_the_lowest_layer_to_the_head_alone():
