@@ -1,1 +1,1 @@
-"""Benchmarks: every number and figure of the documentation is made here."""
+"""Benchmarks: sweeps that write results/*.csv, and `report`, which makes the tables and figures of the docs."""

@@ -1,7 +1,7 @@
-"""Judges the bundled guides by held-out human preferences: `python -m benchmarks.accuracy --data FILE`.
+"""Accuracy of the bundled reward models on held-out preferences: `python -m benchmarks.accuracy --data FILE`.
 
-The accuracy of every guide at 10, 25, 50, 75 and 100 % of the answers, with 95 % intervals, how far it lies above
-preferring the longer answer, and the guides' differences on the same pairs, into results/accuracy.csv.
+Writes to results/accuracy.csv: the accuracy of every reward model at 10, 25, 50, 75 and 100 % of the answers with 95 %
+intervals, its difference from preferring the longer answer, and the differences between the reward models.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 from benchmarks.harness import MACHINE, RESULTS, append, read, shown
 from rgtg_fast import bundled
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.compare import PairData, compare_rewards
 
-# What a row tells: a guide's accuracy, its distance from preferring the longer answer, or two guides' distance.
+# Kinds of rows: accuracy, its difference from preferring the longer answer, the difference of two reward models, and
+# the accuracy of preferring the longer answer.
 ACCURACY, ABOVE_LONGER, DIFFERENCE, LONGER = "accuracy", "above_longer_wins", "difference", "longer_wins"
 KEY = ("data", "data_sha256", "pairs", "max_length", "dtype")
 COLUMNS = (
@@ -39,7 +40,7 @@ COLUMNS = (
 
 
 def rows_of(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of one report of `rgtg-fast accuracy`."""
+    """The rows of a report of `rgtg-fast accuracy`."""
     longer = report["longer_wins"]
     yield _row(LONGER, "", "", 1.0, longer["accuracy"], longer["ci95"])
     for guide in report["guides"]:
@@ -62,23 +63,23 @@ def _row(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--data", type=Path, required=True, help="preference pairs that no guide was trained on"
+        "--data", type=Path, required=True, help="preference pairs that no reward model was trained on"
     )
-    parser.add_argument("--reward", action="append", help="guides (default: all bundled ones)")
+    parser.add_argument("--reward", action="append", help="reward models (default: all bundled ones)")
     parser.add_argument("--lm", help="base model (default: the embedded SmolLM2)")
     parser.add_argument("--limit", type=int, help="pairs at most")
     parser.add_argument(
         "--max-length", type=int, default=1024, help="tokens of a prompt and its longer answer"
     )
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--keep", type=Path, help="file that an interrupted run goes on from")
+    parser.add_argument("--keep", type=Path, help="file that an interrupted run continues from")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.csv")
     given = parser.parse_args(arguments)
     quiet()
     try:
         data = PairData(str(given.data), limit=given.limit, max_length=given.max_length, keep=given.keep)
-        guides = given.reward or bundled.names()
-        report, _ = compare_rewards(guides, data, lm=given.lm, dtype=given.dtype, progress=print)
+        rewards = given.reward or bundled.names()
+        report, _ = compare_rewards(rewards, data, lm=given.lm, dtype=given.dtype, progress=print)
         facts = {
             "date": datetime.date.today().isoformat(),
             **machine(),
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             "dtype": given.dtype,
         }
         new = [{name: shown((facts | row)[name]) for name in COLUMNS} for row in rows_of(report)]
-        # Judged anew is judged once: rows of the same data give way.
+        # New rows replace those of the same data.
         key = tuple(str(facts[name]) for name in KEY)
         kept = [row for row in read(given.output) if tuple(row[name] for name in KEY) != key]
         given.output.unlink(missing_ok=True)

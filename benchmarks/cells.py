@@ -16,7 +16,7 @@ HEADLINES = (
     Cell(128, 10, 1, "bfloat16", ENGINES, repeats=5, seconds_per_run=15),
 )
 
-# An adapter as guide in the base model's own forward, beside the same guide as a model of its own.
+# An adapter that runs in the base model's forward, beside the same adapter run as a model of its own.
 TRUNK = ("shared_trunk", "two_models", "ours_unguided", "args_replicated", "unguided")
 SHARED = (
     Cell(128, 10, 1, "bfloat16", TRUNK, repeats=5, seconds_per_run=15),
@@ -25,8 +25,8 @@ SHARED = (
     Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
 )
 
-# The cells of a round on a GPU by name: sizes of the models, then what is timed together. What is compiled takes tens
-# of seconds at first and has a cell of its own. A peer's run is cut to the tokens that fit `seconds_per_run`.
+# The cells of a round on a GPU by name: sizes of the models, and what is timed together. Compiling takes tens of
+# seconds, so compiled methods have a cell of their own. A peer's run is cut to the tokens that fit `seconds_per_run`.
 ROUND: dict[str, tuple[str, Cell]] = {
     "8b": (
         "llama-8b",
@@ -69,7 +69,7 @@ ROUND: dict[str, tuple[str, Cell]] = {
 }
 
 
-# Further lines of the CPU's tables, out of the sweep.
+# Further lines of the tables of CPUs; the sweep has them.
 HALF = (
     Cell(512, 10, 1, "bfloat16", BATCHED),
     Cell(2048, 10, 1, "bfloat16", BATCHED),
@@ -78,7 +78,7 @@ HALF = (
 
 
 def shown_places(device: str) -> list[tuple[str, int, int, int]]:
-    """The places that a table of this device shows, in its order."""
+    """The places that a table of this device shows, in order."""
     if device == "cuda":
         return list(dict.fromkeys(cell.place for _, cell in ROUND.values()))
     return list(dict.fromkeys(cell.place for cell in (*HEADLINES, *HALF)))
@@ -87,7 +87,7 @@ def shown_places(device: str) -> list[tuple[str, int, int, int]]:
 def sweep_cells() -> list[Cell]:
     """The headlines first, then P of 16, 512, 2048, k of 5, 10, 40, B of 1, 8 and both dtypes, once each.
 
-    What would only repeat another cell is left out: `unguided` does not depend on k, `pargs_serial` costs k
+    Cells that would repeat another one are left out: `unguided` does not depend on k, `pargs_serial` costs k
     times one candidate (other k at P=16 only), and neither it nor `args_replicated` (k=10 only) gains
     anything from a batch.
     """

@@ -1,8 +1,8 @@
 """Times decoding, ours against the published algorithms: `python -m benchmarks.decode [--quick]`.
 
 Prompt lengths 16, 512 and 2048, k of 5, 10 and 40, batches of 1 and 8, float32 and bfloat16, 64 new tokens,
-prefill included, into results/decode.csv. Cells already in the file are skipped, so a broken sweep continues
-where it stopped, as does one that `--seconds` has ended; `--fresh` starts anew.
+prefill included, into results/decode.csv. Cells already in the file are skipped, so that a sweep that was
+interrupted, or ended by `--seconds`, continues where it stopped; `--fresh` measures everything again.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cells import HEADLINES, ROUND, SHARED, sweep_cells
 from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
-from rgtg_fast.bench.benchmark import SHAPES, machine, run_bench
+from rgtg_fast.bench.models import SHAPES
+from rgtg_fast.bench.roofline import machine
+from rgtg_fast.bench.run import run_bench
 from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError
 
 
 def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:
-    """Drop the rows of these cells' methods: they are about to be measured again."""
+    """Drop the rows of these cells' methods, which are measured again."""
     names = {
         (model, device, *(str(getattr(cell, name)) for name in CELL[2:]), method)
         for cell in wanted
@@ -31,8 +34,8 @@ def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:
     append(path, [row for row in rows if tuple(row[name] for name in (*CELL, "method")) not in names])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the README's lines only")
     parser.add_argument(
         "--round", nargs="+", choices=list(ROUND), metavar="NAME", help=f"cells for a GPU: {', '.join(ROUND)}"
@@ -41,9 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--shared", action="store_true", help="one forward for both models against two models"
     )
     parser.add_argument(
-        "--reward", help="guide of every cell: a folder with an adapter of the model, or bundled:NAME"
+        "--reward",
+        help="reward model of every cell: a folder with an adapter of the model, or bundled:NAME",
     )
-    parser.add_argument("--fresh", action="store_true", help="measure anew what the file already holds")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -57,6 +61,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="name of the models in the file")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.csv")
+    return parser
+
+
+def _models(given: argparse.Namespace, shape: str | None) -> tuple[dict[str, Any], str]:
+    """The arguments of `run_bench` that name the models, and their name in the file."""
+    if shape:
+        models, model = {"shape": shape}, f"{shape} (random weights)"
+    elif given.lm:
+        models, model = {"lm": given.lm}, Path(given.lm).name
+    else:
+        models, model = {"lm": str(embedded.default_model(print))}, embedded.NAME
+    if given.reward:
+        models, model = models | {"rm": given.reward}, f"{model} with {given.reward}"
+    return models, given.name or model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
     given = parser.parse_args(arguments)
 
     if given.round:
@@ -77,15 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(wanted)} cells")
         return 0
     try:
-        if shape:
-            models, model = {"shape": shape}, f"{shape} (random weights)"
-        elif given.lm:
-            models, model = {"lm": given.lm}, Path(given.lm).name
-        else:
-            models, model = {"lm": str(embedded.default_model(print))}, embedded.NAME
-        if given.reward:
-            models, model = models | {"rm": given.reward}, f"{model} with {given.reward}"
-        model = given.name or model
+        models, model = _models(given, shape)
         if given.fresh:
             _fresh(given.output, wanted, model, given.device)
         start = time.perf_counter()

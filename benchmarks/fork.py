@@ -1,9 +1,9 @@
-"""What the layer where an adapter begins is worth: held-out accuracy and speed, one row a guide.
+"""Accuracy and speed by the layer where an adapter begins, one row per adapter.
 
     python -m benchmarks.fork --data FILE --reward bundled:args --reward another-adapter
 
-The guides are adapters of one base model that differ in their fork layer alone. Each is judged on preference pairs that
-it was not trained on and timed as the guide of its base model (one row, k=10, bfloat16, a prompt of 128 tokens), into
+The reward models are adapters of one base model that differ only in their fork layer. Each is evaluated on preference
+pairs that it was not trained on and timed with its base model (one row, k=10, bfloat16, a prompt of 128 tokens). Writes
 results/fork.csv.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
 from rgtg_fast import bundled
-from rgtg_fast.bench.benchmark import run_bench
+from rgtg_fast.bench.run import run_bench
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError
@@ -47,7 +47,7 @@ COLUMNS = (
 
 
 def measure(reward: str, data: PairData, given: argparse.Namespace) -> dict[str, Any]:
-    """One guide's row."""
+    """The row of one adapter."""
     lm = given.lm or str(embedded.default_model(print))
     folder = Path(bundled.resolve(reward))
     adapter = Adapter.load(folder)
@@ -86,7 +86,7 @@ def measure(reward: str, data: PairData, given: argparse.Namespace) -> dict[str,
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--data", type=Path, required=True, help="preference pairs that no guide was trained on"
+        "--data", type=Path, required=True, help="preference pairs that no adapter was trained on"
     )
     parser.add_argument("--reward", action="append", required=True, help="adapter: a folder or bundled:NAME")
     parser.add_argument("--objective", default="full_bt", help="what the adapters were trained with")

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# One round on a machine with an NVIDIA GPU, in two calls, without downloads: is it right, then how fast is it.
+# One round on a machine with an NVIDIA GPU, in two calls, without downloads: correctness first, then speed.
 #
 #   bash benchmarks/gpu.sh                          the first call: 9 minutes at most
-#   bash benchmarks/gpu.sh second                   the second: 3 minutes at most; RESUME names the first one's results
+#   bash benchmarks/gpu.sh second                   the second: 3 minutes at most; RESUME names the results of the first
 #   bash benchmarks/gpu.sh gate ops                 only these parts
-#   DEVICE=cpu SHAPE=tiny bash benchmarks/gpu.sh    tries the script out where there is no GPU
+#   DEVICE=cpu SHAPE=tiny bash benchmarks/gpu.sh    tries the script out without a GPU
 #
-# The first call's parts, the most valuable first: gate, tests and memcheck (side by side), ops, 8b, 8b-shared,
-# 8b-compiled, 8b-rows, 1b, profile, counters. Where the gate fails nothing else is run. The second's: tune, 8b-again,
-# races. What is measured runs alone; a row is written as soon as it is measured.
-# Results go to $OUT, or to benchmarks/results/gpu: CSV files to be copied to benchmarks/results, and round.log.
-# It needs torch with CUDA, which brings Triton, transformers and pytest; ncu and compute-sanitizer where they are to
-# watch. WHEELS=DIR installs the wheels of a folder beside it first. COMMIT names the commit where there is no git.
-# SHAPE gives all decoding parts models of one size. RESUME=DIR takes an earlier call's results along. PATIENCE=N gives
-# every part N times its seconds, for slow machines.
+# Parts of the first call, the most important first: gate, tests and memcheck (in parallel), ops, 8b, 8b-shared,
+# 8b-compiled, 8b-rows, 1b, profile, counters. If the gate fails, nothing else is run. Parts of the second call: tune,
+# 8b-again, races. Measurements run alone, and each row is written as soon as it is measured.
+# Results go to $OUT, by default benchmarks/results/gpu: CSV files to be copied to benchmarks/results, and round.log.
+# Needs torch with CUDA (which brings Triton), transformers and pytest; ncu for counters, compute-sanitizer for memcheck
+# and races. WHEELS=DIR first installs the wheels of a folder for this script alone. COMMIT names the commit where there
+# is no git. SHAPE gives all decoding parts models of one size. RESUME=DIR copies the results of an earlier call.
+# PATIENCE=N multiplies the seconds of every part, for slow machines.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -39,13 +39,13 @@ trap 'kill $background 2> /dev/null; rm -rf "$scratch"' EXIT
 export RGTG_COMMIT=${COMMIT:-} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 status=0
 running=()
-# Everything ends here, whatever the parts still want: the machine may be taken away soon after.
+# Everything ends at this time, even unfinished parts: the machine may be gone soon after.
 patience=${PATIENCE:-1}
 end=$((SECONDS + ${LIMIT:-$limit_of_all} * patience))
 
 wanted() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
-# Puts a part's output into round.log and its end on the screen, and remembers a failure.
+# Writes a part's output to round.log and its last lines to the screen, and records a failure.
 tell() {
     local name=$1 code=$2
     { echo "== $name: exit $code"; cat "$scratch/$name.log"; } >> "$out/round.log"
@@ -54,7 +54,7 @@ tell() {
     [ "$code" -eq 0 ] || status=1
 }
 
-# Seconds that a part may take of those that it asks for; fails where too few are left.
+# Sets the time limit of a part in seconds, at most what is left; fails where too little is left.
 share() {
     local left=$((end - SECONDS))
     [ "$left" -ge 10 ] || { echo "== $1: left out, no time" | tee -a "$out/round.log"; status=1; return 1; }
@@ -71,7 +71,7 @@ alone() {
     return $code
 }
 
-# Begins a part that may share the machine: what it takes is mostly compiling, and nothing of it is timed.
+# Starts a part in the background. It is not timed and mostly compiles, so parts may run in parallel.
 beside() {
     local part=$1 name=$2 limit
     wanted "$part" && share "$name" "$3" || return
@@ -79,7 +79,7 @@ beside() {
     running+=("$name:$!")
 }
 
-# Waits for all that was begun.
+# Waits for all background parts.
 together() {
     local start=$1 entry
     for entry in "${running[@]}"; do
@@ -89,7 +89,7 @@ together() {
     running=()
 }
 
-# Runs a tool of CUDA's, or says that it is not there.
+# Whether a part is wanted and its CUDA tool is installed; reports a tool that is missing.
 watched() {
     local name=$1 tool=$2
     wanted "$name" || return 0
@@ -130,7 +130,7 @@ alone gate 60 "$python" -m benchmarks.ops.gate --device "$device" || {
 decode() { alone "$1" "$3" "$python" -m benchmarks.decode --round "$2" ${SHAPE:+--shape "$SHAPE"} --device "$device" \
     --output "$out/decode_gpu.csv" "${@:4}"; }
 
-# No plugins: the project's options name one that may be missing here, and others' may be slow or broken.
+# No pytest plugins: the project's options name one that may be missing here, and other plugins may be slow or broken.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 tests=("$python" -m pytest -o addopts= -q -ra --strict-markers --import-mode=importlib)
 begun=$SECONDS
@@ -143,12 +143,12 @@ done
 beside tests ops_others 130 "${tests[@]}" tests/gpu/test_ops_cuda.py -k "not float32 and not float16"
 beside tests steps 130 "${tests[@]}" -m "not slow" tests/gpu/test_steps_cuda.py tests/gpu/test_decoder_cuda.py
 beside tests training 130 "${tests[@]}" tests/gpu/test_packing_cuda.py tests/gpu/test_vocabulary_cuda.py
-# Every kernel under the sanitizer, and torch's own memory pool out of the way, so that each tensor has its own bounds.
+# Every kernel under the sanitizer, without torch's memory pool, so that each tensor has its own bounds.
 if watched memcheck compute-sanitizer; then
     beside memcheck memcheck 130 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
         --report-api-errors no --error-exitcode 1 "$python" -m benchmarks.ops.sanitize
 fi
-# Meanwhile the compiler fills its cache on disk; what it measures here is thrown away, and it must not outlive the tests.
+# Meanwhile the compiler fills its cache on disk. Its measurements are discarded, and it ends with the tests.
 if wanted tests && wanted 8b-compiled; then
     timeout 130 "$python" -m benchmarks.decode --round 8b-compiled ${SHAPE:+--shape "$SHAPE"} --device "$device" \
         --output "$scratch/warm.csv" > /dev/null 2>&1 &
@@ -159,7 +159,7 @@ together "$begun"
 
 if [ "$device" = cuda ]; then
     alone ops 70 "$python" -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv" \
-        --ops tree_attention topk_logprobs linear commit advance score_and_sample resample partial_bt_loss
+        --ops tree_attention topk_logprobs linear commit finish_step score_and_sample resample partial_bt_loss
 fi
 decode 8b 8b 60
 decode 8b-shared 8b-shared 45
@@ -168,7 +168,7 @@ decode 8b-rows 8b-rows 50
 decode 1b 1b 70
 alone profile "${PROFILE:-60}" "$python" -m benchmarks.profile_step --shape "${SHAPE:-llama-8b}" --device "$device" --kernels 15 \
     --output "$out/profile_gpu.csv"
-# What the hardware counted in one launch of every kernel, named by its op and shape.
+# Hardware counters of one launch of every kernel, named by its op and shape.
 metrics=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
 metrics=$metrics,sm__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active
 if [ "$device" = cuda ] && watched counters ncu; then
@@ -177,7 +177,7 @@ if [ "$device" = cuda ] && watched counters ncu; then
         "$python" -m benchmarks.ops.gpu_ops --once --ops tree_attention topk_logprobs
 fi
 
-# The second call: other block shapes, decoding again with what has been chosen since, and the kernels' races.
+# The second call: other block shapes, decoding again, and a race check of the kernels.
 if [ "$device" = cuda ]; then alone tune 80 "$python" -m benchmarks.ops.tune --output "$out/tune.csv"; fi
 decode 8b-again 8b 60 --fresh
 begun=$SECONDS

@@ -1,12 +1,12 @@
-"""Trains guides by several recipes, one after another, and tells how often each prefers the chosen answer.
+"""Trains reward models with several configurations, one after another, and measures their accuracy.
 
     python -m benchmarks.guides --data hh_guide_train.jsonl.gz --folder guides              # meant for a GPU
     python -m benchmarks.guides --data ... --folder guides --only args-lora pargs-lora      # some of them
     python -m benchmarks.guides --list
 
-Accuracies are those on the development split, a tenth of the pairs by prompt, so that a recipe may be chosen by them;
-what was chosen is judged on other pairs by `benchmarks.accuracy`. A recipe becomes a folder and a row of
-`guides.csv` in there. A run that is stopped goes on with the recipes that have no row yet.
+Accuracies are those on the development split, a tenth of the pairs by prompt, so that they may serve to choose a
+configuration; `benchmarks.accuracy` evaluates the chosen one on other pairs. Each configuration becomes a subfolder and
+a row of `guides.csv` in the folder. A run that was stopped continues with the configurations that have no row yet.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import datetime
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import MACHINE, append, read, shown
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.session import quiet
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.evaluation.accuracy import Scores, prefix_accuracy
+from rgtg_fast.evaluation.accuracy import PairScores, prefix_accuracy
 from rgtg_fast.training.config import TrainConfig
 from rgtg_fast.training.launch import train_reward_model
 
@@ -41,7 +42,7 @@ COLUMNS = (
     *(f"accuracy_{fraction}" for fraction in FRACTIONS),
 )
 OBJECTIVES = {"args": "full_bt", "pargs": "partial_bt"}
-# Beginning with the bundled guides' own, but with adapters on all layers: what a GPU can afford.
+# The first is that of the bundled reward models, but with adapters on all layers, for training on a GPU.
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 16, "lora_alpha": 32.0, "num_train_epochs": 2.0, "learning_rate": 2e-4},
     "lora-wide": {"lora_rank": 64, "lora_alpha": 64.0, "num_train_epochs": 3.0, "learning_rate": 1e-4},
@@ -57,7 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def recipes() -> dict[str, TrainConfig]:
-    """By name: every setting with either objective."""
+    """Every setting with either objective, by name."""
     common = {
         "weight": "pair",
         "head_fit": 0.3,
@@ -66,14 +67,14 @@ def recipes() -> dict[str, TrainConfig]:
         "gradient_accumulation_steps": 1,
     }
     return {
-        f"{guide}-{name}": TrainConfig(objective=objective, bf16=True, **common, **settings)
+        f"{method}-{name}": TrainConfig(objective=objective, bf16=True, **common, **settings)
         for name, settings in SETTINGS.items()
-        for guide, objective in OBJECTIVES.items()
+        for method, objective in OBJECTIVES.items()
     }
 
 
-def accuracies(scores: Scores) -> dict[str, float]:
-    """How often the chosen answer has the higher reward, by the share of the answers that is read."""
+def accuracies(scores: Sequence[PairScores]) -> dict[str, float]:
+    """Accuracy by the share of the answers that is read."""
     found = prefix_accuracy(scores, [float(fraction) for fraction in FRACTIONS])
     return {f"accuracy_{fraction}": point.accuracy for fraction, point in zip(FRACTIONS, found, strict=True)}
 
@@ -81,8 +82,8 @@ def accuracies(scores: Scores) -> dict[str, float]:
 def train(
     name: str, recipe: TrainConfig, lm: str, data: Path, folder: Path, device: str | None
 ) -> dict[str, Any]:
-    """Trains one guide into the folder of its name; its row."""
-    # What a stopped run has left of it.
+    """Trains one reward model into the folder of its name and returns its row."""
+    # Left behind by a run that was stopped.
     shutil.rmtree(folder / name, ignore_errors=True)
     result = train_reward_model(
         lm, data, folder / name, recipe, device=device, cache_trunk=False, metrics=accuracies, progress=print
@@ -105,7 +106,9 @@ def train(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="preference pairs, as in `rgtg-fast train`")
-    parser.add_argument("--folder", type=Path, default=Path("guides"), help="of the guides and their table")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("guides"), help="of the reward models and their table"
+    )
     parser.add_argument("--lm", help="base model (default: the embedded SmolLM2)")
     parser.add_argument("--only", nargs="+", choices=sorted(recipes()), help="these recipes")
     parser.add_argument("--limit", type=int, help="pairs at most")

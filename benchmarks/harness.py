@@ -1,4 +1,4 @@
-"""A sweep of benchmark cells into a CSV: resumable, one row per method, written when its cell is done."""
+"""A sweep of benchmark cells into a CSV: resumable, one row per method, written as soon as the method is complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rgtg_fast.bench.benchmark import AGREEING
+from rgtg_fast.bench.methods import METHODS, must_agree
 from rgtg_fast.errors import RGTGError
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,10 +26,8 @@ MACHINE = (
     *("python", "torch", "triton", "transformers", "rgtg_fast", "commit"),
 )
 CELL = ("model", "device", "dtype", "prompt_length", "k", "batch", "new_tokens")
-# A row is present when all of these agree: another machine or another job is another row.
+# A row is present when all of these agree: another machine or another configuration is another row.
 KEY = ("cpu", "cores", "threads", "gpu", *CELL, "method")
-# Of methods that must agree, those that a method measured later is compared with.
-BESIDE = ("args_replicated", "ours", "shared_trunk", "genarm_published", "ours_genarm")
 COLUMNS = (
     "date",
     *MACHINE,
@@ -79,7 +77,7 @@ class Cell:
 
     @property
     def place(self) -> tuple[str, int, int, int]:
-        """Where it stands in the tables: dtype, B, P, k."""
+        """Its place in the tables: dtype, B, P, k."""
         return self.dtype, self.batch, self.prompt_length, self.k
 
     def __str__(self) -> str:
@@ -95,7 +93,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    """Write rows behind those of the file, in one go.
+    """Append rows to a results file, in one go.
 
     Raises:
         RGTGError: the file has other columns.
@@ -162,7 +160,7 @@ def flatten(result: dict[str, Any], model: str, methods: Sequence[str] | None = 
         row["reference"] = entry["reference"]
         row["first_difference_position"] = difference.get("position")
         row["first_difference_score_gap"] = difference.get("score_gap")
-        # how a run on fewer tokens or rows becomes the whole job: prefill once a row, the rest per token
+        # How a run on fewer tokens or rows is extended to the whole job: prefill once a row, the rest per token.
         row["time_is"] = (
             "extrapolated: prefill once a row + decoding per token" if entry["extrapolated"] else "measured"
         )
@@ -177,9 +175,75 @@ def shown(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _agrees(method: str, others: Sequence[str]) -> bool:
-    """Whether a method's tokens must agree with those of any of the others."""
-    return any(method in group and not set(group).isdisjoint(others) for group in AGREEING)
+@dataclass(frozen=True)
+class _Sweep:
+    """Where the rows of a sweep go, and what measures them; the fields are `sweep`'s arguments."""
+
+    path: Path
+    bench: Callable[..., dict[str, Any]]
+    models: dict[str, Any]
+    model: str
+    machine: dict[str, Any]
+    device: str
+    progress: Callable[[str], None]
+
+    def missing(self, cell: Cell) -> list[str]:
+        """The methods of a cell that have no row in the file."""
+        here = {name: self.machine[name] for name in ("cpu", "cores", "threads", "gpu")}
+        here |= {"model": self.model, "device": self.device}
+        here |= {name: getattr(cell, name) for name in CELL if name not in here}
+        present = {tuple(row[name] for name in KEY) for row in read(self.path)}
+        return [
+            method
+            for method in cell.methods
+            if tuple(str(shown((here | {"method": method})[name])) for name in KEY) not in present
+        ]
+
+    def measure(self, cell: Cell, missing: Sequence[str], at: str) -> bool:
+        """Measure the missing methods of a cell, beside those that their tokens are compared with.
+
+        Args:
+            cell: the configuration. missing: methods that get a row. at: begins the lines about it.
+
+        Returns:
+            Whether it succeeded.
+        """
+        methods = [m for m in cell.methods if m in missing or (METHODS[m].anchor and must_agree(m, missing))]
+        self.progress(f"{at}: {', '.join(methods)}")
+        start, reason, result = time.perf_counter(), None, None
+        written: set[str] = set()
+
+        def write(result: dict[str, Any]) -> None:
+            rows = [row for row in flatten(result, self.model, missing) if row["method"] not in written]
+            append(self.path, rows)
+            for row in rows:
+                written.add(row["method"])
+                note = f" (of {row['tokens_measured']} tokens, {row['rows_measured']} rows)"
+                self.progress(f"    {row['method']:18} {float(row['tokens_per_second']):9.2f} tokens/s{note}")
+
+        names = ("prompt_length", "k", "batch", "new_tokens", "dtype", "repeats", "seconds_per_run")
+        sizes = {name: getattr(cell, name) for name in names}
+        try:
+            result = self.bench(**self.models, **sizes, methods=methods, device=self.device, each=write)
+        except RGTGError as error:
+            reason = str(error)
+        except torch.OutOfMemoryError:
+            reason = "the models do not fit into the device's memory"
+        except RuntimeError as error:
+            # For example torch.compile's: the other cells are measured all the same.
+            traceback.print_exc()
+            reason = type(error).__name__
+        # Outside of the handlers, where no traceback holds the cell's tensors any more.
+        gc.collect()
+        torch.cuda.empty_cache()
+        if result is None:
+            print(f"{at}: {reason}", file=sys.stderr)
+            return False
+        for name, why in result["left_out"].items():
+            print(f"{at}: {name} is left out: {why}", file=sys.stderr)
+        write(result)
+        self.progress(f"    {time.perf_counter() - start:.0f} s")
+        return True
 
 
 def sweep(
@@ -195,7 +259,8 @@ def sweep(
 ) -> int:
     """Measure every cell that the file does not hold yet.
 
-    A method's row is written as soon as it is done. One that fails gets no row, which is reported, and the others do.
+    A method's row is written as soon as it is complete. A method that fails gets no row, which is reported, and the
+    others do.
 
     Args:
         cells: what to measure, in this order.
@@ -203,85 +268,22 @@ def sweep(
         bench: `run_bench`.
         models: its arguments that name the models.
         model: their name in the file.
-        machine: `rgtg_fast.bench.benchmark.machine()`, for finding rows of this machine.
+        machine: `rgtg_fast.bench.roofline.machine()`, for finding rows of this machine.
         device: "cpu" or "cuda".
-        say: is told what happens.
+        progress: receives lines about the progress.
         seconds: no cell is begun later than this after the start; those left out are named. None: all are measured.
 
     Returns:
         The number of cells that failed; they are reported and the rest goes on.
     """
     failed, began = 0, time.perf_counter()
+    work = _Sweep(path, bench, models, model, machine, device, progress)
     for number, cell in enumerate(cells, 1):
-        here = {name: machine[name] for name in ("cpu", "cores", "threads", "gpu")} | {
-            "model": model,
-            "device": device,
-            "dtype": cell.dtype,
-            "prompt_length": cell.prompt_length,
-            "k": cell.k,
-            "batch": cell.batch,
-            "new_tokens": cell.new_tokens,
-        }
-        present = {tuple(row[name] for name in KEY) for row in read(path)}
-        missing = [
-            m
-            for m in cell.methods
-            if tuple(str(shown((here | {"method": m})[n])) for n in KEY) not in present
-        ]
+        at, missing = f"[{number}/{len(cells)}] {cell}", work.missing(cell)
         if not missing:
-            progress(f"[{number}/{len(cells)}] {cell}: present")
-            continue
-        if seconds is not None and time.perf_counter() - began > seconds:
-            progress(
-                f"[{number}/{len(cells)}] {cell}: left out, {seconds:g} s are over: {', '.join(missing)}"
-            )
-            continue
-        methods = [m for m in cell.methods if m in missing or (m in BESIDE and _agrees(m, missing))]
-        progress(f"[{number}/{len(cells)}] {cell}: {', '.join(methods)}")
-        start, reason = time.perf_counter(), None
-        written: set[str] = set()
-
-        def write(
-            result: dict[str, Any], wanted: Sequence[str] = missing, written: set[str] = written
-        ) -> None:
-            rows = [row for row in flatten(result, model, wanted) if row["method"] not in written]
-            append(path, rows)
-            for row in rows:
-                written.add(row["method"])
-                note = f" (of {row['tokens_measured']} tokens, {row['rows_measured']} rows)"
-                progress(f"    {row['method']:18} {float(row['tokens_per_second']):9.2f} tokens/s{note}")
-
-        try:
-            result = bench(
-                **models,
-                prompt_length=cell.prompt_length,
-                k=cell.k,
-                batch=cell.batch,
-                new_tokens=cell.new_tokens,
-                dtype=cell.dtype,
-                methods=methods,
-                repeats=cell.repeats,
-                seconds_per_run=cell.seconds_per_run,
-                device=device,
-                each=write,
-            )
-        except RGTGError as error:
-            reason = str(error)
-        except torch.OutOfMemoryError:
-            reason = "the models do not fit into the device's memory"
-        except RuntimeError as error:
-            # torch.compile's, say: the cells that it has nothing to do with are measured all the same.
-            traceback.print_exc()
-            reason = type(error).__name__
-        # Outside of the handlers, where no traceback holds the cell's tensors any more.
-        gc.collect()
-        torch.cuda.empty_cache()
-        if reason is not None:
-            failed += 1
-            print(f"[{number}/{len(cells)}] {cell}: {reason}", file=sys.stderr)
-            continue
-        for name, why in result["left_out"].items():
-            print(f"[{number}/{len(cells)}] {cell}: {name} is left out: {why}", file=sys.stderr)
-        write(result)
-        progress(f"    {time.perf_counter() - start:.0f} s")
+            progress(f"{at}: present")
+        elif seconds is not None and time.perf_counter() - began > seconds:
+            progress(f"{at}: left out, {seconds:g} s are over: {', '.join(missing)}")
+        else:
+            failed += not work.measure(cell, missing, at)
     return failed

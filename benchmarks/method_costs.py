@@ -1,9 +1,8 @@
 """What a token of every method costs, counted where tokens enter the models: `python -m benchmarks.method_costs`.
 
-Each method of `rgtg-fast methods` decodes a few tokens with the base model's own weights as its guide's (what a step
-costs depends on shapes alone), and every forward is written down as it comes, apart from the package's own counters.
-The result goes into results/method_costs.csv, of which `python -m benchmarks.figures` makes the tables in
-docs/methods/README.md.
+Each method of `rgtg-fast methods` decodes a few tokens with a reward model that has the base model's weights (the cost
+of a step depends on shapes alone), and every forward is recorded independently of the package's own counters. Writes
+results/method_costs.csv, from which `python -m benchmarks.report` makes the tables in docs/methods/README.md.
 """
 
 from __future__ import annotations
@@ -49,7 +48,8 @@ from rgtg_fast import (
     TextReward,
     VocabularyReward,
 )
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.models import clone_modules
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
 from rgtg_fast.config import Strategy
 from rgtg_fast.methods import METHODS, Cost
@@ -85,8 +85,10 @@ class Forward:
     """One forward of one model.
 
     Attributes:
-        model: what ran it. kind: "step", "prefill" or "whole" (a text from its beginning, without a cache).
-        tokens: that went in; of whole texts, how many. adapted: tokens that ran once more, under an adapter.
+        model: that ran it.
+        kind: "step", "prefill" or "whole" (a text from its beginning, without a cache).
+        tokens: of the input; for whole texts, the number of texts.
+        adapted: tokens that ran once more, with an adapter.
     """
 
     model: object
@@ -97,7 +99,7 @@ class Forward:
 
 @contextmanager
 def watched() -> Iterator[list[Forward]]:
-    """Writes down every forward of every model, where its tokens go in."""
+    """Records every forward of every model, at its input."""
     seen: list[Forward] = []
     kinds = ["step"]
     prefill, uncached = ModelRunner.prefill, ModelRunner.hidden_uncached
@@ -117,7 +119,7 @@ def watched() -> Iterator[list[Forward]]:
     def noting(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def noted(self: object, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
             states = forward(self, ids, *rest)
-            # Rows beyond those that went in are the adapters'.
+            # Additional rows of the output are those of adapters.
             again = states.shape[0] * states.shape[1] - ids.numel()
             seen.append(Forward(self, kinds[-1], ids.numel(), again))
             return states
@@ -142,8 +144,11 @@ class Case:
     """One method in one form.
 
     Attributes:
-        method: its name in the table. guide: whose forward it runs in. cost: of a step, as the table has it.
-        reward: makes it. guidance: to decode with.
+        method: its name in the table.
+        guide: the model whose forward computes the reward.
+        cost: of a step, as in the table.
+        reward: creates the reward.
+        guidance: to decode with.
     """
 
     method: str
@@ -157,10 +162,12 @@ class Case:
 
 
 class Parts:
-    """What guides are made of: a base model, and others that share its weights.
+    """A base model and reward models that share its weights.
 
     Args:
-        base: the language model. tokenizer: its tokenizer. folder: where adapters are written to.
+        base: the language model.
+        tokenizer: of the language model.
+        folder: that adapters are written to.
     """
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path):
@@ -174,7 +181,7 @@ class Parts:
         config.num_labels, config.pad_token_id = 1, 0
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=self.base.dtype)
-        model.model = _twin(self.base).base_model
+        model.model = clone_modules(self.base).base_model
         drawn = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(1))
         model.score = nn.Linear(config.hidden_size, 1, bias=False, dtype=self.base.dtype)
         model.score.weight = nn.Parameter((drawn / config.hidden_size**0.5).to(self.base.dtype))
@@ -182,7 +189,7 @@ class Parts:
 
     def causal(self) -> ModelAndTokenizer:
         """A language model with the base model's weights."""
-        return _twin(self.base), self.tokenizer
+        return clone_modules(self.base), self.tokenizer
 
     def adapter(self, name: str, head: bool) -> Path:
         """A folder with a random adapter of the upper half of the layers, and a reward head where wanted.
@@ -211,15 +218,10 @@ class Parts:
         return folder
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in other modules."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
 def cases(parts: Parts, k: int) -> list[Case]:
-    """Every method, its guide a model of its own and, where it can be, an adapter in the base model's forward."""
+    """Every method with a reward model of its own and, where possible, an adapter in the base model's forward."""
     table = {method.name: method.cost for method in METHODS}
-    scalar, wide = Guidance(k, 1.0), Guidance(k, 1.0, support="combined")
+    scalar, combined = Guidance(k, 1.0), Guidance(k, 1.0, support="combined")
 
     def sequence(kind: type[SequenceReward]) -> Callable[[], Reward]:
         return lambda: kind(parts.scalar())
@@ -233,25 +235,28 @@ def cases(parts: Parts, k: int) -> list[Case]:
     classes = {"pargs": SequenceReward, "args": SequenceReward, "cd-fudge": SequenceReward, "rad": RADReward}
     own: dict[str, tuple[Callable[[], Reward], Guidance]] = {
         **{name: (sequence(kind), scalar) for name, kind in classes.items()},
-        "farma": (lambda: VocabularyReward(parts.causal()), wide),
-        "genarm": (lambda: AutoregressiveReward(parts.causal()), replace(wide, support="all")),
-        "eft": (lambda: LogRatioReward(parts.causal(), parts.causal()), wide),
-        "contrastive": (ContrastiveReward, wide),
+        "farma": (lambda: VocabularyReward(parts.causal()), combined),
+        "genarm": (lambda: AutoregressiveReward(parts.causal()), replace(combined, support="all")),
+        "eft": (lambda: LogRatioReward(parts.causal(), parts.causal()), combined),
+        "contrastive": (ContrastiveReward, combined),
         "text": (lambda: TextReward(parts.scalar(), batch_size=10_000), scalar),
         "function": (lambda: FunctionReward(same), scalar),
     }
     lora: dict[str, tuple[Callable[[], Reward], Guidance]] = {
         **{name: (adapted(kind), scalar) for name, kind in classes.items()},
-        "farma": (lambda: VocabularyReward(parts.adapter("causal", False), share_trunk=True), wide),
-        "genarm": (lambda: AutoregressiveReward(parts.adapter("causal", False), share_trunk=True), wide),
-        "eft": (lambda: LogRatioReward(parts.adapter("causal", False), parts.adapter("other", False)), wide),
+        "farma": (lambda: VocabularyReward(parts.adapter("causal", False), share_trunk=True), combined),
+        "genarm": (lambda: AutoregressiveReward(parts.adapter("causal", False), share_trunk=True), combined),
+        "eft": (
+            lambda: LogRatioReward(parts.adapter("causal", False), parts.adapter("other", False)),
+            combined,
+        ),
     }
     found = [Case("unguided", "–", Cost(reward_calls=0), lambda: None, Guidance(k, 0.0))]
     for name, (reward, guidance) in own.items():
         cost = table[name]
         assert cost is not None
         found.append(Case(name, OTHERS.get(name, OWN), cost, reward, guidance))
-    # The sum of its guides: the one's two contexts in the base model's batch, the other's candidates.
+    # The sum of both: two contexts in the base model's batch for one, the candidates for the other.
     both = lambda: MixtureReward([ContrastiveReward(), SequenceReward(parts.scalar())], [0.5, 0.5])  # noqa: E731
     cost = Cost(lm_rows=3, reward_candidates=1)
     found.append(Case("mixture of contrastive and pargs", OWN, cost, both, scalar))
@@ -266,16 +271,19 @@ def measure(case: Case, parts: Parts, new_tokens: int, engine: str = "auto") -> 
     """Decodes with one method and counts what enters the models.
 
     Args:
-        case: the method. new_tokens: steps.
+        case: the method.
+        parts: the models.
+        new_tokens: steps.
+        engine: of the decoder.
 
     Returns:
         A row of the results file without its origin.
 
     Raises:
-        RGTGError: the package's own counters say something else.
+        RGTGError: the package's own counters disagree.
     """
     called: list[int] = []
-    base = (_twin(parts.base), parts.tokenizer)
+    base = (clone_modules(parts.base), parts.tokenizer)
     decoder = RewardGuidedDecoder.from_pretrained(base, reward=case.reward(), engine=engine)
     if isinstance(decoder.reward, FunctionReward):
         decoder.reward.function = _counted(decoder.reward.function, called)
@@ -284,9 +292,9 @@ def measure(case: Case, parts: Parts, new_tokens: int, engine: str = "auto") -> 
         stats = decoder.generate(prompts, new_tokens, case.guidance).stats
     steps = [forward for forward in seen if forward.kind != "prefill"]
     lm = [forward for forward in steps if forward.model is decoder.lm.runner.layers]
-    guides = [forward for forward in steps if forward.model is not decoder.lm.runner.layers]
-    guided = sum(called) + sum(f.tokens for f in guides) + sum(f.adapted for f in lm)
-    found = (len(lm), sum(f.tokens for f in lm), len(guides) + len(called), guided)
+    others = [forward for forward in steps if forward.model is not decoder.lm.runner.layers]
+    guided = sum(called) + sum(f.tokens for f in others) + sum(f.adapted for f in lm)
+    found = (len(lm), sum(f.tokens for f in lm), len(others) + len(called), guided)
     if not called and not case.cost.whole_texts:
         counters = (stats.lm_calls, stats.lm_tokens, stats.reward_calls, stats.reward_tokens)
         if found != counters:
@@ -327,7 +335,7 @@ def strategies(parts: Parts) -> dict[str, Strategy]:
     return {
         "best_of_n": BestOfN(n=4),
         "blockwise": Blocks(k=4, length=4),
-        # A guide without training has no reward to reach: half of the ordinary ones are above this target.
+        # The rewards of an untrained model are arbitrary: about half of the usual ones are above this target.
         "segment": Segments(target=usual, beta=0.1, shortest=2, longest=4),
     }
 
@@ -335,13 +343,13 @@ def strategies(parts: Parts) -> dict[str, Strategy]:
 def measure_strategy(name: str, strategy: Strategy, parts: Parts, new_tokens: int) -> dict[str, Any]:
     """Decodes by one strategy and counts what enters the models.
 
-    Prompts are left out, but for the guide of best-of-n, which reads them with each answer.
+    Prompts do not count, except for the reward model of best-of-n, which reads them with each answer.
 
     Returns:
         A row of the results file without its origin and without the table's values.
 
     Raises:
-        RGTGError: the package's own counters say something else.
+        RGTGError: the package's own counters disagree.
     """
     decoder = RewardGuidedDecoder.from_pretrained(
         parts.causal(), reward=SequenceReward(parts.scalar()), max_batch=4 * len(PROMPTS)
@@ -350,36 +358,36 @@ def measure_strategy(name: str, strategy: Strategy, parts: Parts, new_tokens: in
     with watched() as seen:
         result = decoder.generate(chats, new_tokens, strategy=strategy)
     stats = result.stats
-    kept = sum(len(row.tokens) + (row.finish_reason == "eos") for row in result)
+    decided = sum(len(row.tokens) + (row.finish_reason == "eos") for row in result)
     of_lm = sum(f.tokens for f in seen if f.model is decoder.lm.runner.layers) - stats.prompt_tokens_lm
-    of_guide = sum(f.tokens for f in seen if f.model is not decoder.lm.runner.layers)
+    of_reward = sum(f.tokens for f in seen if f.model is not decoder.lm.runner.layers)
     prompts = 0 if name == "best_of_n" else stats.prompt_tokens_reward
     counters = (stats.lm_tokens, stats.reward_tokens + stats.prompt_tokens_reward - prompts)
-    if (of_lm, of_guide - prompts) != counters:
+    if (of_lm, of_reward - prompts) != counters:
         raise RGTGError(
-            f"{name}: {of_lm, of_guide - prompts} tokens were seen and the counters say {counters}"
+            f"{name}: {of_lm, of_reward - prompts} tokens were seen and the counters say {counters}"
         )
     return {
         "rows": len(PROMPTS),
-        "tokens": kept,
+        "tokens": decided,
         "method": name,
         "guide": STRATEGY,
         "settings": str(strategy),
         "lm_calls_per_step": stats.lm_calls / new_tokens,
-        "lm_tokens_per_token": of_lm / kept,
+        "lm_tokens_per_token": of_lm / decided,
         "reward_calls_per_step": stats.reward_calls / new_tokens,
-        "reward_tokens_per_token": (of_guide - prompts) / kept,
+        "reward_tokens_per_token": (of_reward - prompts) / decided,
     }
 
 
 def measure_gate(parts: Parts, k: int, new_tokens: int) -> dict[str, Any]:
-    """Decodes with sparse guidance, one row, at the gate that is open for about half of the tokens.
+    """Decodes with sparse guidance, one row, with a threshold that guides about half of the tokens.
 
     Returns:
         As `measure_strategy`.
 
     Raises:
-        RGTGError: the package's own counters say something else.
+        RGTGError: the package's own counters disagree.
     """
     decoder = RewardGuidedDecoder.from_pretrained(parts.causal(), reward=SequenceReward(parts.scalar()))
     chat = [{"role": "user", "content": PROMPTS[0]}]
@@ -388,13 +396,13 @@ def measure_gate(parts: Parts, k: int, new_tokens: int) -> dict[str, Any]:
     with watched() as seen:
         stats = decoder.generate(chat, new_tokens, Guidance(k, 1.0, gate_entropy=gate)).stats
     of_lm = [f for f in seen if f.model is decoder.lm.runner.layers and f.kind == "step"]
-    of_guide = (
+    of_reward = (
         sum(f.tokens for f in seen if f.model is not decoder.lm.runner.layers) - stats.prompt_tokens_reward
     )
     counters = (stats.lm_calls, stats.lm_tokens, stats.reward_tokens)
-    if (len(of_lm), sum(f.tokens for f in of_lm), of_guide) != counters:
+    if (len(of_lm), sum(f.tokens for f in of_lm), of_reward) != counters:
         raise RGTGError(
-            f"gate: {len(of_lm), of_guide} forwards and tokens were seen, the counters say {counters}"
+            f"gate: {len(of_lm), of_reward} forwards and tokens were seen, the counters say {counters}"
         )
     share = stats.guided_tokens / stats.tokens
     return {
@@ -407,12 +415,12 @@ def measure_gate(parts: Parts, k: int, new_tokens: int) -> dict[str, Any]:
         "lm_calls_per_step": stats.lm_calls / stats.steps,
         "lm_tokens_per_token": stats.lm_tokens / stats.tokens,
         "reward_calls_per_step": stats.reward_calls / stats.steps,
-        "reward_tokens_per_token": of_guide / stats.tokens,
+        "reward_tokens_per_token": of_reward / stats.tokens,
     }
 
 
 def differs(row: dict[str, Any]) -> list[str]:
-    """The columns in which a measured row is not what the table of methods says."""
+    """The columns in which a measured row differs from the table of methods."""
     return [name for name in MEASURED if f"table_{name}" in row and row[name] != row[f"table_{name}"]]
 
 

@@ -3,12 +3,12 @@
     python -m benchmarks.profile_step --shape llama-8b --device cuda
     python -m benchmarks.profile_step --shape tiny --device cpu --modes eager      # tries the command out
 
-One row a mode into results/profile.csv. `cold` is the first call of a fresh decoder, with kernels compiled and graphs
-captured in it; the others are of the second. What is counted per step is what a longer answer has more than a
-shorter one. `apart` is graphed with q, k and v, gate and up as products of their own; `tuned` is compiled with
-products of one row as reductions, and block shapes chosen by timing them.
-`device_ms_per_step` is what the kernels of a step take one after another: the rest of `ms_per_step` is the host, or the
-gaps between kernels. With --kernels N the N longest kernels (on a CPU: operators) are printed.
+Writes one row per mode to results/profile.csv. `cold` columns are of the first call of a new decoder, which compiles
+kernels and captures graphs; the others are of the second call. Counts per step are the difference between a longer and
+a shorter answer. `apart` is graphed with separate matrix products for q, k and v, and for gate and up; `tuned` is
+compiled with matrix-vector products as reductions and autotuned block shapes. `device_ms_per_step` is the sum of the
+kernels' times: the rest of `ms_per_step` is the host, or gaps between kernels. With --kernels N the N longest kernels
+(on a CPU: operators) are printed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
-from rgtg_fast.bench.benchmark import DTYPES, SHAPES, machine
+from rgtg_fast.bench.models import DTYPES, SHAPES
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.profiling import PhaseTimer
 
 MODES = ("eager", "apart", "graphed", "compiled", "tuned")
 COMPILE = {"compiled": True, "tuned": {"coordinate_descent_tuning": True, "max_autotune": True}}
 PHASES = ("prefill", "lm", "topk", "reward", "resample", "commit", "host")
-# Calls in which the host waits until the device has done all that it was given.
+# Calls in which the host waits for the device.
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaMemcpy")
-# Steps of the two profiled calls, whose difference is counted. The profiler takes half a millisecond an operator.
+# Steps of the two profiled calls, whose difference is counted. The profiler costs half a millisecond per operator.
 SHORT, LONG = 2, 4
 COLUMNS = (
     *MACHINE,
@@ -62,7 +63,7 @@ COLUMNS = (
 
 
 def make_decoder(shape: str, device: str, dtype: torch.dtype, batch: int, mode: str) -> RewardGuidedDecoder:
-    """Two models of the shape with random weights made on the device; no token ends an answer."""
+    """A decoder with two models of the shape, random weights, and no end-of-sequence token."""
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=0, num_labels=1)
     torch.manual_seed(0)
     with torch.device(device):
@@ -84,7 +85,7 @@ def make_decoder(shape: str, device: str, dtype: torch.dtype, batch: int, mode: 
 
 
 class Counted(NamedTuple):
-    """What a profiled call did on the device: milliseconds of its kernels, their number, waits of the host for it."""
+    """What a profiled call did on the device: milliseconds of kernels, number of kernels, waits of the host."""
 
     device_ms: float
     kernels: int
@@ -92,7 +93,7 @@ class Counted(NamedTuple):
 
 
 def counted(events: Iterable[Any]) -> Counted:
-    """Sums over the profiler's events: their averages by name take longer than the run."""
+    """Sums over the profiler's events; its own averages by name take longer than the run."""
     events = list(events)
     kernels = [event for event in events if "CUDA" in str(event.device_type)]
     return Counted(
@@ -103,7 +104,7 @@ def counted(events: Iterable[Any]) -> Counted:
 
 
 def measure(given: argparse.Namespace, mode: str) -> tuple[dict[str, Any], Any]:
-    """The row of a mode, and the profiler of its last call."""
+    """The row of a mode, and the profiler of the last call."""
     cuda = given.device == "cuda"
     gc.collect()
     if cuda:

@@ -1,4 +1,4 @@
-"""Draws who runs what in a step: two models, and one trunk for both (docs/figures/shared_trunk.svg).
+"""Draws which model runs which layers in a step, with two models and with one trunk (docs/figures/shared_trunk.svg).
 
 `python -m benchmarks.shared_trunk` draws it for SmolLM2's 30 layers and an adapter from layer 20 on.
 """
@@ -13,10 +13,12 @@ _BASE, _ADAPTER, _BOTH = "#4c78a8", "#f58518", "#b8b8b8"
 
 
 def figure(layers: int = 30, fork: int = 20, k: int = 10) -> Any:
-    """The figure: layers upward, one box for every pass over a stack of weights.
+    """The figure: layers from bottom to top, one box for every pass over a stack of weights.
 
     Args:
-        layers: L. fork: f, the adapter's first layer. k: candidates.
+        layers: L.
+        fork: f, the adapter's first layer.
+        k: candidates.
     """
     from matplotlib.figure import Figure
 
@@ -52,7 +54,7 @@ def figure(layers: int = 30, fork: int = 20, k: int = 10) -> Any:
 def main() -> None:
     import matplotlib
 
-    # The same file from the same numbers.
+    # The same numbers give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none"}):
         figure().savefig(FIGURE, metadata={"Date": None})
     print(FIGURE)

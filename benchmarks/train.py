@@ -8,7 +8,7 @@ Three ways over the same pairs, model, dtype and trained weights:
 - `packed`: PartialRewardTrainer; every prefix of both answers in one forward, in mode "eos" (published) and "hold".
 - `one_row_per_prefix`: the published way; prefix i of the chosen and of the rejected answer are two rows, sorted by
   length and batched to a token budget, without attention masks, and only the last position goes through the head. It
-  would take hours, so batches drawn evenly from the sorted list are timed and the rest follows by their tokens.
+  would take hours, so batches drawn evenly from the sorted list are timed and the rest is extrapolated by tokens.
 - `trl`: TRL's RewardTrainer on whole answers, length-grouped; the best of several batch sizes.
 
 Before anything is timed, the packed loss and its gradient are compared with those of one row per prefix. The timings
@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from benchmarks.harness import MACHINE, RESULTS, append, shown
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops import partial_bt_loss
@@ -88,7 +88,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Job:
-    """What all methods share: the pairs, and how to make the model anew."""
+    """What all methods share: the pairs, and how to create the model."""
 
     pairs: list[TokenizedPair]
     source: str
@@ -99,7 +99,7 @@ class Job:
     seed: int
 
     def model(self) -> Any:
-        """The model to train, its score head and adapters random: zeros would hide differences of gradients."""
+        """The model to train, with a random score head and adapters: zeros would hide differences of gradients."""
         network, _ = load_base(self.source, self.dtype)
         model: Any = network if self.full else add_adapters(network, 0, Lora())
         generator = torch.Generator().manual_seed(self.seed)
@@ -179,17 +179,18 @@ def loss_of_rows(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], 
         ids[i, : len(one)] = torch.tensor(one)
         last[i] = len(one) - 1
     inner = pretrained(model)
-    # Padding stands on the right, where causal attention never looks: no mask, the fastest kernel.
+    # Padding is on the right, which causal attention never reads: no mask is needed, so the fastest kernel runs.
     hidden = inner.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state
     rewards = dict(inner.named_children())[HEAD](hidden[torch.arange(len(ids)), last.to(device)])[:, 0]
     return F.softplus(rewards[1::2].float() - rewards[::2].float()).sum()
 
 
 def check(job: Job, pairs: Sequence[TokenizedPair], count: int = 2) -> tuple[float, float]:
-    """Compares packed rows with one row per prefix on the pairs that have the shortest rows in all.
+    """Compares packed rows with one row per prefix on the pairs with the fewest tokens.
 
     Args:
-        pairs: to choose from; those with an answer of less than 8 tokens are passed over where there are others.
+        job: the model and its settings.
+        pairs: to choose from; those with an answer of less than 8 tokens are skipped where there are others.
         count: how many to compare on.
 
     Returns:
@@ -251,7 +252,7 @@ def _arguments(job: Job, folder: str, batch: int, accumulation: int) -> dict[str
 
 
 def _warm_up(job: Job, model: nn.Module) -> None:
-    """The first backward allocates and picks kernels."""
+    """A first backward, which allocates and selects kernels."""
     loss_of_rows(model, [next(prefixes(job.pairs[0]))], job.device).backward()
     model.zero_grad()
 
@@ -276,13 +277,13 @@ def time_packed(job: Job, mode: str) -> Timed:
 
 
 def time_one_row_per_prefix(job: Job, batches: int) -> Timed:
-    """Forward and backward over evenly drawn batches; the whole job's seconds follow by tokens."""
+    """Forward and backward over evenly drawn batches; the seconds of the whole job are extrapolated by tokens."""
     model = job.model()
     _warm_up(job, model)
     rows = [row for pair in job.pairs for row in prefixes(pair)]
     lengths = [len(row[0]) for row in rows]
     every = batches_by_length(lengths, job.token_budget)
-    # From the middle of each of as many equal stretches of the sorted list.
+    # The middle of each of n equal parts of the sorted list.
     n = min(batches, len(every))
     drawn = [every[int((i + 0.5) * len(every) / n)] for i in range(n)]
     start = time.perf_counter()
@@ -358,7 +359,7 @@ def tokens_per_pair(pairs: Sequence[TokenizedPair], method: str, mode: str, batc
 
 
 def default_data() -> Path:
-    """The pairs of shared/data that guides are trained on.
+    """The pairs of shared/data that reward models are trained on.
 
     Raises:
         RGTGError: they are not there.
@@ -418,7 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "train.csv")
     given = parser.parse_args(arguments)
-    # Every method loads the model anew, with the same report about its score head.
+    # Every method loads the model, each time with the same report about its score head.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.ops.tune import agrees
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
-from rgtg_fast.bench.benchmark import SHAPES
+from rgtg_fast.bench.models import SHAPES
 from rgtg_fast.ops import use_backend
 from tests.ops.specs import SPECS, call, in_double
 

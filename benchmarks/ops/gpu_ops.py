@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from rgtg_fast import ops
-from rgtg_fast.bench.benchmark import machine
+from rgtg_fast.bench.roofline import machine
 from rgtg_fast.ops import use_backend
 from tests.ops.specs import SPECS
 

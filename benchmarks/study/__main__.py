@@ -1,8 +1,8 @@
 """Runs the whole study: `python -m benchmarks.study` trains the models that are missing, then evaluates.
 
-Guides, policy and judge are adapters of the embedded model. The judge's is larger, and trained on data that no guide
-has seen. What is there is kept, so that an interrupted run goes on where it stopped. The results go to
-benchmarks/study/results; `python -m benchmarks.figures` puts their tables into the documentation.
+Reward models, policies and judge are adapters of the embedded model. The judge's is larger, and trained on other data
+than the reward models. Existing models and answers are kept, so that an interrupted run continues where it stopped. The
+results go to benchmarks/study/results; `python -m benchmarks.report` puts their tables into the documentation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADAPTER = "--fork-layer 25 --lora-rank 8 --lora-alpha 16 --max-length 384 --epoc
 # A budget of some ten minutes each on two cores.
 GUIDE = f"{ADAPTER} --limit 2000 --accumulate 4"
 POLICY = f"{ADAPTER} --limit"
-# Model: its data, and the command that makes it.
+# For each model its data, and the command that trains it.
 TRAINING = {
     "judge": (
         JUDGES,
@@ -33,7 +33,7 @@ TRAINING = {
     ),
     "farma": (GUIDES, f"train --objective farma --head-fit 0.3 {GUIDE}"),
     "genarm": (GUIDES, f"train --objective genarm {GUIDE}"),
-    # Their labels are a guide's rewards: the judge's would make it a guide.
+    # Their labels are rewards of `bundled:args`: with the judge's rewards, the judge would guide the decoding.
     "cd_fudge": (GUIDES, f"train --objective cd_fudge --judge bundled:args {GUIDE}"),
     "rad": (GUIDES, f"train --objective rad --judge bundled:args {GUIDE}"),
     "dpo": (GUIDES, f"train-policy --objective dpo {POLICY} 800"),
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def training(name: str, data: Path, options: str) -> list[str]:
-    """The command that makes a model, or goes on making it."""
+    """The command that trains a model, or resumes its training."""
     command, *rest = options.split()
     resume = ["--resume"] if any((MODELS / name).glob("checkpoint-*")) else []
     return [command, "--data", str(data), "--output", str(MODELS / name), *rest, *resume]

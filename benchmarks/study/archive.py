@@ -1,4 +1,4 @@
-"""The study's answers and their rewards in one small file; the prompts stay where they came from."""
+"""The study's answers and their rewards in one small file, without the prompts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pack(results: Path) -> Path | None:
         results: folder of a study.
 
     Returns:
-        The file; None where nothing was answered yet.
+        The file; None where there are no answers yet.
     """
     if not (results / ANSWERS).is_file():
         return None

@@ -1,4 +1,4 @@
-"""What the study's models were trained with and for how long, out of the folders that training leaves."""
+"""How the study's models were trained and for how long, from the folders that training leaves."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ Row = dict[str, str]
 
 
 def keep(models: Path, names: Iterable[str], results: Path) -> None:
-    """Writes `training.csv` and the models' logs into the results; of models that are not here, what stood there stays.
+    """Writes `training.csv` and the models' logs into the results; rows of models that are not here stay.
 
     Args:
-        models: folder of the models. names: of these. results: folder to write to.
+        models: folder of the models.
+        names: of the models.
+        results: folder to write to.
     """
     path = results / BUDGETS
     rows: dict[str, dict[str, Any]] = {row["model"]: {**row} for row in read(path)}
@@ -59,7 +61,9 @@ def budget(name: str, facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> d
     """One row of `training.csv`.
 
     Args:
-        name: the model's. facts: its `rgtg_fast.json`. log: the rows of its `training_log.jsonl`.
+        name: of the model.
+        facts: its `rgtg_fast.json`.
+        log: the rows of its `training_log.jsonl`.
     """
     recipe = facts["recipe"]
     losses = [line["loss"] for line in log if "loss" in line]
@@ -75,27 +79,3 @@ def budget(name: str, facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> d
         "data_sha256": facts["data_sha256"],
         **{key: recipe[key] for key in COLUMNS if key in recipe},
     }
-
-
-def budgets_block(rows: Sequence[Row]) -> str:
-    """The rows of `training.csv` as a table for the documentation."""
-    if not rows:
-        return "Not trained yet: `python -m benchmarks.study --only train`."
-    lines = [
-        "| model | objective | pairs | from layer | rank | steps | minutes | loss, first to last | held-out accuracy |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        cells = (
-            row["model"],
-            f"`{row['objective']}`",
-            f"{int(row['pairs']):,}",
-            row["fork_layer"],
-            row["lora_rank"],
-            row["steps"],
-            f"{float(row['seconds']) / 60:.0f}",
-            f"{float(row['first_loss']):.3f} to {float(row['last_loss']):.3f}",
-            f"{float(row['held_out_accuracy']):.3f}" if row["held_out_accuracy"] else "–",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

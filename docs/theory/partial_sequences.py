@@ -14,8 +14,8 @@ import torch
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from benchmarks.figures import write_block
 from benchmarks.harness import append, read
+from benchmarks.report.pages import write_block
 from docs.theory import toy
 
 parser = argparse.ArgumentParser(description="Makes the figures and the numbers of docs/theory/README.md.")

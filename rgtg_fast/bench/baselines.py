@@ -1,10 +1,10 @@
-"""The published decoders written again on plain transformers, at their best: what ours is timed against.
+"""The published decoding algorithms, re-implemented on plain transformers as the peers that ours is timed against.
 
-The shape of each algorithm is kept (what is copied, what is encoded again, how many model calls a token
-costs); what merely made the published programs slow is not (host synchronisation inside the loop, emptied
-allocator caches, whole-vocabulary logits of the prompt). All are greedy, stop at `new_tokens` only, and share
-one formula, score(v) = log π(v | x, y) + β·r(x, y ∘ v) over the k most probable tokens, or over the whole
-vocabulary where r is a language model's log-probability.
+Each keeps what defines its algorithm (what is copied, what is encoded again, how many model calls a token costs) and
+drops what merely made the published program slow (host synchronisation inside the loop, emptied allocator caches,
+whole-vocabulary logits of the prompt). All are greedy, stop at `new_tokens` only, and share one formula,
+score(v) = log π(v | x, y) + β·r(x, y ∘ v), over the k most probable tokens, or over the whole vocabulary where r is a
+language model's log-probability.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BaselineRun:
     Attributes:
         tokens: new tokens of each prompt.
         seconds: wall-clock time of the whole run, prefill included.
-        phases: seconds by phase; what no phase accounts for is "host".
+        phases: seconds by phase; "host" is the time outside of every phase.
         cache_resident_bytes: largest key-value cache held between two steps, by model ("lm", "reward").
         cache_peak_bytes: largest within a step: the resident tensors and those being written beside them.
         steps: for every prompt and new token, the k candidates [k] and their scores [k] in float32, on the CPU; of
@@ -108,13 +108,26 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def _step_peak_bytes(cache: DynamicCache) -> int:
-    """Most bytes of a cache within a step: growing or re-ordering writes one tensor beside its old self."""
+    """Most bytes of a cache within a step: growing or re-ordering a tensor holds its old and new copy at once."""
     return cache_bytes(cache) + max((tensor.nbytes for tensor in _held(cache)), default=0)
 
 
 def _cached(model: nn.Module, tokens: torch.Tensor, cache: Cache, **options: Any) -> Any:
-    """A model's output for new tokens [B, S] behind those that its cache holds, which takes them in."""
+    """A model's output for new tokens [B, S] after those in its cache; appends them to the cache."""
     return model(tokens, use_cache=True, **{cache_keyword(type(model)): cache}, **options)
+
+
+def _next_logits(model: nn.Module, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+    # [B, S] -> [B, V]
+    return _cached(model, tokens, cache, logits_to_keep=1).logits[:, -1]
+
+
+def _replicated_cache(rm: PreTrainedModel, prompt: torch.Tensor, k: int) -> DynamicCache:
+    # The prompt [1, P] is encoded once and its cache copied k times.
+    cache = DynamicCache(config=rm.config)
+    _cached(rm.base_model, prompt, cache)
+    cache.batch_repeat_interleave(k)
+    return cache
 
 
 def _top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +153,7 @@ def _run_rows(
     decode: Callable[[torch.Tensor, int, PhaseClock, BaselineRun], None],
     device: torch.device,
 ) -> BaselineRun:
-    """Decode the prompts one after another, which is all that the published programs can do."""
+    """Decode the prompts one after another, as the published programs do."""
     _check_new_tokens(new_tokens)
     run = BaselineRun(tokens=[], seconds=0.0, phases={})
     with torch.inference_mode():
@@ -167,8 +180,14 @@ def _one_length(prompts: Sequence[Sequence[int]], method: str, device: torch.dev
     return torch.tensor([list(prompt) for prompt in prompts], device=device)
 
 
-def _keep_largest(into: dict[str, int], name: str, value: int) -> None:
-    into[name] = max(into.get(name, 0), value)
+def _note_caches(run: BaselineRun, **caches: DynamicCache) -> None:
+    """Keeps the largest sizes of these caches, by model."""
+    for name, cache in caches.items():
+        for sizes, size in (
+            (run.cache_resident_bytes, cache_bytes(cache)),
+            (run.cache_peak_bytes, _step_peak_bytes(cache)),
+        ):
+            sizes[name] = max(sizes.get(name, 0), size)
 
 
 def args_replicated(
@@ -182,9 +201,8 @@ def args_replicated(
 ) -> BaselineRun:
     """ARGS as published: the reward model's cache holds the prefix k times and is re-ordered at every step.
 
-    Each step runs the k candidates as k rows [k, 1] through the reward model, takes the reward at their own
-    position, and copies the chosen row's cache over all k. At its best here: the prompt is encoded once and
-    then copied (published: encoded k times), and the choice stays on the device.
+    Each step runs the k candidates as rows [k, 1] through the reward model and copies the chosen row's cache over all
+    k. Faster here: the prompt is encoded once and then copied (published: k times); the choice stays on the device.
 
     Args:
         lm: causal LM.
@@ -202,21 +220,20 @@ def args_replicated(
 
     Source: Khanov et al. 2024 (arXiv 2402.01694), algorithm 1.
     """
-    runner, head = rm.base_model, rm.get_submodule("score")
+    trunk, head = rm.base_model, rm.get_submodule("score")
 
     def decode(prompt: torch.Tensor, steps: int, clock: PhaseClock, run: BaselineRun) -> None:
-        lm_cache, rm_cache = DynamicCache(config=lm.config), DynamicCache(config=rm.config)
+        lm_cache = DynamicCache(config=lm.config)
         with clock.phase("prefill"):
-            logits = _cached(lm, prompt, lm_cache, logits_to_keep=1).logits[:, -1]
-            _cached(runner, prompt, rm_cache)
-            rm_cache.batch_repeat_interleave(k)
+            logits = _next_logits(lm, prompt, lm_cache)
+            rm_cache = _replicated_cache(rm, prompt, k)
         answer, record = [], []
         for step in range(steps):
             with clock.phase("topk"):
                 logprobs, tokens = _top(logits, k)
             with clock.phase("reward"):
-                hidden = _cached(runner, tokens[:, None], rm_cache).last_hidden_state
-                rewards = head(hidden[:, -1])[:, 0].float()
+                hidden = _cached(trunk, tokens[:, None], rm_cache).last_hidden_state[:, -1]
+                rewards = head(hidden)[:, 0].float()
             with clock.phase("resample"):
                 scores = logprobs + beta * rewards
                 choice = scores.argmax(dim=0, keepdim=True)
@@ -227,12 +244,10 @@ def args_replicated(
             record.append((tokens, scores))
             if step + 1 < steps:
                 with clock.phase("lm"):
-                    logits = _cached(lm, chosen[None], lm_cache).logits[:, -1]
+                    logits = _next_logits(lm, chosen[None], lm_cache)
         run.tokens.append(torch.cat(answer).tolist())
         run.steps.append(record)
-        for name, cache in (("lm", lm_cache), ("reward", rm_cache)):
-            _keep_largest(run.cache_resident_bytes, name, cache_bytes(cache))
-            _keep_largest(run.cache_peak_bytes, name, _step_peak_bytes(cache))
+        _note_caches(run, lm=lm_cache, reward=rm_cache)
 
     return _run_rows(prompts, new_tokens, decode, lm.device)
 
@@ -248,8 +263,8 @@ def pargs_serial(
 ) -> BaselineRun:
     """PARGS as published: the reward model encodes prompt, answer and one candidate anew, k times a token.
 
-    The base LM keeps its cache. At its best here: the reward model builds no cache that would be thrown away,
-    and rewards stay on the device until the choice is made there.
+    The base LM keeps its cache. Faster here: the reward model builds no cache that would be thrown away, and rewards
+    stay on the device until the choice is made there.
 
     Args:
         lm: causal LM.
@@ -267,12 +282,12 @@ def pargs_serial(
 
     Source: Rashid et al. 2024 (arXiv 2406.07780), section 4, greedy.
     """
-    runner, head = rm.base_model, rm.get_submodule("score")
+    trunk, head = rm.base_model, rm.get_submodule("score")
 
     def decode(prompt: torch.Tensor, steps: int, clock: PhaseClock, run: BaselineRun) -> None:
         lm_cache, prefix = DynamicCache(config=lm.config), prompt
         with clock.phase("prefill"):
-            logits = _cached(lm, prompt, lm_cache, logits_to_keep=1).logits[:, -1]
+            logits = _next_logits(lm, prompt, lm_cache)
         record = []
         for step in range(steps):
             with clock.phase("topk"):
@@ -281,7 +296,7 @@ def pargs_serial(
                 rewards = []
                 for token in tokens:
                     sequence = torch.cat([prefix, token.view(1, 1)], dim=1)
-                    hidden = runner(sequence, use_cache=False).last_hidden_state
+                    hidden = trunk(sequence, use_cache=False).last_hidden_state
                     rewards.append(head(hidden[:, -1])[0])
             with clock.phase("resample"):
                 scores = logprobs + beta * torch.cat(rewards).float()
@@ -290,11 +305,10 @@ def pargs_serial(
             record.append((tokens, scores))
             if step + 1 < steps:
                 with clock.phase("lm"):
-                    logits = _cached(lm, chosen[None], lm_cache).logits[:, -1]
+                    logits = _next_logits(lm, chosen[None], lm_cache)
         run.tokens.append(prefix[0, prompt.shape[1] :].tolist())
         run.steps.append(record)
-        _keep_largest(run.cache_resident_bytes, "lm", cache_bytes(lm_cache))
-        _keep_largest(run.cache_peak_bytes, "lm", _step_peak_bytes(lm_cache))
+        _note_caches(run, lm=lm_cache)
         run.cache_resident_bytes["reward"] = run.cache_peak_bytes["reward"] = 0
 
     return _run_rows(prompts, new_tokens, decode, lm.device)
@@ -310,7 +324,7 @@ def genarm_published(
 ) -> BaselineRun:
     """GenARM as published: a second causal LM gives log π_r of the whole vocabulary, one token of each model a step.
 
-    The next token is the argmax over the vocabulary of log π + β·log π_r; both models run eagerly. At its best here:
+    The next token is the argmax over the vocabulary of log π + β·log π_r; both models run eagerly. Faster here:
     both keep a growing cache, prompts of one length are one batch, and the choice stays on the device.
 
     Args:
@@ -321,7 +335,7 @@ def genarm_published(
         new_tokens: tokens to produce for each prompt.
 
     Returns:
-        The run; of the scores it keeps the best two of every step.
+        The run, with the best two scores of every step.
 
     Raises:
         RGTGError: `new_tokens` below 1, an empty prompt, or prompts of different lengths.
@@ -332,47 +346,36 @@ def genarm_published(
     for prompt in prompts:
         _check_prompt(prompt)
     ids = _one_length(prompts, "genarm_published", lm.device)
-    models = {"lm": lm, "reward": rm}
-    caches = {name: DynamicCache(config=model.config) for name, model in models.items()}
-
-    def logits_after(name: str, tokens: torch.Tensor) -> torch.Tensor:
-        # [B, S] -> [B, V]
-        model, cache = models[name], caches[name]
-        return _cached(model, tokens, cache, logits_to_keep=1).logits[:, -1]
-
+    lm_cache, rm_cache = DynamicCache(config=lm.config), DynamicCache(config=rm.config)
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.inference_mode():
         clock = PhaseClock(lm.device)
         with clock.phase("prefill"):
-            lm_logits, rm_logits = (logits_after(name, ids) for name in models)
+            lm_logits, rm_logits = _next_logits(lm, ids, lm_cache), _next_logits(rm, ids, rm_cache)
         for step in range(new_tokens):
             with clock.phase("topk"):
                 logprobs = lm_logits.log_softmax(-1, dtype=torch.float32)
             with clock.phase("reward"):
                 rewards = rm_logits.log_softmax(-1, dtype=torch.float32)
             with clock.phase("resample"):
-                # The runner-up's score tells how near a decision was.
+                # The second best score is kept for the gap between the two.
                 scores, tokens = torch.add(logprobs, rewards, alpha=beta).topk(min(2, logprobs.shape[-1]))
             best.append((tokens, scores))
             if step + 1 < new_tokens:
                 with clock.phase("lm"):
-                    lm_logits = logits_after("lm", tokens[:, :1])
+                    lm_logits = _next_logits(lm, tokens[:, :1], lm_cache)
                 with clock.phase("reward"):
-                    rm_logits = logits_after("reward", tokens[:, :1])
+                    rm_logits = _next_logits(rm, tokens[:, :1], rm_cache)
         seconds, phases = clock.stop()
     tokens, scores = (torch.stack(column, dim=1).cpu() for column in zip(*best, strict=True))
-    return BaselineRun(
-        tokens=tokens[:, :, 0].tolist(),
-        seconds=seconds,
-        phases=phases,
-        cache_resident_bytes={name: cache_bytes(cache) for name, cache in caches.items()},
-        cache_peak_bytes={name: _step_peak_bytes(cache) for name, cache in caches.items()},
-        steps=[list(zip(*row, strict=True)) for row in zip(tokens, scores, strict=True)],
-    )
+    run = BaselineRun(tokens[:, :, 0].tolist(), seconds, phases)
+    run.steps = [list(zip(*row, strict=True)) for row in zip(tokens, scores, strict=True)]
+    _note_caches(run, lm=lm_cache, reward=rm_cache)
+    return run
 
 
 class _FirstToken(StoppingCriteria):
-    """Notes when `generate` has its first token: where its prefill ends."""
+    """Notes when `generate` has its first token, which is where the prefill ends."""
 
     def __init__(self, clock: PhaseClock) -> None:
         self._clock = clock
@@ -387,7 +390,7 @@ class _FirstToken(StoppingCriteria):
 
 
 def unguided(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new_tokens: int) -> BaselineRun:
-    """The ceiling: transformers' own greedy `generate` of the base LM, prompts in one batch, no reward model.
+    """The upper bound of speed: transformers' own greedy `generate`, prompts in one batch, no reward model.
 
     Args:
         lm: causal LM.
@@ -409,7 +412,7 @@ def unguided(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new_token
         return_dict_in_generate=True,
     )
     cache = DynamicCache(config=lm.config)
-    # generate fills what this configuration leaves open from the model's own, end-of-sequence included
+    # generate takes what this configuration leaves open from the model's own, end-of-sequence included.
     own, lm.generation_config = lm.generation_config, config
     try:
         with torch.inference_mode():
@@ -424,11 +427,7 @@ def unguided(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new_token
             seconds, _ = clock.stop()
     finally:
         lm.generation_config = own
-    prefill = first.seconds
-    return BaselineRun(
-        tokens=output.sequences[:, ids.shape[1] :].tolist(),
-        seconds=seconds,
-        phases={"prefill": prefill, "lm": seconds - prefill},
-        cache_resident_bytes={"lm": cache_bytes(cache)},
-        cache_peak_bytes={"lm": _step_peak_bytes(cache)},
-    )
+    phases = {"prefill": first.seconds, "lm": seconds - first.seconds}
+    run = BaselineRun(output.sequences[:, ids.shape[1] :].tolist(), seconds, phases)
+    _note_caches(run, lm=cache)
+    return run

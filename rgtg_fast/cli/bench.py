@@ -65,7 +65,7 @@ class Bench:
         with status("Loading") as progress:
             if lm is None and self.shape is None:
                 lm = str(default_model(progress))
-            from rgtg_fast.bench.benchmark import run_bench
+            from rgtg_fast.bench.run import run_bench
 
             result = run_bench(lm=lm, device=self.setup.device, **options, progress=progress)
         if self.json:

@@ -61,7 +61,7 @@ class Evaluate:
 
 def _facts(device: str | None) -> dict[str, Any]:
     """Hardware and versions, for the report."""
-    from rgtg_fast.bench.benchmark import machine
+    from rgtg_fast.bench.roofline import machine
     from rgtg_fast.models.loading import resolve_device
 
     found = machine(resolve_device(device))

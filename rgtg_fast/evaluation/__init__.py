@@ -1,1 +1,1 @@
-"""Measures guides and decoding: accuracy on pairs, studies under judges, the published algorithms, and their timing."""
+"""Measures reward models and decoding methods: accuracy on preference pairs, and studies under judges."""

@@ -1,7 +1,7 @@
-"""How often a guide prefers the chosen answer, by how much of the answers it has read.
+"""How often a reward model prefers the chosen answer, by how much of the answers it has read.
 
-A guide steers unfinished answers, so what it must tell apart are prefixes: a model trained on whole answers may rank
-those well and prefixes by chance (arXiv 2406.07780).
+Guided decoding scores unfinished answers, so a reward model must tell prefixes apart: one trained on whole answers may
+rank whole answers well and prefixes no better than chance (arXiv 2406.07780).
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
-# Of each pair, the rewards of every prefix of the chosen and of the rejected answer's text, and behind them that of the
-# whole answer: with EOS, or for an answer that was cut at its last text token again (`TokenizedPair.read_whole`).
+# The rewards of every prefix of a pair's chosen and rejected answer, and after them the reward of the whole answer:
+# with EOS, or, for an answer that was cut, at its last text token again (`TokenizedPair.read_whole`).
 PairScores: TypeAlias = "tuple[Sequence[float], Sequence[float]]"
-Scores: TypeAlias = "Sequence[PairScores]"
 
 _Z = 1.959964  # of a 95 % interval
 
@@ -47,7 +46,8 @@ class FractionAccuracy:
     Attributes:
         fraction: of the answer's text tokens that is read; 1 is the whole answer, with EOS where it ended.
         accuracy: ties count one half.
-        ci95: Wilson's 95 % interval. n: pairs.
+        ci95: Wilson's 95 % interval.
+        n: pairs.
     """
 
     fraction: float
@@ -61,13 +61,14 @@ class FractionAccuracy:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Accuracy of one guide minus that of another on the same pairs.
+class AccuracyDifference:
+    """Accuracy of one reward model minus that of another on the same pairs.
 
     Attributes:
         fraction: as in `FractionAccuracy`.
         difference: of the accuracies.
-        ci95: 95 % interval of the paired bootstrap. n: pairs.
+        ci95: 95 % interval of the paired bootstrap.
+        n: pairs.
     """
 
     fraction: float
@@ -82,35 +83,38 @@ class Difference:
 
 @torch.no_grad()
 def score_pairs(
-    guide: nn.Module | Reward,
+    reward: nn.Module | Reward,
     pairs: Sequence[TokenizedPair],
     budget: int = 2048,
     prompts: Sequence[PromptLike] | None = None,
     known: Mapping[int, PairScores] | None = None,
     found: Callable[[int, PairScores], None] = lambda position, scores: None,
 ) -> list[PairScores]:
-    """Rewards of every prefix of both answers' texts of each pair, and behind them those of the whole answers.
+    """Rewards of every prefix of both answers' texts of each pair, followed by those of the whole answers.
 
     Args:
-        guide: a causal model with a score head and `use_packed_attention`, which scores packed rows; or a guide bound
-            to a base model, which scores one answer after the other.
-        pairs: tokenised under the guide's tokenizer.
+        reward: a causal model with a score head and `use_packed_attention`, which scores packed rows; or a `Reward`
+            bound to a base model, which scores one answer after the other.
+        pairs: tokenised under the reward model's tokenizer.
         budget: tokens of a packed row (more where a pair is longer).
-        prompts: for a bound guide, the pairs' prompts as the decoder takes them; by default their ids, which serve
-            guides that do not format the prompt themselves.
-        known: scores of pairs that need not be scored again, by their position in `pairs`.
+        prompts: for a bound `Reward`, the pairs' prompts as the decoder takes them; by default their ids, which do for
+            rewards that do not format the prompt themselves.
+        known: scores of pairs that need not be scored again, by position in `pairs`.
         found: called with the position and the scores of each pair as it is scored.
+
+    Returns:
+        The scores of each pair, in the order of `pairs`.
 
     Raises:
         RGTGError: a reward that is NaN.
     """
     scores = dict(known or {})
-    if isinstance(guide, Reward):
-        scored = _one_by_one(guide, pairs, prompts, scores.keys())
+    if isinstance(reward, Reward):
+        scored = _one_by_one(reward, pairs, prompts, scores.keys())
     else:
-        scored = _packed(guide, pairs, budget, scores.keys())
+        scored = _packed(reward, pairs, budget, scores.keys())
     for index, answers in scored:
-        if any(math.isnan(reward) for answer in answers for reward in answer):
+        if any(math.isnan(value) for answer in answers for value in answer):
             raise RGTGError(
                 f"a reward of pair {pairs[index].index} is NaN: check the guide's weights and dtype (float16 "
                 "overflows: try bfloat16 or float32)"
@@ -125,7 +129,7 @@ def _packed(
 ) -> Iterator[tuple[int, PairScores]]:
     """The scores of the pairs that are not known.
 
-    Rows are packed as if none were: a reward's last digits depend on what it is computed beside.
+    Rows are packed as if none were known, because the last digits of a reward depend on its neighbours in the row.
     """
     device = next(model.parameters()).device
     missing = set(range(len(pairs))) - set(known)
@@ -146,7 +150,7 @@ def _packed(
 
 
 def _one_by_one(
-    guide: Reward,
+    reward: Reward,
     pairs: Sequence[TokenizedPair],
     prompts: Sequence[PromptLike] | None,
     known: Collection[int],
@@ -157,14 +161,14 @@ def _one_by_one(
         prompt = Prompt(pair.prompt_ids if prompts is None else prompts[index], pair.index)
         answers = []
         for ids in (pair.chosen_ids, pair.rejected_ids):
-            rewards = guide.score_answer(Prefix(prompt, pair.prompt_ids), ids)
-            # Guides by token, such as log-ratios, add up to the reward of a prefix.
-            answers.append([guide.answer_reward(rewards[: i + 1]) for i in range(len(rewards))])
+            rewards = reward.score_answer(Prefix(prompt, pair.prompt_ids), ids)
+            # Rewards by token, such as log-ratios, add up to the reward of a prefix.
+            answers.append([reward.answer_reward(rewards[: i + 1]) for i in range(len(rewards))])
         yield index, pair.read_whole(answers[0], answers[1])
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Refuses fractions of an answer that are none.
+    """Refuses numbers that are no fractions of an answer.
 
     Raises:
         RGTGError: no fraction, or one outside (0, 1].
@@ -178,8 +182,8 @@ def check_fractions(fractions: Sequence[float]) -> None:
             )
 
 
-def verdicts(scores: Scores, fraction: float) -> list[float]:
-    """Of each pair, 1 where the chosen answer's prefix has the higher reward, ½ for a tie, else 0.
+def verdicts(scores: Sequence[PairScores], fraction: float) -> list[float]:
+    """For each pair, 1 where the chosen answer's prefix has the higher reward, ½ for a tie, else 0.
 
     Each answer is cut to ⌈fraction · n⌉ of its own n text tokens; fraction 1 is the whole answer, with EOS where it
     ended.
@@ -199,7 +203,9 @@ def _length(tokens: int, fraction: float) -> int:
     return max(1, math.ceil(fraction * (tokens - 1) - 1e-9))
 
 
-def prefix_accuracy(scores: Scores, fractions: Sequence[float] = FRACTIONS) -> list[FractionAccuracy]:
+def prefix_accuracy(
+    scores: Sequence[PairScores], fractions: Sequence[float] = FRACTIONS
+) -> list[FractionAccuracy]:
     """Accuracy on prefixes of each length, with Wilson's 95 % interval.
 
     Args:
@@ -216,12 +222,12 @@ def prefix_accuracy(scores: Scores, fractions: Sequence[float] = FRACTIONS) -> l
 
 
 def longer_wins(pairs: Sequence[TokenizedPair]) -> FractionAccuracy:
-    """The baseline that prefers the longer answer in tokens: what an accuracy has to be compared with."""
+    """Accuracy of preferring the longer answer in tokens: the baseline of every accuracy."""
     return _accuracy(1.0, length_verdicts(pairs))
 
 
 def length_verdicts(pairs: Sequence[TokenizedPair]) -> list[float]:
-    """Of each pair, 1 where the chosen answer has more tokens, ½ for as many, else 0."""
+    """For each pair, 1 where the chosen answer has more tokens, ½ for as many, else 0."""
     lengths = [
         ([float(chosen)], [float(rejected)]) for chosen, rejected in (pair.text_lengths for pair in pairs)
     ]
@@ -229,12 +235,18 @@ def length_verdicts(pairs: Sequence[TokenizedPair]) -> list[float]:
 
 
 def differences(
-    one: Scores, other: Scores, fractions: Sequence[float] = FRACTIONS, seed: int = 0
-) -> list[Difference]:
-    """Accuracy of one guide minus another's at each fraction, with a paired bootstrap interval.
+    one: Sequence[PairScores],
+    other: Sequence[PairScores],
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+) -> list[AccuracyDifference]:
+    """Accuracy of one reward model minus another's at each fraction, with a paired bootstrap interval.
 
     Args:
-        one, other: scores of the same pairs in the same order.
+        one: scores of the first reward model.
+        other: scores of the second, of the same pairs in the same order.
+        fractions: of each answer's own length, in (0, 1].
+        seed: of the resampling.
 
     Raises:
         RGTGError: not the same number of pairs.
@@ -249,16 +261,19 @@ def differences(
 
 def paired_bootstrap(
     fraction: float, one: Sequence[float], other: Sequence[float], seed: int = 0, resamples: int = 10_000
-) -> Difference:
+) -> AccuracyDifference:
     """Mean of `one` − `other` with the 2.5 % and 97.5 % quantiles of its mean over resampled pairs.
 
     Args:
         fraction: of the answers that the verdicts are about.
-        one, other: verdicts on the same pairs.
+        one: verdicts of the first reward model.
+        other: verdicts of the second on the same pairs.
+        seed: of the resampling.
+        resamples: how often the pairs are resampled.
     """
     gaps = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     found = bootstrap_mean(gaps, seed, resamples)
-    return Difference(fraction, found.mean, (found.low, found.high), found.n)
+    return AccuracyDifference(fraction, found.mean, (found.low, found.high), found.n)
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -283,12 +298,13 @@ def figure(
     baseline: FractionAccuracy | None = None,
     title: str = "",
 ) -> None:
-    """Draws accuracy over the share of the answer that is read, one curve a guide, intervals as bands.
+    """Draws accuracy over the share of the answer that is read, one curve per reward model, intervals as bands.
 
     Args:
-        curves: by the guides' names.
+        curves: by the names of the reward models.
         path: .png, .svg or .pdf.
         baseline: longer wins, a horizontal line.
+        title: of the figure.
 
     Raises:
         RGTGError: matplotlib is missing, or the file cannot be written.
@@ -336,7 +352,7 @@ def drawn(
 
 @contextlib.contextmanager
 def plain_labels() -> Iterator[None]:
-    """Names in figures are plain texts: neither mathematics between dollar signs nor TeX."""
+    """A context in which matplotlib shows labels as plain text, without mathematics between dollar signs or TeX."""
     import matplotlib
 
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
@@ -350,13 +366,13 @@ def label(name: str) -> str:
 
 
 def check_figure(path: Path) -> str:
-    """Refuses a place for a figure before work begins whose result could not be drawn there.
+    """Refuses a path that no figure can be written to, before the work for the figure begins.
 
     Returns:
         The format: "png", "svg" or "pdf".
 
     Raises:
-        RGTGError: another ending, a place that cannot be written, or no matplotlib.
+        RGTGError: another ending, a path that cannot be written, or no matplotlib.
     """
     check_matplotlib()
     kind = path.suffix.lower().removeprefix(".")
@@ -367,7 +383,7 @@ def check_figure(path: Path) -> str:
 
 
 def check_matplotlib() -> None:
-    """Refuses work that ends in a figure where none could be drawn.
+    """Refuses work that ends in a figure, before it begins, where matplotlib is missing.
 
     Raises:
         RGTGError: matplotlib is missing.

@@ -1,4 +1,4 @@
-"""A JSON Lines file that grows by finished rows and survives being killed."""
+"""A JSON Lines file that is appended row by row, so that a killed run keeps its finished rows."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from typing import Any
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import hold, reason, still_at
 
-# What JSON may hold as it is, and what yet steers a terminal, ends a line for some readers, or is no UTF-8.
+# Characters that JSON allows unescaped but that control a terminal, end a line for some readers, or are no UTF-8.
 _UNSAFE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class JsonlWriter:
-    """The rows of a JSON Lines file, and a place to add more; each is handed to the operating system at once.
+    """Reads the rows of a JSON Lines file and appends more, each written to the operating system at once.
 
-    A last line that a killed run left unfinished is cut off. What is no such row is refused, the file kept as it is.
+    A last line that a killed run left unfinished is cut off. Any other line that is no row is an error, and the file is
+    left as it is.
 
     Args:
-        path: the file; made where it is missing, and removed again where an error ends the run before its first row.
-        needs: fields that every row has; a row is written with the first of them at its beginning.
-        instead: what a user can do where the file cannot be used. again: what to do after an error.
-        anew: rows that are there are not read, and dropped when the first one is added.
+        path: the file; created where it is missing, and removed again where an error ends the run before its first row.
+        needs: fields that every row must have; every row begins with the first of them.
+        instead: end of an error message: what to do where the file cannot be used.
+        again: end of an error message: what to do after a run that failed.
+        anew: do not read the rows that are there, and drop them when the first row is added.
 
     Attributes:
-        rows: those that were there, then those that were added.
+        rows: those that were read, then those that were added.
         truncated: whether an unfinished last line was cut off.
 
     Raises:
-        RGTGError: a row that is none, a second writer, or a file that cannot be written.
+        RGTGError: a line that is no row, a second writer, or a file that cannot be written.
     """
 
     def __init__(
@@ -106,11 +108,14 @@ class JsonlWriter:
         self._file.truncate()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Adds a row.
+        """Appends a row.
+
+        Args:
+            row: its fields by name.
 
         Raises:
-            RGTGError: the file cannot be written any more, for instance because the disk is full, or it is no longer
-                where it was.
+            RGTGError: the file cannot be written any more, for instance because the disk is full, or it was deleted or
+                replaced.
         """
         assert self._file is not None
         self.check_place()
@@ -121,7 +126,7 @@ class JsonlWriter:
             while written < len(line):
                 written += self._file.write(line[written:]) or 0
         except OSError as error:
-            # Half a row would be cut off by the next run; other readers are spared it too.
+            # The next run would cut off half a row; removing it now keeps the file readable for other programs too.
             with contextlib.suppress(OSError):
                 self._file.seek(self._end)
                 self._file.truncate()
@@ -132,10 +137,10 @@ class JsonlWriter:
         self.rows.append(row)
 
     def finish(self) -> None:
-        """Ends a run without an error: rows to be dropped are dropped though none took their place.
+        """Ends a run without an error: with `anew`, the old rows are dropped even if no row was added.
 
         Raises:
-            RGTGError: the file is no longer where it was.
+            RGTGError: the file was deleted or replaced.
         """
         if self._file is None:
             return
@@ -152,7 +157,7 @@ class JsonlWriter:
         self._anew = False
 
     def check_place(self) -> None:
-        """Refuses to go on where the file was deleted or replaced; what it held is saved beside its place.
+        """Refuses to go on where the file was deleted or replaced; its rows are saved in a file beside its path.
 
         Raises:
             RGTGError: it was.
@@ -171,27 +176,27 @@ class JsonlWriter:
         raise RGTGError(f"{self.path} was deleted or replaced while this run was writing it; {rows}")
 
     def close(self) -> None:
-        """Closes the file and ends its lock."""
+        """Closes the file and releases its lock."""
         if self._file is not None:
-            # What could not be written was reported then.
+            # A failed write has been reported already.
             with contextlib.suppress(OSError):
                 self._file.close()
 
 
 def _begins(line: bytes, first: str) -> bool:
-    """Whether a line without an end may be the beginning of a row."""
+    """Whether a line without a newline may be the beginning of a row."""
     begin = f'{{"{first}": '.encode()
     return line[: len(begin)] == begin[: len(line)]
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON, which any reader takes for one: control characters and lone surrogates are escaped in it."""
+    """A value as one line of JSON, with control characters and lone surrogates escaped."""
     line = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it: numbers that are not finite become null, tuples lists."""
+    """A value of JSON's own types: numbers that are not finite become None, tuples become lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Judges: reward models that rate finished answers, and whether one of them is also a guide."""
+"""Judges: reward models that rate finished answers, and whether one of them also guides the decoding."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from rgtg_fast.training.packing import use_packed_attention
 
 WEIGHTS = "*.safetensors"
 _RECIPE = "rgtg_fast.json"
-# Where a term of a mixture's name begins: before its weight.
+# Separates the terms of a mixture's name: a plus sign before a weight.
 _TERMS = re.compile(r"\+(?=\s*[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?\s*\*)")
 
 
@@ -46,7 +46,7 @@ def load_classifier(
 
     Args:
         source: folder, hub id or `bundled:NAME`.
-        base: loads a base model by name, None for the one at hand.
+        base: loads a base model by name, None for the default one.
         given: the base model that the user named; where there is none, an adapter's own is loaded.
 
     Raises:
@@ -75,8 +75,8 @@ class Rating:
     """A judge's reward of one answer.
 
     Attributes:
-        ended: with the end-of-sequence token behind it, as whole answers are in training.
-        unended: at its last token, which is what a guide sees of an answer that was cut off; `ended` for an empty one.
+        ended: after an end-of-sequence token, which whole answers have in training.
+        unended: at its last token, as guided decoding reads an answer that was cut off; `ended` for an empty one.
     """
 
     ended: float
@@ -86,16 +86,17 @@ class Rating:
 class Judge:
     """Rates whole answers.
 
-    A judge reads texts, under its own tokenizer and chat template, so that answers of any program are rated alike.
+    A judge reads texts with its own tokenizer and chat template, so that answers of any program are rated alike.
 
     Args:
-        name: folder or hub id of a reward model, `bundled:NAME`, or a guide's name such as `text:PATH`.
-        base: model and tokenizer: an adapter's base, or what a guide is bound to; its dtype is the judge's.
+        name: folder or hub id of a reward model, `bundled:NAME`, or a reward's name such as `text:PATH`.
+        base: model and tokenizer that an adapter belongs to or a `Reward` is bound to; its dtype is the judge's.
         budget: tokens of a packed row of preference pairs (`score_pairs`).
 
     Attributes:
-        scorer: a causal model for packed rows, or a guide that is bound to the base model. tokenizer: its own.
-        template: its chat template, the base model's where it has none, None where neither has.
+        scorer: a causal model for packed rows, or a `Reward` that is bound to the base model.
+        tokenizer: of the scorer.
+        template: chat template of the tokenizer, the base model's where it has none, None where neither has.
 
     Raises:
         RGTGError: nothing there, or no reward model.
@@ -105,11 +106,11 @@ class Judge:
         self.name, self.budget = name, budget
         lender = base[1]
         self.scorer: PreTrainedModel | Reward
-        guide = named_guide(name)
-        if type(guide) is SequenceReward:
-            self.scorer, self.tokenizer = load_classifier(str(guide.source), lambda _: base)
+        reward = named_guide(name)
+        if type(reward) is SequenceReward:
+            self.scorer, self.tokenizer = load_classifier(str(reward.source), lambda _: base)
         else:
-            bound = RewardGuidedDecoder.from_pretrained(base, reward=guide)
+            bound = RewardGuidedDecoder.from_pretrained(base, reward=reward)
             assert bound.reward is not None
             assert bound.tokenizer is not None
             self.scorer, self.tokenizer = bound.reward, bound.tokenizer
@@ -119,11 +120,12 @@ class Judge:
     def rate(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, Rating]]:
         """Index and rating of each answer, one after the other.
 
-        An answer's rating is the same to the last digit whatever else is rated with it, so that a study that goes on
-        after a kill has the numbers of one that was not.
+        An answer's rating is the same to the last digit whatever else is rated, so that a study that was killed and
+        resumed has the same numbers as one that was not.
 
         Args:
-            prompts: as the decoder takes them, one per answer. answers: texts; an empty one is its end token alone.
+            prompts: as the decoder takes them, one per answer.
+            answers: texts; an empty one is its end token alone.
 
         Raises:
             RGTGError: an answer over the context, or a reward that is NaN.
@@ -132,7 +134,7 @@ class Judge:
             prompt = Prompt(given, index)
             prompt_ids, ids = prompt.ids(self.tokenizer, self.template), self._answer_ids(index, answer)
             if isinstance(self.scorer, Reward):
-                rating = self._by_guide(self.scorer, Prefix(prompt, prompt_ids), ids)
+                rating = self._by_reward(self.scorer, Prefix(prompt, prompt_ids), ids)
             else:
                 rating = self._by_model(self.scorer, prompt_ids, ids, index)
             if math.isnan(rating.ended) or math.isnan(rating.unended):
@@ -146,24 +148,24 @@ class Judge:
     def _by_model(
         self, model: PreTrainedModel, prompt_ids: Sequence[int], ids: Sequence[int], index: int
     ) -> Rating:
-        """A prompt that does not fit the context beside the answer loses its beginning."""
+        """Cuts the beginning of a prompt that does not fit the context together with the answer."""
         context = context_length(model)
-        room = context - len(ids)
-        if room < 1:
+        left = context - len(ids)
+        if left < 1:
             raise RGTGError(
                 f"answer {index} has {len(ids)} tokens for the judge {self.name}, whose context holds {context}: judge "
                 "shorter answers or use another judge"
             )
-        tokens = torch.tensor([[*prompt_ids[-room:], *ids]], device=model.device)
+        tokens = torch.tensor([[*prompt_ids[-left:], *ids]], device=model.device)
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         rewards = cast("list[float]", model.score(hidden[0, -min(2, len(ids)) :])[:, 0].float().tolist())  # pyright: ignore[reportCallIssue]
         return Rating(rewards[-1], rewards[0])
 
     @torch.inference_mode()
-    def _by_guide(self, guide: Reward, prefix: Prefix, ids: Sequence[int]) -> Rating:
-        rewards = guide.score_answer(prefix, ids)
-        ended = guide.answer_reward(rewards)
-        return Rating(ended, guide.answer_reward(rewards[:-1]) if rewards[1:] else ended)
+    def _by_reward(self, reward: Reward, prefix: Prefix, ids: Sequence[int]) -> Rating:
+        rewards = reward.score_answer(prefix, ids)
+        ended = reward.answer_reward(rewards)
+        return Rating(ended, reward.answer_reward(rewards[:-1]) if rewards[1:] else ended)
 
     def _answer_ids(self, index: int, text: str) -> list[int]:
         eos = cast("int | None", self.tokenizer.eos_token_id)
@@ -184,10 +186,10 @@ def _digest(path: str, size: int, modified: int) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(folder: str | Path) -> str | None:
-    """sha256 over the weights in a folder, 16 hexadecimal digits; None where there are none (a hub id).
+def weights_digest(folder: str | Path) -> str | None:
+    """sha256 of the weights in a folder, 16 hexadecimal digits; None where there are none (a hub id).
 
-    Two folders with the same weights have the same fingerprint wherever they lie.
+    Two folders with the same weights have the same digest.
     """
     files = sorted(Path(folder).glob(WEIGHTS)) if Path(folder).is_dir() else []
     if not files:
@@ -198,7 +200,7 @@ def fingerprint(folder: str | Path) -> str | None:
 
 
 def folders_of(name: str) -> list[str]:
-    """The folders or hub ids that a guide's name mentions, `bundled:NAME` resolved.
+    """The folders or hub ids in the name of a reward, `bundled:NAME` resolved.
 
     Example:
         >>> folders_of("mixture:0.7*farma:one+0.3*eft:two,three")
@@ -217,13 +219,13 @@ def folders_of(name: str) -> list[str]:
 
 
 def weights_of(name: str) -> dict[str, str]:
-    """The fingerprints of the folders that a guide's name mentions; what has none is left out."""
-    found = {folder: fingerprint(folder) for folder in folders_of(name)}
+    """Digests of the weights in the folders in the name of a reward; folders without weights are left out."""
+    found = {folder: weights_digest(folder) for folder in folders_of(name)}
     return {folder: digest for folder, digest in found.items() if digest is not None}
 
 
 def training_data(name: str) -> set[str]:
-    """Hashes of the data that the models in a guide's name were trained on, where they say so."""
+    """Hashes of the data that the models in the name of a reward were trained on, where they are known."""
     hashes = set()
     for folder in folders_of(name):
         recipe = Path(folder) / _RECIPE
@@ -234,10 +236,11 @@ def training_data(name: str) -> set[str]:
 
 
 def conflicts(judges: dict[str, str], guides: Sequence[str]) -> list[str]:
-    """One line for every judge that is one of the guides, or has seen a guide's training data.
+    """A warning for every judge that also guides the decoding, or was trained on the same data as a reward that does.
 
     Args:
-        judges: name to model. guides: names of the guides that decode.
+        judges: model of each judge, by the judge's name.
+        guides: names of the rewards that guide the decoding.
     """
     lines = []
     for name, source in judges.items():

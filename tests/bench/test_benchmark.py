@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rgtg_fast.bench import baselines, benchmark
+from rgtg_fast.bench import baselines, models, roofline, run, timing
 from rgtg_fast.bench.baselines import BaselineRun
-from rgtg_fast.bench.benchmark import BenchmarkMismatchError, Difference, first_difference, run_bench
+from rgtg_fast.bench.methods import METHODS
+from rgtg_fast.bench.run import BenchmarkMismatchError, BenchSettings, run_bench
+from rgtg_fast.bench.timing import Isolation, TimedMethod, TokenDifference, first_difference
 from rgtg_fast.errors import MemoryTooSmallError, RGTGError
 
 TINY = {
@@ -30,14 +32,14 @@ ALL = ("ours", "ours_transformers", "args_replicated", "pargs_serial", "unguided
 
 @pytest.fixture(autouse=True)
 def quick_bandwidth(monkeypatch):
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device="cpu": 10e9)
+    monkeypatch.setattr(roofline, "memory_bandwidth", lambda device="cpu": 10e9)
 
 
 @pytest.fixture(scope="module")
 def result():
     told = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "memory_bandwidth", lambda device="cpu": 10e9)
+        patch.setattr(roofline, "memory_bandwidth", lambda device="cpu": 10e9)
         measured = run_bench(**TINY, methods=ALL, progress=told.append)
     return measured, told
 
@@ -143,8 +145,8 @@ def test_first_difference():
     step = (torch.tensor([7, 3, 5]), torch.tensor([0.5, 2.0, 1.25]))
     reference = BaselineRun([[1, 3, 9], [4]], 1.0, {}, steps=[[step] * 3, [step]])
     assert first_difference(reference, BaselineRun([[1, 3], [4]], 1.0, {})) is None
-    assert first_difference(reference, BaselineRun([[1, 5, 9]], 1.0, {})) == Difference(0, 1, 3, 5, 0.75)
-    assert first_difference(reference, BaselineRun([[1, 8, 9]], 1.0, {})) == Difference(0, 1, 3, 8, None)
+    assert first_difference(reference, BaselineRun([[1, 5, 9]], 1.0, {})) == TokenDifference(0, 1, 3, 5, 0.75)
+    assert first_difference(reference, BaselineRun([[1, 8, 9]], 1.0, {})) == TokenDifference(0, 1, 3, 8, None)
     assert first_difference(BaselineRun([[1]], 1.0, {}), BaselineRun([[2]], 1.0, {})).score_gap is None
 
 
@@ -222,7 +224,7 @@ GENARM = ("ours_genarm", "genarm_published")
 @pytest.fixture(scope="module")
 def with_genarm():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "memory_bandwidth", lambda device="cpu": 10e9)
+        patch.setattr(roofline, "memory_bandwidth", lambda device="cpu": 10e9)
         return run_bench(**{**TINY, "repeats": 1}, methods=(*ALL, *GENARM, "ours_unguided"))
 
 
@@ -252,10 +254,10 @@ def test_the_floor_of_two_language_models_counts_both_heads_and_caches(with_gena
 def test_the_second_language_model_shares_nothing_but_values(tied):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sizes = {**benchmark.SHAPES["tiny"], "tie_word_embeddings": tied}
+        sizes = {**models.SHAPES["tiny"], "tie_word_embeddings": tied}
         base = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    second = benchmark._second_language_model(base, 3)
+    second = models.second_language_model(base, 3)
     own = {tensor.data_ptr() for tensor in base.state_dict().values()}
     for name, tensor in second.state_dict().items():
         assert tensor.data_ptr() not in own
@@ -263,7 +265,7 @@ def test_the_second_language_model_shares_nothing_but_values(tied):
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert base.config.tie_word_embeddings is tied
     assert second.get_output_embeddings().weight is not second.get_input_embeddings().weight
-    again = benchmark._second_language_model(base, 3).lm_head.weight
+    again = models.second_language_model(base, 3).lm_head.weight
     assert torch.equal(second.lm_head.weight, again)
 
 
@@ -314,7 +316,7 @@ def counted(counters, kept, transient, device="cuda"):
         counters.allocate(-passing)
         return BaselineRun([[0] * tokens], 1.0, {})
 
-    return benchmark._Method("m", call, "", rows=1, tokens=0, repeats=0, device=torch.device(device))
+    return TimedMethod(METHODS["ours"], call, "", torch.device(device), rows=1)
 
 
 def test_memory_beyond_the_weights_is_what_stays_and_what_a_run_adds(monkeypatch):
@@ -326,16 +328,16 @@ def test_memory_beyond_the_weights_is_what_stays_and_what_a_run_adds(monkeypatch
     for _ in range(3):
         static.run([[1]], 2)
         growing.run([[1]], 2)
-    assert (static.held, static.beyond) == (70, 70 + 45)
-    assert (growing.held, growing.beyond) == (0, 60)
+    assert (static.resident_bytes, static.peak_bytes) == (70, 70 + 45)
+    assert (growing.resident_bytes, growing.peak_bytes) == (0, 60)
 
 
 def test_caches_that_grow_count_at_their_larger_size(monkeypatch):
     method = counted(Counters(monkeypatch), kept=(40, 25), transient=(10, 0))
     method.run([[1]], 2)
-    assert (method.held, method.beyond) == (40, 50)
+    assert (method.resident_bytes, method.peak_bytes) == (40, 50)
     method.run([[1]], 2)
-    assert (method.held, method.beyond) == (65, 65)
+    assert (method.resident_bytes, method.peak_bytes) == (65, 65)
 
 
 def test_what_another_method_left_behind_is_not_subtracted(monkeypatch):
@@ -353,7 +355,7 @@ def test_what_another_method_left_behind_is_not_subtracted(monkeypatch):
     counters.allocate(500)
     Cycle()
     method.run([[1]], 2)
-    assert (method.held, method.beyond) == (40, 50)
+    assert (method.resident_bytes, method.peak_bytes) == (40, 50)
 
 
 def test_a_cpu_has_no_such_memory(with_genarm):
@@ -409,13 +411,13 @@ def test_each_method_is_reported_when_it_is_done_and_has_been_compared(monkeypat
         told.append(row)
         events.append(row["method"])
 
-    plan = benchmark._Method.plan
+    plan = TimedMethod.plan
 
     def shorter(self, *given):
         plan(self, *given)
         self.repeats = 1 if self.name == "args_replicated" else 2
 
-    monkeypatch.setattr(benchmark._Method, "plan", shorter)
+    monkeypatch.setattr(TimedMethod, "plan", shorter)
     names = ("ours", "args_replicated", "unguided")
     result = run_bench(**TINY, methods=names, each=each, progress=events.append)
     runs = [event.removeprefix("run ") for event in events if not event.startswith(("warm-up", "loading"))]
@@ -446,12 +448,15 @@ def rounds_of(monkeypatch, device):
             asked.append((name, tokens))
             return BaselineRun([[7] * tokens], next(durations), {"prefill": 0.0})
 
-        return benchmark._Method(name, call, "", rows=1, tokens=0, repeats=0, device=torch.device(device))
+        return TimedMethod(METHODS[name], call, "", torch.device(device), rows=1)
 
     # the first run takes a minute, for compiling; the second a tenth of a second
     entries = [entry("ours", (60, 0.1)), entry("args_replicated", (60, 0.1))]
-    isolated = benchmark._Isolation(torch.device(device), lambda line: None)
-    benchmark._warm_up(entries, isolated, [[1]], 1, 64, 3, 10.0, "float32")
+    isolated = Isolation(torch.device(device), lambda line: None)
+    job = {"prompt_length": 1, "k": 1, "batch": 1, "new_tokens": 64, "repeats": 3, "seconds_per_run": 10.0}
+    names = ("ours", "args_replicated")
+    named = {"lm": None, "rm": None, "shape": "tiny", "dtype": "float32", "seed": 0, "beta": 1.0}
+    run.warm_up(entries, isolated, [[1]], BenchSettings(**named, **job, methods=names))
     return asked, entries
 
 
@@ -478,9 +483,9 @@ class Late:
 @pytest.mark.parametrize(("device", "prefill"), [("cuda", 1.0), ("cpu", 0.002)])
 def test_on_a_gpu_the_prefill_lasts_until_the_device_has_done_it(monkeypatch, device, prefill):
     clock = [0.0]
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    run = benchmark._ours(Late(clock), None, [[1], [2]], 64, torch.device(device))
+    run = timing.run_ours(Late(clock), None, [[1], [2]], 64, torch.device(device))
     assert run.seconds == pytest.approx(7.4)
     assert run.phases["prefill"] == pytest.approx(prefill)
     assert sum(run.phases.values()) == pytest.approx(7.4)
@@ -494,14 +499,14 @@ def test_a_cpu_warms_up_once(monkeypatch):
 
 def test_only_an_adapter_is_shared(tmp_path):
     with pytest.raises(RGTGError, match="is no adapter folder, which two_models needs"):
-        benchmark._adapter(str(tmp_path), None, ["ours", "two_models"], 0)
+        models.find_adapter(str(tmp_path), None, [METHODS["ours"], METHODS["two_models"]], 0)
 
 
 def test_copied_sources_are_told_their_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(roofline, "memory_bandwidth", lambda device: 1e9)
     monkeypatch.setenv("RGTG_COMMIT", "abc123")
-    about = benchmark.machine()
+    about = roofline.machine()
     assert about["commit"] == "abc123"
     assert about["gpu"] is about["driver"] is None
     monkeypatch.setenv("RGTG_COMMIT", "")
-    assert benchmark.machine()["commit"] != ""
+    assert roofline.machine()["commit"] != ""

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rgtg_fast.evaluation.study.comparison import at_setting_of_other_half, compare
 from rgtg_fast.evaluation.study.settings import Cell
-from rgtg_fast.evaluation.study.summary import write_comparisons
+from rgtg_fast.evaluation.study.summary import at_setting_of_other_half, compare, write_comparisons
 from tests.evaluation.studies import models, study
 
 

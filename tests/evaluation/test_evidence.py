@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import figures
 from benchmarks.harness import read
-from benchmarks.method_tables import NO_EVIDENCE, evidence_block, source_of
-from rgtg_fast.evaluation.study.comparison import Comparison
-from rgtg_fast.evaluation.study.summary import COLUMNS, PAIRWISE, write_comparisons, write_summary
+from benchmarks.report.methods import NO_EVIDENCE, evidence_block, source_of
+from rgtg_fast.evaluation.study.summary import COLUMNS, PAIRWISE, Comparison, write_comparisons, write_summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,9 +101,3 @@ def test_without_a_study_the_table_says_so() -> None:
 )
 def test_sources_are_found_by_name(name: str, source: str | None) -> None:
     assert source_of(name) == "–" if source is None else source in source_of(name)
-
-
-def test_the_docs_show_what_the_study_found() -> None:
-    shown = evidence_block(read(figures.STUDY), read(figures.STUDY.parent / PAIRWISE))
-    page = ROOT / "docs" / "methods" / "README.md"
-    assert figures.current_block(page, figures.EVIDENCE) == shown, "run python -m benchmarks.figures"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import read
+from benchmarks.ops import gpu_ops
 from tests.ops.specs import SPECS
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +86,12 @@ def test_a_failing_part_and_a_slow_one_are_told_and_the_rest_goes_on(tmp_path: P
     of_dtype = [f"{dtype} and {op}" for dtype in dtypes for op in ("tree_attention", "not tree_attention")]
     assert shared_out == [*of_dtype, "not float32 and not float16"]
     assert {path.name for path in out.iterdir()} == {"round.log"}, "nothing but results is left"
+
+
+def test_the_ops_that_are_timed_exist() -> None:
+    lines = re.findall(r"--ops ((?:\w+ ?)+)", SCRIPT.read_text(encoding="utf-8"))
+    assert len(lines) == 2
+    assert {op for line in lines for op in line.split()} <= {case.op for case in gpu_ops.cases()}
 
 
 def test_where_the_gate_fails_nothing_else_is_run(tmp_path: Path, python: Path) -> None:

@@ -6,22 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import figures, gpu_tables
-from benchmarks.gpu_tables import (
+from benchmarks.harness import COLUMNS, RESULTS, read
+from benchmarks.ops import gpu_ops
+from benchmarks.profile_step import COLUMNS as STEP_COLUMNS
+from benchmarks.report.blocks import OF_GPU, matching
+from benchmarks.report.gpu import (
     LARGE,
+    MEASURED,
+    NO_OPS,
     NOT_YET,
     SMALL,
     TARGETS,
-    Results,
+    GpuResults,
     by_gpu,
     draw_gpu,
     ops_block,
     predicted_block,
     targets_block,
 )
-from benchmarks.harness import COLUMNS, RESULTS, read
-from benchmarks.ops import gpu_ops
-from benchmarks.profile_step import COLUMNS as STEP_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 GPU = "NVIDIA Imaginary"
@@ -110,11 +112,11 @@ STEPS = [stepped("eager", 7), stepped("graphed", 0), stepped("compiled", 0.5)]
 
 
 @pytest.fixture
-def found() -> dict[str, Results]:
+def found() -> dict[str, GpuResults]:
     return by_gpu(DECODE, OPS, STEPS)
 
 
-def test_every_goal_is_taken_from_the_rows_that_it_is_about(found: dict[str, Results]) -> None:
+def test_every_goal_is_taken_from_the_rows_that_it_is_about(found: dict[str, GpuResults]) -> None:
     lines = targets_block(found).splitlines()
     assert lines[0] == f"| bfloat16, k = 10 | goal | {GPU} |"
     measured = [line.rsplit("| ", 2)[-1].strip(" |") for line in lines[2:]]
@@ -131,11 +133,11 @@ def test_what_is_not_there_is_not_measured_yet() -> None:
     some = targets_block(by_gpu(DECODE[:1], [], []))
     assert some.count(NOT_YET) == len(TARGETS) - 1
     assert "No GPU" not in some
-    assert ops_block(by_gpu(DECODE, [], [])) == gpu_tables.NO_OPS
+    assert ops_block(by_gpu(DECODE, [], [])) == NO_OPS
     assert by_gpu([decoded(SMALL, "ours", 1, gpu="")], [], []) == {}
 
 
-def test_ops_stand_beside_their_peers(found: dict[str, Results]) -> None:
+def test_ops_stand_beside_their_peers(found: dict[str, GpuResults]) -> None:
     lines = ops_block(found).splitlines()
     assert lines[0].startswith(
         f"{GPU}, driver 1.2, torch 2, triton 3, rgtg-fast abc; a device copy moves 4000 GB/s"
@@ -148,23 +150,18 @@ def test_ops_stand_beside_their_peers(found: dict[str, Results]) -> None:
     assert len([line for line in lines if line.startswith("| `")]) == len(OPS)
 
 
-def test_predictions_stand_beside_what_was_measured(found: dict[str, Results]) -> None:
-    predicted = read(figures.PREDICTED)
-    assert [row["what"] for row in predicted] == list(gpu_tables.MEASURED), (
-        "each has a line and a measurement"
-    )
+def test_predictions_stand_beside_what_was_measured(found: dict[str, GpuResults]) -> None:
+    predicted = read(RESULTS / "predicted.csv")
+    assert [row["what"] for row in predicted] == list(MEASURED), "each has a line and a measurement"
     assert all(float(row["predicted"]) > 0 and float(row["floor"]) > 0 for row in predicted)
     lines = predicted_block(predicted, found).splitlines()
     assert lines[0].endswith(f"| unit | floor | predicted | {GPU} |")
     assert "| tree_attention B=8 T=4096 S=10 | us | 45 | 49 | 10.5 |" in lines
     assert "| topk_logprobs B=32 k=10 | us | 2.7 | 8 | 10.5 |" in lines
     assert predicted_block(predicted, {}).count(NOT_YET) == len(predicted)
-    page = ROOT / "docs" / "performance.md"
-    gpus = figures.gpu_results(figures.all_rows())
-    assert figures.current_block(page, figures.GPU_PREDICTED) == predicted_block(predicted, gpus)
 
 
-def test_figures_are_drawn_once_there_are_rows(found: dict[str, Results], tmp_path: Path) -> None:
+def test_figures_are_drawn_once_there_are_rows(found: dict[str, GpuResults], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the figures need matplotlib (the bench extra)")
     assert draw_gpu({}, tmp_path / "none") == []
     first = [(path.name, path.read_bytes()) for path in draw_gpu(found, tmp_path / "a")]
@@ -182,14 +179,5 @@ def test_figures_are_drawn_once_there_are_rows(found: dict[str, Results], tmp_pa
     assert "ARGS, k copies of the cache" in speed
 
 
-def test_the_pages_show_what_the_results_hold() -> None:
-    rows = figures.all_rows()
-    gpus = figures.gpu_results(rows)
-    page = ROOT / "docs" / "performance.md"
-    assert figures.current_block(page, figures.GPU_TARGETS) == targets_block(gpus)
-    assert figures.current_block(page, figures.GPU_DECODING) == figures.block(rows, "cuda")
-    assert figures.current_block(page, figures.GPU_OPS) == ops_block(gpus)
-    for name in figures.OF_GPU:
-        assert all(row["gpu"] for path in RESULTS.glob(f"{name}*.csv") for row in read(path)), (
-            "no GPU made these"
-        )
+def test_the_results_of_gpus_name_their_gpu() -> None:
+    assert all(row["gpu"] for pattern in OF_GPU for row in matching(pattern)), "no GPU made these"

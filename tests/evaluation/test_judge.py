@@ -141,8 +141,8 @@ def test_a_judge_that_has_seen_the_guides_data_is_found(named: dict[str, str], t
 
 
 def test_the_fingerprint_follows_the_weights(named: dict[str, str], tmp_path: Path) -> None:
-    first = judging.fingerprint(named["guide"])
-    assert first == judging.fingerprint(named["guide"])
-    assert first != judging.fingerprint(named["judge"])
-    assert judging.fingerprint(tmp_path) is None
-    assert judging.fingerprint("org/model") is None
+    first = judging.weights_digest(named["guide"])
+    assert first == judging.weights_digest(named["guide"])
+    assert first != judging.weights_digest(named["judge"])
+    assert judging.weights_digest(tmp_path) is None
+    assert judging.weights_digest("org/model") is None

@@ -117,7 +117,7 @@ def test_names_in_figures_are_neither_mathematics_nor_left_out() -> None:
 
 
 def test_texts_of_models_in_a_page_are_texts() -> None:
-    from rgtg_fast.evaluation import page
+    from rgtg_fast.evaluation.study import page
     from rgtg_fast.evaluation.study.page import Section, SideBySide, Table
 
     nasty = "</script><b>x</b> | $a$ ~b~ &lt; \u202e\x1b"

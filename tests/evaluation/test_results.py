@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode, figures, harness
+from benchmarks import decode, harness
 from benchmarks.cells import HEADLINES, ROUND, SHARED, shown_places, sweep_cells
 from benchmarks.harness import COLUMNS, Cell
-from rgtg_fast.bench import benchmark
-from rgtg_fast.bench.benchmark import BenchmarkMismatchError
+from benchmarks.report import decoding, training
+from benchmarks.report.__main__ import main as report
+from benchmarks.report.blocks import BLOCKS, PAGES, ReportData, all_rows
+from benchmarks.report.pages import current_block, write_block
+from rgtg_fast.bench import roofline
+from rgtg_fast.bench.run import BenchmarkMismatchError
 from rgtg_fast.errors import RGTGError
 
 ROOT = Path(__file__).parents[2]
@@ -304,7 +308,7 @@ def test_a_round_on_a_gpu_measures_every_goal_and_compiles_apart():
 
 
 def test_the_readme_block_shows_every_headline_and_hides_no_difference(results):
-    text = figures.block(harness.read(results))
+    text = decoding.speed_block(harness.read(results))
     lines = [line for line in text.splitlines() if line.startswith(("| float32", "| bfloat16"))]
     assert len(lines) == len(HEADLINES)
     assert "**12.3** | 3.05 | ≈ 0.03 | 25.0 | 4.0× | 397× | 1.0 : 10.0 MiB | all 64 | 1.71 |" in lines[0]
@@ -315,38 +319,38 @@ def test_the_readme_block_shows_every_headline_and_hides_no_difference(results):
 def test_the_shared_trunk_stands_beside_two_models_and_no_guide(tmp_path):
     path = tmp_path / "decode.csv"
     assert sweep(SHARED[:1], path) == 0
-    text = figures.trunk_block(harness.read(path))
+    text = decoding.trunk_block(harness.read(path))
     assert "| bfloat16 | 1 | 128 | 10 | 24.0 | **18.0** | 12.0 | 3.05 | 0.8× | 1.5× | 5.9× |" in text
-    assert "Not measured" in figures.trunk_block([])
+    assert "Not measured" in decoding.trunk_block([])
 
 
 def test_later_rows_replace_earlier_ones(results):
     rows = harness.read(results)
     newer = dict(rows[0], tokens_per_second="99.9")
-    assert "**99.9**" in figures.block([*rows, newer])
+    assert "**99.9**" in decoding.speed_block([*rows, newer])
 
 
 def test_the_block_goes_between_the_markers_and_twice_is_once(results, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    text = figures.block(harness.read(results))
-    assert figures.write_block(readme, text)
+    text = decoding.speed_block(harness.read(results))
+    assert write_block(readme, text, "benchmarks")
     once = readme.read_text(encoding="utf-8")
-    assert not figures.write_block(readme, text)
+    assert not write_block(readme, text, "benchmarks")
     assert readme.read_text(encoding="utf-8") == once
     assert once.startswith(f"before\n{BEGIN}\n")
     assert once.endswith(f"{END}\nafter\n")
-    assert figures.current_block(readme) == text
+    assert current_block(readme, "benchmarks") == text
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="benchmarks:begin"):
-        figures.write_block(readme, text)
+        write_block(readme, text, "benchmarks")
 
 
 def test_figures_are_the_same_files_every_time(results, tmp_path):
     pytest.importorskip("matplotlib", reason="the figures need matplotlib (the bench extra)")
     rows = harness.read(results)
-    first = [path.read_bytes() for path in figures.draw(rows, tmp_path / "a")]
-    second = [path.read_bytes() for path in figures.draw(rows, tmp_path / "b")]
+    first = [path.read_bytes() for path in decoding.draw(rows, tmp_path / "a")]
+    second = [path.read_bytes() for path in decoding.draw(rows, tmp_path / "b")]
     assert first == second
     assert all(image.startswith(b"<?xml") for image in first)
 
@@ -354,7 +358,7 @@ def test_figures_are_the_same_files_every_time(results, tmp_path):
 def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the figures need matplotlib (the bench extra)")
     monkeypatch.setattr(decode, "HEADLINES", (Cell(6, 3, 1, "float32", ("ours", "unguided"), new_tokens=3),))
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device="cpu": 10e9)
+    monkeypatch.setattr(roofline, "memory_bandwidth", lambda device="cpu": 10e9)
     output = tmp_path / "decode.csv"
     command = ["--quick", "--shape", "tiny", "--output", str(output)]
     assert decode.main(command) == 0
@@ -368,30 +372,16 @@ def test_the_commands_work_from_one_end_to_the_other(tmp_path, monkeypatch, caps
     assert decode.main([*command, "--fresh"]) == 0
     with output.open(newline="") as file:
         assert len(list(csv.reader(file))) == 3
-    readme = tmp_path / "README.md"
-    readme.write_text(f"<!-- {figures.TRUNK}:begin --><!-- {figures.TRUNK}:end -->", encoding="utf-8")
-    page = tmp_path / "performance.md"
-    names = (figures.DECODING_PHASES, figures.GPU_TARGETS)
-    names += (figures.GPU_DECODING, figures.GPU_OPS, figures.GPU_PREDICTED)
-    others = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in names)
-    page.write_text("\n".join([f"{BEGIN}{END}", *others]), encoding="utf-8")
-    arguments = ["--results", str(output), "--readme", str(readme), "--performance", str(page)]
-    training = tmp_path / "training.md"
-    names = (figures.ACCURACY, figures.COST)
-    training.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
-    shared = tmp_path / "shared-trunk.md"
-    shared.write_text(f"<!-- {figures.FORK}:begin --><!-- {figures.FORK}:end -->", encoding="utf-8")
-    arguments += ["--figures", str(tmp_path / "figures"), "--training", str(training), "--trunk", str(shared)]
-    methods = tmp_path / "methods.md"
-    names = (figures.METHOD_COSTS, figures.EVIDENCE)
-    methods.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
-    arguments += ["--methods", str(methods), "--study", str(tmp_path / "none.csv")]
-    evaluation = tmp_path / "evaluation.md"
-    names = (figures.BLOCK, figures.TRAINED, figures.CONTROLLED, figures.HEADLINE)
-    evaluation.write_text("\n".join(f"<!-- {n}:begin --><!-- {n}:end -->" for n in names), encoding="utf-8")
-    arguments += ["--evaluation", str(evaluation)]
-    assert figures.main(arguments) == 0
-    assert "Not measured yet: run `python -m benchmarks.study`" in methods.read_text(encoding="utf-8")
+    arguments = ["--results", str(output), "--study", str(tmp_path / "none.csv")]
+    arguments += ["--figures", str(tmp_path / "figures")]
+    for page in PAGES:
+        names = [block.name for block in BLOCKS if block.page == page]
+        markers = "\n".join(f"<!-- {name}:begin --><!-- {name}:end -->" for name in names)
+        (tmp_path / f"{page}.md").write_text(markers, encoding="utf-8")
+        arguments += [f"--{page}", str(tmp_path / f"{page}.md")]
+    assert report(arguments) == 0
+    methods = (tmp_path / "methods.md").read_text(encoding="utf-8")
+    assert "Not measured yet: run `python -m benchmarks.study`" in methods
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn >= {"decode_phases.svg", "decode_speed.svg"}
 
@@ -401,31 +391,12 @@ def test_the_committed_results_have_the_columns_that_are_written():
         assert all(tuple(row) == COLUMNS for row in harness.read(path)), path
 
 
-def test_the_readme_and_the_page_on_performance_show_what_the_results_hold():
-    readme, page, rows = ROOT / "README.md", ROOT / "docs" / "performance.md", figures.all_rows()
-    if not readme.exists() or not rows:
-        pytest.skip("no README.md or no benchmarks/results/decode*.csv in this checkout")
-    shown = figures.current_block(readme, figures.TRUNK)
-    assert shown == figures.trunk_block(rows), "run python -m benchmarks.figures"
-    assert figures.current_block(page) == figures.block(rows), "run python -m benchmarks.figures"
-    shown = figures.current_block(page, figures.DECODING_PHASES)
-    assert shown == figures.phases_block(rows), "run python -m benchmarks.figures"
-
-
-def test_the_page_on_training_shows_what_the_results_hold():
-    page = ROOT / "docs" / "training.md"
-    judged, trained = (harness.read(harness.RESULTS / f"{name}.csv") for name in ("accuracy", "train"))
-    shown = figures.current_block(page, figures.ACCURACY), figures.current_block(page, figures.COST)
-    assert shown == (figures.accuracy_block(judged), figures.cost_block(trained)), (
-        "run python -m benchmarks.figures"
-    )
-
-
-def test_the_page_on_the_shared_trunk_shows_what_the_results_hold():
-    page = ROOT / "docs" / "shared-trunk.md"
-    rows = harness.read(harness.RESULTS / "fork.csv")
-    shown = figures.current_block(page, figures.FORK)
-    assert shown == figures.fork_block(rows), "run python -m benchmarks.figures"
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}-{block.name}")
+def test_the_pages_show_what_the_results_hold(block):
+    page, rows = PAGES[block.page], all_rows()
+    if not page.exists() or not rows:
+        pytest.skip(f"no {page.name} or no benchmarks/results/decode*.csv in this checkout")
+    assert current_block(page, block.name) == block.text(ReportData(rows)), "run python -m benchmarks.report"
 
 
 def test_forks_are_shown_from_the_lowest_layer_to_the_head_alone():
@@ -434,7 +405,7 @@ def test_forks_are_shown_from_the_lowest_layer_to_the_head_alone():
     row |= {"accuracy_0.5": ".5", "accuracy_1": ".6", "ci95_low_1": ".55", "ci95_high_1": ".65"}
     row |= {"adapter_bytes": str(2**20), "shared_trunk_tokens_per_second": "60"}
     row |= {"two_models_tokens_per_second": "40", "ours_unguided_tokens_per_second": "80"}
-    lines = figures.fork_block([row | {"fork_layer": f} for f in ("20", "none", "5")]).splitlines()
+    lines = training.fork_block([row | {"fork_layer": f} for f in ("20", "none", "5")]).splitlines()
     assert lines[-3] == "| 5 | 0.500 | 0.600 [0.550, 0.650] | 1.0 | 60.0 | 0.75 | 1.50 |"
     assert lines[-2].startswith("| 20 |")
     assert lines[-1].startswith("| score head alone |")
@@ -447,7 +418,7 @@ def test_tables_about_training_say_what_the_rows_hold():
         numbers = {"value": str(value), "ci95_low": str(value - 0.1), "ci95_high": str(value + 0.1)}
         return row | {"figure": figure, "guide": guide, "other": other, "fraction": "0.5"} | numbers
 
-    text = figures.accuracy_block(
+    text = training.accuracy_block(
         [
             judged("longer_wins", 0.55),
             judged("accuracy", 0.625, "one"),
@@ -461,5 +432,5 @@ def test_tables_about_training_say_what_the_rows_hold():
     assert "| `two` − longer wins | -0.050 [-0.150, +0.050] |" in text
     assert "| `one` − `two` | +0.125 [+0.025, +0.225] |" in text
     assert "chosen one in 0.550 [0.450, 0.650]" in text
-    assert "Not measured" in figures.accuracy_block([])
-    assert "Not measured" in figures.cost_block([])
+    assert "Not measured" in training.accuracy_block([])
+    assert "Not measured" in training.cost_block([])

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError
 from rgtg_fast.evaluation.study import answers as answering
-from rgtg_fast.evaluation.study.prompts import sample_seed
+from rgtg_fast.evaluation.study.prompts import prompt_seed
 from rgtg_fast.evaluation.study.report import write_report
 from rgtg_fast.evaluation.study.run import Results, run_study
 from rgtg_fast.evaluation.study.settings import Study
@@ -92,7 +92,7 @@ def test_answers_are_the_decoders_own(done: Results, named: dict[str, str]) -> N
         key = next(prompt.key for prompt in done.prompts if prompt.index == row["index"])
         chat = [{"role": "user", "content": PROMPTS[row["index"]]}]
         assert row["prompt"] == chat
-        (own,) = decoder.generate([chat], 6, Guidance(5, 4.0, 1.0), sample_seed(row["seed"], key))
+        (own,) = decoder.generate([chat], 6, Guidance(5, 4.0, 1.0), prompt_seed(row["seed"], key))
         assert (row["response"], row["finish"], row["tokens"]) == (
             own.text,
             own.finish_reason,
@@ -103,10 +103,10 @@ def test_answers_are_the_decoders_own(done: Results, named: dict[str, str]) -> N
 
 
 def test_methods_share_their_noise_and_prompts_do_not() -> None:
-    seeds = {sample_seed(seed, key) for seed in range(3) for key in PROMPTS}
+    seeds = {prompt_seed(seed, key) for seed in range(3) for key in PROMPTS}
     assert len(seeds) == 15
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
-    assert sample_seed(1, "w1") == sample_seed(1, "w1")
+    assert prompt_seed(1, "w1") == prompt_seed(1, "w1")
 
 
 def test_a_guide_without_weight_changes_no_answer(named: dict[str, str], tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_another_policy_diverges_from_the_studys_model(named: dict[str, str], tm
     decoder = RewardGuidedDecoder.from_pretrained(named["policy"])
     keys = {prompt.index: prompt.key for prompt in results.prompts}
     for row in results.answers[cell]:
-        seed = sample_seed(row["seed"], keys[row["index"]])
+        seed = prompt_seed(row["seed"], keys[row["index"]])
         (own,) = decoder.generate([row["prompt"]], 6, cell.guidance, seed)
         assert row["response"] == own.text
         answer = own.tokens + ([] if own.end_token is None else [own.end_token])
@@ -425,7 +425,7 @@ def test_a_policys_adapter_is_merged_in_the_dtype_of_its_method(
     decoder = RewardGuidedDecoder.from_pretrained(str(folder), dtype="float64")
     for row in results.answers[cell]:
         key = next(prompt.key for prompt in results.prompts if prompt.index == row["index"])
-        (own,) = decoder.generate([row["prompt"]], 6, cell.guidance, sample_seed(row["seed"], key))
+        (own,) = decoder.generate([row["prompt"]], 6, cell.guidance, prompt_seed(row["seed"], key))
         assert row["response"] == own.text
         # Not to the rounding of float32, which such a small change of the weights would not survive.
         assert row["guided_logprob"] == pytest.approx(own.guided_logprob, abs=1e-7)

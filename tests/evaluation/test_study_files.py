@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import read
+from benchmarks.report.study import NOT_RUN, budgets_block, headline_block
 from benchmarks.study.archive import ARCHIVE, pack
-from benchmarks.study.budgets import BUDGETS, LOGS, budgets_block, keep
-from benchmarks.study.tables import NOT_RUN, headline_block
+from benchmarks.study.budgets import BUDGETS, LOGS, keep
 from rgtg_fast.evaluation.study.summary import COLUMNS
 
 LOG = [

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import guides
 from benchmarks.harness import read
-from rgtg_fast.bench import benchmark
+from rgtg_fast.bench import roofline
 from rgtg_fast.training.config import TrainConfig
 from tests.training.support import rows, save_lm
 
@@ -19,7 +19,7 @@ pytest.importorskip("peft", reason="LoRA training needs peft")
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two recipes on a tiny model."""
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(roofline, "memory_bandwidth", lambda device: 1e9)
     small = {"token_budget": 128, "learning_rate": 0.01}
     found = {
         "args-a": TrainConfig(objective="full_bt", lora_rank=2, **small),

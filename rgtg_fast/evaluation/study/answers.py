@@ -1,4 +1,4 @@
-"""The answers of a study: what is missing is decoded, and every answer is written down before the next ones begin."""
+"""The answers of a study: missing ones are decoded, and each is written to a file before the next ones begin."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rgtg_fast.decoder import RewardGuidedDecoder
 from rgtg_fast.engine.outputs import GeneratedRow, Stats
 from rgtg_fast.errors import RewardNaNError, RGTGError
 from rgtg_fast.evaluation.jsonl import JsonlWriter
-from rgtg_fast.evaluation.judge import fingerprint, weights_of
-from rgtg_fast.evaluation.study.prompts import StudyPrompt, as_prompt, given_prompt, sample_seed
+from rgtg_fast.evaluation.judge import weights_digest, weights_of
+from rgtg_fast.evaluation.study.prompts import StudyPrompt, as_prompt, given_prompt, prompt_seed
 from rgtg_fast.evaluation.study.settings import Cell, Study, canonical
 from rgtg_fast.models.adapter import Adapter, is_adapter
 from rgtg_fast.models.language_model import LanguageModel
@@ -31,21 +31,25 @@ FIELDS = ("method", "setting", "index", "seed", "prompt", "response", "tokens")
 # Lines about the progress that a cell prints.
 PROGRESS_LINES = 5
 Answer = dict[str, Any]
-# What names an answer within a cell: its prompt and its seed.
+# Identifies an answer within a cell: its prompt and its seed.
 Key = tuple[str, int]
 # The study's model in a dtype, None for the study's own.
 Bases = Callable[[str | None], ModelAndTokenizer]
 
 
 class Answers:
-    """Answers every prompt of a study under every cell, and finds the answers that are there already.
+    """Answers every prompt of a study in every cell; answers that are in the file already are kept.
 
     Args:
-        study: the settings. bases: gives its model in a dtype, None for the study's. name: of it in the results.
-        journal: answers.jsonl. prompts: what is answered. say: receives lines about the progress.
+        study: the settings.
+        bases: gives the study's model in a dtype, None for the study's own.
+        name: of the study's model in the results.
+        answers_file: answers.jsonl.
+        prompts: that are answered.
+        progress: receives lines about the progress.
 
     Attributes:
-        warnings: what a reader has to know.
+        warnings: what a reader of the results has to know.
     """
 
     def __init__(
@@ -53,20 +57,20 @@ class Answers:
         study: Study,
         bases: Bases,
         name: str,
-        journal: JsonlWriter,
+        answers_file: JsonlWriter,
         prompts: Sequence[StudyPrompt],
         progress: Callable[[str], None],
     ):
-        self.study, self.bases, self.journal, self.progress = study, bases, journal, progress
+        self.study, self.bases, self.answers_file, self.progress = study, bases, answers_file, progress
         model, tokenizer = bases(None)
         self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
         self._base_lms: dict[str | None, LanguageModel] = {}
         self.by_key = {prompt.key: prompt for prompt in prompts}
         self.warnings: list[str] = []
         self.common = {"base": name, **study.common()}
-        if (weights := fingerprint(model.config._name_or_path)) is not None:
+        if (weights := weights_digest(model.config._name_or_path)) is not None:
             self.common["base_weights"] = weights
-        if journal.truncated:
+        if answers_file.truncated:
             self.warnings.append(
                 f"the last line of {ANSWERS} had been cut off: it was removed and decoded again"
             )
@@ -75,7 +79,7 @@ class Answers:
         """The answers of each cell by prompt and seed; what is missing is decoded.
 
         Raises:
-            RGTGError: a model or a setting that cannot work; what is finished stays in the journal.
+            RGTGError: a model or a setting that cannot work; finished answers stay in the file.
         """
         settings = {cell: self._setting(cell) for cell in cells}
         present, foreign = self._present(settings)
@@ -90,7 +94,7 @@ class Answers:
                 at = f"[{number}/{len(cells)}] {cell.label}"
                 self.progress(f"{at}: {len(rows)} answers present, {missing} to decode")
                 if missing:
-                    # Cells that differ in their settings alone share a decoder.
+                    # Cells with the same models share a decoder.
                     models = (cell.model, cell.reward, cell.dtype, needs_own_cache(cell))
                     if loaded is None or loaded[0] != models:
                         loaded = models, self._decoder(cell)
@@ -104,11 +108,11 @@ class Answers:
         return found
 
     def _present(self, settings: Mapping[Cell, dict[str, Any]]) -> tuple[dict[Cell, dict[Key, Answer]], int]:
-        """The journal's answers by cell, and how many belong to none."""
+        """The file's answers by cell, and how many belong to no cell."""
         places = {(cell.method, canonical(setting)): cell for cell, setting in settings.items()}
         found: dict[Cell, dict[Key, Answer]] = {cell: {} for cell in settings}
         doubled = foreign = 0
-        for row in self.journal.rows:
+        for row in self.answers_file.rows:
             cell = places.get((row["method"], canonical(row["setting"])))
             key = self._key(row["prompt"]), row["seed"]
             seeds = () if cell is None else cell.seeds
@@ -121,7 +125,7 @@ class Answers:
             elif key in found[cell]:
                 doubled += 1
             else:
-                # A prompt keeps its answers wherever it now stands in the file.
+                # A prompt keeps its answers when its row in the prompts file changes.
                 found[cell][key] = row | {"index": self.by_key[key[0]].index}
         if doubled:
             self.warnings.append(f"{doubled} answers are twice in {ANSWERS}: the first of each counts")
@@ -136,7 +140,7 @@ class Answers:
         return self.study.chat and self.tokenizer.chat_template is not None
 
     def _setting(self, cell: Cell) -> dict[str, Any]:
-        """Everything that decides the answers of a cell, the weights of its models by fingerprint."""
+        """Everything that determines the answers of a cell, the weights of its models as digests."""
         if cell.outputs is not None:
             setting = {"outputs": cell.outputs, "sha256": _sha256(cell.outputs)}
             told = self.study.answers_ended
@@ -144,7 +148,7 @@ class Answers:
         setting = self.common | cell.setting()
         if cell.reward is not None and (weights := weights_of(cell.reward)):
             setting["weights"] = sorted(weights.values())
-        if cell.model is not None and (own := fingerprint(cell.model)) is not None:
+        if cell.model is not None and (own := weights_digest(cell.model)) is not None:
             setting["policy_weights"] = own
         return json.loads(canonical(setting))
 
@@ -155,7 +159,7 @@ class Answers:
         elif cell.model is not None:
             pair = load_causal_lm(cell.model, study.device, dtype)
         return RewardGuidedDecoder.from_pretrained(
-            pair, guide(cell), dtype=dtype, max_batch=study.batch_size, engine=study.engine
+            pair, reward_of(cell), dtype=dtype, max_batch=study.batch_size, engine=study.engine
         )
 
     def _decoded(
@@ -165,7 +169,7 @@ class Answers:
         decoder: RewardGuidedDecoder,
         present: Mapping[Key, Answer],
     ) -> dict[Key, Answer]:
-        """Decodes what is missing in portions of two batches, so that a killed run loses at most one portion."""
+        """Decodes the missing answers in portions of two batches, so that a killed run loses at most one portion."""
         found: dict[Key, Answer] = {}
         missing, shown = len(self.by_key) * len(cell.seeds) - len(present), 0
         for some in self._portions(cell, present):
@@ -174,7 +178,7 @@ class Answers:
                     [prompt.given for prompt, _ in some],
                     self.study.max_new_tokens,
                     cell.guidance,
-                    [sample_seed(seed, prompt.key) for prompt, seed in some],
+                    [prompt_seed(seed, prompt.key) for prompt, seed in some],
                     list(self.study.stop) or None,
                     strategy=cell.strategy,
                 )
@@ -187,7 +191,7 @@ class Answers:
                 if (prompt.key, seed) in present:
                     continue
                 answer = self._answer(cell, setting, prompt, seed, row) | cost
-                self.journal.add(answer)
+                self.answers_file.add(answer)
                 found[prompt.key, seed] = answer
             if len(found) * PROGRESS_LINES // missing > shown:
                 shown = len(found) * PROGRESS_LINES // missing
@@ -196,11 +200,11 @@ class Answers:
         return found
 
     def _portions(self, cell: Cell, present: Mapping[Key, Answer]) -> Iterator[list[tuple[StudyPrompt, int]]]:
-        """The portions in which an answer is missing, each whole.
+        """The portions in which an answer is missing, each complete.
 
-        Answers share their portion's costs. A run that was killed cuts the same portions when it goes on, and decodes
-        again what it has of one, so that its numbers are those of a run that was not. Seeds that are new to a cell have
-        portions of their own.
+        Answers share their portion's costs. A resumed run uses the same portions and decodes an unfinished one again as
+        a whole, so that its numbers are those of a run that was not killed. Seeds that are new to a cell have portions
+        of their own.
         """
         size, old = 2 * self.study.batch_size, {seed for _, seed in present}
         for seeds in ([s for s in cell.seeds if s in old], [s for s in cell.seeds if s not in old]):
@@ -234,7 +238,7 @@ class Answers:
         }
 
     def _base_lm(self, dtype: str | None) -> LanguageModel:
-        """The study's own model, which another policy's divergence is from."""
+        """The study's own model, from which the divergence of another policy is measured."""
         if dtype not in self._base_lms:
             base = RewardGuidedDecoder.from_pretrained(self.bases(dtype), engine=self.study.engine)
             self._base_lms[dtype] = base.lm
@@ -243,7 +247,7 @@ class Answers:
     def _imported(
         self, cell: Cell, setting: dict[str, Any], present: Mapping[Key, Answer]
     ) -> dict[Key, Answer]:
-        """Answers of another program to prompts of the study; several to one prompt are its samples."""
+        """Answers of another program to prompts of the study; several answers to one prompt are its samples."""
         assert cell.outputs is not None
         found: dict[Key, Answer] = {}
         samples: dict[str, int] = {}
@@ -268,17 +272,19 @@ class Answers:
             answer |= {"prompt": prompt.given, "response": response, "tokens": len(ids)}
             finish = self._finish(given.get("finish_reason"), marked, f"row {number} of {cell.outputs}")
             answer |= {} if finish is None else {"finish": finish}
-            self.journal.add(answer)
+            self.answers_file.add(answer)
             found[key, seed] = answer
         if strange:
             self.warnings.append(f"{cell.method}: {strange} answers belong to no prompt of the study")
         return found
 
     def _finish(self, reason: Any, marked: bool, where: str) -> str | None:
-        """How an answer of another program finished, in this package's words; None where nobody says.
+        """How an answer of another program finished, in this package's terms; None where it is not known.
 
         Args:
-            marked: the answer carries an end token. where: begins an error.
+            reason: finish reason in the row.
+            marked: whether the answer's text has an end token.
+            where: begins an error message.
         """
         told = self.study.answers_ended
         try:
@@ -297,13 +303,13 @@ class Answers:
 
 
 def needs_own_cache(cell: Cell) -> bool:
-    """Whether the cell's guide has to grow and shrink by chunks, which one in the base model's forward cannot."""
+    """Whether the reward model needs a cache of its own, because it appends and drops several tokens at once."""
     chunks = cell.strategy is not None and not cell.strategy.startswith("best_of_n")
     return chunks or cell.guidance.gate_entropy is not None
 
 
-def guide(cell: Cell) -> Reward | None:
-    """The guide of a cell, with a cache of its own where the strategy wants one."""
+def reward_of(cell: Cell) -> Reward | None:
+    """The reward of a cell, with a cache of its own where the strategy needs one; None for the base model alone."""
     if cell.reward is None:
         return None
     named = named_guide(cell.reward)
@@ -317,7 +323,9 @@ def answer_logprob(lm: LanguageModel, given: PromptLike, answer: Sequence[int]) 
     """log π(y | x) of an answer under a language model, natural logarithm.
 
     Args:
-        given: the prompt as the decoder takes it. answer: token ids.
+        lm: the language model.
+        given: the prompt x as the decoder takes it.
+        answer: token ids of y.
     """
     prompt = Prompt(given).ids(lm.tokenizer)
     hidden = lm.runner.hidden_uncached([*prompt, *answer])[len(prompt) - 1 : -1]
@@ -328,13 +336,15 @@ def answer_logprob(lm: LanguageModel, given: PromptLike, answer: Sequence[int]) 
 
 
 def answer_costs(rows: Sequence[GeneratedRow], stats: Stats, strategy: bool) -> list[dict[str, float]]:
-    """What each answer of a call cost: its share of seconds and tokens, and the forwards that it took part in.
+    """The cost of each answer of a call: its share of seconds and tokens, and the forwards that it took part in.
 
-    A forward serves all rows of its batch and counts once for each of them, so that the numbers do not depend on the
-    batch. Shares are by tokens, the end-of-sequence token included. Prefills count in the seconds alone.
+    A forward counts once for each row of its batch, so that the numbers do not depend on the batch. Shares are by
+    tokens, the end-of-sequence token included. Prefills count in the seconds alone.
 
     Args:
-        rows: of one call of `generate`. stats: of that call. strategy: not decoded token by token.
+        rows: of one call of `generate`.
+        stats: of that call.
+        strategy: whether a strategy decoded them, not token-by-token sampling.
 
     Returns:
         For each row `decided` (tokens, the end token included), `seconds`, `lm_calls`, `rm_calls`, `lm_tokens`,
@@ -342,20 +352,20 @@ def answer_costs(rows: Sequence[GeneratedRow], stats: Stats, strategy: bool) -> 
     """
     decided = [_decided(row) for row in rows]
     if rows and rows[0].alternatives is not None:
-        # Best-of-n: every sample goes through both models once, each token of it through the base model alone.
-        guides = stats.reward_calls / sum(1 + len(row.alternatives or ()) for row in rows)
+        # Best-of-n: the base model reads a sample token by token, the reward model reads it in one forward.
+        reward_calls = stats.reward_calls / sum(1 + len(row.alternatives or ()) for row in rows)
         found = []
         for row, count in zip(rows, decided, strict=True):
             samples = [row, *(row.alternatives or ())]
             tokens = sum(map(_decided, samples))
             seconds = stats.seconds * tokens / stats.lm_tokens
-            of_guide = {"rm_calls": guides * len(samples), "rm_tokens": guides * tokens}
+            of_reward = {"rm_calls": reward_calls * len(samples), "rm_tokens": reward_calls * tokens}
             found.append(
-                {"decided": count, "seconds": seconds, "lm_calls": tokens, "lm_tokens": tokens, **of_guide}
+                {"decided": count, "seconds": seconds, "lm_calls": tokens, "lm_tokens": tokens, **of_reward}
             )
         return found
     total = sum(decided)
-    # A strategy's base model takes one token of a row at a time, and its guide one row at a time.
+    # In a strategy, a base model's forward has one token of each row, and a reward model's forward one row.
     sums = {
         "seconds": stats.seconds,
         "lm_calls": stats.lm_tokens if strategy else stats.lm_calls * total / stats.steps,

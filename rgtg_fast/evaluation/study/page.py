@@ -1,4 +1,4 @@
-"""A report's parts, and how they are written as Markdown and as one self-contained HTML page."""
+"""The parts of a report, written as Markdown or as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Notes:
-    """Lines that must not be overlooked, or a plain list."""
+    """A list of lines; urgent ones are warnings."""
 
     lines: tuple[str, ...]
     urgent: bool = False
@@ -28,7 +28,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in rows; all columns but the first stand to the right."""
+    """A table of texts; all columns but the first are right-aligned."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -45,7 +45,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The answers of several methods to one prompt: (method, what is known of the answer, its text)."""
+    """The answers of several methods to one prompt: (method, facts about the answer, its text)."""
 
     prompt: str
     answers: tuple[tuple[str, str, str], ...]
@@ -56,7 +56,7 @@ Part = Text | Notes | Table | Drawing | SideBySide
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the parts under it."""
 
     title: str
     parts: tuple[Part, ...]
@@ -66,7 +66,9 @@ def markdown(title: str, sections: Sequence[Section], figures: str) -> str:
     """The report in Markdown.
 
     Args:
-        figures: the folder, seen from the page, that the drawings lie in.
+        title: heading of the page.
+        sections: of the page.
+        figures: folder of the drawings, relative to the page.
     """
     blocks = [f"# {title}"] if title else []
     for section in sections:
@@ -99,7 +101,7 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """A text in one line that Markdown takes for nothing but text."""
+    """A text in one line, with the characters escaped that have a meaning in Markdown."""
     line = printable(" ".join(text.split()))
     for character in "\\`*_[]<>#&~$":
         line = line.replace(character, f"\\{character}")
@@ -107,13 +109,13 @@ def _inline(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """A text as HTML that shows it, in an element or in an attribute between double quotes."""
+    """A text escaped for HTML, for an element or an attribute between double quotes."""
     return entities.escape(printable(text))
 
 
 def html(title: str, sections: Sequence[Section]) -> str:
-    """The report as a page that loads nothing from anywhere and runs no script."""
-    style = files("rgtg_fast.evaluation").joinpath("report.css").read_text(encoding="utf-8")
+    """The report as an HTML page that loads nothing and runs no script."""
+    style = files("rgtg_fast.evaluation.study").joinpath("report.css").read_text(encoding="utf-8")
     body = []
     for section in sections:
         if section.title:
@@ -135,7 +137,7 @@ def _html(part: Part) -> str:
         kind = "urgent" if part.urgent else "notes"
         return f'<ul class="{kind}">{"".join(f"<li>{escape(line)}</li>" for line in part.lines)}</ul>'
     if isinstance(part, Drawing):
-        # As an image, so that no two drawings share the names inside them.
+        # As images, because the ids inside two inline drawings would clash.
         data = base64.b64encode(part.svg.encode()).decode()
         source, caption = f"data:image/svg+xml;base64,{data}", escape(part.caption)
         return f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'

@@ -1,4 +1,4 @@
-"""The figures of a study, as SVG: reward over the guide's weight, over the divergence, over speed; accuracy."""
+"""The figures of a study, as SVG: reward over the weight β, over the divergence, over speed; accuracy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Told apart by those who do not see all colours (Okabe and Ito), and by their markers in print.
+# A palette for colour-blind readers (Okabe and Ito); markers distinguish the methods in black and white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# Where a logarithmic axis of speeds is marked.
+# Ticks of a logarithmic axis of speeds.
 _TICKS = tuple(float(f"{digit}e{power}") for power in range(-2, 6) for digit in (1, 2, 5))
 # Standard errors on either side of a 95 % interval.
 _Z = 1.96
@@ -27,7 +27,8 @@ def reward_over_beta(rows: Sequence[Row], baseline: str) -> str | None:
     """Reward against β, one curve a method with at least two weights; None where there is none.
 
     Args:
-        rows: of one judge, as `summarise` gives them. baseline: its reward is a horizontal line.
+        rows: of one judge, as `summarise` gives them.
+        baseline: method whose reward is a horizontal line.
     """
     swept = {
         method: points
@@ -71,7 +72,7 @@ def reward_over_kl(rows: Sequence[Row], baseline: str) -> str | None:
 
 
 def reward_over_speed(rows: Sequence[Row], baseline: str) -> str | None:
-    """Reward against tokens per second: what a better answer costs; None where no speed is known."""
+    """Reward against tokens per second; None where no speed is known."""
     known = _by_method([row for row in rows if row["tokens_per_second"] is not None], "beta")
     if not known:
         return None
@@ -91,7 +92,7 @@ def reward_over_speed(rows: Sequence[Row], baseline: str) -> str | None:
 
 
 def accuracy_over_length(agreements: Sequence[Agreement], title: str) -> str | None:
-    """Accuracy of judges and guides on preference pairs against the share of the answers read; None without any."""
+    """Accuracy of reward models on preference pairs against the share of the answers read; None without any."""
     if not agreements:
         return None
     curves = {one.name: [FractionAccuracy(**point) for point in one.accuracy] for one in agreements}
@@ -158,7 +159,7 @@ def _svg(draw: Callable[[Any], None]) -> str:
 
 
 def _as_svg(drawing: Figure) -> str:
-    """A drawing as text, the same for the same points."""
+    """A figure as SVG text; the same points give the same text."""
     import matplotlib
 
     file = io.StringIO()

@@ -21,7 +21,10 @@ class StudyPrompt:
     """One prompt of a study.
 
     Attributes:
-        index: row of the file. given: as the decoder takes it. text: to be read. key: what makes it this prompt.
+        index: row of the file.
+        given: as the decoder takes it.
+        text: for a reader.
+        key: identifies the prompt: two rows with the same key are duplicates.
     """
 
     index: int
@@ -31,7 +34,7 @@ class StudyPrompt:
 
 
 def load_prompts(study: Study, tokenizer: PreTrainedTokenizerBase) -> tuple[list[StudyPrompt], list[str]]:
-    """The prompts of a study as the decoder takes them, and what is wrong with them in one line each.
+    """The prompts of a study as the decoder takes them, and warnings about them in one line each.
 
     Duplicates and empty prompts are left out. Prompts in HH-RLHF's turns become chat messages.
 
@@ -73,10 +76,15 @@ def _source(study: Study) -> str:
 
 
 def given_prompt(row: Any, chat: bool, where: str) -> Any:
-    """A row's prompt as the file has it, behind the message of its column `system`.
+    """A row's prompt as the file has it, after the message of its column `system`.
+
+    Args:
+        row: of the file.
+        chat: whether texts become chat messages.
+        where: begins an error message.
 
     Raises:
-        RGTGError: it has none; `where` begins the message.
+        RGTGError: the row has no prompt.
     """
     try:
         value = row_prompt(row, chat) if isinstance(row, Mapping) else None
@@ -109,10 +117,14 @@ def as_prompt(value: Any, index: int, chat: bool) -> StudyPrompt:
     return StudyPrompt(index, messages, text, json.dumps(messages, ensure_ascii=False, sort_keys=True))
 
 
-def sample_seed(seed: int, key: str) -> int:
-    """The decoder's seed for one prompt: the same for every method, and another for every prompt.
+def prompt_seed(seed: int, key: str) -> int:
+    """The decoder's seed for one prompt: the same for every method, different for every prompt.
 
-    Methods are compared under the same noise; prompts, over which the intervals are resampled, do not share it.
+    Methods are compared under the same noise. Prompts, over which the intervals are resampled, have independent noise.
+
+    Args:
+        seed: of the study.
+        key: of the prompt.
     """
     digest = hashlib.sha256(f"{seed} {key}".encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

@@ -1,4 +1,4 @@
-"""The ratings of a study: every answer by every judge, and how often judges and guides agree with people."""
+"""The ratings of a study: every answer by every judge, and how often reward models agree with people."""
 
 from __future__ import annotations
 
@@ -27,38 +27,40 @@ SCORES, ACCURACY = "scores.jsonl", "accuracy.jsonl"
 SCORE_FIELDS = ("method", "setting", "index", "seed", "judge", "told", "answer", "ended", "unended")
 # Lines about the progress of one judge.
 PROGRESS_LINES = 5
-# Tokens of a prompt and its longer answer, of the pairs that judges and guides are judged by.
+# Most tokens of a preference pair's prompt and longer answer.
 MAX_LENGTH = 1024
 # judge → cell → (prompt index, seed) → reward
-Scores = dict[str, dict[Cell, dict[tuple[int, int], float]]]
+JudgeRewards = dict[str, dict[Cell, dict[tuple[int, int], float]]]
 
 
 class Ratings:
-    """Rates every answer with every judge, and finds the ratings that are there already.
+    """Rates every answer with every judge; ratings that are in the file already are kept.
 
     Args:
-        study: the settings. bases: gives its model in a dtype.
-        journal: scores.jsonl. say: receives lines about the progress.
+        study: the settings.
+        bases: gives the study's model in a dtype.
+        scores_file: scores.jsonl.
+        progress: receives lines about the progress.
 
     Attributes:
-        warnings: what a reader has to know.
+        warnings: what a reader of the results has to know.
     """
 
     def __init__(
         self,
         study: Study,
         bases: Bases,
-        journal: JsonlWriter,
+        scores_file: JsonlWriter,
         progress: Callable[[str], None],
     ):
-        self.study, self.bases, self.journal, self.progress = study, bases, journal, progress
+        self.study, self.bases, self.scores_file, self.progress = study, bases, scores_file, progress
         self.warnings: list[str] = []
-        if journal.truncated:
+        if scores_file.truncated:
             self.warnings.append(
                 f"the last line of {SCORES} had been cut off: it was removed and rated again"
             )
 
-    def of(self, answers: Mapping[Cell, Sequence[Answer]]) -> Scores:
+    def of(self, answers: Mapping[Cell, Sequence[Answer]]) -> JudgeRewards:
         """The reward of every answer under every judge; what is missing is rated.
 
         Raises:
@@ -97,8 +99,8 @@ class Ratings:
     def _present(
         self, name: str, told: dict[str, Any]
     ) -> tuple[dict[str, Rating], set[tuple[str, str, int, str]]]:
-        """The ratings of a judge by the text, and the answers whose rating stands under the judge's name."""
-        rows = [row for row in self.journal.rows if row["told"] == told]
+        """A judge's ratings by text, and the answers that have a row under the judge's name."""
+        rows = [row for row in self.scores_file.rows if row["told"] == told]
         known = {row["answer"]: Rating(row["ended"], row["unended"]) for row in rows}
         return known, {_place(row, row["answer"]) for row in rows if row["judge"] == name}
 
@@ -123,17 +125,17 @@ class Ratings:
         for row in rows:
             place = {key: row[key] for key in ("method", "setting", "index", "seed")}
             values = {"reward": reward(rating, row, judge), **asdict(rating)}
-            self.journal.add({**place, "judge": name, "told": told, "answer": text, **values})
+            self.scores_file.add({**place, "judge": name, "told": told, "answer": text, **values})
 
 
 def reward(rating: Rating, answer: Answer, judge: JudgeSettings) -> float:
-    """Which of a judge's two rewards counts for an answer."""
+    """The one of a judge's two rewards that counts for an answer."""
     cut = judge.ends == "finished" and answer.get("finish") == "length"
     return rating.unended if cut else rating.ended
 
 
 def read_at(answers: Sequence[Answer], judge: JudgeSettings) -> str:
-    """At which token a judge read some answers, in words."""
+    """A sentence that says at which token a judge read some answers."""
     finishes = [row.get("finish") for row in answers]
     cut, unstated = finishes.count("length"), finishes.count(None)
     if judge.ends == "finished":
@@ -143,7 +145,7 @@ def read_at(answers: Sequence[Answer], judge: JudgeSettings) -> str:
 
 
 def identity(answer: Answer) -> str:
-    """What a judge reads of an answer, as a hash: a text that comes twice is rated once."""
+    """Hash of what a judge reads of an answer: a text that occurs twice is rated once."""
     read = json.dumps([answer["prompt"], answer["response"]], sort_keys=True)
     return hashlib.sha256(read.encode()).hexdigest()[:24]
 
@@ -157,11 +159,13 @@ class Agreement:
     """How often a model prefers the answer that people chose.
 
     Attributes:
-        name: in the tables. model: guide or judge. judge: which of the two.
-        read_at: at which token it read whole answers, in words.
+        name: in the tables.
+        model: by name.
+        judge: whether it is a judge; else it guides the decoding.
         accuracy: at each fraction of the answers, as `FractionAccuracy.as_dict` gives it.
-        longer_wins: the same of the baseline that prefers the longer answer. above: accuracy minus that on the same
-            pairs, as `Difference.as_dict` gives it.
+        longer_wins: the same of the baseline that prefers the longer answer.
+        above: accuracy minus that on the same pairs, as `AccuracyDifference.as_dict` gives it.
+        read_at: a sentence that says at which token it read whole answers.
     """
 
     name: str
@@ -176,14 +180,18 @@ class Agreement:
 def agreements(
     study: Study,
     bases: Bases,
-    journal: JsonlWriter,
+    accuracy_file: JsonlWriter,
     guides: Sequence[str],
     progress: Callable[[str], None],
 ) -> list[Agreement]:
-    """Accuracy of the judges and of the guides that are models, by how much of the answers they read.
+    """Accuracy of the judges and of the reward models that guide the decoding, by how much of the answers they read.
 
     Args:
-        study: names the pairs. bases: as in `Ratings`. journal: accuracy.jsonl. guides: by name.
+        study: names the pairs.
+        bases: as in `Ratings`.
+        accuracy_file: accuracy.jsonl.
+        guides: names of the rewards that guide the decoding.
+        progress: receives lines about the progress.
 
     Raises:
         RGTGError: pairs that cannot be read, or a model that cannot be loaded.
@@ -192,14 +200,14 @@ def agreements(
         return []
     pairs, _ = load_pairs(study.pairs, answers_ended=study.answers_ended)
     pairs = pairs[: study.pairs_limit]
-    # Where all answers ended, as far as anybody says, the pairs are their texts alone.
+    # Where no answer is known to have been cut, the pairs are their texts alone.
     parts = [[p.prompt, p.chosen, p.rejected, *([p.ended] if False in p.ended else [])] for p in pairs]
     content = json.dumps(parts)
     data = hashlib.sha256(content.encode()).hexdigest()[:16]
     models: dict[str, str] = {}
     for name, settings in study.judges.items():
         models.setdefault(settings.model, name)
-    # A guide without files of its own, such as contrastive prompts, was not trained to agree with anybody.
+    # A reward without files of its own, such as contrastive prompts, was not trained on preferences.
     models |= {name: name for name in guides if folders_of(name) and name not in models}
     found = []
     for model, name in models.items():
@@ -209,11 +217,11 @@ def agreements(
             "data": data,
             "dtype": study.dtype,
         }
-        row = next((row for row in journal.rows if row["told"] == told), None)
+        row = next((row for row in accuracy_file.rows if row["told"] == told), None)
         if row is None:
             progress(f"{name}: {len(pairs)} preference pairs")
             row = {"told": told, **_agreement(Judge(model, bases(study.judge_dtype)), pairs, study)}
-            journal.add(row)
+            accuracy_file.add(row)
         judge = name in study.judges
         numbers = row["accuracy"], row["longer_wins"], row["above"]
         found.append(Agreement(name, model, judge, *numbers, row.get("read_at", "")))

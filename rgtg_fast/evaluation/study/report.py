@@ -9,7 +9,6 @@ from typing import Any
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.study import page, plots
-from rgtg_fast.evaluation.study.comparison import Comparison
 from rgtg_fast.evaluation.study.metrics import rank_correlation
 from rgtg_fast.evaluation.study.page import Drawing, Notes, Part, Section, SideBySide, Table, Text
 from rgtg_fast.evaluation.study.ratings import read_at
@@ -18,6 +17,7 @@ from rgtg_fast.evaluation.study.settings import Cell
 from rgtg_fast.evaluation.study.summary import (
     PAIRWISE,
     SUMMARY,
+    Comparison,
     Row,
     comparisons,
     gaps,
@@ -34,10 +34,11 @@ _SHOWN = 600
 
 
 def write_report(results: Results, facts: Mapping[str, Any] | None = None) -> list[Row]:
-    """Sums a study up and writes its tables and pages into its output folder.
+    """Summarises a study and writes its tables and pages into its output folder.
 
     Args:
-        results: of `run_study`. facts: what the answers were made on, name to value, for the report's beginning.
+        results: of `run_study`.
+        facts: about the machine and the versions, name to value, for the beginning of the report.
 
     Returns:
         The rows of summary.csv.
@@ -68,7 +69,10 @@ def report(
     """The parts of the report, warnings first.
 
     Args:
-        rows: as `summarise` gives them. compared: as `comparisons` does. facts: as in `write_report`.
+        results: of `run_study`.
+        rows: as `summarise` gives them.
+        compared: as `comparisons` gives them.
+        facts: as in `write_report`.
     """
     warnings = (*results.warnings, *gaps(rows))
     sections = [Section("", (Notes(warnings, urgent=True),))] if warnings else []
@@ -155,7 +159,7 @@ def _rewards(rows: Sequence[Row], results: Results, judge: str) -> tuple[Part, .
 
 
 def _against_each_other(pairs: Sequence[Comparison]) -> Table:
-    """Every method but the first against those before it."""
+    """A table of every method but the first against those before it."""
     rows = list(dict.fromkeys(one.method for one in pairs))
     columns = list(dict.fromkeys(one.other for one in pairs))
     cells = {(one.method, one.other): one for one in pairs}
@@ -215,7 +219,7 @@ def _texts(rows: Sequence[Row]) -> Table:
 
 
 def _checks(results: Results) -> tuple[Part, ...]:
-    """Rank correlations that tell a guide that asks for something else from a judge that counts words."""
+    """Rank correlations that show whether reward model and judge disagree, and whether the judge prefers length."""
     parts: list[Part] = []
     for judge, cells in results.scores.items():
         lines = []
@@ -254,7 +258,7 @@ def _agreement(results: Results) -> tuple[Part, ...]:
 
 
 def _examples(results: Results) -> tuple[Part, ...]:
-    """The first sample of every cell to prompts evenly spread over the study."""
+    """The first sample of every cell for some prompts, evenly spread over the study."""
     count = min(results.study.examples, len(results.prompts))
     chosen = [results.prompts[i * len(results.prompts) // count] for i in range(count)]
     parts: list[Part] = []

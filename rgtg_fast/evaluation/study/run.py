@@ -1,4 +1,4 @@
-"""Runs a study: prompts × methods × settings × seeds are decoded and judged, and nothing is done twice."""
+"""Runs a study: decodes and judges prompts × methods × settings × seeds; finished work is not repeated."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rgtg_fast.evaluation.study.ratings import (
     SCORE_FIELDS,
     SCORES,
     Agreement,
+    JudgeRewards,
     Ratings,
-    Scores,
     agreements,
 )
 from rgtg_fast.evaluation.study.settings import Cell, Study
@@ -34,9 +34,12 @@ class Results:
     """Everything that a study found.
 
     Attributes:
-        study: its settings. base: name of the base model. prompts: those that were answered.
-        answers: rows of answers.jsonl of each cell. scores: judge → cell → (prompt index, seed) → reward.
-        agreements: accuracy of judges and guides on preference pairs, where the study names some.
+        study: its settings.
+        base: name of the base model.
+        prompts: that were answered.
+        answers: rows of answers.jsonl of each cell.
+        scores: judge → cell → (prompt index, seed) → reward.
+        agreements: accuracy of the reward models on preference pairs, where the study names some.
         warnings: what a reader has to know before the numbers.
     """
 
@@ -44,13 +47,13 @@ class Results:
     base: str
     prompts: list[StudyPrompt]
     answers: dict[Cell, list[Answer]]
-    scores: Scores
+    scores: JudgeRewards
     agreements: list[Agreement]
     warnings: list[str] = field(default_factory=list)
 
     @property
     def baseline(self) -> Cell:
-        """What differences and win rates are against."""
+        """The cell that differences and win rates are measured against."""
         return next(cell for cell in self.answers if cell.method == self.study.baseline)
 
 
@@ -66,7 +69,7 @@ def run_study(
         study: the settings.
         source: what to load as the base model where that is not `study.model`.
         base_name: the base model's name in the results, `study.model` by default.
-        say: receives lines about the progress.
+        progress: receives lines about the progress.
 
     Returns:
         The results; `rgtg_fast.evaluation.study.report.write_report` makes tables and pages of them.
@@ -80,7 +83,7 @@ def run_study(
     given = source if source is not None else study.model
     if given is None:
         raise RGTGError("the study names no model: set model to a path or hub id")
-    # A study runs for hours, and its report should not fail for want of a package then.
+    # Before the hours of decoding: the report needs it.
     check_matplotlib()
     folder = Path(study.output)
     _keep_config(study, folder)
@@ -94,16 +97,16 @@ def run_study(
     bases = functools.cache(functools.partial(_in_dtype, study, given, base))
     prompts, notes = load_prompts(study, base[1])
     guides = list(dict.fromkeys(cell.reward for cell in cells if cell.reward is not None))
-    # First of all: who reads on without knowing it is misled.
+    # These come first in the report: without them the numbers mislead.
     warnings = conflicts({judge: settings.model for judge, settings in study.judges.items()}, guides) + notes
-    with JsonlWriter(folder / ANSWERS, FIELDS) as journal:
-        decoding = Answers(study, bases, name, journal, prompts, progress)
+    with JsonlWriter(folder / ANSWERS, FIELDS) as answers_file:
+        decoding = Answers(study, bases, name, answers_file, prompts, progress)
         answers = decoding.of(cells)
-    with JsonlWriter(folder / SCORES, SCORE_FIELDS) as journal:
-        rating = Ratings(study, bases, journal, progress)
+    with JsonlWriter(folder / SCORES, SCORE_FIELDS) as scores_file:
+        rating = Ratings(study, bases, scores_file, progress)
         scores = rating.of(answers)
-    with JsonlWriter(folder / ACCURACY, ("told", "accuracy", "longer_wins", "above")) as journal:
-        agreed = agreements(study, bases, journal, guides, progress)
+    with JsonlWriter(folder / ACCURACY, ("told", "accuracy", "longer_wins", "above")) as accuracy_file:
+        agreed = agreements(study, bases, accuracy_file, guides, progress)
     warnings += decoding.warnings + rating.warnings
     return Results(study, name, prompts, answers, scores, agreed, warnings)
 
@@ -112,17 +115,17 @@ def _in_dtype(
     study: Study, given: str | ModelAndTokenizer, base: ModelAndTokenizer, dtype: str | None
 ) -> ModelAndTokenizer:
     """The base model in a dtype, None for the study's."""
-    # A model that was passed loaded stays as it is: its owner has only this one.
+    # A model that the caller passed stays in its dtype.
     if dtype is None or isinstance(given, tuple) or resolve_dtype(dtype, base[0].device) == base[0].dtype:
         return base
     return load_causal_lm(given, study.device, dtype)
 
 
 def check_present(study: Study) -> None:
-    """Refuses a study that would find out after hours that a model or a file of its is missing.
+    """Refuses a study with a missing model or file before anything is decoded.
 
     Raises:
-        RGTGError: naming the first that is missing, and who wants it.
+        RGTGError: names the first that is missing, and the method or judge that needs it.
     """
     wanted = [(f"judge {name}", judge.model) for name, judge in study.judges.items()]
     for cell in study.cells():

@@ -1,4 +1,4 @@
-"""What a study compares: prompts, judges and methods, read from a YAML file and checked before anything is loaded."""
+"""The settings of a study: prompts, judges and methods, read from a YAML file and checked before models are loaded."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ class Cell:
     """One method under one setting.
 
     Attributes:
-        method: its name. reward: the guide by name, None for the base model alone.
-        strategy: with its settings, None for token by token.
+        method: its name.
+        reward: by name; None for the base model alone.
+        strategy: with its settings; None for token by token.
         guidance: of token-by-token decoding; the default one for strategies and outputs.
-        beta, top_k, temperature: for the tables; None where they have no meaning.
-        model: the policy's folder where it is not the study's model. outputs: a file of existing answers.
-        dtype: where it is not the study's. seeds: of the samples.
+        beta: for the tables; None where it has no meaning.
+        top_k: likewise.
+        temperature: likewise.
+        model: the policy's folder where it is not the study's model.
+        outputs: a file of existing answers.
+        dtype: where it is not the study's.
+        seeds: of the samples.
     """
 
     method: str
@@ -49,13 +54,13 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The method with what tells its settings apart."""
+        """The method's name with the settings that distinguish its cells."""
         parts = [("β", self.beta), ("k", self.top_k), ("τ", self.temperature)]
         told = ", ".join(f"{name} = {value:g}" for name, value in parts if value is not None)
         return f"{self.method} ({told})" if told else self.method
 
     def setting(self) -> dict[str, Any]:
-        """What decides this cell's answers, the study's common settings aside."""
+        """What determines this cell's answers, besides the study's common settings."""
         values: dict[str, Any] = {"reward": self.reward, "model": self.model, "outputs": self.outputs}
         values["dtype"] = self.dtype
         if self.strategy is not None:
@@ -74,19 +79,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the study's `methods`; lists are swept over.
+    """One entry of the study's `methods`; every combination of values in lists becomes a cell.
 
     Args:
         name: in the tables.
-        reward: guide by name as on the command line (`bundled:pargs`, `farma:PATH`, `contrastive`, …), or several; None
-            decodes without a guide.
-        strategy: `best_of_n:n=10`, `segment:target=1`, …; token by token by default. best_of: short for the first.
-        beta, top_k, temperature: as in `Guidance`. greedy: short for temperature 0.
-        support, gate_entropy: as in `Guidance`.
+        reward: by name as on the command line (`bundled:pargs`, `farma:PATH`, `contrastive`, …), or several; None
+            decodes with the base model alone.
+        strategy: `best_of_n:n=10`, `segment:target=1`, …; token by token by default.
+        best_of: n, short for the strategy `best_of_n:n=…`.
+        beta: as in `Guidance`.
+        top_k: as k in `Guidance`.
+        temperature: as in `Guidance`.
+        greedy: short for temperature 0.
+        support: as in `Guidance`.
+        gate_entropy: as in `Guidance`.
         model: folder of another policy (DPO, …) instead of the study's model.
         outputs: JSON Lines with `prompt`, `response` and, where it is known, `finish_reason`: answers of another
-            program that are judged as they are.
-        dtype: instead of the study's; float32 keeps what merging a policy's adapter in bfloat16 would round away.
+            program, which are judged and not decoded.
+        dtype: instead of the study's; float32 avoids the rounding of merging a policy's adapter in bfloat16.
         seeds: instead of the study's.
     """
 
@@ -167,9 +177,9 @@ class JudgeSettings:
     """A reward model that rates the answers.
 
     Args:
-        model: path, hub id, `bundled:NAME`, or a guide's name such as `text:PATH`.
-        ends: "always": an end-of-sequence token is read behind every answer, one that was cut off at the length limit
-            included; "finished": only behind answers that ended by themselves.
+        model: path, hub id, `bundled:NAME`, or a reward's name such as `text:PATH`.
+        ends: "always": every answer is read with an end-of-sequence token after it, also one that was cut off at the
+            length limit; "finished": only answers that ended by themselves.
 
     Raises:
         RGTGError: another value of `ends`.
@@ -194,17 +204,22 @@ class Study:
         model: base model, path or hub id; None for the embedded one, which the command line fills in.
         judges: reward models by the name that the tables give them; a text is `JudgeSettings(text)`.
         baseline: the method that differences and win rates are against.
-        limit: prompts to take at most. seeds: samples of each prompt.
-        max_new_tokens, stop: where an answer ends. batch_size: rows decoded at once.
-        dtype, device, engine: as in `RewardGuidedDecoder.from_pretrained`.
-        judge_dtype: of judges, and of guides on `pairs`: rewards in bfloat16 have many ties. None: `dtype`.
+        limit: most prompts.
+        seeds: samples of each prompt.
+        max_new_tokens: most tokens of an answer.
+        stop: texts that end an answer.
+        batch_size: rows decoded at once.
+        dtype: as in `RewardGuidedDecoder.from_pretrained`.
+        device: as there.
+        engine: as there.
+        judge_dtype: of judges, and of all reward models on `pairs`: rewards in bfloat16 have many ties. None: `dtype`.
         chat: texts become chat messages where the model has a chat template.
-        pairs: preference pairs that no model was trained on: accuracy of judges and guides by prefix length.
-        pairs_limit: of them at most.
+        pairs: preference pairs that no model was trained on: accuracy of all reward models by prefix length.
+        pairs_limit: most pairs.
         answers_ended: whether the answers of `pairs` and of `outputs` ended, as in `load_pairs`: "auto" by their
             finish_reason, "yes" or "no" for all.
         examples: prompts whose answers the report shows side by side.
-        text: of the file that the study was read from, kept beside the results.
+        text: of the file that the study was read from, written to the results.
 
     Raises:
         RGTGError: an unknown name, or a value out of its range.
@@ -269,7 +284,7 @@ class Study:
         return [cell for method in self.methods for cell in method.cells(self.seeds)]
 
     def common(self) -> dict[str, Any]:
-        """What decides the answers of every method alike."""
+        """What determines the answers of every method."""
         values = {"max_new_tokens": self.max_new_tokens, "chat": self.chat}
         return values | {"dtype": self.dtype or "default", "stop": list(self.stop)}
 
@@ -429,5 +444,5 @@ def _at_least(name: str, value: object, least: int) -> None:
 
 
 def canonical(setting: Mapping[str, Any]) -> str:
-    """A setting as one text that is the same for the same values."""
+    """A setting as text; equal settings have equal texts."""
     return json.dumps(setting, sort_keys=True, ensure_ascii=False)

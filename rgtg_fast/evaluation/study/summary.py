@@ -1,16 +1,16 @@
-"""What a study found as numbers: one row for every method, setting and judge."""
+"""The results of a study as numbers: a row for every method, setting and judge, and for every two methods."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rgtg_fast.evaluation.study import metrics
-from rgtg_fast.evaluation.study.comparison import Comparison, compare
 from rgtg_fast.evaluation.study.metrics import bootstrap_mean, by_prompt
 from rgtg_fast.evaluation.study.run import Results
 from rgtg_fast.evaluation.study.settings import Cell
@@ -50,6 +50,35 @@ COLUMNS = (
     "rm_tokens_per_token",
 )
 Row = dict[str, Any]
+# Rewards of a cell's answers, averaged over the samples of each prompt.
+PromptRewards = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The reward of one method minus that of another, on the same prompts.
+
+    Attributes:
+        judge: by name.
+        method: by name.
+        other: the other method's name.
+        settings: with how many the method was run.
+        other_settings: with how many the other method was run.
+        difference: mean over prompts.
+        low: lower end of its 95 % interval by the paired bootstrap.
+        high: upper end.
+        prompts: that both answered.
+    """
+
+    judge: str
+    method: str
+    other: str
+    settings: int
+    other_settings: int
+    difference: float
+    low: float
+    high: float
+    prompts: int
 
 
 def summarise(results: Results) -> list[Row]:
@@ -83,8 +112,50 @@ def comparisons(results: Results) -> list[Comparison]:
     return found
 
 
+def at_setting_of_other_half(cells: Mapping[Cell, PromptRewards]) -> dict[int, float]:
+    """A method's reward for every prompt, at the setting that did best on the other half of the prompts.
+
+    The setting that does best on some prompts looks better on them than it is. Here no prompt takes part in choosing
+    the setting that it is counted with (two-fold cross-validation; halves are every other prompt), so that a method
+    gains nothing from being run with many settings.
+
+    Args:
+        cells: rewards by prompt of each of the method's settings; only prompts that all settings have are counted.
+    """
+    shared = sorted(set.intersection(*(set(rewards) for rewards in cells.values())))
+    found = {}
+    for half in (0, 1):
+        own, others = shared[half::2], shared[1 - half :: 2]
+        # A single prompt has no other half.
+        chosen = max(cells.values(), key=lambda rewards, on=others or own: sum(rewards[i] for i in on))
+        found |= {index: chosen[index] for index in own}
+    return found
+
+
+def compare(judge: str, rewards: Mapping[Cell, PromptRewards]) -> list[Comparison]:
+    """Compares every two methods, the later one of the study minus the earlier one.
+
+    Args:
+        judge: its name.
+        rewards: by prompt, of every cell that was judged.
+    """
+    methods: dict[str, dict[Cell, PromptRewards]] = {}
+    for cell, of_prompts in rewards.items():
+        if of_prompts:
+            methods.setdefault(cell.method, {})[cell] = of_prompts
+    at = {name: at_setting_of_other_half(cells) for name, cells in methods.items()}
+    found = []
+    for other, method in itertools.combinations(methods, 2):
+        shared = sorted(set(at[method]) & set(at[other]))
+        if shared:
+            gap = bootstrap_mean([at[method][i] - at[other][i] for i in shared])
+            tried = len(methods[method]), len(methods[other])
+            found.append(Comparison(judge, method, other, *tried, gap.mean, gap.low, gap.high, len(shared)))
+    return found
+
+
 def gaps(rows: Sequence[Row]) -> list[str]:
-    """Which columns are empty, and why, one line each."""
+    """A line for every column that is empty, with the reason."""
     notes = []
     if all(row["rouge_l"] is None for row in rows):
         installed = metrics.rouge_l() is not None
@@ -193,7 +264,7 @@ def _coherence(results: Results, encoder: Path | None) -> dict[tuple[str, str], 
 
 
 def _text(prompt: Any) -> str:
-    """What the answer is an answer to: the last message of a chat, or the text."""
+    """The prompt's text: the last message of a chat, or the text itself."""
     return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
 
 
@@ -233,7 +304,7 @@ def write_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
 
 
 def _write(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
-    """Numbers with six digits, nothing where there is no number."""
+    """Writes numbers with six digits, and an empty field where there is no number."""
     with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -243,7 +314,7 @@ def _write(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
 def _shown(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.6g}" if math.isfinite(value) else ""
-    # A spreadsheet would take such a name for a formula.
+    # A spreadsheet would read such a name as a formula.
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return f"'{value}"
     return "" if value is None else value

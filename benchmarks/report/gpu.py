@@ -1,4 +1,4 @@
-"""What a round on a GPU says, from results/*.csv: the figures to reach, ops beside their peers, roofline and speed."""
+"""Results of GPUs: the figures to reach, ops beside their peers, roofline and speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, str]
+from benchmarks.report.pages import LINES, STYLE, Row, save_figure
+from rgtg_fast.bench.methods import METHODS
 
 NOT_YET = "not measured yet"
 NONE = (
@@ -18,23 +19,11 @@ NO_OPS = "Not measured yet: run `bash benchmarks/gpu.sh` on a machine with a GPU
 # Our decoder's ways to run a step; the fastest that was measured counts.
 OURS = ("ours", "ours_compiled")
 LARGE, SMALL = "llama-8b (random weights)", "llama-1b (random weights)"
-LINES = {
-    "ours": ("rgtg-fast, one graph a step", "#0072b2", "-"),
-    "ours_compiled": ("rgtg-fast, compiled", "#56b4e9", "-"),
-    "ours_eager": ("rgtg-fast, eager", "#0072b2", ":"),
-    "args_replicated": ("ARGS, k copies of the cache", "#d55e00", "-"),
-    "pargs_serial": ("PARGS, no cache, one by one", "#cc79a7", "-"),
-    "ours_genarm": ("rgtg-fast, GenARM", "#009e73", "-"),
-    "genarm_published": ("GenARM, eager", "#009e73", ":"),
-    "unguided": ("unguided", "#7f7f7f", "--"),
-}
-# Same numbers, same file: no random ids.
-STYLE = {"svg.hashsalt": "rgtg-fast", "svg.fonttype": "none", "font.size": 9}
 OP_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 @dataclass(frozen=True)
-class Results:
+class GpuResults:
     """Rows of one GPU: decoding, ops and profiled steps, the latest of equals last."""
 
     decode: Sequence[Row]
@@ -61,13 +50,16 @@ class Target:
     """A figure to reach.
 
     Attributes:
-        what: it is. goal: as it is printed. form: of the measured number. value: from a GPU's results; None: not there.
+        what: is measured.
+        goal: as it is printed.
+        form: format of the measured number.
+        value: from a GPU's results; None where it was not measured.
     """
 
     what: str
     goal: str
     form: str
-    value: Callable[[Results], float | None]
+    value: Callable[[GpuResults], float | None]
 
 
 def shape_of(row: Row) -> dict[str, int]:
@@ -81,16 +73,16 @@ def shape_of(row: Row) -> dict[str, int]:
     return {name: int(size) for name, _, size in parts if size.isdigit()}
 
 
-def _of_floor(model: str, batch: int, method: str) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _of_floor(model: str, batch: int, method: str) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         row = results.decoded(model, method, batch)
         return 1 / float(row["achieved_over_floor"]) if row else None
 
     return value
 
 
-def _over_replicated(model: str, batch: int) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _over_replicated(model: str, batch: int) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         theirs = results.decoded(model, "args_replicated", batch)
         rows = [results.decoded(model, name, batch) for name in OURS]
         speeds = [float(row["tokens_per_second"]) for row in rows if row]
@@ -99,7 +91,7 @@ def _over_replicated(model: str, batch: int) -> Callable[[Results], float | None
     return value
 
 
-def _shared_trunk(results: Results) -> float | None:
+def _shared_trunk(results: GpuResults) -> float | None:
     def fastest(*methods: str) -> float | None:
         rows = [results.decoded(LARGE, method, 1) for method in methods]
         return max((float(row["tokens_per_second"]) for row in rows if row), default=None)
@@ -109,7 +101,7 @@ def _shared_trunk(results: Results) -> float | None:
     return shared / alone if shared and alone else None
 
 
-def _long_attention(results: Results, candidates: int) -> list[dict[str, Row]]:
+def _long_attention(results: GpuResults, candidates: int) -> list[dict[str, Row]]:
     """Attention over 4,096 slots and more, with 64 and more pairs of row and key-value head."""
     found = []
     for by_who in results.timed("tree_attention", S=candidates):
@@ -119,12 +111,12 @@ def _long_attention(results: Results, candidates: int) -> list[dict[str, Row]]:
     return found
 
 
-def _attention_of_copy(results: Results) -> float | None:
+def _attention_of_copy(results: GpuResults) -> float | None:
     return min((float(rows["ours"]["of_copy"]) for rows in _long_attention(results, 10)), default=None)
 
 
 def _over(rows: Iterable[dict[str, Row]], peer: str) -> float | None:
-    """Our smallest lead over the peer whose name begins so."""
+    """Our smallest lead over the peer whose name begins with this."""
     leads = []
     for by_who in rows:
         theirs = next((row for who, row in by_who.items() if who.startswith(peer)), None)
@@ -133,14 +125,14 @@ def _over(rows: Iterable[dict[str, Row]], peer: str) -> float | None:
     return min(leads, default=None)
 
 
-def _cache_share(results: Results) -> float | None:
+def _cache_share(results: GpuResults) -> float | None:
     ours, theirs = (results.decoded(LARGE, name, 1) for name in ("ours", "args_replicated"))
     if not ours or not theirs:
         return None
     return float(ours["cache_resident_reward_bytes"]) / float(theirs["cache_resident_reward_bytes"])
 
 
-def _synchronizations(results: Results) -> float | None:
+def _synchronizations(results: GpuResults) -> float | None:
     counts = [row["synchronizations_per_step"] for row in results.steps if row["mode"] != "eager"]
     return max((float(count) for count in counts if count), default=None)
 
@@ -187,21 +179,21 @@ TARGETS = (
 )
 
 
-def _attention_us(B: int, T: int) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _attention_us(B: int, T: int) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         rows = results.timed("tree_attention", B=B, T=T, S=10)
         return float(rows[0]["ours"]["us_p50"]) if rows and "ours" in rows[0] else None
 
     return value
 
 
-def _topk_us(results: Results) -> float | None:
+def _topk_us(results: GpuResults) -> float | None:
     rows = results.timed("topk_logprobs", B=32, k=10)
     return min((float(row["ours"]["us_p50"]) for row in rows if "ours" in row), default=None)
 
 
-def _product_share(M: int) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _product_share(M: int) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         rows = results.timed("linear", M=M)
         return min(
             (float(row["torch linear"]["of_copy"]) for row in rows if "torch linear" in row), default=None
@@ -210,16 +202,16 @@ def _product_share(M: int) -> Callable[[Results], float | None]:
     return value
 
 
-def _ms(model: str, method: str) -> Callable[[Results], float | None]:
-    def value(results: Results) -> float | None:
+def _ms(model: str, method: str) -> Callable[[GpuResults], float | None]:
+    def value(results: GpuResults) -> float | None:
         row = results.decoded(model, method, 1)
         return float(row["decode_ms_per_token"]) if row else None
 
     return value
 
 
-# What results/predicted.csv says before the first round, by the line's name: what is measured of it.
-MEASURED: dict[str, Callable[[Results], float | None]] = {
+# For every line of results/predicted.csv, which was written before the first round, the measured value.
+MEASURED: dict[str, Callable[[GpuResults], float | None]] = {
     **{
         f"tree_attention B={B} T={T} S=10": _attention_us(B, T)
         for B, T in ((1, 512), (1, 4096), (8, 4096), (32, 512), (32, 4096))
@@ -234,8 +226,8 @@ MEASURED: dict[str, Callable[[Results], float | None]] = {
 }
 
 
-def predicted_block(predicted: Sequence[Row], found: dict[str, Results]) -> str:
-    """What was predicted for an H100 before any GPU had run this, beside what every GPU took."""
+def predicted_block(predicted: Sequence[Row], found: dict[str, GpuResults]) -> str:
+    """What was predicted for an H100 before any GPU had run this, beside what was measured on every GPU."""
     names = list(found) or ["measured"]
     lines = [
         f"| predicted for an H100, before a GPU was at hand | unit | floor | predicted | {' | '.join(names)} |",
@@ -248,16 +240,16 @@ def predicted_block(predicted: Sequence[Row], found: dict[str, Results]) -> str:
     return "\n".join(lines)
 
 
-def by_gpu(decode: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> dict[str, Results]:
+def by_gpu(decode: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> dict[str, GpuResults]:
     """The rows that a GPU made, by its name."""
     names = dict.fromkeys(row["gpu"] for row in (*decode, *ops, *steps) if row["gpu"])
     return {
-        name: Results(*([row for row in rows if row["gpu"] == name] for rows in (decode, ops, steps)))
+        name: GpuResults(*([row for row in rows if row["gpu"] == name] for rows in (decode, ops, steps)))
         for name in names
     }
 
 
-def targets_block(found: dict[str, Results]) -> str:
+def targets_block(found: dict[str, GpuResults]) -> str:
     """The figures to reach, and what every GPU reached."""
     names = list(found) or ["measured"]
     lines = [
@@ -272,7 +264,7 @@ def targets_block(found: dict[str, Results]) -> str:
     return "\n".join([*notes, *lines])
 
 
-def ops_block(found: dict[str, Results]) -> str:
+def ops_block(found: dict[str, GpuResults]) -> str:
     """Every op beside its peers, a table for each GPU."""
     parts = []
     for name, results in found.items():
@@ -301,7 +293,7 @@ def ops_block(found: dict[str, Results]) -> str:
     return "\n\n".join(parts) or NO_OPS
 
 
-def draw_gpu(found: dict[str, Results], folder: Path) -> list[Path]:
+def draw_gpu(found: dict[str, GpuResults], folder: Path) -> list[Path]:
     """Roofline of the ops, and tokens per second over k, P and B for every model, as far as they were measured."""
     if not found:
         return []
@@ -368,7 +360,7 @@ def _draw_roofline(title: str, rows: Sequence[Row], path: Path) -> Path:
         title=title,
     )
     axis.grid(alpha=0.3)
-    return _save(figure, path, 2)
+    return save_figure(figure, path, columns=2, fontsize=7)
 
 
 def _draw_speed(title: str, rows: Sequence[Row], path: Path) -> Path:
@@ -381,16 +373,15 @@ def _draw_speed(title: str, rows: Sequence[Row], path: Path) -> Path:
     usual = {"k": "10", "prompt_length": "512", "batch": "1"}
     for axis, (varied, label, at_usual) in zip(axes, panels, strict=True):
         fixed = {name: value for name, value in usual.items() if name != varied}
-        for method, (named, colour, style) in LINES.items():
+        for method, (colour, style) in LINES.items():
             at = {
                 int(row[varied]): float(row["tokens_per_second"])
                 for row in rows
                 if row["method"] == method and all(row[name] == value for name, value in fixed.items())
             }
             if at:
-                axis.plot(
-                    *zip(*sorted(at.items()), strict=True), style, marker="o", ms=3, color=colour, label=named
-                )
+                points = zip(*sorted(at.items()), strict=True)
+                axis.plot(*points, style, marker="o", ms=3, color=colour, label=METHODS[method].label)
         axis.set(xscale="log", yscale="log", xlabel=label, title=at_usual)
         ticks = sorted({int(row[varied]) for row in rows})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -398,7 +389,7 @@ def _draw_speed(title: str, rows: Sequence[Row], path: Path) -> Path:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("tokens per second")
     figure.suptitle(title, fontsize=9)
-    return _save(figure, path, 4)
+    return save_figure(figure, path, columns=4, fontsize=7)
 
 
 def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -406,20 +397,3 @@ def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:
 
     figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
     return figure, axes[0]
-
-
-def _save(figure: Any, path: Path, columns: int) -> Path:
-    from matplotlib import pyplot
-
-    entries = {
-        label: line
-        for axis in figure.axes
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=7
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path

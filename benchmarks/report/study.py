@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.report.pages import Row, interval, number
 from rgtg_fast.evaluation.study.report import file_name
 
-BLOCK, HEADLINE = "study", "study-headline"
 FRONTIER = "../benchmarks/study/results/figures/reward_over_kl_{judge}.svg"
 NOT_RUN = "Not run yet: `python -m benchmarks.study`."
-Row = dict[str, str]
 
 
 def study_block(rows: Sequence[Row]) -> str:
@@ -32,10 +31,11 @@ def study_block(rows: Sequence[Row]) -> str:
 
 
 def headline_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
-    """The frontier under the study's last judge, and what every method gains under each judge.
+    """The figure of reward over divergence under the study's last judge, and every method's gain under each judge.
 
     Args:
-        rows: of the study's summary.csv. pairs: of its pairwise.csv.
+        rows: of the study's summary.csv.
+        pairs: of its pairwise.csv.
     """
     judged = [row for row in rows if row["reward"]]
     if not judged:
@@ -64,7 +64,7 @@ def headline_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
 
 
 def setting(row: Row) -> str:
-    """What a row was decoded with, a dash where nothing is known."""
+    """The settings of a row, a dash where none is known."""
     named = (("β", "beta"), ("k", "top_k"), ("τ", "temperature"))
     return ", ".join(f"{letter} = {float(row[name]):g}" for letter, name in named if row[name]) or "–"
 
@@ -73,21 +73,35 @@ def _line(row: Row) -> str:
     cells = [
         row["method"],
         setting(row),
-        f"{_number(row['reward'], '.3f')} ± {_number(row['reward_se'], '.3f')}",
+        f"{number(row['reward'], '.3f')} ± {number(row['reward_se'], '.3f')}",
         interval(row, ("reward_diff", "diff_lo", "diff_hi"), "+.3f"),
         interval(row, ("win_rate", "win_lo", "win_hi"), ".3f"),
         interval(row, ("length_matched_diff", "lm_lo", "lm_hi"), "+.3f"),
-        _number(row["kl"], ".2f"),
-        _number(row["tokens_per_second"], ".0f"),
+        number(row["kl"], ".2f"),
+        number(row["tokens_per_second"], ".0f"),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def interval(row: Row, names: tuple[str, str, str], form: str) -> str:
-    """A value and its interval, from the columns of these names."""
-    value, low, high = (_number(row[name], form) for name in names)
-    return "–" if value == "–" else f"{value} [{low}, {high}]"
-
-
-def _number(text: str, form: str) -> str:
-    return f"{float(text):{form}}" if text else "–"
+def budgets_block(rows: Sequence[Row]) -> str:
+    """The rows of `training.csv` as a table for the documentation."""
+    if not rows:
+        return "Not trained yet: `python -m benchmarks.study --only train`."
+    lines = [
+        "| model | objective | pairs | from layer | rank | steps | minutes | loss, first to last | held-out accuracy |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = (
+            row["model"],
+            f"`{row['objective']}`",
+            f"{int(row['pairs']):,}",
+            row["fork_layer"],
+            row["lora_rank"],
+            row["steps"],
+            f"{float(row['seconds']) / 60:.0f}",
+            f"{float(row['first_loss']):.3f} to {float(row['last_loss']):.3f}",
+            f"{float(row['held_out_accuracy']):.3f}" if row["held_out_accuracy"] else "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

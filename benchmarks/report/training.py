@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.accuracy import ABOVE_LONGER, ACCURACY, DIFFERENCE, LONGER
+from benchmarks.report.pages import Row, grouped, interval
 from rgtg_fast.evaluation.accuracy import FractionAccuracy, figure
-
-Row = dict[str, str]
 
 NO_ACCURACY = "Not measured yet: run `python -m benchmarks.accuracy --data FILE`."
 NO_FORK = "Not measured yet: run `python -m benchmarks.fork`."
@@ -15,9 +14,9 @@ NO_COST = "Not measured yet: run `python -m benchmarks.train`."
 
 
 def accuracy_block(rows: list[Row]) -> str:
-    """Accuracy of every guide by the share of the answers that it has read, and how the guides differ."""
+    """Accuracy of every reward model by the share of the answers that it has read, and how they differ."""
     parts = []
-    for judged in _by_data(rows):
+    for judged in grouped(rows, ("data", "pairs", "dtype")):
         first = judged[0]
         longer = next(row for row in judged if row["figure"] == LONGER)
         points = [row for row in judged if row["figure"] == ACCURACY]
@@ -29,10 +28,10 @@ def accuracy_block(rows: list[Row]) -> str:
             "| answer read | " + " | ".join(f"{100 * float(f):g} %" for f in fractions) + " |",
             "|---|" + "--:|" * len(fractions),
         ]
-        for guide in dict.fromkeys(row["guide"] for row in points):
-            lines.append(_line(f"`{guide}`", [r for r in points if r["guide"] == guide], _share))
-            above = [r for r in judged if r["figure"] == ABOVE_LONGER and r["guide"] == guide]
-            lines.append(_line(f"`{guide}` − longer wins", above, _gap))
+        for name in dict.fromkeys(row["guide"] for row in points):
+            lines.append(_line(f"`{name}`", [r for r in points if r["guide"] == name], _share))
+            above = [r for r in judged if r["figure"] == ABOVE_LONGER and r["guide"] == name]
+            lines.append(_line(f"`{name}` − longer wins", above, _gap))
         gaps = [row for row in judged if row["figure"] == DIFFERENCE]
         for one, other in dict.fromkeys((row["guide"], row["other"]) for row in gaps):
             pair = [row for row in gaps if (row["guide"], row["other"]) == (one, other)]
@@ -41,34 +40,24 @@ def accuracy_block(rows: list[Row]) -> str:
     return "\n\n".join(parts) or NO_ACCURACY
 
 
-def _by_data(rows: list[Row]) -> list[list[Row]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["data"], row["pairs"], row["dtype"]), []).append(row)
-    return list(groups.values())
-
-
 def _line(name: str, rows: list[Row], cell: object) -> str:
     assert callable(cell)
     return f"| {name} | " + " | ".join(str(cell(row)) for row in rows) + " |"
 
 
 def _share(row: Row) -> str:
-    return f"{float(row['value']):.3f} [{float(row['ci95_low']):.3f}, {float(row['ci95_high']):.3f}]"
+    return interval(row, ("value", "ci95_low", "ci95_high"), ".3f")
 
 
 def _gap(row: Row) -> str:
-    return f"{float(row['value']):+.3f} [{float(row['ci95_low']):+.3f}, {float(row['ci95_high']):+.3f}]"
+    return interval(row, ("value", "ci95_low", "ci95_high"), "+.3f")
 
 
 def cost_block(rows: list[Row]) -> str:
-    """What a pair costs packed, one row per prefix, and in TRL's full-sequence trainer."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        key = ("cpu", "threads", "gpu", "model", "dtype", "tuning", "data", "pairs", "max_length")
-        groups.setdefault(tuple(row[name] for name in key), []).append(row)
+    """The cost of a pair packed, one row per prefix, and in TRL's full-sequence trainer."""
+    key = ("cpu", "threads", "gpu", "model", "dtype", "tuning", "data", "pairs", "max_length")
     parts = []
-    for timed in groups.values():
+    for timed in grouped(rows, key):
         first = timed[0]
         slowest = next(row for row in timed if row["method"] == "one_row_per_prefix")
         lines = [
@@ -96,13 +85,10 @@ def cost_block(rows: list[Row]) -> str:
 
 
 def fork_block(rows: list[Row]) -> str:
-    """Held-out accuracy and speed of guides that differ in the layer where their adapter begins."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        key = ("cpu", "threads", "gpu", "model", "dtype", "data", "pairs", "objective")
-        groups.setdefault(tuple(row[name] for name in key), []).append(row)
+    """Held-out accuracy and speed of adapters that differ in their first layer."""
+    key = ("cpu", "threads", "gpu", "model", "dtype", "data", "pairs", "objective")
     parts = []
-    for same in groups.values():
+    for same in grouped(rows, key):
         first = same[0]
         on = first["gpu"] or f"{first['cpu']}, {first['threads']} threads"
         lines = [
@@ -139,7 +125,7 @@ _NAMES = {
 def draw_accuracy(rows: list[Row], folder: Path) -> list[Path]:
     """One figure a data set: accuracy over the share of the answers read."""
     paths = []
-    for judged in _by_data(rows):
+    for judged in grouped(rows, ("data", "pairs", "dtype")):
         curves: dict[str, list[FractionAccuracy]] = {}
         for row in judged:
             if row["figure"] == ACCURACY:

@@ -1,45 +1,16 @@
-"""Makes the figures and the tables of README and docs from results/*.csv: `python -m benchmarks.figures`."""
+"""Speed of decoding: tables and figures from results/decode*.csv."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from benchmarks.cells import SHARED, shown_places
-from benchmarks.gpu_tables import STYLE, Results, by_gpu, draw_gpu, ops_block, predicted_block, targets_block
-from benchmarks.harness import PHASES, RESULTS, read
-from benchmarks.method_tables import cost_blocks, evidence_block
-from benchmarks.study.budgets import BUDGETS, budgets_block
-from benchmarks.study.tables import BLOCK, HEADLINE, headline_block, study_block
-from benchmarks.training_tables import accuracy_block, cost_block, draw_accuracy, fork_block
-from rgtg_fast.evaluation.study.summary import PAIRWISE
+from benchmarks.harness import PHASES
+from benchmarks.report.pages import LINES, STYLE, Row, save_figure
+from rgtg_fast.bench.methods import METHODS
 
-ROOT = Path(__file__).parent.parent
-# What was expected of a GPU before any had run this.
-PREDICTED = RESULTS / "predicted.csv"
-STUDY = ROOT / "benchmarks" / "study" / "results" / "summary.csv"
-CONTROL = STUDY.parent.parent / "control" / "summary.csv"
-# Names of the generated sections.
-DECODING, DECODING_PHASES, TRUNK = "benchmarks", "phases", "shared-trunk"
-ACCURACY, COST = "accuracy", "training-cost"
-FORK = "fork"
-GPU_TARGETS, GPU_DECODING, GPU_OPS, GPU_PREDICTED = "gpu-targets", "gpu-decoding", "gpu-ops", "gpu-predicted"
-METHOD_COSTS, EVIDENCE, TRAINED, CONTROLLED = "costs", "evidence", "study-training", "study-control"
-# Results of a GPU beside decode*.csv: the ops, and single steps.
-OF_GPU = ("gpu_ops", "profile")
-NAMES = {
-    "ours": "rgtg-fast",
-    "args_replicated": "ARGS, k copies of the cache",
-    "pargs_serial": "PARGS, no cache, one by one",
-    "unguided": "unguided",
-}
-COLOURS = {
-    "ours": "#0072b2",
-    "args_replicated": "#d55e00",
-    "pargs_serial": "#cc79a7",
-    "unguided": "#7f7f7f",
-}
+# Methods of the figure, in the order of its legend.
+DRAWN = ("ours", "args_replicated", "pargs_serial", "unguided")
 NOTES = (
     "¹ the reward model's cache held k times and re-ordered every step; ² every candidate encoded from the "
     "start, one by one; both our own re-implementations at their best, one row at a time, as published (so the "
@@ -60,23 +31,11 @@ NOT_DECODED = {
 }
 PHASE_COLOURS = ("#bbbbbb", "#0072b2", "#56b4e9", "#d55e00", "#f0e442", "#009e73", "#cc79a7")
 
-Row = dict[str, str]
 Place = tuple[str, int, int, int]
 
 
-def all_rows(paths: list[Path] | None = None) -> list[Row]:
-    """The rows of the given results files, by default of every decode*.csv (one for each machine, say)."""
-    return [row for path in paths or sorted(RESULTS.glob("decode*.csv")) for row in read(path)]
-
-
-def gpu_results(rows: list[Row]) -> dict[str, Results]:
-    """What every GPU made: its rows of decoding among these, and the results of ops and steps."""
-    others = ([row for path in sorted(RESULTS.glob(f"{name}*.csv")) for row in read(path)] for name in OF_GPU)
-    return by_gpu([row for row in rows if row["device"] == "cuda"], *others)
-
-
 def place(row: Row) -> Place:
-    """Where a row stands: dtype, B, P, k."""
+    """A row's place in the tables: dtype, B, P, k."""
     return row["dtype"], int(row["batch"]), int(row["prompt_length"]), int(row["k"])
 
 
@@ -89,8 +48,8 @@ def groups(rows: list[Row]) -> dict[tuple[str, ...], dict[Place, dict[str, Row]]
     return found
 
 
-def block(rows: list[Row], device: str = "cpu") -> str:
-    """The README's section: a table for every machine and model, of the headline cells."""
+def speed_block(rows: list[Row], device: str = "cpu") -> str:
+    """Tokens per second of the headline cells, a table for every machine and model."""
     parts = []
     for key, at in groups(rows).items():
         shown = [at[where] for where in shown_places(device) if where in at and "ours" in at[where]]
@@ -100,7 +59,7 @@ def block(rows: list[Row], device: str = "cpu") -> str:
 
 
 def trunk_block(rows: list[Row]) -> str:
-    """The README's first table: guide and base model in one forward, beside two models, ARGS and no guide."""
+    """Tokens per second of both models in one forward, beside two models, ARGS and no reward model."""
     parts = []
     for at in groups(rows).values():
         cells = [at[cell.place] for cell in SHARED if "shared_trunk" in at.get(cell.place, {})]
@@ -128,7 +87,7 @@ def _trunk_table(cells: list[dict[str, Row]]) -> str:
 
 
 def phases_block(rows: list[Row]) -> str:
-    """The section of docs/performance.md: where a token's time goes, and how near reading the weights comes."""
+    """Where a token's time goes, and how far decoding is from the least time that reading the weights takes."""
     lines = [
         "| on | engine | dtype | B | P | k | "
         + " | ".join(PHASES)
@@ -143,7 +102,7 @@ def phases_block(rows: list[Row]) -> str:
                 ("ours_transformers", "transformers"),
             ):
                 row = at.get(where, {}).get(method)
-                # A captured step has no phases to tell apart.
+                # The phases of a captured step cannot be told apart.
                 if row is not None and row["lm_ms_per_token"]:
                     lines.append(_phases_line(key[2] or key[0], engine, row))
     notes = (
@@ -250,38 +209,8 @@ def _equality(row: Row) -> str:
     return f"first {row['first_difference_position']}, then {apart}"
 
 
-def write_block(page: Path, text: str, name: str = DECODING) -> bool:
-    """Put the text between a page's markers `<!-- name:begin -->` and `<!-- name:end -->`.
-
-    Returns:
-        Whether the file changed.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    old = page.read_text(encoding="utf-8")
-    begin, end = _markers(name)
-    if begin not in old or end not in old:
-        raise ValueError(f"{page} has no {begin} and {end}: put them where the table belongs")
-    head, _, rest = old.partition(begin)
-    new = f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    if new != old:
-        page.write_text(new, encoding="utf-8")
-    return new != old
-
-
-def current_block(page: Path, name: str = DECODING) -> str:
-    """What stands between a page's markers."""
-    begin, end = _markers(name)
-    return page.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip("\n")
-
-
-def _markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-
-
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw, for the CPU and model with the most rows, speed over prompt length and where time goes."""
+    """Draws, for the CPU and model with the most rows, speed over prompt length and where time goes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -304,7 +233,8 @@ def _draw_speed(at: dict[Place, dict[str, Row]], path: Path) -> Path:
     )
     for axis, (dtype, batch) in zip(axes[0], panels, strict=True):
         here = {where: methods for where, methods in at.items() if where[:2] == (dtype, batch)}
-        for method, colour in COLOURS.items():
+        for method in DRAWN:
+            colour = LINES[method][0]
             for k, style in ((5, ":"), (10, "-"), (40, "--")):
                 points = sorted(
                     (where[2], float(methods[method]["tokens_per_second"]))
@@ -312,7 +242,7 @@ def _draw_speed(at: dict[Place, dict[str, Row]], path: Path) -> Path:
                     if where[3] == k and method in methods
                 )
                 if points:
-                    label = NAMES[method] + ("" if method == "unguided" else f", k={k}")
+                    label = METHODS[method].label + ("" if method == "unguided" else f", k={k}")
                     axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, color=colour, label=label)
         axis.set(xscale="log", yscale="log", title=f"{dtype}, B={batch}", xlabel="prompt length P (tokens)")
         ticks = sorted({where[2] for where in here})
@@ -320,16 +250,7 @@ def _draw_speed(at: dict[Place, dict[str, Row]], path: Path) -> Path:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens per second, prefill included")
-    # each label once, in the order of the methods
-    entries = {
-        label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
-    )
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path, columns=4, fontsize=8)
 
 
 def _draw_phases(at: dict[Place, dict[str, Row]], path: Path) -> Path:
@@ -350,58 +271,4 @@ def _draw_phases(at: dict[Place, dict[str, Row]], path: Path) -> Path:
     axis.plot(floors, names, "k|", ms=11, label="prefill + floor of decoding")
     axis.invert_yaxis()
     axis.set(xlabel="milliseconds per token, k=10", title="rgtg-fast: where the time goes")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, nargs="+", help="default: benchmarks/results/decode*.csv")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
-    parser.add_argument("--training", type=Path, default=ROOT / "docs" / "training.md")
-    parser.add_argument("--trunk", type=Path, default=ROOT / "docs" / "shared-trunk.md")
-    parser.add_argument("--methods", type=Path, default=ROOT / "docs" / "methods" / "README.md")
-    parser.add_argument("--evaluation", type=Path, default=ROOT / "docs" / "evaluation.md")
-    parser.add_argument("--study", type=Path, default=STUDY, help="summary.csv of `rgtg-fast evaluate`")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
-    given = parser.parse_args(arguments)
-    rows = all_rows(given.results)
-    if not rows:
-        print("there are no results: python -m benchmarks.decode measures them", file=sys.stderr)
-        return 2
-    judged, trained = read(RESULTS / "accuracy.csv"), read(RESULTS / "train.csv")
-    gpus = gpu_results(rows)
-    study, pairs = read(given.study), read(given.study.parent / PAIRWISE)
-    for path in (
-        *draw(rows, given.figures),
-        *draw_accuracy(judged, given.figures),
-        *draw_gpu(gpus, given.figures),
-    ):
-        print(path)
-    for page, text, name in (
-        (given.readme, trunk_block(rows), TRUNK),
-        (given.performance, block(rows), DECODING),
-        (given.performance, targets_block(gpus), GPU_TARGETS),
-        (given.performance, phases_block(rows), DECODING_PHASES),
-        (given.performance, block(rows, "cuda"), GPU_DECODING),
-        (given.performance, ops_block(gpus), GPU_OPS),
-        (given.performance, predicted_block(read(PREDICTED), gpus), GPU_PREDICTED),
-        (given.training, accuracy_block(judged), ACCURACY),
-        (given.training, cost_block(trained), COST),
-        (given.trunk, fork_block(read(RESULTS / "fork.csv")), FORK),
-        (given.methods, cost_blocks(read(RESULTS / "method_costs.csv")), METHOD_COSTS),
-        (given.methods, evidence_block(study, pairs), EVIDENCE),
-        (given.evaluation, study_block(study), BLOCK),
-        (given.evaluation, budgets_block(read(given.study.parent / BUDGETS)), TRAINED),
-        (given.evaluation, study_block(read(CONTROL)), CONTROLLED),
-        (given.evaluation, headline_block(study, pairs), HEADLINE),
-    ):
-        print(page, name, "changed" if write_block(page, text, name) else "unchanged")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return save_figure(figure, path, columns=4, fontsize=8)

@@ -1,4 +1,4 @@
-"""Tables of docs/methods/README.md: what every method costs, and what a study found about its answers."""
+"""The cost of every method, and what a study found about its answers."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.method_costs import GATE, MEASURED, STRATEGY
-from benchmarks.study.tables import interval, setting
+from benchmarks.report.pages import Row, grouped, interval
+from benchmarks.report.study import setting
 from rgtg_fast.methods import METHODS, POLICIES, STRATEGIES
-
-Row = dict[str, str]
 
 NO_COSTS = "Not measured yet: run `python -m benchmarks.method_costs`."
 NO_EVIDENCE = "Not measured yet: run `python -m benchmarks.study`."
 BASELINE = "unguided"
-# Names that a study may give to what the tables of methods call otherwise.
+# Names in studies of what the tables of methods call otherwise.
 _ALSO = {"best-of": "best_of_n", "cards": "segment", "proxy-tuning": "eft", "t-reg": "treg"}
 
 
 def costs_block(rows: Sequence[Row]) -> str:
     """Forwards and tokens of every method, beside what the table of methods says."""
     parts = []
-    for measured in _grouped(rows, ("model", "dtype", "rows", "k")):
+    for measured in grouped(rows, ("model", "dtype", "rows", "k")):
         first = measured[0]
         lines = [
             f"{first['model']}, {first['rows']} prompts at once, k = {first['k']}, {first['dtype']}; counted where "
@@ -33,7 +32,7 @@ def costs_block(rows: Sequence[Row]) -> str:
             "| as the table says |",
             "|---|---|--:|--:|--:|--:|---|",
         ]
-        for same in _grouped(measured, ("guide", *MEASURED, *(f"table_{name}" for name in MEASURED))):
+        for same in grouped(measured, ("guide", *MEASURED, *(f"table_{name}" for name in MEASURED))):
             row = same[0]
             wrong = [name for name in MEASURED if row[name] != row[f"table_{name}"]]
             told = (
@@ -68,7 +67,7 @@ def strategies_block(rows: Sequence[Row]) -> str:
 
 
 def cost_blocks(rows: Sequence[Row]) -> str:
-    """Both of the above."""
+    """The tables of methods and of strategies."""
     strategies = [row for row in rows if row["guide"] == STRATEGY]
     both = [costs_block([row for row in rows if row["guide"] != STRATEGY])]
     return "\n\n".join([*both, strategies_block(strategies)] if strategies else both)
@@ -91,14 +90,15 @@ def source_of(method: str) -> str:
 
 
 def evidence_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
-    """What a study's judges say of every method, each at the setting that was judged best, beside its cost.
+    """The judged reward of every method at its best setting, beside its cost.
 
     Args:
-        rows: of the summary.csv that `rgtg-fast evaluate` writes. pairs: of its pairwise.csv.
+        rows: of the summary.csv that `rgtg-fast evaluate` writes.
+        pairs: of its pairwise.csv.
     """
     judged = [row for row in rows if row["judge"] and row["reward"]]
     parts = []
-    for of_judge in _grouped(judged, ("judge",)):
+    for of_judge in grouped(judged, ("judge",)):
         judge, baseline = of_judge[0]["judge"], _baseline(of_judge)
         gains = {
             pair["method"]: pair for pair in pairs if pair["judge"] == judge and pair["other"] == baseline
@@ -111,7 +111,7 @@ def evidence_block(rows: Sequence[Row], pairs: Sequence[Row]) -> str:
             "| LM forwards, tokens | RM forwards, tokens |",
             "|---|---|---|--:|--:|---|--:|--:|--:|",
         ]
-        for same in _grouped(of_judge, ("method",)):
+        for same in grouped(of_judge, ("method",)):
             best = max(same, key=lambda row: float(row["reward"]))
             lines.append(_evidence(best, len(same), gains.get(best["method"])))
         parts.append("\n".join(lines))
@@ -167,10 +167,3 @@ def _settings(text: str) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _grouped(rows: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return list(groups.values())

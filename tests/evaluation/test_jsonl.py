@@ -14,12 +14,12 @@ from rgtg_fast.evaluation.jsonl import JsonlWriter
 
 def test_rows_are_in_the_file_before_it_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rows.jsonl"
-    with JsonlWriter(path, ("a",)) as journal:
-        journal.add({"a": 1, "b": math.nan, "c": (1, 2)})
+    with JsonlWriter(path, ("a",)) as writer:
+        writer.add({"a": 1, "b": math.nan, "c": (1, 2)})
         assert path.read_text() == '{"a": 1, "b": null, "c": [1, 2]}\n'
-    with JsonlWriter(path, ("a",)) as journal:
-        assert journal.rows == [{"a": 1, "b": None, "c": [1, 2]}]
-        assert not journal.truncated
+    with JsonlWriter(path, ("a",)) as writer:
+        assert writer.rows == [{"a": 1, "b": None, "c": [1, 2]}]
+        assert not writer.truncated
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
@@ -28,9 +28,9 @@ def test_an_unfinished_last_line_is_cut_off_wherever_it_ends(tmp_path: Path, cut
     lines = ['{"a": 1}\n', '{"a": "é"}\n']
     content = "".join(lines).encode()
     path.write_bytes(content[:-cut])
-    with JsonlWriter(path, ("a",)) as journal:
-        assert journal.truncated == (cut < len(lines[1].encode()))
-        journal.add({"a": 3})
+    with JsonlWriter(path, ("a",)) as writer:
+        assert writer.truncated == (cut < len(lines[1].encode()))
+        writer.add({"a": 3})
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
 
 
@@ -58,16 +58,16 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     path = tmp_path / "rows.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with JsonlWriter(path, ("a",)) as journal:
-        journal.add({"a": 1})
+    with JsonlWriter(path, ("a",)) as writer:
+        writer.add({"a": 1})
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         try:
             with pytest.raises(RGTGError, match=r"File too large; its 1 finished rows are safe, run again"):
-                journal.add({"a": "x" * 200})
+                writer.add({"a": "x" * 200})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_text() == '{"a": 1}\n'
-        journal.add({"a": 2})
+        writer.add({"a": 2})
     assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
 
 
@@ -76,18 +76,18 @@ def test_a_file_that_goes_under_a_run_is_noticed_and_its_rows_are_saved(
     tmp_path: Path, replaced: bool
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    journal = JsonlWriter(path, ("a",))
-    journal.add({"a": 1})
+    writer = JsonlWriter(path, ("a",))
+    writer.add({"a": 1})
     path.unlink()
     if replaced:
         path.write_text("another\n")
     with pytest.raises(
         RGTGError, match="was deleted or replaced while this run was writing it; its rows are in"
     ):
-        journal.add({"a": 2})
+        writer.add({"a": 2})
     with pytest.raises(RGTGError, match="was deleted or replaced"):
-        journal.finish()
-    journal.close()
+        writer.finish()
+    writer.close()
     saved = sorted(tmp_path.glob("rows.jsonl.*.rescued"))
     assert [file.read_text() for file in saved] == ['{"a": 1}\n'] * 2
     assert path.exists() == replaced
@@ -100,8 +100,8 @@ def test_rows_are_dropped_only_when_there_is_a_new_one(tmp_path: Path) -> None:
         with pytest.raises(error), JsonlWriter(path, ("a",), anew=True):
             raise error
     assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
-    with JsonlWriter(path, ("a",), anew=True) as journal:
-        journal.add({"a": 3})
+    with JsonlWriter(path, ("a",), anew=True) as writer:
+        writer.add({"a": 3})
         assert path.read_text() == '{"a": 3}\n'
     with JsonlWriter(path, ("a",), anew=True):
         pass
@@ -118,11 +118,11 @@ def test_a_run_that_fails_at_once_leaves_no_file(tmp_path: Path) -> None:
 def test_any_text_comes_back_and_stands_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     text = "a\u2028b\x85c\x9bd\u202ee\ud83df\x1bg\nh"
-    with JsonlWriter(path, ("a",)) as journal:
-        journal.add({"a": text})
+    with JsonlWriter(path, ("a",)) as writer:
+        writer.add({"a": text})
     assert len(path.read_text().splitlines()) == 1
-    with JsonlWriter(path, ("a",)) as journal:
-        assert journal.rows == [{"a": text}]
+    with JsonlWriter(path, ("a",)) as writer:
+        assert writer.rows == [{"a": text}]
 
 
 def test_a_last_line_that_is_none_of_ours_is_kept(tmp_path: Path) -> None:
