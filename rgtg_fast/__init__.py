@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module that holds it; imported at the first use, so that `import rgtg_fast` costs nothing.
+# Public name -> the module that holds it; imported at its first use, so that `import rgtg_fast` takes no time.
 _HOMES = {
     "BestOfN": "config",
     "Blocks": "config",
@@ -93,7 +93,16 @@ __all__ = [
 ]
 
 
+# Old name -> new name.
+_RENAMED = {"Piece": "StreamChunk"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        from rgtg_fast.deprecation import warn_renamed
+
+        warn_renamed(f"rgtg_fast.{name}", new := _RENAMED[name])
+        name = new
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'rgtg_fast' has no attribute {name!r}")

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rgtg_fast"
 
 # What a layer may import of ours, besides itself.
-BASE = {"config", "errors", "files", "plaintext", "profiling"}
+BASE = {"config", "deprecation", "errors", "files", "plaintext", "profiling"}
 OPS = BASE | {"ops", "_C"}
 MODELS = OPS | {"bundled", "models"}
 REWARDS = MODELS | {"rewards"}
@@ -19,7 +19,8 @@ DECODER = ENGINE | {"decoder"}
 TRAINING = MODELS | {"training"}
 EVALUATION = DECODER | {"bench", "evaluation", "training"}
 ALLOWED = {
-    "config": {"errors"},
+    "config": {"deprecation", "errors"},
+    "deprecation": {"errors"},
     "errors": set(),
     "files": {"errors"},
     "plaintext": set(),

@@ -278,7 +278,7 @@ class NativeLayers:
             copy.copy_(source).add_(offset)
 
     def adapt(self, adapters: Sequence[Adapter]) -> None:
-        """Rows may have these adapters' corrections from now on: see `variants` of `forward`.
+        """Rows may have these adapters' corrections from now on: see `branches` of `forward`.
 
         Raises:
             RGTGError: an adapter changes something else than a layer's seven matrices.
@@ -353,7 +353,7 @@ class NativeLayers:
         ancestors: torch.Tensor | None = None,
         first: int = 0,
         last: int | None = None,
-        variants: int = 1,
+        branches: int = 1,
     ) -> torch.Tensor:
         """Runs layers over S new tokens per row, beside each row's prefix.
 
@@ -367,7 +367,7 @@ class NativeLayers:
             causal: new token s sees new tokens 0..s; otherwise itself alone, or what `ancestors` says.
             ancestors: [B, S] int64 bit masks, S <= 64: bit j of ancestors[b, s] = s sees new token j.
             first, last: layers first..last-1, by default all.
-            variants: row b has the correction of adapter b % variants - 1, none where that is -1: 1, or one more than
+            branches: row b has the correction of adapter b % branches - 1, none where that is -1: 1, or one more than
                 the adapters of `adapt`.
 
         Returns:
@@ -432,7 +432,7 @@ class NativeLayers:
         done = self._native.forward(
             first,
             last,
-            variants,
+            branches,
             _extension.optional_array(ids),
             *(_extension.array(tensor) for tensor in (x, cos, sin, positions)),
             kv,

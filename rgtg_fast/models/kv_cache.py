@@ -25,11 +25,11 @@ def cache_keyword(kind: type[nn.Module]) -> str:
 
 
 class CachePart(NamedTuple):
-    """Layers first..last-1, whose rows stand `variants` times in their cache."""
+    """Layers first..last-1, whose rows stand `branches` times in their cache."""
 
     first: int
     last: int
-    variants: int
+    branches: int
     cache: PrefixCache
 
 
@@ -210,13 +210,13 @@ class ForkedCache(Cache):
     """The cache of a trunk that several adapters share: two prefix caches, split where the adapters begin.
 
     Layers below `fork` are the same for the base model and every adapter: one row per slot. From there on a slot has
-    `variants` rows next to each other, the base model's first: row = slot · variants + variant, so that the active
+    `branches` rows next to each other, the base model's first: row = slot · branches + branch, so that the active
     slots' rows are a leading slice in both.
 
     Args:
         layers, kv_heads, head_dim, dtype, device: as in `PrefixCache`.
-        fork: f, the first layer with rows of its own for each variant, 0 to L-1.
-        variants: rows of a slot from there on.
+        fork: f, the first layer with rows of its own for each branch, 0 to L-1.
+        branches: rows of a slot from there on.
     """
 
     def __init__(
@@ -227,20 +227,20 @@ class ForkedCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
         fork: int,
-        variants: int,
+        branches: int,
     ):
         super().__init__(layers=[])
         below = PrefixCache(fork, kv_heads, head_dim, dtype, device)
         above = PrefixCache(layers - fork, kv_heads, head_dim, dtype, device)
-        self.fork, self.variants = fork, variants
+        self.fork, self.branches = fork, branches
         self.parts = [CachePart(0, fork, 1, below)] if fork else []
-        self.parts.append(CachePart(fork, layers, variants, above))
+        self.parts.append(CachePart(fork, layers, branches, above))
 
     @property
     def lengths(self) -> torch.Tensor:
         """Tokens of each slot's prefix [slots]."""
         part = self.parts[0]
-        return part.cache.lengths[:: part.variants]
+        return part.cache.lengths[:: part.branches]
 
     @property
     def causal(self) -> bool:
@@ -250,7 +250,7 @@ class ForkedCache(Cache):
     def reserve(self, slots: int, length: int) -> None:
         """Empties the cache and makes room for `slots` rows of `length` tokens."""
         for part in self.parts:
-            part.cache.reserve(slots * part.variants, length)
+            part.cache.reserve(slots * part.branches, length)
 
     def nbytes(self) -> int:
         """Bytes of the buffers, the undecided tokens' included."""
@@ -259,12 +259,12 @@ class ForkedCache(Cache):
     def begin_prefill(self, slot: int, start: int, new_tokens: int) -> None:
         """The next forward appends `new_tokens` causal tokens to one slot, whose prefix holds `start`."""
         for part in self.parts:
-            part.cache.begin_prefill(slot * part.variants, start, new_tokens, part.variants)
+            part.cache.begin_prefill(slot * part.branches, start, new_tokens, part.branches)
 
     def begin_step(self, rows: int, new_tokens: int) -> None:
         """The next forward runs `new_tokens` undecided tokens for each of the first `rows` slots."""
         for part in self.parts:
-            part.cache.begin_step(rows * part.variants, new_tokens)
+            part.cache.begin_step(rows * part.branches, new_tokens)
 
     def end_prefill(self, new_tokens: int) -> None:
         """The tokens of the prefill belong to the prefix from now on."""
@@ -274,18 +274,18 @@ class ForkedCache(Cache):
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens."""
         for part in self.parts:
-            part.cache.lengths[slot * part.variants : (slot + 1) * part.variants].fill_(length)
+            part.cache.lengths[slot * part.branches : (slot + 1) * part.branches].fill_(length)
 
     def commit(self, choice: torch.Tensor) -> None:
-        """Moves new token `choice[b]` [B] of each slot to its prefix's end, in every layer and variant."""
+        """Moves new token `choice[b]` [B] of each slot to its prefix's end, in every layer and branch."""
         for part in self.parts:
-            part.cache.commit(choice if part.variants == 1 else choice.repeat_interleave(part.variants))
+            part.cache.commit(choice if part.branches == 1 else choice.repeat_interleave(part.branches))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies one slot's prefix of `length` tokens over another's."""
         for part in self.parts:
-            for variant in range(part.variants):
-                part.cache.move(source * part.variants + variant, target * part.variants + variant, length)
+            for branch in range(part.branches):
+                part.cache.move(source * part.branches + branch, target * part.branches + branch, length)
 
     # ---- what transformers' blocks call ------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class Layers(Protocol):
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
     ) -> torch.Tensor:
-        """States [B · variants, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
+        """States [B · branches, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
         ...
 
     def refresh(self) -> None:
@@ -52,7 +52,7 @@ class Layers(Protocol):
         ...
 
     def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
-        """Forwards have a variant for each adapter from now on; `rows` hooks the same into the model's own modules."""
+        """Forwards have a branch for each adapter from now on; `rows` hooks the same into the model's own modules."""
         ...
 
     def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
@@ -143,9 +143,9 @@ class FusedLayers:
         self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
     ) -> torch.Tensor:
         x = ids
-        for first, last, variants, part in cache.parts:
-            if variants > 1:
-                x, positions = x.repeat_interleave(variants, 0), positions.repeat_interleave(variants, 0)
+        for first, last, branches, part in cache.parts:
+            if branches > 1:
+                x, positions = x.repeat_interleave(branches, 0), positions.repeat_interleave(branches, 0)
             keys, values, lengths = part.active
             x = self.native.forward(
                 x,
@@ -159,7 +159,7 @@ class FusedLayers:
                 ancestors=part.ancestors,
                 first=first,
                 last=last,
-                variants=variants,
+                branches=branches,
             )
         return x
 
@@ -199,8 +199,8 @@ class ModelRunner:
     Rows live in slots 0..n-1. `prefill` fills one slot's prefix, `step` runs S undecided tokens per row, `commit`
     appends the chosen one. Nothing is ever computed twice.
 
-    Guides whose weights are an adapter on this model share its forward (`attach`): from the first layer that an adapter
-    changes on, each row runs once more under that adapter.
+    A reward model that is an adapter on this model can share its forward (`attach`): from the first layer that an
+    adapter changes on, each row runs once more under that adapter.
 
     Args:
         model: a causal model with a head: `lm_head` (language model) or `score` (reward model).
@@ -209,11 +209,11 @@ class ModelRunner:
         limit: tokens that the model's context holds.
 
     Attributes:
-        shared_forward: whether a step runs the candidates themselves, because an attached guide scores them. The
-            state after the chosen one then gives the next token's logits, and no token is run again.
+        shared_forward: whether steps of this run execute the candidates themselves, because an attached adapter scores
+            them. The state after the chosen one then gives the next token's logits, and no token is run again.
+        prompt_contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached
+            adapters read the first alone.
         compiled: whether steps run compiled blocks.
-        contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached guides
-            look at the first alone.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear, engine: str, limit: int):
@@ -232,11 +232,11 @@ class ModelRunner:
         )
         self.counter = Counter()
         self.shared_forward = self.compiled = False
-        self.contexts = 1
+        self.prompt_contexts = 1
         self._adapters: list[Adapter] = []
         self.cache = self.new_cache(self.dtype)
         self._rows: LowRankRows | None = None
-        # States [B, variants, S, E] of the last step's tokens; with shared_forward, [slots, variants, E] of the newest.
+        # States [B, branches, S, E] of the last step's tokens; with shared_forward, [slots, branches, E] of the newest.
         self._stepped = self._states = self._newest = torch.empty(0)
         # The host's copy of cache.lengths, so that nothing waits for the device.
         self._lengths: list[int] = []
@@ -251,9 +251,9 @@ class ModelRunner:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in the cache, with all its variants."""
+        """Bytes that one token of one row takes in the cache, with all its branches."""
         layers, kv_heads, head_dim = self.geometry
-        stored = self.fork + (layers - self.fork) * self.variants
+        stored = self.fork + (layers - self.fork) * self.branches
         return PrefixCache.bytes_per_token(stored, kv_heads, head_dim, self.dtype)
 
     @property
@@ -262,12 +262,12 @@ class ModelRunner:
         config: Any = self.model.config.get_text_config()
         inner = int(getattr(config, "intermediate_size", None) or 4 * self.head.in_features)
         numbers = 4 * self.head.in_features + 2 * inner
-        return self.cache_bytes_per_token + numbers * self.variants * max(4, self.dtype.itemsize)
+        return self.cache_bytes_per_token + numbers * self.branches * max(4, self.dtype.itemsize)
 
-    # ---- guides that share the forward ------------------------------------------------------------------------------
+    # ---- adapters that share the forward ----------------------------------------------------------------------------
 
     @property
-    def variants(self) -> int:
+    def branches(self) -> int:
         """Rows of a slot above the fork: the model's own, and one for each attached adapter."""
         return 1 + len(self._adapters)
 
@@ -278,12 +278,11 @@ class ModelRunner:
         return min((fork for fork in forks if fork is not None), default=self.geometry[0])
 
     @torch.inference_mode()
-    def attach(self, adapter: Adapter, scores_candidates: bool) -> Attached:
-        """Lets a guide's adapter take part in every forward of this model from now on.
+    def attach(self, adapter: Adapter) -> Attached:
+        """Runs a reward model's adapter in every forward of this model from now on.
 
         Args:
             adapter: low-rank corrections on this model's weights. One without any (a head alone) costs no rows.
-            scores_candidates: whether the guide wants the state after each candidate, or that of the newest token.
 
         Raises:
             RGTGError: the adapter does not fit this model, or its cached forward differs from the uncached one.
@@ -291,7 +290,6 @@ class ModelRunner:
         reason = adapter.shape_mismatch(self.model)
         if reason is not None:
             raise RGTGError(f"{reason}: name an adapter of this model")
-        self.shared_forward = self.shared_forward or scores_candidates
         if adapter.fork is None:
             return Attached(self, 0)
         self._adapters.append(adapter)
@@ -300,18 +298,18 @@ class ModelRunner:
         self._watched.remember()
         self.layers.adapt(self._adapters, self._rows)
         self.cache = self.new_cache(self.dtype)
-        verify_variant(self, self.variants - 1, adapter.name)
-        return Attached(self, self.variants - 1)
+        verify_variant(self, self.branches - 1, adapter.name)
+        return Attached(self, self.branches - 1)
 
     def new_cache(self, dtype: torch.dtype) -> PrefixCache | ForkedCache:
         """An empty cache for the model's layers and the attached adapters'."""
-        if self.variants == 1:
+        if self.branches == 1:
             return PrefixCache(*self.geometry, dtype, self.device)
-        return ForkedCache(*self.geometry, dtype, self.device, self.fork, self.variants)
+        return ForkedCache(*self.geometry, dtype, self.device, self.fork, self.branches)
 
     @property
     def stepped(self) -> torch.Tensor:
-        """States [B, variants, S, E] of the last step's tokens."""
+        """States [B, branches, S, E] of the last step's tokens."""
         return self._stepped
 
     def next_logits(self, rows: int) -> torch.Tensor:
@@ -323,13 +321,13 @@ class ModelRunner:
         self._newest = newest
         return self.logits(newest[:, 0])
 
-    def newest(self, variant: int) -> torch.Tensor:
-        """States [B, E] under a variant, from which this step's next token is decided."""
-        return self._newest[:: self.contexts, variant]
+    def newest(self, branch: int) -> torch.Tensor:
+        """States [B, E] of a branch, from which this step's next token is decided."""
+        return self._newest[:: self.prompt_contexts, branch]
 
-    def candidates(self, variant: int) -> torch.Tensor:
-        """States [B, k, E] under a variant after each token of the last step."""
-        return self._stepped[:: self.contexts, variant]
+    def candidates(self, branch: int) -> torch.Tensor:
+        """States [B, K, E] of a branch after each token of the last step."""
+        return self._stepped[:: self.prompt_contexts, branch]
 
     # ---- a model that its owner changes -----------------------------------------------------------------------------
 
@@ -366,17 +364,33 @@ class ModelRunner:
 
     # ---- forwards ---------------------------------------------------------------------------------------------------
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Empties the cache and makes room for `slots` rows of `length` tokens."""
+    def reserve(
+        self,
+        slots: int,
+        length: int,
+        prompt_contexts: int = 1,
+        shared_forward: bool = False,
+        counter: Counter | None = None,
+    ) -> None:
+        """Begins a run: empties the cache and allocates what it needs; buffers that are large enough are kept.
+
+        Args:
+            slots: rows of the cache, all contexts of all prompts.
+            length: tokens that a row may reach.
+            prompt_contexts: rows for each prompt.
+            shared_forward: whether steps execute candidates that an attached adapter scores.
+            counter: counts this run's forwards and tokens; a new one by default.
+        """
+        self.prompt_contexts, self.shared_forward = prompt_contexts, shared_forward
         self.cache.reserve(slots, length)
         self._lengths = [0] * slots
         self._prompts, self._encoded = [()] * slots, [0] * slots
-        self.counter = Counter()
+        self.counter = Counter() if counter is None else counter
         if self.shared_forward:
             width = self.head.in_features
             dtype = torch.float32 if self.engine == "native" else self.dtype
-            if len(self._states) < slots or self._states.shape[1] != self.variants:
-                self._states = torch.zeros(slots, self.variants, width, dtype=dtype, device=self.device)
+            if len(self._states) < slots or self._states.shape[1] != self.branches:
+                self._states = torch.zeros(slots, self.branches, width, dtype=dtype, device=self.device)
 
     def begin(self, slot: int, ids: Sequence[int]) -> None:
         """A slot's prefix is a prompt from now on.
@@ -538,40 +552,41 @@ class ModelRunner:
         weight: Any = self.model.get_input_embeddings().weight
         return int(weight.shape[0])
 
-    def hidden_uncached(self, ids: Sequence[int], variant: int = 0) -> torch.Tensor:
+    def hidden_uncached(self, ids: Sequence[int], branch: int = 0) -> torch.Tensor:
         """States [T, E] of a whole text by the model's own uncached forward, under an attached adapter where named."""
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
-        with nullcontext() if self._rows is None else self._rows.only(variant):
+        with nullcontext() if self._rows is None else self._rows.only(branch):
             out = self.model.base_model(input_ids=tokens, use_cache=False, **OUTPUTS)
         return out.last_hidden_state[0]
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A guide's place in a forward that it shares.
+    """An adapter's part in the base model's forward.
 
     Attributes:
-        backbone: the base model. variant: which rows are the guide's, 0 where they are the base model's own.
+        runner: the base model.
+        branch: which rows are the adapter's, 0 where they are the base model's own.
     """
 
     runner: ModelRunner
-    variant: int
+    branch: int
 
     def encoded(self, row: int) -> int:
         """Prompt tokens that a row's own context cost when it was admitted."""
-        return self.runner.encoded(row * self.runner.contexts)
+        return self.runner.encoded(row * self.runner.prompt_contexts)
 
     def newest(self) -> torch.Tensor:
-        """States [B, E] of each row's newest token under the guide's adapter, for the step that has begun."""
-        return self.runner.newest(self.variant)
+        """States [B, E] of each row's newest token under the adapter, for the step that has begun."""
+        return self.runner.newest(self.branch)
 
     def candidates(self) -> torch.Tensor:
-        """States [B, k, E] after each candidate of this step under the guide's adapter."""
-        return self.runner.candidates(self.variant)
+        """States [B, K, E] after each candidate of this step under the adapter."""
+        return self.runner.candidates(self.branch)
 
     def hidden_uncached(self, ids: Sequence[int]) -> torch.Tensor:
-        """States [T, E] of a whole text under the guide's adapter."""
-        return self.runner.hidden_uncached(ids, self.variant)
+        """States [T, E] of a whole text under the adapter."""
+        return self.runner.hidden_uncached(ids, self.branch)
 
 
 def scores_of(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Guides: what the decoder asks for the reward of a candidate."""
+"""Rewards: what the decoder asks for the reward of a candidate."""
 
 from rgtg_fast.rewards.autoregressive import AutoregressiveReward
 from rgtg_fast.rewards.base import Prefix, Reward

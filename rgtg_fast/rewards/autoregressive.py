@@ -37,7 +37,7 @@ class AutoregressiveReward(VocabularyScorer):
         super().__init__([CausalScorer(model, chat_template, share_trunk, type(self).__name__)])
 
     def guidance(self) -> torch.Tensor:
-        scores = self._followers[0].scores
+        scores = self._scorers[0].scores
         return scores.logits - scores.log_sum_exp
 
     def rewards_at(self, scores: list[Scores], tokens: torch.Tensor) -> torch.Tensor:

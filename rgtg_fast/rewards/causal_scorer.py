@@ -1,4 +1,4 @@
-"""Guides that know the reward of every token at once: causal language models that follow the decoder's rows."""
+"""Rewards of every token at once, from the vocabulary heads of causal language models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter, is_adapter
@@ -22,16 +22,17 @@ from rgtg_fast.models.loading import (
     load_vocabulary_model,
 )
 from rgtg_fast.models.prompts import Prompt
-from rgtg_fast.models.runner import Attached, Counter, ModelRunner
+from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.rewards.base import Prefix, Reward
-from rgtg_fast.rewards.compatibility import check_same_tokenizer, guide_ids, place_adapter
+from rgtg_fast.rewards.compatibility import check_same_tokenizer, place_adapter, unbound
+from rgtg_fast.rewards.runtime import OwnModel, RewardRuntime, SharedForward
 
 Source = str | os.PathLike[str] | ModelAndTokenizer
 
 
 class Scores:
-    """Logits [N, V] of a vocabulary head; their log-sum-exp is computed once, and only where somebody asks for it."""
+    """Logits [N, V] of a vocabulary head; their log-sum-exp is computed once, at its first use."""
 
     def __init__(self, logits: torch.Tensor):
         self.logits = logits
@@ -41,18 +42,18 @@ class Scores:
     def log_sum_exp(self) -> torch.Tensor:
         """[N, 1] in at least float32."""
         if self._log_sum_exp is None:
-            # The one-pass top-k knows it: no vocabulary-sized tensor is written.
+            # The one-pass top-k computes it: no vocabulary-sized tensor is written.
             logprob, top, _ = topk_logprobs(self.logits, 1)
             self._log_sum_exp = self.logits.gather(-1, top) - logprob
         return self._log_sum_exp
 
     def at(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [N, k] of tokens [N, k] in at least float32."""
+        """Logits [N, K] of tokens [N, K] in at least float32."""
         logits = self.logits.gather(-1, tokens)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def logprobs_at(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [N, k] of tokens [N, k]."""
+        """Log-probabilities [N, K] of tokens [N, K]."""
         return self.at(tokens) - self.log_sum_exp
 
 
@@ -68,23 +69,17 @@ class CausalScorer:
         chat_template: Jinja chat template for its prompts; by default its own tokenizer's, and where that has none
             the base model's prompt ids.
         share_trunk: as in `SequenceReward`.
-        guide: class name of the guide that it serves, for messages.
+        reward: class name of the reward that it belongs to, for messages.
+
+    Attributes:
+        scores: of the step that has begun.
     """
 
-    def __init__(self, source: Source, chat_template: str | None, share_trunk: bool | None, guide: str):
+    def __init__(self, source: Source, chat_template: str | None, share_trunk: bool | None, reward: str):
         self.source, self.chat_template = source, chat_template
-        self.share_trunk, self.guide = share_trunk, guide
+        self.share_trunk, self.reward = share_trunk, reward
         self.scores = Scores(torch.empty(0))
-        self._title, self.trunk = "", ""
-        self.counter = Counter()
-        # The model of its own, or its place in the base model's forward.
-        self.runner: ModelRunner | None = None
-        self._attached: Attached | None = None
-        self._head: nn.Linear | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._lm: LanguageModel | None = None
-        # Each slot's newest token, not yet in the cache; -1 where there is none.
-        self._tokens = torch.zeros(0, dtype=torch.int64)
+        self._bound: tuple[LanguageModel, RewardRuntime] | None = None
 
     def bind(self, lm: LanguageModel, dtype: torch.dtype | None, engine: str, max_length: int | None) -> None:
         """Loads the model and checks that its tokens are the base model's.
@@ -93,203 +88,125 @@ class CausalScorer:
             RGTGError: another tokenizer, a head whose width is not the vocabulary's, or with `share_trunk=True` an
                 adapter that cannot share the base model's forward.
         """
-        self._lm, self.runner, self._attached = lm, None, None
+        self._bound = None
+        runtime = self._loaded(lm, dtype, engine, max_length)
+        lm.vocabulary = min(lm.vocabulary, runtime.head.out_features)
+        self._bound = lm, runtime
+
+    def _loaded(
+        self, lm: LanguageModel, dtype: torch.dtype | None, engine: str, max_length: int | None
+    ) -> RewardRuntime:
         if isinstance(self.source, (str, os.PathLike)) and is_adapter(self.source):
-            model = self._bind_adapter(lm, Adapter.load(self.source), dtype)
+            adapter = Adapter.load(self.source)
+            tokenizer, why = place_adapter(adapter, lm, self.chat_template, self.share_trunk)
+            if why is None:
+                head = adapter.head or lm.runner.head
+                self._check_width(lm, tokenizer, head, adapter.name)
+                head = head.to(lm.runner.device, lm.runner.dtype)
+                return SharedForward(lm, adapter, head, tokenizer, "the base model's")
+            # Its head, whatever name it was saved under, takes the vocabulary head's place.
+            causal = replace(adapter, head_name="lm_head")
+            model, _ = adapter_model(causal, (lm.runner.model, lm.tokenizer), dtype)
+            trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
                 f"share_trunk=True and {self.source!r} is no adapter folder: only an adapter shares the base model"
             )
         else:
-            model, self._tokenizer = load_vocabulary_model(self.source, lm.runner.model, dtype)
-            check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.runner.name, model.config._name_or_path)
-            self.trunk = "a model of its own"
-        if model is not None:
-            self.runner = language_runner(model, engine, max_length)
-            self._head, self._title = self.runner.head, self.runner.name
-        assert self._head is not None
-        self._check_width(lm, self._head.out_features)
-        lm.vocabulary = min(lm.vocabulary, self._head.out_features)
+            model, tokenizer = load_vocabulary_model(self.source, lm.runner.model, dtype)
+            check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
+            trunk = "a model of its own"
+        runtime = OwnModel(
+            language_runner(model, engine, max_length), lm, tokenizer, self.chat_template, trunk
+        )
+        self._check_width(lm, tokenizer, runtime.head, runtime.name)
+        return runtime
 
-    def _bind_adapter(
-        self, lm: LanguageModel, adapter: Adapter, dtype: torch.dtype | None
-    ) -> PreTrainedModel | None:
-        """Attaches an adapter to the base model; a model of its own where it cannot share the forward."""
-        self._tokenizer, why = place_adapter(adapter, lm, self.chat_template, self.share_trunk)
-        self._title = adapter.name
-        if why is None:
-            head = adapter.head or lm.runner.head
-            self._check_width(lm, head.out_features)
-            self._attached = lm.runner.attach(adapter, scores_candidates=False)
-            self._head = head.to(lm.runner.device, lm.runner.dtype)
-            self.trunk = "the base model's"
-            return None
-        # Its head, whatever name it was saved under, takes the vocabulary head's place.
-        causal = replace(adapter, head_name="lm_head")
-        model, _ = adapter_model(causal, (lm.runner.model, lm.tokenizer), dtype)
-        self.trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
-        return model
-
-    def _check_width(self, lm: LanguageModel, width: int) -> None:
+    def _check_width(
+        self, lm: LanguageModel, tokenizer: PreTrainedTokenizerBase | None, head: nn.Linear, name: str
+    ) -> None:
         """Refuses a head that does not have one score for each of the base model's tokens."""
-        base = lm.runner.head.out_features
-        named = lm.tokenizer is not None and self._tokenizer is not None
+        base, width = lm.runner.head.out_features, head.out_features
+        named = lm.tokenizer is not None and tokenizer is not None
         # Models over one tokenizer pad their heads differently, which is harmless only where the tokenizer is known.
         used = min(len(lm.tokenizer), base) if lm.tokenizer is not None and named else base
         if width < used or (width != base and not named):
             raise RGTGError(
-                f"the head of {self.name} gives {width} scores and the base model's vocabulary has {used} tokens: "
-                f"{self.guide} needs a model with one score for every token of the base model"
+                f"the head of {name} gives {width} scores and the base model's vocabulary has {used} tokens: "
+                f"{self.reward} needs a model with one score for every token of the base model"
             )
 
     def copy(self) -> CausalScorer:
         """Another one with the same settings, bound to nothing."""
-        return CausalScorer(self.source, self.chat_template, self.share_trunk, self.guide)
+        return CausalScorer(self.source, self.chat_template, self.share_trunk, self.reward)
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's own, where it came with one."""
-        return self._tokenizer
+    def runtime(self) -> RewardRuntime:
+        """Where it is executed."""
+        if self._bound is None:
+            raise unbound(self.reward)
+        return self._bound[1]
 
-    @property
-    def name(self) -> str:
-        """The model's path or hub id, or the adapter's folder."""
-        return self._title or self.model.name
-
-    @property
-    def model(self) -> ModelRunner:
-        """The model that runs it: its own, or the base model."""
-        if self._lm is None:
-            raise RGTGError(
-                f"this {self.guide} belongs to no decoder yet: pass it to RewardGuidedDecoder.from_pretrained"
-            )
-        return self.runner or self._lm.runner
-
-    def encode(self, prompt: Prompt) -> list[list[int]]:
-        """The prompt's ids in this model's format; none where it shares the base model's."""
-        assert self._lm is not None
-        if self._attached is not None:
-            return []
-        assert self.runner is not None
-        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template, self.runner)]
-
-    def reserve(self, slots: int, length: int, counter: Counter) -> None:
-        """Makes room for `slots` rows of `length` tokens; `counter` counts from here on."""
-        self.counter = counter
-        if self.runner is not None:
-            self.runner.reserve(slots, length)
-            self.runner.counter = counter
-            if len(self._tokens) < slots or self._tokens.device != self.runner.device:
-                self._tokens = torch.zeros(slots, dtype=torch.int64, device=self.runner.device)
-            self._tokens.fill_(-1)
-
-    def admit(self, slot: int, prefix: Prefix, ids: list[int]) -> None:
-        """A row enters: all but its last token are prefilled, so that every step costs one token a row."""
-        if self.runner is not None:
-            self.runner.begin(slot, ids[:-1])
-            self._tokens[slot].fill_(ids[-1])
-        elif self._attached is not None and self._own_rows:
-            self.counter.prompt_tokens += self._attached.encoded(slot)
-
-    def move(self, source: int, target: int) -> None:
-        """The row in slot `source` moves to slot `target`."""
-        if self.runner is not None:
-            self.runner.move(source, target)
-            self._tokens[target] = self._tokens[source]
+    def models(self) -> list[ModelRunner]:
+        """The model of its own, where it has one."""
+        return [] if self._bound is None else self.runtime.models()
 
     def step(self, rows: int) -> None:
-        """The scores of every next token of slots 0..rows-1."""
-        assert self._head is not None
-        if self.runner is not None:
-            newest = self._tokens[:rows]
-            states = self.runner.step(newest.clamp_min(0).unsqueeze(-1)).squeeze(1)
-            # The one token of the step, or -1: a row that has ended stands still.
-            self.runner.commit(newest.clamp_max(0))
-        else:
-            assert self._attached is not None
-            states = self._attached.newest()
-            # With shared_forward, another guide's candidates are what runs: see `score`.
-            self.counter.tokens += rows if self._own_rows and not self.model.shared_forward else 0
-        self.scores = self._scores(states)
-
-    def ran(self, candidates: torch.Tensor) -> None:
-        """Candidates [B, k] have been scored: a forward with shared_forward ran all of them."""
-        if self.runner is None and self._own_rows and self.model.shared_forward:
-            self.counter.tokens += candidates.numel()
-
-    def follow(self, tokens: torch.Tensor) -> None:
-        """Tokens [B] have been decided; -1: the row has ended."""
-        if self.runner is not None:
-            self._tokens[: len(tokens)] = tokens
-
-    @property
-    def newest(self) -> torch.Tensor:
-        """Each slot's newest token [slots], not yet in the cache; -1 where there is none."""
-        return self._tokens
+        """Computes `scores` of every next token of slots 0..rows-1."""
+        self.scores = self._scores(self.runtime.next_states(rows))
 
     def answer_scores(self, prefix: Prefix, answer: Sequence[int]) -> Scores:
         """Scores [n, V] before each token of a given answer, from one uncached forward."""
-        if self.runner is not None:
-            (ids,) = self.encode(prefix.prompt)
-            hidden = self.runner.hidden_uncached([*ids, *answer])
-        else:
-            assert self._attached is not None
-            ids = prefix.prompt_ids
-            hidden = self._attached.hidden_uncached([*ids, *answer])
-        return self._scores(hidden[len(ids) - 1 : -1])
-
-    @property
-    def _own_rows(self) -> bool:
-        """Whether a forward that it shares runs rows for it: a head on the frozen base model needs none."""
-        return self._attached is not None and self._attached.variant > 0
+        states, prompt = self.runtime.states(prefix, answer)
+        return self._scores(states[prompt - 1 : -1])
 
     def _scores(self, states: torch.Tensor) -> Scores:
-        # Another guide of a mixture may have lowered the vocabulary after this one was bound.
-        assert self._lm is not None
-        assert self._head is not None
-        return Scores(self.model.layers.logits(states, self._head)[:, : self._lm.vocabulary])
+        assert self._bound is not None
+        lm, runtime = self._bound
+        # Another part of a mixture may have lowered the vocabulary after this one was bound.
+        return Scores(runtime.runner.layers.logits(states, runtime.head)[:, : lm.vocabulary])
 
 
 class VocabularyScorer(Reward):
-    """A guide made of the vocabulary heads of one or several causal language models; a subclass says how.
+    """A reward made of the vocabulary heads of one or several causal language models; a subclass says how.
 
     A step costs one forward of B tokens through each model, or none of its own where it is an adapter that shares the
     base model's. The support may be "lm", "combined" or "all".
     """
 
     on_device = True
-    wide = True
+    scores_vocabulary = True
 
-    def __init__(self, followers: Sequence[CausalScorer]):
+    def __init__(self, scorers: Sequence[CausalScorer]):
         super().__init__()
-        self._followers = list(followers)
+        self._scorers = list(scorers)
         self._candidates: torch.Tensor | None = None
 
     @abstractmethod
     def rewards_at(self, scores: list[Scores], tokens: torch.Tensor) -> torch.Tensor:
-        """Rewards [N, k] of tokens [N, k] from each model's scores."""
+        """Rewards [N, K] of tokens [N, K] from each model's scores."""
 
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        for follower in self._followers:
-            follower.bind(lm, dtype, engine, max_length)
+        for scorer in self._scorers:
+            scorer.bind(lm, dtype, engine, max_length)
 
     @property
     def name(self) -> str:
-        return f"{type(self).__name__}({', '.join(follower.name for follower in self._followers)})"
+        return f"{type(self).__name__}({', '.join(scorer.runtime.name for scorer in self._scorers)})"
 
     @property
     def limit(self) -> int | None:
-        return min(follower.model.limit for follower in self._followers)
+        return min(scorer.runtime.runner.limit for scorer in self._scorers)
 
     @property
     def engine(self) -> str | None:
-        return self._followers[0].model.engine
+        return self._scorers[0].runtime.runner.engine
 
     @property
     def trunk(self) -> str | None:
-        return "; ".join(follower.trunk for follower in self._followers)
+        return "; ".join(scorer.runtime.trunk for scorer in self._scorers)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -299,59 +216,61 @@ class VocabularyScorer(Reward):
         return sum(runner.cache.nbytes() for runner in self.models())
 
     def models(self) -> list[ModelRunner]:
-        return [follower.runner for follower in self._followers if follower.runner is not None]
+        return [model for scorer in self._scorers for model in scorer.models()]
 
     def loaded(self) -> list[object]:
-        tokenizers = [follower.tokenizer for follower in self._followers if follower.tokenizer is not None]
-        return [*super().loaded(), *tokenizers]
+        tokenizers = [scorer.runtime.tokenizer for scorer in self._scorers]
+        return [*super().loaded(), *(each for each in tokenizers if each is not None)]
 
     def _copy(self) -> Reward:
         made: Any = super()._copy()
-        made._followers = [follower.copy() for follower in self._followers]
+        made._scorers = [scorer.copy() for scorer in self._scorers]
         return made
 
     def step_state(self) -> list[torch.Tensor]:
-        return [follower.newest for follower in self._followers if follower.runner is not None]
+        return [state for scorer in self._scorers for state in scorer.runtime.step_state()]
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
-        return [ids for follower in self._followers for ids in follower.encode(prompt)]
+        return [ids for scorer in self._scorers for ids in scorer.runtime.encode(prompt)]
 
     def reserve(self, slots: int, length: int) -> None:
         super().reserve(slots, length)
-        for follower in self._followers:
-            follower.reserve(slots, length, self.counter)
+        for scorer in self._scorers:
+            scorer.runtime.reserve(slots, length, self.counter)
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
-        own = iter(encoded)
-        for follower in self._followers:
-            follower.admit(slot, prefix, [] if follower.runner is None else next(own))
+        first = 0
+        for scorer in self._scorers:
+            last = first + scorer.runtime.prompt_contexts
+            scorer.runtime.admit_for_next(slot, encoded[first:last])
+            first = last
 
     def move(self, source: int, target: int) -> None:
-        for follower in self._followers:
-            follower.move(source, target)
+        for scorer in self._scorers:
+            scorer.runtime.move(source, target)
 
     def begin_step(self, context_logits: torch.Tensor) -> None:
         # Until candidates are scored, a choice is a token id: the support is the whole vocabulary.
         self._candidates = None
-        for follower in self._followers:
-            follower.step(len(context_logits))
+        for scorer in self._scorers:
+            scorer.step(len(context_logits))
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         self._candidates = candidates
-        for follower in self._followers:
-            follower.ran(candidates)
-        return self.rewards_at([follower.scores for follower in self._followers], candidates)
+        for scorer in self._scorers:
+            scorer.runtime.count_candidates(candidates)
+        return self.rewards_at([scorer.scores for scorer in self._scorers], candidates)
 
     def commit(self, choice: torch.Tensor) -> None:
         tokens = choice
         if self._candidates is not None:
             tokens = self._candidates.gather(-1, choice.clamp_min(0).unsqueeze(-1)).squeeze(-1)
             tokens = tokens.masked_fill(choice < 0, -1)
-        for follower in self._followers:
-            follower.follow(tokens)
+        for scorer in self._scorers:
+            scorer.runtime.accept(tokens)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        device = self._followers[0].model.device
+        device = self._scorers[0].runtime.runner.device
         tokens = torch.tensor(list(answer), dtype=torch.int64, device=device).unsqueeze(-1)
-        scores = [follower.answer_scores(prefix, answer) for follower in self._followers]
+        scores = [scorer.answer_scores(prefix, answer) for scorer in self._scorers]
         return self.rewards_at(scores, tokens).squeeze(-1).tolist()

@@ -15,10 +15,12 @@ class LogRatioReward(VocabularyScorer):
     the two. The reward of a whole answer is the sum over its tokens, the log-ratio of the answer.
 
     Args:
-        tuned, untuned: paths or hub ids of an `AutoModelForCausalLM`, folders with a LoRA adapter in PEFT's format, or
-            (model, tokenizer) pairs.
-        tuned_template, untuned_template: Jinja chat templates for their prompts; by default each one's own
-            tokenizer's, and where that has none the base model's prompt ids.
+        tuned: path or hub id of an `AutoModelForCausalLM`, a folder with a LoRA adapter in PEFT's format, or a
+            (model, tokenizer) pair.
+        untuned: the same.
+        tuned_template: Jinja chat template for its prompts; by default its own tokenizer's, and where that has none
+            the base model's prompt ids.
+        untuned_template: the same.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -39,16 +41,16 @@ class LogRatioReward(VocabularyScorer):
         tuned_template: str | None = None,
         untuned_template: str | None = None,
     ):
-        guide = type(self).__name__
+        name = type(self).__name__
         super().__init__(
             [
-                CausalScorer(tuned, tuned_template, None, guide),
-                CausalScorer(untuned, untuned_template, None, guide),
+                CausalScorer(tuned, tuned_template, None, name),
+                CausalScorer(untuned, untuned_template, None, name),
             ]
         )
 
     def guidance(self) -> torch.Tensor:
-        tuned, untuned = (follower.scores for follower in self._followers)
+        tuned, untuned = (scorer.scores for scorer in self._scorers)
         constant = tuned.log_sum_exp - untuned.log_sum_exp
         return (tuned.logits.to(constant.dtype) - untuned.logits).sub_(constant)
 

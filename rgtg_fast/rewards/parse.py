@@ -1,4 +1,4 @@
-"""Guides by name: `farma:PATH`, `genarm:PATH`, `mixture:0.7*pargs:PATH+0.3*contrastive` ..."""
+"""Rewards by name: `farma:PATH`, `genarm:PATH`, `mixture:0.7*pargs:PATH+0.3*contrastive` ..."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _log_ratio(paths: str) -> Reward:
 
 
 def _mixture(terms: str) -> Reward:
-    guides, weights = [], []
+    rewards, weights = [], []
     # A plus sign begins a term only where a weight and an asterisk follow: paths may contain it.
     for term in re.split(r"\+(?=\s*[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?\s*\*)", terms):
         match = _TERM.fullmatch(term)
@@ -37,11 +37,11 @@ def _mixture(terms: str) -> Reward:
                 f"{term!r} is no term of a mixture: use mixture:0.7*pargs:PATH+0.3*contrastive, a weight for each"
             )
         weights.append(float(match[1]))
-        guides.append(named_guide(match[2]))
-    return MixtureReward(guides, weights)
+        rewards.append(named_guide(match[2]))
+    return MixtureReward(rewards, weights)
 
 
-# What stands before the colon, and the guide that it makes of what stands behind.
+# The word before the colon, and what makes a reward of the rest.
 PREFIXES: dict[str, Callable[[str], Reward]] = {
     "pargs": SequenceReward,
     "args": SequenceReward,
@@ -57,7 +57,7 @@ PREFIXES: dict[str, Callable[[str], Reward]] = {
 
 
 def named_guide(name: str) -> Reward:
-    """The guide that a name on the command line or in `from_pretrained(reward=...)` means.
+    """The reward that a name on the command line or in `from_pretrained(reward=...)` means.
 
     Args:
         name: `contrastive`; a method's prefix, a colon and what it needs (`farma:PATH`, `eft:TUNED,UNTUNED`,

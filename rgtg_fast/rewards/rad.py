@@ -20,7 +20,7 @@ class RADReward(SequenceReward):
 
     Args:
         model: as in `SequenceReward`.
-        invert: guide away from what the model scores (toxicity, for instance): 1 − clamp(r, 0, 1).
+        invert: rewards texts with a low score (of toxicity, for instance): 1 − clamp(r, 0, 1).
         settings: further arguments of `SequenceReward`.
 
     Example:
@@ -38,7 +38,7 @@ class RADReward(SequenceReward):
 
     @property
     def fused(self) -> bool:
-        return False  # the clamp stands between reward and draw
+        return False  # the reward is clamped before the draw
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         return self._clamped(super().score(candidates))

@@ -10,7 +10,7 @@ from rgtg_fast.rewards.causal_scorer import CausalScorer, Scores, Source, Vocabu
 class VocabularyReward(VocabularyScorer):
     """g(v) = head(h(x, y_<i))[v]: a causal model whose head gives the reward of every next token at once.
 
-    FaRMA (arXiv 2502.04517). A step costs one forward of B tokens instead of the B·k of a `SequenceReward`. The
+    FaRMA (arXiv 2502.04517). A step costs one forward of B tokens instead of the B·K of a `SequenceReward`. The
     published decoders are `Guidance(k=10, beta=1, support="combined")` and `Guidance(beta=1.8, support="all")`. The
     reward of a whole answer is that of its last token, head(h(x, y_<n))[y_n].
 
@@ -35,7 +35,7 @@ class VocabularyReward(VocabularyScorer):
         super().__init__([CausalScorer(model, chat_template, share_trunk, type(self).__name__)])
 
     def guidance(self) -> torch.Tensor:
-        return self._followers[0].scores.logits
+        return self._scorers[0].scores.logits
 
     def rewards_at(self, scores: list[Scores], tokens: torch.Tensor) -> torch.Tensor:
         return scores[0].at(tokens)

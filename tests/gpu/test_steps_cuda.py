@@ -60,7 +60,7 @@ def test_graphs_give_the_tokens_of_the_eager_step_and_of_the_cpu(
     want = as_numbers(make_decoder(guide, device="cpu").generate(prompts, 9, guidance, seeds))
     eager = make_decoder(guide, graphs=False)
     assert as_numbers(eager.generate(prompts, 9, guidance, seeds)) == want
-    eager.ahead = 0
+    eager.max_in_flight = 0
     assert as_numbers(eager.generate(prompts, 9, guidance, seeds)) == want
     graphed = make_decoder(guide)
     assert graphed.describe()["graphs"]
