@@ -328,7 +328,7 @@ def strategies(parts: Parts) -> dict[str, Strategy]:
         "best_of_n": BestOfN(n=4),
         "blockwise": Blocks(k=4, length=4),
         # A guide without training has no reward to reach: half of the ordinary ones are above this target.
-        "segment": Segments(target=usual, beta=0.1, shortest=2, longest=4),
+        "segment": Segments(target=usual, beta=0.1, min_tokens=2, max_tokens=4),
     }
 
 

@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ class _Turn:
         self.number = number
         self.lock = threading.RLock()
         self.busy = False
-        self.run: object = None
+        self.run: Callable[[], object] = lambda: None
 
 
 # By the objects' identities: a model with a lock among its attributes could not be copied.
@@ -132,7 +132,8 @@ class Turns:
     def claim(self, run: object) -> None:
         """The caches and the reward belong to a run from now on; older runs cannot continue."""
         for thing in self._stateful:
-            _turn(thing).run = run
+            # A run knows its models, which must not live as long as this reference.
+            _turn(thing).run = weakref.ref(run)
 
     def of(self, run: object, items: Iterator[Item]) -> Iterator[Item]:
         """The items of a run, as long as no newer one begins. No lock is held between two items."""
@@ -140,7 +141,7 @@ class Turns:
         while True:
             with self.taken(served):
                 # Before anything is written: the state may be another run's.
-                if any(_turn(thing).run is not run for thing in self._stateful):
+                if any(_turn(thing).run() is not run for thing in self._stateful):
                     raise RGTGError(
                         "this decoder was called again before the run was through, or another decoder with the same "
                         "reward: finish or drop an iterator first"

@@ -82,10 +82,20 @@ class DecodeStep:
         """A draw from softmax((log π + β·r)/τ), by each row's own seed and position."""
         return resample(logprobs, rewards, *batch.sampling)
 
-    def finish(self, batch: Batch, *step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def finish(
+        self,
+        batch: Batch,
+        logprobs: torch.Tensor,
+        rewards: torch.Tensor,
+        candidates: torch.Tensor,
+        choice: torch.Tensor,
+        chosen_logprob: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the chosen tokens into the slots; the decision [5, B] and the accepted candidates [B]."""
-        now = batch.now
-        return finish_step(*step, now.tokens, now.position, now.limit, batch.widths, self.eos)
+        slots = batch.now.tokens, batch.now.position, batch.now.limit
+        return finish_step(
+            logprobs, rewards, candidates, choice, chosen_logprob, *slots, batch.widths, self.eos
+        )
 
     def commit(self, batch: Batch, accepted: torch.Tensor) -> None:
         """Appends the accepted candidates to the prefixes of both models."""

@@ -204,7 +204,6 @@ class SharedForward(RewardRuntime):
     """
 
     prompt_contexts, shared = 0, True
-    final_norm = None
 
     def __init__(
         self,
@@ -217,6 +216,10 @@ class SharedForward(RewardRuntime):
         super().__init__(lm.runner, head, tokenizer, adapter.name, trunk)
         self._attached = lm.runner.attach(adapter)
         self._own_rows = self._attached.branch > 0
+
+    @property
+    def final_norm(self) -> FinalNorm | None:
+        return None
 
     def models(self) -> list[ModelRunner]:
         return []
