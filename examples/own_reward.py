@@ -1,4 +1,4 @@
-"""Guides with a Python function: answers without the letter e, streamed.
+"""A Python function as the reward: answers without the letter e, streamed.
 
 Run: python examples/own_reward.py
 """

@@ -2,186 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.models.attention import use_prefix_attention
-from rgtg_fast.models.cpp_layers import NativeLayers, linear
-from rgtg_fast.models.final_norm import FinalNorm
-from rgtg_fast.models.fused_projections import fuse_projections, refresh_products
-from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
+from rgtg_fast.models.cpp_layers import linear
+from rgtg_fast.models.fused_projections import fuse_projections
+from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache
+from rgtg_fast.models.layers import choose_layers
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.owner_changes import Watched
 from rgtg_fast.models.transfer import to_device
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
 from rgtg_fast.ops import _extension
-
-ENGINES = ("auto", "native", "transformers")
-
-
-class Layers(Protocol):
-    """What runs a model's blocks over the forward that its cache has begun.
-
-    Attributes:
-        final_norm: the norm after the last block, None where it cannot be left out of a forward.
-    """
-
-    final_norm: FinalNorm | None
-
-    def compile(self, options: Mapping[str, Any] | None) -> None:
-        """Steps run as compiled code from now on, each shape compiled at its first use, with the compiler's options."""
-        ...
-
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
-    ) -> torch.Tensor:
-        """States [B · branches, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
-        ...
-
-    def refresh(self) -> None:
-        """Takes over what has been written into the model's weights."""
-        ...
-
-    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
-        """Forwards have a branch for each adapter from now on; `rows` hooks the same into the model's own modules."""
-        ...
-
-    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        """Logits [B, V] of hidden states [B, E]."""
-        ...
-
-
-class TransformersLayers:
-    """The model's own blocks, untouched, with our attention function."""
-
-    def __init__(self, model: PreTrainedModel):
-        use_prefix_attention(model)
-        self.trunk = model.base_model
-        self.final_norm = FinalNorm.of(self.trunk)
-        self._keyword = cache_keyword(type(self.trunk))
-        self._rows: LowRankRows | None = None
-        self._compiled: Callable[..., torch.Tensor] | None = None
-
-    def refresh(self) -> None:
-        refresh_products(self.trunk)
-
-    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
-        self._rows = rows
-
-    def compile(self, options: Mapping[str, Any] | None) -> None:
-        try:
-            # Sizes of a step are few and worth kernels of their own; the cache's may be any (`PrefixCache.reserve`).
-            self._compiled = torch.compile(_run, fullgraph=True, dynamic=False, options=dict(options or {}))
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise RGTGError(f"torch.compile refuses the options {dict(options or {})}: {reason}") from error
-        # The compiler joins the norm with its neighbours itself.
-        self.final_norm = None
-
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
-    ) -> torch.Tensor:
-        # Prompts have any length: compiling a prefill would cost more than it saves.
-        if self._compiled is None or cache.causal:
-            return _run(self.trunk, self._rows, ids, positions, cache, self._keyword)
-        # The compiler's own limit for one function is 8 sizes, those of all models in the process together.
-        config = torch._dynamo.config
-        with config.patch(recompile_limit=config.accumulated_recompile_limit):
-            return self._compiled(self.trunk, self._rows, ids, positions, cache, self._keyword)
-
-    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        return head(hidden.to(head.weight.dtype))
-
-
-def _run(
-    trunk: nn.Module,
-    rows: LowRankRows | None,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    cache: PrefixCache | ForkedCache,
-    keyword: str,
-) -> torch.Tensor:
-    with nullcontext() if rows is None else rows.interleaved(len(ids)):
-        out = trunk(
-            input_ids=ids,
-            position_ids=positions,
-            use_cache=True,
-            prefix_cache=cache,
-            **{keyword: cache},
-            **OUTPUTS,
-        )
-    return out.last_hidden_state
-
-
-class FusedLayers:
-    """The same blocks fused into one C++ call a pass (CPU, Llama-like families)."""
-
-    final_norm: FinalNorm | None = None
-
-    def __init__(self, model: PreTrainedModel):
-        self.native = NativeLayers(model.base_model)
-
-    def compile(self, options: Mapping[str, Any] | None) -> None:
-        raise RGTGError("compile=True and engine='native', which is compiled: use engine='transformers'")
-
-    def refresh(self) -> None:
-        self.native.refresh()
-
-    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
-        self.native.adapt(adapters)
-
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
-    ) -> torch.Tensor:
-        x = ids
-        for first, last, branches, part in cache.parts:
-            if branches > 1:
-                x, positions = x.repeat_interleave(branches, 0), positions.repeat_interleave(branches, 0)
-            keys, values, lengths = part.active
-            x = self.native.forward(
-                x,
-                positions,
-                keys,
-                values,
-                lengths,
-                part.k_new,
-                part.v_new,
-                causal=part.causal,
-                ancestors=part.ancestors,
-                first=first,
-                last=last,
-                branches=branches,
-            )
-        return x
-
-    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        return self.native.logits(hidden, head.weight, head.bias)
-
-
-def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
-    """The engine that serves and the layers it runs; `"auto"` takes the native one where it can.
-
-    Raises:
-        RGTGError: an unknown engine, or `"native"` for a model that it cannot run (with the reason).
-    """
-    if not isinstance(engine, str) or engine not in ENGINES:
-        raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
-    if engine != "transformers":
-        reason = NativeLayers.supported(model.base_model)
-        if reason is None:
-            return "native", FusedLayers(model)
-        if engine == "native":
-            raise RGTGError(f"engine='native' cannot run {type(model).__name__}: {reason}; use engine='auto'")
-    return "transformers", TransformersLayers(model)
 
 
 @dataclass
@@ -238,9 +79,9 @@ class ModelRunner:
         self._rows: LowRankRows | None = None
         # States [B, branches, S, E] of the last step's tokens; with shared_forward, [slots, branches, E] of the newest.
         self._stepped = self._states = self._newest = torch.empty(0)
-        # The host's copy of cache.lengths, so that nothing waits for the device.
+        # The host's copy of cache.lengths, so that the host never waits for the device.
         self._lengths: list[int] = []
-        # What each slot's prefix began with (`begin`), as long as it does.
+        # The prompt that each slot's prefix begins with (`begin`).
         self._prompts: list[Sequence[int]] = []
         self._encoded: list[int] = []
 
@@ -332,10 +173,10 @@ class ModelRunner:
     # ---- a model that its owner changes -----------------------------------------------------------------------------
 
     def begin_run(self) -> None:
-        """Takes over what was written into the weights since the last run.
+        """Takes over changes of the weights since the last run.
 
         Raises:
-            RGTGError: the model was changed in another way, or its weights are no longer what a guide's adapter was
+            RGTGError: the model was changed in another way, or its weights are no longer those that an adapter was
                 attached to.
         """
         change = self._watched.change()
@@ -352,7 +193,7 @@ class ModelRunner:
         self.layers.refresh()
 
     def check_run(self) -> None:
-        """Between the steps of a run.
+        """Checks the model between the steps of a run.
 
         Raises:
             RGTGError: weights were written to since it began.
@@ -393,12 +234,12 @@ class ModelRunner:
                 self._states = torch.zeros(slots, self.branches, width, dtype=dtype, device=self.device)
 
     def begin(self, slot: int, ids: Sequence[int]) -> None:
-        """A slot's prefix is a prompt from now on.
+        """Makes a prompt the prefix of a slot.
 
-        Samples of one prompt are encoded once: what another slot's prefix began with is copied from there, and
-        what this one's began with stays.
+        Samples of one prompt are encoded once: a prompt that another slot's prefix begins with is copied from there,
+        and one that this slot's begins with stays.
         """
-        source = self._holding(ids)
+        source = self._slot_with(ids)
         if source is None:
             self.roll_back(slot, 0)
             self.prefill(slot, ids)
@@ -412,11 +253,11 @@ class ModelRunner:
         self._encoded[slot] = len(ids) if source is None else 0
 
     def encoded(self, slot: int) -> int:
-        """Tokens that the last `begin` of a slot ran: its prompt's, or 0 where they were found in the cache."""
+        """Tokens that the last `begin` of a slot computed: its prompt's, or 0 where they were in the cache."""
         return self._encoded[slot]
 
-    def _holding(self, ids: Sequence[int]) -> int | None:
-        """A slot whose prefix began with a prompt; with shared_forward one that still stands at its last token."""
+    def _slot_with(self, ids: Sequence[int]) -> int | None:
+        """A slot whose prefix begins with a prompt; with shared_forward one that has no token after it."""
         slots = [slot for slot, prompt in enumerate(self._prompts) if ids and prompt == ids]
         return next(
             (slot for slot in slots if not self.shared_forward or self._lengths[slot] == len(ids)), None
@@ -485,7 +326,7 @@ class ModelRunner:
         self._lengths = list(lengths)
 
     def compile(self, options: Mapping[str, Any] | None = None) -> None:
-        """Steps run the blocks as compiled code from now on.
+        """Compiles the blocks for steps.
 
         Args:
             options: torch.compile's.
@@ -497,7 +338,7 @@ class ModelRunner:
         self.compiled = True
 
     def fuse_projections(self) -> None:
-        """Linear layers that read the same input run as one product from now on (`rgtg_fast.models.fused_projections`).
+        """Fuses linear layers that read the same input into one product (`rgtg_fast.models.fused_projections`).
 
         Raises:
             RGTGError: the engine is native.
@@ -510,7 +351,7 @@ class ModelRunner:
         self._watched.pin()
 
     def step_state(self) -> list[torch.Tensor]:
-        """What a step changes besides keys and values: lengths, and with shared_forward the newest states."""
+        """Tensors that a step changes besides keys and values: lengths, and with shared_forward the newest states."""
         return [*(part.cache.lengths for part in self.cache.parts), self._states]
 
     def buffers(self) -> list[torch.Tensor]:
@@ -537,9 +378,9 @@ class ModelRunner:
     def verify(self) -> None:
         """Compares a few cached steps with the model's own uncached forward, once at load time.
 
-        What a family does beyond its blocks (scaled or capped logits, an unknown kind of attention) would otherwise
-        go unnoticed and change every result. A difference is told from a half precision's rounding by the same
-        comparison in float32.
+        A computation of a family beyond its blocks (scaled or capped logits, an unknown kind of attention) would
+        otherwise go unnoticed and change every result. In half precision the same comparison in float32 tells a
+        difference from rounding.
 
         Raises:
             RGTGError: the two differ by more than the dtype's rounding.
@@ -553,7 +394,7 @@ class ModelRunner:
         return int(weight.shape[0])
 
     def hidden_uncached(self, ids: Sequence[int], branch: int = 0) -> torch.Tensor:
-        """States [T, E] of a whole text by the model's own uncached forward, under an attached adapter where named."""
+        """States [T, E] of a whole text by the model's own uncached forward; `branch` as in `newest`."""
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
         with nullcontext() if self._rows is None else self._rows.only(branch):
             out = self.model.base_model(input_ids=tokens, use_cache=False, **OUTPUTS)

@@ -6,15 +6,12 @@ import re
 from collections.abc import Callable
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.rewards.autoregressive import AutoregressiveReward
 from rgtg_fast.rewards.base import Reward
 from rgtg_fast.rewards.contrastive import ContrastiveReward
-from rgtg_fast.rewards.log_ratio import LogRatioReward
 from rgtg_fast.rewards.mixture import MixtureReward
-from rgtg_fast.rewards.rad import RADReward
-from rgtg_fast.rewards.sequence import SequenceReward
+from rgtg_fast.rewards.sequence import RADReward, SequenceReward
 from rgtg_fast.rewards.text import TextReward
-from rgtg_fast.rewards.vocabulary import VocabularyReward
+from rgtg_fast.rewards.vocabulary import AutoregressiveReward, LogRatioReward, VocabularyReward
 
 CONTRASTIVE = "contrastive"
 _TERM = re.compile(r"\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)

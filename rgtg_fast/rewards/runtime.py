@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.models.final_norm import FinalNorm
 from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.layers import FinalNorm
 from rgtg_fast.models.prompts import Prompt, check_known
 from rgtg_fast.models.runner import Counter, ModelRunner
 from rgtg_fast.rewards.base import Prefix

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rgtg_fast import FunctionReward, Guidance, RADReward, RewardGuidedDecoder, SequenceReward
-from rgtg_fast.models.final_norm import FinalNorm
 from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.layers import FinalNorm
 from rgtg_fast.models.loading import reward_runner
 from rgtg_fast.rewards.runtime import OwnModel
 from tests.conftest import make_lm, make_rm, make_tokenizer
