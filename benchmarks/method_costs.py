@@ -54,8 +54,9 @@ from rgtg_fast.bundled import embedded
 from rgtg_fast.config import Strategy
 from rgtg_fast.methods import METHODS, Cost
 from rgtg_fast.models.adapter import RECIPE, fingerprint
+from rgtg_fast.models.layers import FusedLayers, TransformersLayers
 from rgtg_fast.models.loading import ModelAndTokenizer, load_causal_lm
-from rgtg_fast.models.runner import FusedLayers, ModelRunner, TransformersLayers
+from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.rewards.classifier import Classifier
 
 OWN, SHARED = "a model of its own", "an adapter in the base model's forward"
@@ -336,7 +337,7 @@ def strategies(parts: Parts) -> dict[str, Strategy]:
         "best_of_n": BestOfN(n=4),
         "blockwise": Blocks(k=4, length=4),
         # The rewards of an untrained model are arbitrary: about half of the usual ones are above this target.
-        "segment": Segments(target=usual, beta=0.1, shortest=2, longest=4),
+        "segment": Segments(target=usual, beta=0.1, min_tokens=2, max_tokens=4),
     }
 
 

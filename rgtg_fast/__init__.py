@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from rgtg_fast.engine.outputs import StreamChunk as StreamChunk
     from rgtg_fast.errors import RewardNaNError as RewardNaNError
     from rgtg_fast.errors import RGTGError as RGTGError
-    from rgtg_fast.rewards.autoregressive import AutoregressiveReward as AutoregressiveReward
     from rgtg_fast.rewards.base import Prefix as Prefix
     from rgtg_fast.rewards.base import Reward as Reward
     from rgtg_fast.rewards.contrastive import ContrastiveReward as ContrastiveReward
     from rgtg_fast.rewards.function import FunctionReward as FunctionReward
-    from rgtg_fast.rewards.log_ratio import LogRatioReward as LogRatioReward
     from rgtg_fast.rewards.mixture import MixtureReward as MixtureReward
     from rgtg_fast.rewards.parse import named_guide as named_guide
-    from rgtg_fast.rewards.rad import RADReward as RADReward
+    from rgtg_fast.rewards.sequence import RADReward as RADReward
     from rgtg_fast.rewards.sequence import SequenceReward as SequenceReward
     from rgtg_fast.rewards.text import TextReward as TextReward
+    from rgtg_fast.rewards.vocabulary import AutoregressiveReward as AutoregressiveReward
+    from rgtg_fast.rewards.vocabulary import LogRatioReward as LogRatioReward
     from rgtg_fast.rewards.vocabulary import VocabularyReward as VocabularyReward
 
 __version__ = "0.1.0"
 
-# Public name -> the module that holds it; imported at the first use, so that `import rgtg_fast` costs nothing.
+# Public name -> the module that holds it; imported at its first use, so that `import rgtg_fast` takes no time.
 _HOMES = {
     "BestOfN": "config",
     "Blocks": "config",
@@ -49,15 +49,15 @@ _HOMES = {
     "Step": "engine.outputs",
     "RGTGError": "errors",
     "RewardNaNError": "errors",
-    "AutoregressiveReward": "rewards.autoregressive",
+    "AutoregressiveReward": "rewards.vocabulary",
     "Prefix": "rewards.base",
     "Reward": "rewards.base",
     "ContrastiveReward": "rewards.contrastive",
     "FunctionReward": "rewards.function",
-    "LogRatioReward": "rewards.log_ratio",
+    "LogRatioReward": "rewards.vocabulary",
     "MixtureReward": "rewards.mixture",
     "named_guide": "rewards.parse",
-    "RADReward": "rewards.rad",
+    "RADReward": "rewards.sequence",
     "SequenceReward": "rewards.sequence",
     "TextReward": "rewards.text",
     "VocabularyReward": "rewards.vocabulary",
@@ -93,7 +93,16 @@ __all__ = [
 ]
 
 
+# Old name -> new name.
+_RENAMED = {"Piece": "StreamChunk"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        from rgtg_fast.deprecation import warn_renamed
+
+        warn_renamed(f"rgtg_fast.{name}", new := _RENAMED[name])
+        name = new
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'rgtg_fast' has no attribute {name!r}")

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+from rgtg_fast.deprecation import RenamedAttribute, renamed_keywords
 from rgtg_fast.errors import RGTGError, shown
 
 SUPPORTS = ("lm", "combined", "all")
+# Settings of `Segments`, old name -> new name.
+RENAMED_SETTINGS = {"shortest": "min_tokens", "longest": "max_tokens", "rejections": "max_rejections"}
 # Settings go to the device in float32.
 LARGEST = 3.4028234663852886e38
 # Panels of the command line's help.
@@ -67,9 +70,9 @@ class Guidance:
         support: `"lm"`: the k tokens most probable under the base model; `"combined"`: the k with the highest
             combined score (FaRMA); `"all"`: the whole vocabulary (GenARM). The last two need a reward that scores
             the whole vocabulary at once.
-        weights: of the guides of a `MixtureReward`, for this request alone; None for the mixture's own.
-        gate_entropy: guides only where the base model's next-token entropy, in nats, is at least this (sparse guidance,
-            SIA, arXiv 2602.21215), and takes its own token elsewhere; None guides everywhere.
+        weights: of the rewards of a `MixtureReward`, for this request alone; None for the mixture's own.
+        gate_entropy: the reward is used only where the base model's next-token entropy, in nats, is at least this
+            (sparse guidance, SIA, arXiv 2602.21215); None uses it everywhere.
 
     Raises:
         RGTGError: a value out of its range.
@@ -114,8 +117,9 @@ class BestOfN:
     """Samples n answers of the base model and keeps the one whose whole answer has the highest reward.
 
     Args:
-        n: answers per prompt. temperature: τ >= 0 of the samples. top_k: samples from the k most probable tokens, None
-            for the whole vocabulary.
+        n: answers per prompt.
+        temperature: τ >= 0 of the samples.
+        top_k: samples from the k most probable tokens, None for the whole vocabulary.
 
     Raises:
         RGTGError: a value out of its range.
@@ -143,14 +147,18 @@ class Segments:
 
         τ_t = min(target, r0 + t·(target − r0)/max_new_tokens),    r0 = (1 − alpha)·r(x) + alpha·target
 
-    and sampled anew otherwise; after `rejections` of them the best one seen is kept.
+    and sampled anew otherwise; after `max_rejections` rejections the best segment seen is kept.
 
     Args:
         target: r*, the reward to reach, on the reward model's own scale (8.5 in the paper, for its Llama on HH).
         alpha: where between r(x) and the target the threshold begins, 0 to 1.
-        beta: temperature of the acceptance, > 0. entropy: in nats, the end of a segment.
-        shortest, longest: tokens of a segment. rejections: of one segment at most.
-        temperature, top_k: of the samples, as in `BestOfN`.
+        beta: temperature of the acceptance, > 0.
+        entropy: in nats; a segment ends where the next token's reaches it.
+        min_tokens: of a segment.
+        max_tokens: of a segment.
+        max_rejections: of one segment.
+        temperature: of the samples, as in `BestOfN`.
+        top_k: of the samples, as in `BestOfN`.
 
     Raises:
         RGTGError: a value out of its range.
@@ -160,11 +168,14 @@ class Segments:
     alpha: float = 0.5
     beta: float = 0.7
     entropy: float = 3.0
-    shortest: int = 4
-    longest: int = 64
-    rejections: int = 20
+    min_tokens: int = 4
+    max_tokens: int = 64
+    max_rejections: int = 20
     temperature: float = 1.0
     top_k: int | None = None
+    shortest = RenamedAttribute("min_tokens")
+    longest = RenamedAttribute("max_tokens")
+    rejections = RenamedAttribute("max_rejections")
 
     def __post_init__(self) -> None:
         for name in ("target", "alpha", "beta", "entropy"):
@@ -173,9 +184,9 @@ class Segments:
             raise RGTGError(f"alpha={self.alpha} is outside of 0 to 1: use for example 0.5")
         if self.beta <= 0:
             raise RGTGError(f"beta={self.beta} is not above 0: use for example 0.7")
-        _at_least(self, "shortest", 1)
-        _at_least(self, "longest", self.shortest)
-        _at_least(self, "rejections", 0)
+        _at_least(self, "min_tokens", 1)
+        _at_least(self, "max_tokens", self.min_tokens)
+        _at_least(self, "max_rejections", 0)
         _sampling(self)
 
 
@@ -184,8 +195,10 @@ class Blocks:
     """Blockwise best-of-K (controlled decoding, arXiv 2310.17022): K sampled blocks, of which the best is kept.
 
     Args:
-        k: blocks to choose from. length: tokens of a block.
-        temperature, top_k: of the samples, as in `BestOfN`.
+        k: blocks to choose from.
+        length: tokens of a block.
+        temperature: of the samples, as in `BestOfN`.
+        top_k: of the samples, as in `BestOfN`.
 
     Raises:
         RGTGError: a value out of its range.
@@ -201,6 +214,8 @@ class Blocks:
         _at_least(self, "length", 1)
         _sampling(self)
 
+
+Segments.__init__ = renamed_keywords(**RENAMED_SETTINGS)(Segments.__init__)
 
 Strategy = BestOfN | Segments | Blocks
 
@@ -264,7 +279,7 @@ def _sampling(strategy: Strategy) -> None:
 
 
 def as_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights of a mixture's guides as numbers that float32 holds.
+    """Weights of a mixture's rewards as numbers that float32 holds.
 
     Raises:
         RGTGError: something else.

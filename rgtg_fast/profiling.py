@@ -1,4 +1,4 @@
-"""Named spans: seconds by phase always, and ranges in torch's profiler and NVTX when asked for."""
+"""Seconds by phase, and on demand ranges of torch's profiler and NVTX."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import torch
 
 
 class PhaseTimer:
-    """Adds up wall seconds by phase; with `spans=True` every phase is also a profiler and NVTX range.
+    """Adds up wall seconds by phase.
 
-    The clock is the host's: on a GPU it measures launching, unless `synchronize` is set (then every phase waits
-    for the device, which slows the run and is meant for measuring only).
+    Args:
+        spans: whether every phase is a profiler and NVTX range too.
+        synchronize: whether every phase waits for the device, which slows the run. Otherwise a GPU's phases are
+            the time of launching alone.
+
+    Attributes:
+        seconds: by phase.
     """
 
     def __init__(self, spans: bool = False, synchronize: bool = False):

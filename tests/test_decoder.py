@@ -412,11 +412,11 @@ def test_a_function_of_the_wrong_shape() -> None:
 def test_no_memory_says_which_batch_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(max_batch=8)
     one_row = 2 * decoder.lm.runner.cache_bytes_per_token * (3 + 5)
-    monkeypatch.setattr("rgtg_fast.decoder.free_bytes", lambda device: 3 * one_row + 7)
+    monkeypatch.setattr("rgtg_fast.engine.scheduler.free_bytes", lambda device: 3 * one_row + 7)
     with pytest.raises(RGTGError, match="max_batch=3 would fit"):
         decoder.generate([[7, 8, 9]] * 8, 5, GREEDY)
     assert decoder.generate([[7, 8, 9]] * 3, 5, GREEDY)[2].tokens
-    monkeypatch.setattr("rgtg_fast.decoder.free_bytes", lambda device: 5)
+    monkeypatch.setattr("rgtg_fast.engine.scheduler.free_bytes", lambda device: 5)
     with pytest.raises(RGTGError, match="not even one row fits"):
         make_decoder().generate([[7, 8, 9]], 5, GREEDY)
 

@@ -1,4 +1,4 @@
-"""The rows being decoded, in slots 0..n-1, and what a step needs of them on the device."""
+"""The rows that are decoded, in slots 0..n-1, and their state on the device."""
 
 from __future__ import annotations
 
@@ -10,39 +10,52 @@ import torch
 
 from rgtg_fast.config import Guidance
 from rgtg_fast.engine.outputs import GeneratedRow, Step
-from rgtg_fast.models.transfer import to_device
-from rgtg_fast.rewards.base import Prefix
+from rgtg_fast.models.device import to_device
+from rgtg_fast.rewards.base import Prefix, Reward
 
 
 @dataclass
 class Row(Prefix):
-    """A prompt on its way to an answer."""
+    """A prompt and its unfinished answer.
+
+    Attributes:
+        guidance: of the request.
+        seed: of the request.
+        encoded: the prompt's ids in the reward's contexts.
+        logprobs: of the decisions so far, under the base model.
+        rewards: of the decisions so far; one more than answer tokens where end-of-sequence was decided.
+        guided_logprob: summed over the decisions so far, where they are drawn token by token.
+        trace: a step for each decision.
+        text: of the finished answer.
+        finish_reason: None until the row ends.
+        last_token: the newest decision, end-of-sequence included.
+        unscored: answer tokens that a gated reward has not scored yet.
+    """
 
     guidance: Guidance = field(default_factory=Guidance)
     seed: int = 0
-    encoded: list[list[int]] = field(default_factory=list)  # the prompt's ids in the guide's contexts
+    encoded: list[list[int]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
-    guided_logprob: float | None = (
-        None  # summed over the decisions so far, where they are drawn token by token
-    )
+    guided_logprob: float | None = None
     trace: list[Step] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
-    last_token: int = -1  # the newest decision, end-of-sequence included
-    unseen: list[int] = field(default_factory=list)  # answer tokens that a gated guide has not seen yet
+    last_token: int = -1
+    unscored: list[int] = field(default_factory=list)
 
-    def finished(self, answer_reward: Callable[[list[float]], float] | None, traced: bool) -> GeneratedRow:
-        """The row as the user gets it; `rewards` may hold one more entry, the end-of-sequence token's."""
+    def finished(self, reward: Reward, traced: bool) -> GeneratedRow:
+        """The row as the user gets it."""
         assert self.finish_reason is not None
         count = len(self.answer)
+        answer_reward = reward.answer_reward(self.rewards) if reward.gives_rewards else math.nan
         return GeneratedRow(
             index=self.prompt.index,
             prompt=self.prompt.given,
             tokens=self.answer,
             text=self.text,
             finish_reason=self.finish_reason,
-            reward=self._reward(answer_reward),
+            reward=None if math.isnan(answer_reward) else answer_reward,
             logprobs=self.logprobs[:count],
             rewards=self.rewards[:count],
             trace=self.trace if traced else None,
@@ -51,21 +64,21 @@ class Row(Prefix):
             guided_logprob=self.guided_logprob,
         )
 
-    def _reward(self, answer_reward: Callable[[list[float]], float] | None) -> float | None:
-        if answer_reward is None:
-            return None
-        reward = answer_reward(self.rewards)
-        return None if math.isnan(reward) else reward
-
 
 @dataclass(frozen=True)
 class SlotState:
-    """What a step reads and changes of each slot, on the device at addresses that stay the same.
+    """The state of each slot that a step reads and changes, on the device at fixed addresses.
 
     Attributes:
-        tokens: [slots] int64, the newest token, not yet in the base model's cache; -1 where no row is or it has ended.
-        position: int64, index of the answer token that the next step decides. limit: int64, answer tokens that end a
-            row. seed, k: int64, the row's own. beta, temperature, selection_beta: float32.
+        tokens: [slots] int64, the newest token, not yet in the base model's cache; -1 where there is no row or it has
+            ended.
+        position: [slots] int64, index of the answer token that the next step decides.
+        limit: [slots] int64, answer tokens that end a row.
+        seed: [slots] int64.
+        k: [slots] int64, number of candidates.
+        beta: [slots] float32.
+        temperature: [slots] float32.
+        selection_beta: [slots] float32, β in the selection of candidates; 0 unless the support is "combined".
     """
 
     tokens: torch.Tensor
@@ -84,26 +97,25 @@ class SlotState:
         return cls(*whole, *(torch.zeros(slots, dtype=torch.float32, device=device) for _ in range(3)))
 
     def tensors(self) -> list[torch.Tensor]:
-        """All of them."""
+        """All tensors."""
         return [getattr(self, field.name) for field in fields(self)]
 
     def first(self, rows: int) -> SlotState:
-        """The same memory, slots 0..rows-1."""
+        """A view of slots 0..rows-1."""
         return SlotState(*(x[:rows] for x in self.tensors()))
 
     def put(self, slot: int, row: Row, limit: int) -> None:
         """A row enters a slot, before its first step."""
         g = row.guidance
-        # Only rows whose support is "combined" are selected by their guidance.
         selected = g.beta if g.support == "combined" else 0.0
-        # Without meaning for support="all", where it may be beyond 64 bits.
+        # Not used with support="all", where it may exceed 64 bits.
         k = 0 if g.support == "all" else g.k
         values = (row.prompt_ids[-1], 0, limit, row.seed, k, g.beta, g.temperature, selected)
         for x, value in zip(self.tensors(), values, strict=True):
             x[slot].fill_(value)
 
     def move(self, source: int, target: int) -> None:
-        """The row in slot `source` takes slot `target`, or goes where both are the same."""
+        """The row in slot `source` moves to slot `target`; it leaves the batch where both are the same."""
         if source != target:
             for x in self.tensors():
                 x[target] = x[source]
@@ -111,15 +123,18 @@ class SlotState:
 
 
 class Batch:
-    """The active rows. What the host needs to know of their settings is worked out once per change of the rows.
+    """The active rows, with their settings as a step needs them, which are computed once per change of the rows.
 
     Attributes:
         rows: the row of each slot.
-        now: the first `width` slots on the device. width: rows of a step, those without a row included.
-        k: of the widest row. support: "all" or "top-k". combined: whether any row is selected by its guidance. ragged:
-            whether rows differ in k.
-        gated: whether any row has a gate. guided: for each row, whether this step guides it. closed: [n, 1] bool, the
-            same as a tensor, turned round, None without a gate.
+        width: rows of a step, those without a row included.
+        now: the first `width` slots on the device.
+        k: of the row with most candidates.
+        support: "all"; "combined" where any row has that; else "lm".
+        ragged: whether rows differ in k.
+        gated: whether any row has a gate.
+        guided: for each row, whether this step uses its reward; all True without a gate.
+        gated_mask: [n, 1] bool, rows whose gate keeps the reward out of this step, None without a gate.
     """
 
     def __init__(self, state: SlotState, bucket: Callable[[int], int]):
@@ -138,7 +153,7 @@ class Batch:
         return slot
 
     def remove(self, slot: int) -> int:
-        """Frees a slot; the last row takes it. Returns the slot that row came from (the same: nothing moved)."""
+        """Frees a slot; the last row moves there. Returns the slot that row came from (the same: nothing moved)."""
         last = self.rows.pop()
         source = len(self.rows)
         if slot != source:
@@ -147,50 +162,55 @@ class Batch:
         return source
 
     def refresh(self) -> None:
-        """Brings the host's view of the settings up to date."""
+        """Updates the settings after a change of the rows."""
         settings = [row.guidance for row in self.rows]
         self.width = self._bucket(len(settings))
         self.now = self._state.first(self.width)
         self._gates = [g.gate_entropy or 0.0 for g in settings]
         self.gated = any(self._gates)
         self.guided = [True] * len(settings)
-        self.closed: torch.Tensor | None = None
-        self.support = "all" if settings[0].support == "all" else "top-k"
-        self.combined = any(g.support == "combined" for g in settings)
+        self.gated_mask: torch.Tensor | None = None
+        # Rows of "lm" and "combined" share a step: the former are selected with a β of 0.
+        supports = {g.support for g in settings}
+        self.support = next(support for support in ("all", "combined", "lm") if support in supports)
         widths = [g.k for g in settings]
         self.k, self.ragged = max(widths), min(widths) != max(widths)
 
     @property
     def shape(self) -> Hashable:
         """What a captured step depends on besides the contents of its tensors."""
-        return self.width, self.k, self.support, self.combined, self.ragged
+        return self.width, self.k, self.support, self.ragged
 
     @property
     def widths(self) -> torch.Tensor | None:
-        """[width], candidates of each row, None where all have the same number."""
+        """[width] int64, number of candidates of each row; None where all have the same."""
         return self.now.k if self.ragged and self.support != "all" else None
 
     @property
-    def beyond(self) -> torch.Tensor | None:
-        """[width, k] bool, the candidates that a row with a smaller k does not have; None where all have the same k."""
-        if self.widths is None:
-            return None
-        return torch.arange(self.k, device=self.widths.device) >= self.widths.unsqueeze(-1)
+    def padding_mask(self) -> torch.Tensor:
+        """[width, k] bool, candidates that a row with a smaller k does not have."""
+        return torch.arange(self.k, device=self.now.k.device) >= self.now.k.unsqueeze(-1)
+
+    def mask_padding(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [width, k] with -inf for candidates that a row does not have."""
+        return logprobs.masked_fill(self.padding_mask, -torch.inf) if self.ragged else logprobs
 
     @property
     def beta(self) -> torch.Tensor:
-        """[width], 0 where a row's gate is closed in this step."""
-        return self.now.beta if self.closed is None else self.now.beta.masked_fill(self.closed.squeeze(-1), 0)
+        """[width] float32, 0 where a gate keeps the reward out of this step."""
+        return (
+            self.now.beta
+            if self.gated_mask is None
+            else self.now.beta.masked_fill(self.gated_mask.squeeze(-1), 0)
+        )
 
     @property
-    def draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """β, temperature, seed and position [width], as `resample` takes them."""
+    def sampling(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """β, temperature, seed and position [width], the last arguments of `resample`."""
         return self.beta, self.now.temperature, self.now.seed, self.now.position
 
-    def open_gates(self, entropy: torch.Tensor) -> None:
-        """Decides from the base distribution's entropy [n] which rows this step guides; the host looks at it."""
-        if not self.gated:
-            return
+    def apply_gates(self, entropy: torch.Tensor) -> None:
+        """Decides from the base distribution's entropy [n], which the host reads, which rows this step guides."""
         pairs = zip(entropy.tolist(), self._gates, strict=True)
         self.guided = [value >= gate for value, gate in pairs]
-        self.closed = ~to_device(self.guided, torch.bool, entropy.device).unsqueeze(-1)
+        self.gated_mask = ~to_device(self.guided, torch.bool, entropy.device).unsqueeze(-1)

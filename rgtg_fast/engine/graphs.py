@@ -1,4 +1,4 @@
-"""A decoding step as CUDA graphs: launched by one call, without the host's hundreds."""
+"""Decoding steps as CUDA graphs: one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rgtg_fast.engine.batch import Batch, SlotState
 from rgtg_fast.models.runner import Counter, ModelRunner
 from rgtg_fast.rewards.base import Reward
 
-# Runs before a capture: kernels are compiled and libraries initialised, which a capture could not take.
+# Runs before a capture: they compile kernels and initialise libraries, which is not allowed in a capture.
 WARM_UP = 2
 
 Tensors = list[torch.Tensor]
@@ -33,7 +33,7 @@ def bucket(rows: int, slots: int) -> int:
 
 
 class Recorder(Protocol):
-    """How a step is recorded."""
+    """Records steps."""
 
     def warm_up(self, step: Callable[[], object]) -> None:
         """Runs a step where it will be recorded."""
@@ -48,7 +48,7 @@ class Recorder(Protocol):
         ...
 
     def forget(self) -> None:
-        """Nothing that was recorded will be replayed again."""
+        """Releases memory: no recorded step will be replayed again."""
         ...
 
 
@@ -61,7 +61,7 @@ class CudaRecorder:
         self.forget()
 
     def forget(self) -> None:
-        # A pool ends with its last graph; its handle must not be used again.
+        # A pool is freed with its last graph; its handle must not be used again.
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Callable[[], object]) -> None:
@@ -77,13 +77,13 @@ class CudaRecorder:
         with torch.cuda.device(self.device):
             own = torch.cuda.current_stream()
             try:
-                # Other threads may go on using the device meanwhile.
+                # Other threads may use the device meanwhile.
                 with torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
                     outputs = step(batch, trace)
             finally:
-                # A capture that fails leaves its stream the current one.
+                # A capture that fails leaves its stream current.
                 torch.cuda.set_stream(own)
 
         def replay() -> Tensors:
@@ -95,11 +95,13 @@ class CudaRecorder:
 
 @dataclass
 class _Recorded:
-    """A step's graph and what its Python code did on the host, which a replay does not run.
+    """A step's graph, and the effects of its Python code on the host, which a replay does not execute.
 
     Attributes:
-        counts: calls and tokens that each counter gains. rows: by model, slots whose prefix grows by one token.
-        held: memory that the graph uses and that nothing else may keep.
+        replay: executes the graph and returns its output tensors.
+        counts: for each counter, the calls and tokens that it gains.
+        rows: for each model, the number of slots whose prefix grows by one token.
+        held: keeps memory alive that the graph uses.
     """
 
     replay: Callable[[], Tensors]
@@ -116,15 +118,16 @@ class StepGraphs:
     Where a step cannot be recorded, a warning says so and steps run one operator after another from then on.
 
     Args:
-        step: gives the tensors of a batch's decision, with those of a trace where asked for.
-        lm: the base model. reward: the guide; `on_device` must hold.
+        step: returns the decision of a batch, and trace tensors where asked for.
+        lm: the base model.
+        reward: one that is `on_device`.
         recorder: by default CUDA graphs on the base model's device.
 
     Attributes:
         seconds: spent on warming up and recording since `begin`.
     """
 
-    def __init__(self, step: Step, lm: ModelRunner, reward: Reward | None, recorder: Recorder | None = None):
+    def __init__(self, step: Step, lm: ModelRunner, reward: Reward, recorder: Recorder | None = None):
         self.step, self.lm, self.reward = step, lm, reward
         self.recorder = recorder or CudaRecorder(lm.device)
         self.seconds = 0.0
@@ -137,15 +140,15 @@ class StepGraphs:
         return len(self._recorded)
 
     def forget(self) -> None:
-        """Drops what was recorded: the step has changed, or a tensor that it reads was replaced."""
+        """Drops all graphs: the step has changed, or a tensor that it reads was replaced."""
         self._recorded.clear()
         self.recorder.forget()
 
     def begin(self, slots: SlotState) -> None:
-        """A call begins, all memory reserved: graphs over memory that has been replaced since are dropped."""
+        """A call begins, with all memory reserved. Drops graphs whose memory has been replaced since."""
         self.seconds = 0.0
-        own = [] if self.reward is None else self.reward.step_state()
-        self._state = [*slots.tensors(), *(x for model in self._models() for x in model.step_state()), *own]
+        of_models = (x for model in self._models() for x in model.step_state())
+        self._state = [*slots.tensors(), *of_models, *self.reward.step_state()]
         buffers = [x for model in self._models() for x in model.buffers()]
         layout = tuple((x.data_ptr(), x.shape, x.stride()) for x in [*self._state, *buffers])
         if layout != self._layout:
@@ -153,13 +156,13 @@ class StepGraphs:
             self._layout = layout
 
     def __call__(self, batch: Batch, trace: bool) -> Tensors:
-        """What the step gives for this batch; valid until the next call."""
-        place = (batch.shape, trace)
-        if place not in self._recorded and not self._failed:
-            self._try_to_record(batch, trace, place)
+        """The step's tensors for this batch; valid until the next call."""
+        shape = (batch.shape, trace)
+        if shape not in self._recorded and not self._failed:
+            self._try_to_record(batch, trace, shape)
         if self._failed:
             return self.step(batch, trace)
-        recorded = self._recorded[place]
+        recorded = self._recorded[shape]
         outputs = recorded.replay()
         for counter, (calls, tokens) in zip(self._counters(), recorded.counts, strict=True):
             counter.calls += calls
@@ -168,10 +171,10 @@ class StepGraphs:
             model.lengths = [length + (slot < rows) for slot, length in enumerate(model.lengths)]
         return outputs
 
-    def _try_to_record(self, batch: Batch, trace: bool, place: Hashable) -> None:
+    def _try_to_record(self, batch: Batch, trace: bool, shape: Hashable) -> None:
         start = time.perf_counter()
         try:
-            self._recorded[place] = self._record(batch, trace)
+            self._recorded[shape] = self._record(batch, trace)
         except RuntimeError as error:
             self._failed = True
             self.forget()
@@ -184,13 +187,13 @@ class StepGraphs:
         self.seconds += time.perf_counter() - start
 
     def _record(self, batch: Batch, trace: bool) -> _Recorded:
-        """Warms the step up and records it; everything it has changed is put back."""
+        """Warms the step up and records it; restores everything that it has changed."""
         before = [x.clone() for x in self._state]
         counts = [(c.calls, c.tokens) for c in self._counters()]
         lengths = [model.lengths for model in self._models()]
 
         def restore() -> None:
-            # Keys and values stay: they lie past the lengths, where the step itself will write.
+            # Keys and values stay: they lie past the lengths, where the next step overwrites them.
             for x, old in zip(self._state, before, strict=True):
                 x.copy_(old)
             for counter, (calls, tokens) in zip(self._counters(), counts, strict=True):
@@ -214,8 +217,8 @@ class StepGraphs:
         return _Recorded(replay, gained, rows, undecided)
 
     def _models(self) -> list[ModelRunner]:
-        return [self.lm, *([] if self.reward is None else self.reward.models())]
+        return [self.lm, *self.reward.models()]
 
     def _counters(self) -> list[Counter]:
-        found = [self.lm.counter, *([] if self.reward is None else self.reward.counters())]
+        found = [self.lm.counter, *self.reward.counters()]
         return list({id(counter): counter for counter in found}.values())

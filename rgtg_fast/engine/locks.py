@@ -1,7 +1,7 @@
-"""Who may change the state of models and guides: one thread at a time, and one run until a newer one begins.
+"""Exclusive use of models and rewards: by one thread at a time, and by one run until a newer one begins.
 
-A run writes into the prefix caches of its models and the rows of its guide, and borrows the models' modules for the
-length of a forward. Both may be reached by other ways: other threads, other decoders, a guide's own function.
+A run writes into the prefix caches of its models and the rows of its reward, and changes settings of the models'
+modules for the length of a forward. Others may reach both: other threads, other decoders, a reward's own function.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -19,23 +19,23 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.language_model import LanguageModel
-from rgtg_fast.models.owner_changes import Served
+from rgtg_fast.models.model_state import InferenceState
 from rgtg_fast.rewards.base import Reward
 
 Item = TypeVar("Item")
 
 
 class _Turn:
-    """Of one object: its lock, whether somebody is at it, and the run that its state belongs to."""
+    """An object's lock, whether a thread is using it, and the run that its state belongs to."""
 
     def __init__(self, number: int):
         self.number = number
         self.lock = threading.RLock()
         self.busy = False
-        self.run: object = None
+        self.run: Callable[[], object] = lambda: None
 
 
-# By the objects' identities: a lock kept in a model would keep it from being copied.
+# By the objects' identities: a model with a lock among its attributes could not be copied.
 _turns: dict[int, _Turn] = {}
 _numbers = itertools.count()
 _making = threading.Lock()
@@ -51,7 +51,7 @@ def _turn(thing: object) -> _Turn:
 
 
 def _after_fork() -> None:
-    """In a child process no other thread is left to give a lock back."""
+    """In a child process no other thread is left to release a lock."""
     global _making
     _making = threading.Lock()
     _turns.clear()
@@ -62,36 +62,38 @@ if hasattr(os, "register_at_fork"):
 
 
 class Turns:
-    """The right to use a base model and a guide.
+    """Access to a base model and a reward.
 
     Args:
-        lm: the base model. reward: the guide, bound to it. binding: how, for when another decoder has taken it over.
+        lm: the base model.
+        reward: bound to it.
+        binding: the settings of `Reward.bind`, to bind it again where another decoder has taken it over.
     """
 
-    def __init__(self, lm: LanguageModel, reward: Reward | None, binding: dict[str, Any]):
+    def __init__(self, lm: LanguageModel, reward: Reward, binding: dict[str, Any]):
         self._lm, self._reward, self._binding = lm, reward, binding
-        self._backbones = [lm.runner, *([] if reward is None else reward.models())]
-        # Caches and guides hold the rows of one run; models and tokenizers hold nothing between two forwards.
-        self._stateful = [lm.runner, *([] if reward is None else reward.stateful())]
+        self._runners = [lm.runner, *reward.models()]
+        # Caches and rewards hold the rows of one run; models and tokenizers hold nothing between two forwards.
+        self._stateful = [lm.runner, *reward.stateful()]
         own = [lm.runner.model, *([] if lm.tokenizer is None else [lm.tokenizer])]
-        self._shared = [*own, *([] if reward is None else reward.loaded())]
+        self._shared = [*own, *reward.loaded()]
 
-    def served(self) -> Served:
-        """What makes the models compute what decoding needs."""
+    def served(self) -> InferenceState:
+        """A context in which the models compute what decoding needs."""
         models = [thing for thing in self._shared if isinstance(thing, nn.Module)]
-        return Served(models, [each.model for each in self._backbones if each.engine == "transformers"])
+        return InferenceState(models, [each.model for each in self._runners if each.engine == "transformers"])
 
     @contextmanager
-    def taken(self, served: Served | None = None) -> Iterator[None]:
-        """Within, no other thread uses any of it, and forwards compute what decoding needs.
+    def taken(self, served: InferenceState | None = None) -> Iterator[None]:
+        """A context in which no other thread uses any of the objects and forwards compute what decoding needs.
 
-        Other threads wait. Locks are taken in one order everywhere, so that two decoders cannot wait for each other.
+        Other threads wait. Locks are acquired in one order everywhere, so that two decoders cannot deadlock.
 
         Args:
-            served: as `served` gave it before; looked up anew by default.
+            served: an earlier result of `served`; a new one by default.
 
         Raises:
-            RGTGError: this thread is in the middle of a step already: a guide's own code has called the decoder.
+            RGTGError: this thread is in a step already: the reward's own code has called the decoder.
         """
         stateful = [_turn(thing) for thing in self._stateful]
         turns = {turn.number: turn for turn in [*stateful, *map(_turn, self._shared)]}
@@ -110,39 +112,41 @@ class Turns:
             yield
 
     def begin(self) -> None:
-        """The guide is bound to this base model, and the models are what they were when they were loaded.
+        """Binds the reward to this base model again where necessary, and takes over changes of the models.
 
         Raises:
-            RGTGError: it cannot be so.
+            RGTGError: one of the two is impossible.
         """
-        guide = self._reward
-        if guide is not None and any(part.bound_to is not self._lm for part in guide.stateful()):
-            if guide.models() or guide.trunk is not None:
+        reward = self._reward
+        taken = any(part.bound_to is not self._lm for part in reward.stateful())
+        if taken and reward.gives_rewards:
+            if reward.models() or reward.trunk is not None:
                 raise RGTGError(
-                    f"{guide.name} was bound to another decoder's base model since: give each decoder a reward object "
+                    f"{reward.name} was bound to another decoder's base model since: give each decoder a reward object "
                     "of its own"
                 )
-            guide.bind(self._lm, **self._binding)
-        for runner in self._backbones:
+            reward.bind(self._lm, **self._binding)
+        for runner in self._runners:
             runner.begin_run()
 
     def claim(self, run: object) -> None:
-        """The caches and the guide belong to a run from now on; older ones are over."""
+        """The caches and the reward belong to a run from now on; older runs cannot continue."""
         for thing in self._stateful:
-            _turn(thing).run = run
+            # A run knows its models, which must not live as long as this reference.
+            _turn(thing).run = weakref.ref(run)
 
     def of(self, run: object, items: Iterator[Item]) -> Iterator[Item]:
-        """What a run gives, as long as no newer one begins; nothing is held between two items."""
+        """The items of a run, as long as no newer one begins. No lock is held between two items."""
         served = self.served()
         while True:
             with self.taken(served):
                 # Before anything is written: the state may be another run's.
-                if any(_turn(thing).run is not run for thing in self._stateful):
+                if any(_turn(thing).run() is not run for thing in self._stateful):
                     raise RGTGError(
                         "this decoder was called again before the run was through, or another decoder with the same "
-                        "guide: finish or drop an iterator first"
+                        "reward: finish or drop an iterator first"
                     )
-                for runner in self._backbones:
+                for runner in self._runners:
                     runner.check_run()
                 try:
                     item = next(items)

@@ -1,12 +1,19 @@
-"""What a run returns: rows, their traces, and what the run cost."""
+"""The results of a run: rows, their traces and the run's cost; and the tensors of a step that they are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import PromptLike
+from rgtg_fast.ops import resample
+
+if TYPE_CHECKING:
+    from rgtg_fast.engine.batch import Batch, Row
 
 
 @dataclass(frozen=True)
@@ -14,8 +21,11 @@ class Candidate:
     """One candidate of a step.
 
     Attributes:
-        token, text: id and text. logprob: log π(token | prefix) under the base model, natural log.
-        reward: the guide's, None without a guide. probability: after guidance; 1 for greedy's choice.
+        token: id.
+        text: of the token.
+        logprob: log π(token | prefix) under the base model, natural log.
+        reward: None without a reward.
+        probability: after guidance; 1 for greedy's choice.
         chosen: whether this one became the next token.
     """
 
@@ -32,10 +42,12 @@ class Step:
     """Why one token was chosen.
 
     Attributes:
-        position: index of the answer token, from 0. token, text: the chosen one.
+        position: index of the answer token, from 0.
+        token: id of the chosen token.
+        text: of the chosen token.
         entropy: of the base model's next-token distribution, in nats.
         base_token: what beta = 0 picks among the same candidates with the same noise.
-        candidates: in the order of the top-k, `support="all"` shows the k most probable after guidance.
+        candidates: in the order of the top-k; `support="all"` shows the k most probable after guidance.
     """
 
     position: int
@@ -51,13 +63,16 @@ class GeneratedRow:
     """One finished answer.
 
     Attributes:
-        index: of the prompt in the call. prompt: as given.
-        tokens: answer ids, without the end-of-sequence token. text: the answer, cut before a stop string.
+        index: of the prompt in the call.
+        prompt: as given.
+        tokens: answer ids, without the end-of-sequence token.
+        text: the answer, cut before a stop string.
         finish_reason: "eos", "stop" or "length".
-        reward: the guide's reward of the whole answer (the end-of-sequence token included where it ended the
-            answer), None without a guide.
-        logprobs, rewards: per answer token, base log-probability and the guide's reward (NaN where a gate left the
-            token to the base model; `reward` is None where that is the last one).
+        reward: of the whole answer (the end-of-sequence token included where it ended the answer), None without a
+            reward.
+        logprobs: per answer token, log-probability under the base model.
+        rewards: per answer token (NaN where a gate left the token to the base model; `reward` is None where that is the
+            last one).
         trace: one `Step` per decision, the end-of-sequence token's included; None unless asked for.
         end_token: the end-of-sequence token that ended the answer, where one did.
         alternatives: the other samples of best-of-n, the best first; None otherwise.
@@ -84,9 +99,13 @@ class GeneratedRow:
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """One token of a stream: its text (may be empty while a character is incomplete), id and candidates.
+    """One token of a stream.
 
-    `finish_reason` is None until the last piece.
+    Attributes:
+        text: may be empty while a character is incomplete.
+        token: id.
+        candidates: of the token's step; empty without a trace.
+        finish_reason: None until the last chunk.
     """
 
     text: str
@@ -97,17 +116,24 @@ class StreamChunk:
 
 @dataclass
 class Stats:
-    """What a run cost.
+    """The cost of a run.
 
     Attributes:
-        tokens: decided, end-of-sequence tokens included. guided_tokens: of these, decided with the guide's word (fewer
-            with `Guidance(gate_entropy=...)`). seconds: of the whole call, prefill included.
-        steps: iterations of the decode loop. lm_calls, reward_calls: forwards of each model in them.
-        lm_tokens, reward_tokens: tokens through each model in them. prompt_tokens_lm, prompt_tokens_reward: tokens
-            through each model in the prefills.
+        tokens: decided, end-of-sequence tokens included.
+        guided_tokens: of these, decided by the reward too (fewer with `Guidance(gate_entropy=...)`).
+        seconds: of the whole call, prefill included.
+        steps: iterations of the decode loop.
+        lm_calls: forwards of the base model in them.
+        reward_calls: forwards of the reward model in them.
+        lm_tokens: tokens through the base model in them.
+        reward_tokens: tokens through the reward model in them.
+        prompt_tokens_lm: tokens through the base model in the prefills.
+        prompt_tokens_reward: tokens through the reward model in the prefills.
         first_token_seconds: from the call to the first decision on the host, prefill, compiling and capturing included;
-            None where a strategy drew the tokens. graph_seconds: spent on warming up and capturing CUDA graphs.
-        phases: seconds by phase. cache_bytes: of each model's prefix cache.
+            None where a strategy drew the tokens.
+        graph_seconds: spent on warming up and capturing CUDA graphs.
+        phases: seconds by phase.
+        cache_bytes: of each model's prefix cache.
     """
 
     tokens: int = 0
@@ -126,7 +152,7 @@ class Stats:
     cache_bytes: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Stats) -> None:
-        """Adds another run's counts; seconds are left to who measures them."""
+        """Adds another run's counts; the caller measures seconds."""
         for name in (
             "tokens",
             "guided_tokens",
@@ -135,10 +161,10 @@ class Stats:
             "reward_calls",
             "lm_tokens",
             "reward_tokens",
+            "prompt_tokens_lm",
+            "prompt_tokens_reward",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.prompt_tokens_lm += other.prompt_tokens_lm
-        self.prompt_tokens_reward += other.prompt_tokens_reward
 
     @property
     def tokens_per_second(self) -> float:
@@ -146,13 +172,13 @@ class Stats:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """All fields, for JSON."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
 @dataclass
 class GenerationResult(Sequence[GeneratedRow]):
-    """The rows of a call in the order of its prompts, and what the call cost."""
+    """The rows of a call in the order of its prompts, and the cost of the call."""
 
     rows: list[GeneratedRow]
     stats: Stats
@@ -165,3 +191,124 @@ class GenerationResult(Sequence[GeneratedRow]):
 
     def __iter__(self) -> Iterator[GeneratedRow]:
         return iter(self.rows)
+
+
+# ---- a step's tensors ------------------------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """One row's decision in a step, on the host.
+
+    Attributes:
+        token: the chosen candidate.
+        logprob: its log-probability under the base model.
+        reward: its reward.
+        chosen_logprob: its log-probability after guidance.
+        error_code: a candidate whose reward is NaN or +inf, `NO_CANDIDATE` where no score is finite, else `OK`
+            (`rgtg_fast.ops.finish_step`).
+    """
+
+    token: int
+    logprob: float
+    reward: float
+    chosen_logprob: float
+    error_code: int
+
+
+def decisions_of(decision: torch.Tensor) -> list[Decision]:
+    """The rows' decisions [5, B] of `finish_step`, once they are on the host."""
+    return [
+        Decision(int(token), logprob, reward, chosen_logprob, int(error_code))
+        for token, logprob, reward, chosen_logprob, error_code in decision.T.tolist()
+    ]
+
+
+class StepTensors(NamedTuple):
+    """Intermediate results of a step.
+
+    Attributes:
+        logprobs: [B, K] under the base model.
+        candidates: [B, K] int64.
+        rewards: [B, K].
+        choice: [B] int64, the chosen candidate, -1 where no score is finite.
+        entropy: [B] of the base model's next-token distribution, in nats.
+    """
+
+    logprobs: torch.Tensor
+    candidates: torch.Tensor
+    rewards: torch.Tensor
+    choice: torch.Tensor
+    entropy: torch.Tensor
+
+
+class TraceTensors(NamedTuple):
+    """`StepTensors` of a traced step, and what is computed from them.
+
+    Attributes:
+        probability: [B, K] of the candidates after guidance.
+        base: [B] int64, the base model's choice by the same noise.
+    """
+
+    logprobs: torch.Tensor
+    candidates: torch.Tensor
+    rewards: torch.Tensor
+    choice: torch.Tensor
+    entropy: torch.Tensor
+    probability: torch.Tensor
+    base: torch.Tensor
+
+
+def trace_tensors(batch: Batch, step: StepTensors) -> TraceTensors:
+    """Computes what a trace shows of a step that has been executed, on the device."""
+    beta, slots = batch.beta, batch.now
+    temperature = slots.temperature.unsqueeze(-1)
+    score = step.logprobs + torch.where(beta.unsqueeze(-1) == 0, 0, beta.unsqueeze(-1) * step.rewards)
+    # A row without a finite score has no choice (-1), and nothing to be shown.
+    at = torch.arange(score.shape[-1], device=score.device)
+    greedy = (at == step.choice.unsqueeze(-1)).to(score.dtype)
+    sampled = (score / temperature.clamp_min(torch.finfo(score.dtype).tiny)).softmax(-1)
+    probability = torch.where(temperature == 0, greedy, sampled)
+    # The base model's choice, with the noise of the position that the step has left behind.
+    zeros, position = torch.zeros_like(step.rewards), slots.position - 1
+    base, _ = resample(step.logprobs, zeros, beta * 0, slots.temperature, slots.seed, position)
+    return TraceTensors(*step, probability, base)
+
+
+def write_trace(rows: list[tuple[int, Row, bool]], step: TraceTensors, lm: LanguageModel) -> None:
+    """Appends a step to each row's trace.
+
+    Args:
+        rows: slot, row, and whether the step has rewards for it.
+        step: on the host.
+        lm: gives the tokens' texts.
+    """
+    for slot, row, rewarded in rows:
+        shown = range(step.logprobs.shape[-1])
+        if row.guidance.support == "all":
+            width = min(row.guidance.k, step.logprobs.shape[-1])
+            shown = step.probability[slot].topk(width).indices.tolist()
+        chosen, token = int(step.choice[slot]), int(step.candidates[slot, step.choice[slot]])
+        listed = []
+        for at in list(shown)[: row.guidance.k]:
+            candidate = int(step.candidates[slot, at])
+            listed.append(
+                Candidate(
+                    candidate,
+                    lm.token_text(candidate),
+                    float(step.logprobs[slot, at]),
+                    float(step.rewards[slot, at]) if rewarded else None,
+                    float(step.probability[slot, at]),
+                    at == chosen,
+                )
+            )
+        base_token = int(step.candidates[slot, step.base[slot]])
+        row.trace.append(
+            Step(
+                len(row.answer),
+                token,
+                lm.token_text(token),
+                float(step.entropy[slot]),
+                base_token,
+                listed,
+            )
+        )

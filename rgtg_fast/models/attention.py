@@ -1,9 +1,8 @@
 """The attention function that transformers' blocks call: our tree_attention over a PrefixCache.
 
-Registered under `NAME`. A model set to it still works outside the decoder: without a PrefixCache the call goes on to
-transformers' own SDPA attention and mask, so a model handed to us by its owner stays as useful as it was. Training's
-packed rows have such a function too (`PACKED`). Each hands the other's forwards over, so that one loaded model can be
-decoded with and scored by both.
+Registered under `NAME`. A model that uses it still works outside the decoder: without a PrefixCache the call is passed
+to transformers' own SDPA attention and mask. Training's packed rows have such a function too (`PACKED`). Each passes
+the other's calls on, so that one loaded model can be used by both.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from rgtg_fast.errors import RGTGError
 
 NAME, PACKED = "rgtg_prefix", "rgtg_packed"
 
-# Numbers that a model hands to its attention and that change nothing in eval mode over a prefix cache; a window is
-# compared with the cache. Any other asks for attention that is not plain softmax(QK^T)V over the whole prefix.
+# Arguments of a model's attention that change nothing in eval mode over a prefix cache; a window is compared with the
+# cache. Any other number or tensor means attention that is not plain softmax(QK^T)V over the whole prefix.
 _HARMLESS = frozenset({"position_ids", "cache_position", "dropout", "sliding_window"})
 
 
@@ -65,7 +64,7 @@ def _refuse(module: nn.Module, what: str) -> NoReturn:
 
 
 def prefix_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """No mask for a PrefixCache, which reports no key length and masks inside the op; SDPA's mask for anyone else."""
+    """No mask for a PrefixCache, which reports no key length and masks inside the op; SDPA's mask otherwise."""
     if kwargs.get("kv_length") == 0:
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
@@ -77,7 +76,7 @@ AttentionMaskInterface.register(NAME, prefix_mask)
 
 def use_prefix_attention(model: PreTrainedModel) -> None:
     """Makes the model's blocks call `prefix_attention`."""
-    # A trunk may have a configuration of its own, to which some versions of transformers hand nothing on.
+    # A trunk may have a configuration of its own, which some versions of transformers do not update.
     for each in model.modules():
         if isinstance(each, PreTrainedModel) and each.config._attn_implementation != NAME:
             each.set_attn_implementation(NAME)
@@ -85,7 +84,7 @@ def use_prefix_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model attends by its own code, which alone knows all that its family does."""
+    """A context in which the model uses its own attention code, which does everything that its family does."""
     kept = attentions(model)
     try:
         model.set_attn_implementation("eager")
@@ -104,7 +103,7 @@ def attentions(model: PreTrainedModel) -> list[tuple[PreTrainedModel, str | None
 
 
 def restore_attentions(kept: list[tuple[PreTrainedModel, str | None]]) -> None:
-    """(Sub)models call again what `attentions` found."""
+    """Restores what `attentions` returned."""
     for model, name in kept:
         if name is not None:
             model.set_attn_implementation(name)

@@ -11,7 +11,7 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.models.limits import STATIC_ROPE
+from rgtg_fast.models.support import STATIC_ROPE
 from rgtg_fast.ops import _extension
 
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
@@ -19,7 +19,7 @@ ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "ge
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family's decoder apart from Llama's.
+    """The differences of a family's decoder from Llama's.
 
     Attributes:
         package: the module of transformers that defines it.
@@ -42,7 +42,7 @@ FAMILIES = {
     "GemmaModel": Family("gemma", norm_offset=1.0, scaled_embedding=True),
 }
 
-# Outputs of a low-rank factor that stand next to each other; csrc/decoder_layers.hpp has the same number.
+# Outputs of a low-rank factor that are stored next to each other; csrc/decoder_layers.hpp has the same number.
 _PANEL = 16
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -55,7 +55,7 @@ def _linears(layer: nn.Module) -> dict[str, nn.Module]:
 
 
 def _shapes(decoder: Any) -> tuple[dict[str, tuple[int, int]], str]:
-    """The matrices' shapes by the configuration, and what in it the extension cannot run, empty where it can."""
+    """The matrices' shapes by the configuration, and why the extension cannot execute it, empty where it can."""
     config, layers = decoder.config, decoder.layers
     sizes = {
         name: int(getattr(config, name))
@@ -83,7 +83,7 @@ def _shapes(decoder: Any) -> tuple[dict[str, tuple[int, int]], str]:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """y = x weightᵀ + bias, in float32, every row the same bits in any batch and on any number of threads.
+    """y = x weightᵀ + bias, in float32, bit-identical for a row in any batch and on any number of threads.
 
     Args:
         x: [B, E] float32, rounded to bfloat16 where the weight is bfloat16.
@@ -124,7 +124,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _panels(b: torch.Tensor) -> torch.Tensor:
-    """A factor [outer, r] as the extension reads it: [outer / 16, r, 16], filled up with zeros."""
+    """A factor [outer, r] in the extension's layout [outer / 16, r, 16], padded with zeros."""
     outer, rank = b.shape
     panels = -(-outer // _PANEL)
     filled = b.new_zeros(panels * _PANEL, rank)
@@ -135,10 +135,10 @@ def _panels(b: torch.Tensor) -> torch.Tensor:
 class NativeLayers:
     """A transformers decoder whose layers run as one C++ call per pass.
 
-    The model's weights are read where they are: matrices are neither copied nor packed, so in-place changes are seen,
-    while biases and norm weights (a few kilobytes) are copied to float32, anew by `refresh`. Activations are float32;
-    with bfloat16 weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result is
-    the same bits in any batch and with any number of threads.
+    The model's weights are read in place: matrices are neither copied nor packed, so in-place changes take effect.
+    Biases and norm weights (a few kilobytes) are copied to float32, again by `refresh`. Activations are float32; with
+    bfloat16 weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result is
+    bit-identical in any batch and with any number of threads.
 
     Args:
         model: the decoder without its head: LlamaModel, MistralModel, Qwen2Model, Qwen3Model or GemmaModel.
@@ -171,9 +171,9 @@ class NativeLayers:
         scale = torch.tensor(self.hidden**0.5 if family.scaled_embedding else 1.0, dtype=self.dtype)
         self.rotary = decoder.rotary_emb
         self._cos = self._sin = torch.empty(0, 0)
-        # Every tensor whose address the extension holds.
+        # Tensors whose addresses the extension stores.
         self._tensors: list[torch.Tensor] = []
-        # The copies among them: of what, what is added, and the copy.
+        # The copies among them: source, offset and copy.
         self._copies: list[tuple[torch.Tensor, float, torch.Tensor]] = []
         self._factors: list[torch.Tensor] = []
 
@@ -273,15 +273,15 @@ class NativeLayers:
         return None
 
     def refresh(self) -> None:
-        """Takes over what biases and norm weights hold now; matrices are read where they are."""
+        """Takes over changes of biases and norm weights; matrices are read in place."""
         for source, offset, copy in self._copies:
             copy.copy_(source).add_(offset)
 
     def adapt(self, adapters: Sequence[Adapter]) -> None:
-        """Rows may have these adapters' corrections from now on: see `variants` of `forward`.
+        """Sets the adapters of further forwards: see `branches` of `forward`.
 
         Raises:
-            RGTGError: an adapter changes something else than a layer's seven matrices.
+            RGTGError: an adapter changes a module that is none of a layer's seven matrices.
         """
         known = {f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in MATRICES}
         for adapter in adapters:
@@ -304,7 +304,7 @@ class NativeLayers:
                     a, b = pair.a.to(self.dtype).contiguous(), _panels(pair.b.float())
                     factors += [a, b]
                     table.append((_extension.array(a), _extension.array(b)))
-        # It waits for a running forward, which still reads the factors of before.
+        # It waits for a running forward, which still reads the previous factors.
         try:
             self._native.adapt(table)
         except ValueError as error:
@@ -340,6 +340,40 @@ class NativeLayers:
             )
         return _extension.array(cache)
 
+    def _check_inputs(self, inputs: torch.Tensor, positions: torch.Tensor, first: int, last: int) -> None:
+        if not 0 <= first < last <= self.layers:
+            raise RGTGError(f"layers {first} to {last} are not in 0..{self.layers}")
+        states = inputs.ndim == 3
+        if states and (inputs.dtype != torch.float32 or inputs.shape[2] != self.hidden):
+            raise RGTGError(
+                f"states are {tuple(inputs.shape)} {inputs.dtype}, not [B, S, {self.hidden}] float32"
+            )
+        if not states and inputs.dtype != torch.int64:
+            raise RGTGError(f"token ids are {inputs.dtype}, not torch.int64")
+        if not states and first:
+            raise RGTGError(f"token ids enter layer 0, not layer {first}: pass states")
+        if positions.shape != inputs.shape[:2] or positions.dtype != torch.int64:
+            raise RGTGError(
+                f"position_ids are {tuple(positions.shape)} {positions.dtype}, not {tuple(inputs.shape[:2])} int64"
+            )
+
+    def _check_prefixes(
+        self, lengths: torch.Tensor, ancestors: torch.Tensor | None, shape: tuple[int, int], longest: int
+    ) -> None:
+        rows, tokens = shape
+        if lengths.shape != (rows,) or lengths.dtype != torch.int64:
+            raise RGTGError(f"lengths are {tuple(lengths.shape)} {lengths.dtype}, not {(rows,)} int64")
+        if ancestors is not None and (ancestors.shape != (rows, tokens) or ancestors.dtype != torch.int64):
+            raise RGTGError(
+                f"ancestors are {tuple(ancestors.shape)} {ancestors.dtype}, not {(rows, tokens)} int64"
+            )
+        if ancestors is not None and tokens > 64:
+            raise RGTGError(f"S={tokens} exceeds 64, the tokens that an ancestor mask can name")
+        if rows and (int(lengths.min()) < 0 or int(lengths.max()) > longest):
+            raise RGTGError(
+                f"lengths are {lengths.tolist()}: each must be in 0..{longest}, the cache's length"
+            )
+
     def forward(
         self,
         inputs: torch.Tensor,
@@ -353,21 +387,23 @@ class NativeLayers:
         ancestors: torch.Tensor | None = None,
         first: int = 0,
         last: int | None = None,
-        variants: int = 1,
+        branches: int = 1,
     ) -> torch.Tensor:
         """Runs layers over S new tokens per row, beside each row's prefix.
 
         Args:
             inputs: [B, S] int64 token ids, or [B, S, E] float32 states that enter layer `first`.
             position_ids: [B, S] int64.
-            k_cache, v_cache: [L, B, G, T, D], the prefixes in these layers; only the last dimension need be contiguous.
-            lengths: [B] int64, tokens of each row that stand in the cache.
-            k_new, v_new: [L, B, G, S, D], receive the new tokens' keys and values; they may be a window of the cache
-                beyond `lengths`.
+            k_cache: [L, B, G, T, D], keys of the prefixes in these layers; only the last dimension must be contiguous.
+            v_cache: [L, B, G, T, D], values.
+            lengths: [B] int64, tokens of each row in the cache.
+            k_new: [L, B, G, S, D], receives the new tokens' keys; may be a window of the cache beyond `lengths`.
+            v_new: [L, B, G, S, D], receives the values.
             causal: new token s sees new tokens 0..s; otherwise itself alone, or what `ancestors` says.
             ancestors: [B, S] int64 bit masks, S <= 64: bit j of ancestors[b, s] = s sees new token j.
-            first, last: layers first..last-1, by default all.
-            variants: row b has the correction of adapter b % variants - 1, none where that is -1: 1, or one more than
+            first: the first layer that runs.
+            last: the layer after the last that runs; by default all run.
+            branches: row b has the correction of adapter b % branches - 1, none where that is -1: 1, or one more than
                 the adapters of `adapt`.
 
         Returns:
@@ -378,40 +414,15 @@ class NativeLayers:
         """
         rows, tokens = inputs.shape[:2]
         last = self.layers if last is None else last
-        if not 0 <= first < last <= self.layers:
-            raise RGTGError(f"layers {first} to {last} are not in 0..{self.layers}")
-        states = inputs.ndim == 3
-        if states and (inputs.dtype != torch.float32 or inputs.shape[2] != self.hidden):
-            raise RGTGError(
-                f"states are {tuple(inputs.shape)} {inputs.dtype}, not [B, S, {self.hidden}] float32"
-            )
-        if not states and inputs.dtype != torch.int64:
-            raise RGTGError(f"token ids are {inputs.dtype}, not torch.int64")
-        if not states and first:
-            raise RGTGError(f"token ids enter layer 0, not layer {first}: pass states")
-        positions = position_ids.contiguous()
-        if positions.shape != inputs.shape[:2] or positions.dtype != torch.int64:
-            raise RGTGError(
-                f"position_ids are {tuple(positions.shape)} {positions.dtype}, not {(rows, tokens)} int64"
-            )
+        positions, states = position_ids.contiguous(), inputs.ndim == 3
+        self._check_inputs(inputs, positions, first, last)
         kv = [
             self._check(k_cache, "k_cache", last - first, rows, None),
             self._check(v_cache, "v_cache", last - first, rows, None),
             self._check(k_new, "k_new", last - first, rows, tokens),
             self._check(v_new, "v_new", last - first, rows, tokens),
         ]
-        if lengths.shape != (rows,) or lengths.dtype != torch.int64:
-            raise RGTGError(f"lengths are {tuple(lengths.shape)} {lengths.dtype}, not {(rows,)} int64")
-        if ancestors is not None and (ancestors.shape != (rows, tokens) or ancestors.dtype != torch.int64):
-            raise RGTGError(
-                f"ancestors are {tuple(ancestors.shape)} {ancestors.dtype}, not {(rows, tokens)} int64"
-            )
-        if ancestors is not None and tokens > 64:
-            raise RGTGError(f"S={tokens} exceeds 64, the tokens that an ancestor mask can name")
-        if rows and (int(lengths.min()) < 0 or int(lengths.max()) > k_cache.shape[3]):
-            raise RGTGError(
-                f"lengths are {lengths.tolist()}: each must be in 0..{k_cache.shape[3]}, the cache's room"
-            )
+        self._check_prefixes(lengths, ancestors, (rows, tokens), k_cache.shape[3])
         if states:
             x = inputs.clone(memory_format=torch.contiguous_format)
         else:
@@ -423,16 +434,16 @@ class NativeLayers:
             raise RGTGError(f"position_ids begin at {int(positions.min())}: they must not be negative")
         if furthest >= len(self._cos):
             self._grow_tables(max(2 * len(self._cos), furthest + 1))
-        # Held here, since a concurrent call may replace the tables by longer ones.
+        # Local references, since a concurrent call may replace the tables by longer ones.
         cos, sin = self._cos, self._sin
-        # The extension looks the embeddings up itself: torch's threads would go on spinning on the cores it needs.
+        # The extension looks the embeddings up itself: torch's threads would keep spinning on the cores it needs.
         ids = None if states else inputs.contiguous()
         lengths = lengths.contiguous()
         ancestors = None if ancestors is None else ancestors.contiguous()
         done = self._native.forward(
             first,
             last,
-            variants,
+            branches,
             _extension.optional_array(ids),
             *(_extension.array(tensor) for tensor in (x, cos, sin, positions)),
             kv,

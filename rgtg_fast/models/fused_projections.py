@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, as one product: fewer and larger reads of the weights."""
+"""Linear layers that read the same input, fused into one product: fewer and larger reads of the weights."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from torch.nn import functional
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class JoinedLinear(nn.Linear):
+class FusedLinear(nn.Linear):
     """A linear layer whose output is a part of one product over the weights of all its siblings.
 
-    It is a plain one where gradients are wanted, in a copy, and for good once it or a sibling is moved, converted or
-    given other weights.
+    It computes on its own where gradients are enabled; a copy is a plain layer; so is the layer itself once it or a
+    sibling is moved, converted or given other weights.
 
     Attributes:
-        joined: the product. place: this layer's among the siblings.
+        fused: the product.
+        index: of this layer among the siblings.
     """
 
-    joined: _Product
-    place: int
+    fused: _Product
+    index: int
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Output [..., out] of input [..., in]: a view of the siblings' common one."""
-        return super().forward(input) if torch.is_grad_enabled() else self.joined.part(self.place, input)
+        return super().forward(input) if torch.is_grad_enabled() else self.fused.part(self.index, input)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        # New weights lie elsewhere than the product's.
-        self.joined.unfuse_projections()
+        # New weights are not in the product's memory.
+        self.fused.unfuse()
         return self._apply(fn, recurse)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
-            self.joined.unfuse_projections()
+            self.fused.unfuse()
         super(nn.Linear, self).__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
         plain = memo[id(self)] = nn.Linear.__new__(nn.Linear)
-        own = {name: x for name, x in self.__dict__.items() if name not in ("joined", "place")}
+        own = {name: x for name, x in self.__dict__.items() if name not in ("fused", "index")}
         plain.__dict__.update(copy.deepcopy(own, memo))
         return plain
 
@@ -52,32 +53,32 @@ class _Product:
     """The product of one input with the weights of several linear layers, computed when the first of them is called."""
 
     def __init__(self, layers: Sequence[nn.Linear]):
-        self.weight = _one_below_the_other([layer.weight for layer in layers])
+        self.weight = _stacked([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat([bias.data for bias in biases]) if biases else None
         self.layers = list(layers)
         self.sizes = [layer.out_features for layer in layers]
-        # Of the forward that runs: the input, each layer's part of the output, and how many were not asked for yet.
+        # Of the current forward: the input, each layer's part of the output, and how many were not read yet.
         self._input: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, ...] = ()
         self._left = 0
 
     def refresh(self) -> None:
-        """Takes over what the biases hold now; the weights are views of the product's own."""
+        """Takes over changes of the biases; the weights are views of the product's own."""
         if self.bias is not None:
             torch.cat([layer.bias.detach() for layer in self.layers if layer.bias is not None], out=self.bias)
 
-    def unfuse_projections(self) -> None:
+    def unfuse(self) -> None:
         """Makes the layers plain again."""
         for layer in self.layers:
             layer.__class__ = nn.Linear
 
-    def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
+    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The output of one of the layers."""
         if self._input is not x:
             self._input, self._left = x, len(self.sizes)
             self._parts = functional.linear(x, self.weight, self.bias).split(self.sizes, -1)
-        found = self._parts[place]
+        found = self._parts[index]
         self._left -= 1
         if not self._left:
             self._input, self._parts = None, ()
@@ -85,11 +86,11 @@ class _Product:
 
 
 def fuse_projections(model: nn.Module) -> int:
-    """Makes linear layers that read the same input run as one product; gives the number of products made.
+    """Fuses linear layers that read the same input into one product; returns the number of products.
 
-    Weights are neither changed nor held twice: those of such layers become views of one tensor. A model that was joined
-    before, or shares its parameters with one that was, is joined over the same memory. Layers of other classes
-    (quantised ones, say), of different dtypes, or of which only some have a bias, stay as they are.
+    Weights are neither changed nor stored twice: those of such layers become views of one tensor. A model that was
+    fused before, or shares its parameters with one that was, uses the same memory. Layers of other classes (quantised
+    ones, say), of different dtypes, or of which only some have a bias, stay as they are.
 
     Args:
         model: with modules named as in `SIBLINGS`.
@@ -101,23 +102,23 @@ def fuse_projections(model: nn.Module) -> int:
             if len(layers) < len(names) or not _alike(layers):
                 continue
             product = _Product(layers)
-            for place, layer in enumerate(layers):
-                layer.__class__ = JoinedLinear
-                layer.joined, layer.place = product, place
+            for index, layer in enumerate(layers):
+                layer.__class__ = FusedLinear
+                layer.fused, layer.index = product, index
             made += 1
     return made
 
 
 def refresh_products(model: nn.Module) -> None:
-    """Joined products take over what has been written into the layers' biases."""
-    products = {id(m.joined): m.joined for m in model.modules() if isinstance(m, JoinedLinear)}
+    """Takes over changes of the biases in all products of a model."""
+    products = {id(m.fused): m.fused for m in model.modules() if isinstance(m, FusedLinear)}
     for product in products.values():
         product.refresh()
 
 
 def _alike(layers: Sequence[nn.Module]) -> bool:
     """Whether these are plain linear layers that one product can serve."""
-    if any(type(layer) not in (nn.Linear, JoinedLinear) for layer in layers):
+    if any(type(layer) not in (nn.Linear, FusedLinear) for layer in layers):
         return False
     kinds = {
         (layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None)
@@ -127,8 +128,8 @@ def _alike(layers: Sequence[nn.Module]) -> bool:
     return len(kinds) == 1
 
 
-def _one_below_the_other(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The weights as one tensor [Σ out, in], of which each is a view from now on."""
+def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weights as one tensor [Σ out, in], of which each becomes a view."""
     rows = sum(len(weight) for weight in weights)
     first, end = weights[0], weights[0].data_ptr()
     for weight in weights:
@@ -137,10 +138,10 @@ def _one_below_the_other(weights: Sequence[torch.Tensor]) -> torch.Tensor:
         end += weight.nbytes
     else:
         return first.data.as_strided((rows, first.shape[1]), (first.shape[1], 1))
-    joined = torch.cat([weight.data for weight in weights])
-    for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+    stacked = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, stacked.split([len(weight) for weight in weights]), strict=True):
         weight.data = part
-    return joined
+    return stacked
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

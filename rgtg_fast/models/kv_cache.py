@@ -25,16 +25,16 @@ def cache_keyword(kind: type[nn.Module]) -> str:
 
 
 class CachePart(NamedTuple):
-    """Layers first..last-1, whose rows stand `variants` times in their cache."""
+    """Layers first..last-1, whose cache has `branches` rows for each slot."""
 
     first: int
     last: int
-    variants: int
+    branches: int
     cache: PrefixCache
 
 
 class PrefixCache(Cache):
-    """Keys and values of each row's prefix, and of the new tokens that are not decided yet.
+    """Keys and values of each row's prefix, and of new tokens that are not decided yet.
 
     `keys` and `values` are [L, slots, G, T_max, D]. Row b of a batch of n rows lives in slot b, so that the n active
     rows are always a leading slice. A forward writes the keys and values of its new tokens beside the prefix
@@ -42,8 +42,11 @@ class PrefixCache(Cache):
     per candidate and never computed again.
 
     Args:
-        layers: L. kv_heads: G. head_dim: D.
-        dtype, device: of the buffers.
+        layers: L.
+        kv_heads: G.
+        head_dim: D.
+        dtype: of the buffers.
+        device: of the buffers.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
@@ -67,18 +70,18 @@ class PrefixCache(Cache):
         return 2 * layers * kv_heads * head_dim * dtype.itemsize
 
     def reserve(self, slots: int, length: int) -> None:
-        """Makes room for `slots` rows of `length` tokens, all empty; buffers that are large enough are kept."""
+        """Allocates `slots` empty rows of `length` tokens; buffers that are large enough are kept."""
         if slots > self.slots or length > self.max_length:
             layers, kv_heads, head_dim = self.shape
-            # Exactly what was asked for: the larger of both in each direction could be far more than either call needs.
+            # Exactly these sizes: the maximum of both calls in each dimension could be far more than either needs.
             self.slots, self.max_length = slots, length
             size = (layers, self.slots, kv_heads, self.max_length, head_dim)
-            self.keys = self.values = torch.empty(0)  # freed first: both generations need not fit at once
+            self.keys = self.values = torch.empty(0)  # freed first: old and new buffers need not fit at once
             self.keys = torch.empty(size, dtype=self.dtype, device=self.device)
             self.values = torch.empty(size, dtype=self.dtype, device=self.device)
             self.lengths = torch.zeros(self.slots, dtype=torch.int64, device=self.device)
             for buffer in (self.keys, self.values):
-                # Compiled blocks need not be compiled anew for a larger cache: only our ops look at these sizes.
+                # Compiled blocks are not recompiled for a larger cache: only our ops read these sizes.
                 torch._dynamo.maybe_mark_dynamic(buffer, 1)
                 torch._dynamo.maybe_mark_dynamic(buffer, 3)
             torch._dynamo.maybe_mark_dynamic(self.lengths, 0)
@@ -91,7 +94,7 @@ class PrefixCache(Cache):
     # ---- the two kinds of forward -----------------------------------------------------------------------------
 
     def begin_prefill(self, slot: int, start: int, new_tokens: int, rows: int = 1) -> None:
-        """The next forward appends `new_tokens` causal tokens to `rows` slots from `slot` on, which hold `start`."""
+        """The next forward appends `new_tokens` causal tokens to `rows` slots from `slot` on, which have `start`."""
         if start + new_tokens > self.max_length:
             raise RGTGError(
                 f"{start + new_tokens} tokens exceed the cache ({self.max_length}): raise max_length"
@@ -129,7 +132,7 @@ class PrefixCache(Cache):
         return self._ancestors
 
     def end_prefill(self, new_tokens: int) -> None:
-        """The tokens of the prefill belong to the prefix from now on."""
+        """Adds the tokens of the prefill to the prefix."""
         self.lengths[self._first : self._first + self._rows] += new_tokens
 
     def roll_back(self, slot: int, length: int) -> None:
@@ -142,7 +145,7 @@ class PrefixCache(Cache):
         commit(self.k_new, self.v_new, keys, values, lengths, choice)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies one slot's prefix of `length` tokens over another's: the last row takes a finished row's place."""
+        """Copies one slot's prefix of `length` tokens over another's: the last row takes a finished row's slot."""
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
         self.lengths[target] = self.lengths[source]
@@ -161,7 +164,7 @@ class PrefixCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the new tokens' keys and values [B, G, S, D] and hands back those alone: the op reads the prefix."""
+        """Stores the new tokens' keys and values [B, G, S, D] and returns them alone: the op reads the prefix."""
         self.k_new[layer_idx].copy_(key_states)
         self.v_new[layer_idx].copy_(value_states)
         return key_states, value_states
@@ -193,7 +196,7 @@ class PrefixCache(Cache):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(0, 0): no mask is to be built, the op knows who sees whom."""
+        """(0, 0): no mask is needed, the op masks."""
         return 0, 0
 
     def get_max_length(self, layer_idx: int = 0) -> int:
@@ -207,16 +210,20 @@ class PrefixCache(Cache):
 
 
 class ForkedCache(Cache):
-    """The cache of a trunk that several adapters share: two prefix caches, split where the adapters begin.
+    """The cache of a model whose forward adapters share: two prefix caches, split where the adapters begin.
 
     Layers below `fork` are the same for the base model and every adapter: one row per slot. From there on a slot has
-    `variants` rows next to each other, the base model's first: row = slot · variants + variant, so that the active
+    `branches` rows next to each other, the base model's first: row = slot · branches + branch, so that the active
     slots' rows are a leading slice in both.
 
     Args:
-        layers, kv_heads, head_dim, dtype, device: as in `PrefixCache`.
-        fork: f, the first layer with rows of its own for each variant, 0 to L-1.
-        variants: rows of a slot from there on.
+        layers: as in `PrefixCache`, like the next four.
+        kv_heads: G.
+        head_dim: D.
+        dtype: of the buffers.
+        device: of the buffers.
+        fork: the first layer with a row for each branch, 0 to L-1.
+        branches: rows of a slot from there on.
     """
 
     def __init__(
@@ -227,20 +234,20 @@ class ForkedCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
         fork: int,
-        variants: int,
+        branches: int,
     ):
         super().__init__(layers=[])
         below = PrefixCache(fork, kv_heads, head_dim, dtype, device)
         above = PrefixCache(layers - fork, kv_heads, head_dim, dtype, device)
-        self.fork, self.variants = fork, variants
+        self.fork, self.branches = fork, branches
         self.parts = [CachePart(0, fork, 1, below)] if fork else []
-        self.parts.append(CachePart(fork, layers, variants, above))
+        self.parts.append(CachePart(fork, layers, branches, above))
 
     @property
     def lengths(self) -> torch.Tensor:
         """Tokens of each slot's prefix [slots]."""
         part = self.parts[0]
-        return part.cache.lengths[:: part.variants]
+        return part.cache.lengths[:: part.branches]
 
     @property
     def causal(self) -> bool:
@@ -248,62 +255,62 @@ class ForkedCache(Cache):
         return self.parts[-1].cache.causal
 
     def reserve(self, slots: int, length: int) -> None:
-        """Empties the cache and makes room for `slots` rows of `length` tokens."""
+        """Empties the cache and allocates `slots` rows of `length` tokens."""
         for part in self.parts:
-            part.cache.reserve(slots * part.variants, length)
+            part.cache.reserve(slots * part.branches, length)
 
     def nbytes(self) -> int:
         """Bytes of the buffers, the undecided tokens' included."""
         return sum(part.cache.nbytes() for part in self.parts)
 
     def begin_prefill(self, slot: int, start: int, new_tokens: int) -> None:
-        """The next forward appends `new_tokens` causal tokens to one slot, whose prefix holds `start`."""
+        """The next forward appends `new_tokens` causal tokens to one slot, whose prefix has `start`."""
         for part in self.parts:
-            part.cache.begin_prefill(slot * part.variants, start, new_tokens, part.variants)
+            part.cache.begin_prefill(slot * part.branches, start, new_tokens, part.branches)
 
     def begin_step(self, rows: int, new_tokens: int) -> None:
         """The next forward runs `new_tokens` undecided tokens for each of the first `rows` slots."""
         for part in self.parts:
-            part.cache.begin_step(rows * part.variants, new_tokens)
+            part.cache.begin_step(rows * part.branches, new_tokens)
 
     def end_prefill(self, new_tokens: int) -> None:
-        """The tokens of the prefill belong to the prefix from now on."""
+        """Adds the tokens of the prefill to the prefix."""
         for part in self.parts:
             part.cache.end_prefill(new_tokens)
 
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens."""
         for part in self.parts:
-            part.cache.lengths[slot * part.variants : (slot + 1) * part.variants].fill_(length)
+            part.cache.lengths[slot * part.branches : (slot + 1) * part.branches].fill_(length)
 
     def commit(self, choice: torch.Tensor) -> None:
-        """Moves new token `choice[b]` [B] of each slot to its prefix's end, in every layer and variant."""
+        """Moves new token `choice[b]` [B] of each slot to its prefix's end, in every layer and branch."""
         for part in self.parts:
-            part.cache.commit(choice if part.variants == 1 else choice.repeat_interleave(part.variants))
+            part.cache.commit(choice if part.branches == 1 else choice.repeat_interleave(part.branches))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies one slot's prefix of `length` tokens over another's."""
         for part in self.parts:
-            for variant in range(part.variants):
-                part.cache.move(source * part.variants + variant, target * part.variants + variant, length)
+            for branch in range(part.branches):
+                part.cache.move(source * part.branches + branch, target * part.branches + branch, length)
 
     # ---- what transformers' blocks call ------------------------------------------------------------------------
 
-    def _holding(self, layer: int) -> CachePart:
+    def _part_of(self, layer: int) -> CachePart:
         return self.parts[0] if layer < self.fork else self.parts[-1]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PrefixCache.update`."""
-        part = self._holding(layer_idx)
+        part = self._part_of(layer_idx)
         return part.cache.update(key_states, value_states, layer_idx - part.first)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """As `PrefixCache.attend`."""
-        part = self._holding(layer)
+        part = self._part_of(layer)
         return part.cache.attend(layer - part.first, query, key, value, scale)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -311,7 +318,7 @@ class ForkedCache(Cache):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(0, 0): no mask is to be built, the op knows who sees whom."""
+        """(0, 0): no mask is needed, the op masks."""
         return 0, 0
 
     @property

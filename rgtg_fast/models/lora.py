@@ -1,4 +1,4 @@
-"""Rows of several adapters through a model's own modules in one forward, by hooks."""
+"""Several LoRA adapters in one forward of a model's own modules, by hooks."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Factors(NamedTuple):
     """The corrections of all adapters to linear layers that read one input.
 
     Attributes:
-        a: the first factors one below the other [Σ r, inner].
-        parts: of each linear layer, by adapter; None where an adapter leaves it alone.
+        a: [Σ r, inner], the first factors stacked.
+        parts: of each linear layer, by adapter; None where an adapter does not change it.
     """
 
     a: torch.Tensor
@@ -40,7 +40,7 @@ class Factors(NamedTuple):
     def of(
         cls, corrections: Sequence[Sequence[LowRank | None]], device: torch.device, dtype: torch.dtype
     ) -> Factors:
-        """The factors of corrections by linear layer and adapter, of which at least one is there."""
+        """The factors of corrections by linear layer and adapter, at least one of which exists."""
         first, a, parts = 0, [], []
         for pairs in corrections:
             own: list[Part | None] = []
@@ -58,22 +58,22 @@ class Factors(NamedTuple):
 class LowRankRows:
     """Hooks by which a model's forward runs each row under its own adapter, or under none.
 
-    From layer `fork` on, every row stands `variants` times next to each other: as it is, then once for each adapter.
-    Linear layers compute the product for all rows at once. So do the first factors of all adapters, once for all layers
-    that read the same input; what each adapter's rows get of it, times its second factor, is added to those rows of the
-    output in place. The factors have the model's dtype.
+    From layer `fork` on, every row is repeated `branches` times next to each other: as it is, then once for each
+    adapter. Linear layers compute the product for all rows at once. So do the first factors of all adapters, once for
+    all layers that read the same input; the part of each adapter's rows, times its second factor, is added to those
+    rows of the output in place. The factors have the model's dtype.
 
-    Outside of `interleaved` and `only` the model works as if there were no hooks; they go with this object. The
-    compiler traces through them.
+    Outside of `interleaved` and `only` the hooks do nothing; they are removed with this object. The compiler traces
+    through them.
 
     Args:
         model: the base model, whose weights stay as they are.
-        adapters: one for each variant after the first.
+        adapters: one for each branch after the first.
         fork: the first layer that any of them changes.
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter], fork: int):
-        self.variants = 1 + len(adapters)
+        self.branches = 1 + len(adapters)
         layers = decoder_layers(model)
         places = _places({where for adapter in adapters for where in adapter.low_rank})
         self._factors = [
@@ -84,13 +84,13 @@ class LowRankRows:
             )
             for number, names in places
         ]
-        # Of the forward that runs: its slots, and the variants of each next to each other. None outside of ours.
+        # Of the current forward: its slots and the branches of each, next to each other; empty outside of ours.
         self._slots = 0
         self._running: tuple[int, ...] = ()
-        # What its modules share: the last input of a place with its products, and repeated rows of what all layers get.
+        # Shared by its modules: the last input of a place with its products, and repeated arguments of all layers.
         self._products: tuple[int, torch.Tensor, torch.Tensor] | None = None
         self._repeats: list[tuple[torch.Tensor, torch.Tensor]] = []
-        # The model may outlive this object: its hooks must not keep the adapters alive.
+        # The model may live longer than this object: its hooks must not keep the adapters alive.
         me: weakref.ref[LowRankRows] = weakref.ref(self)
         handles = []
         for number, layer in enumerate(layers):
@@ -107,17 +107,17 @@ class LowRankRows:
 
     @contextmanager
     def interleaved(self, slots: int) -> Iterator[None]:
-        """The forward that follows has `slots` rows, which become slots · variants rows at the fork."""
-        self._slots, self._running = slots, tuple(range(self.variants))
+        """A context in which a forward has `slots` rows, which become slots · branches rows at the fork."""
+        self._slots, self._running = slots, tuple(range(self.branches))
         try:
             yield
         finally:
             self._end()
 
     @contextmanager
-    def only(self, variant: int) -> Iterator[None]:
-        """All rows of the forward that follows are of one variant."""
-        self._slots, self._running = 1, (variant,)
+    def only(self, branch: int) -> Iterator[None]:
+        """A context in which all rows of a forward are of one branch."""
+        self._slots, self._running = 1, (branch,)
         try:
             yield
         finally:
@@ -130,7 +130,7 @@ class LowRankRows:
         self, begins: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Repeats the rows where the fork begins, and the positions for every layer from there on."""
-        if len(self._running) < self.variants:
+        if len(self._running) < self.branches:
             return None
         kwargs = dict(kwargs)
         if begins and args:
@@ -155,20 +155,20 @@ class LowRankRows:
             known = self._products = (place, x, functional.linear(x, factors.a))
         sizes = (self._slots, len(self._running), -1)
         products, rows = known[2].view(*sizes, len(factors.a)), out.view(*sizes, out.shape[-1])
-        for number, variant in enumerate(self._running):
-            part = factors.parts[index][variant - 1] if variant else None
+        for number, branch in enumerate(self._running):
+            part = factors.parts[index][branch - 1] if branch else None
             if part is not None:
                 b = part.b.T.expand(self._slots, -1, -1)
                 _add_product(rows[:, number], products[:, number, :, part.first : part.last], b)
 
     def _repeated(self, rows: torch.Tensor) -> torch.Tensor:
-        """Every row `variants` times next to each other; what is the same for all rows stays as it is."""
+        """Every row `branches` times next to each other; a tensor that all rows share is returned as it is."""
         if rows.shape[0] != self._slots:
             return rows
-        return rows.unsqueeze(1).expand(-1, self.variants, *rows.shape[1:]).flatten(0, 1)
+        return rows.unsqueeze(1).expand(-1, self.branches, *rows.shape[1:]).flatten(0, 1)
 
     def _repeated_once(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same for what all layers are given."""
+        """The same for an argument of all layers."""
         for given, repeated in self._repeats:
             if given is rows:
                 return repeated
@@ -214,7 +214,7 @@ def _correct(
 def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
     """Adds x·y to `total`, all of them batches of matrices."""
     if torch.compiler.is_compiling():
-        # The compiler joins the sum with what reads it.
+        # The compiler fuses the sum with its reader.
         total += torch.bmm(x, y)
     else:
         total.baddbmm_(x, y)

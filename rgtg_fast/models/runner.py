@@ -2,186 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.models.attention import use_prefix_attention
-from rgtg_fast.models.cpp_layers import NativeLayers, linear
-from rgtg_fast.models.final_norm import FinalNorm
-from rgtg_fast.models.fused_projections import fuse_projections, refresh_products
-from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
+from rgtg_fast.models.cpp_layers import linear
+from rgtg_fast.models.device import to_device
+from rgtg_fast.models.fused_projections import fuse_projections
+from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache
+from rgtg_fast.models.layers import choose_layers
 from rgtg_fast.models.lora import LowRankRows
-from rgtg_fast.models.owner_changes import Watched
-from rgtg_fast.models.transfer import to_device
+from rgtg_fast.models.model_state import ModelSnapshot
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
 from rgtg_fast.ops import _extension
-
-ENGINES = ("auto", "native", "transformers")
-
-
-class Layers(Protocol):
-    """What runs a model's blocks over the forward that its cache has begun.
-
-    Attributes:
-        final_norm: the norm after the last block, None where it cannot be left out of a forward.
-    """
-
-    final_norm: FinalNorm | None
-
-    def compile(self, options: Mapping[str, Any] | None) -> None:
-        """Steps run as compiled code from now on, each shape compiled at its first use, with the compiler's options."""
-        ...
-
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
-    ) -> torch.Tensor:
-        """States [B · variants, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
-        ...
-
-    def refresh(self) -> None:
-        """Takes over what has been written into the model's weights."""
-        ...
-
-    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
-        """Forwards have a variant for each adapter from now on; `rows` hooks the same into the model's own modules."""
-        ...
-
-    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        """Logits [B, V] of hidden states [B, E]."""
-        ...
-
-
-class TransformersLayers:
-    """The model's own blocks, untouched, with our attention function."""
-
-    def __init__(self, model: PreTrainedModel):
-        use_prefix_attention(model)
-        self.trunk = model.base_model
-        self.final_norm = FinalNorm.of(self.trunk)
-        self._keyword = cache_keyword(type(self.trunk))
-        self._rows: LowRankRows | None = None
-        self._compiled: Callable[..., torch.Tensor] | None = None
-
-    def refresh(self) -> None:
-        refresh_products(self.trunk)
-
-    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
-        self._rows = rows
-
-    def compile(self, options: Mapping[str, Any] | None) -> None:
-        try:
-            # Sizes of a step are few and worth kernels of their own; the cache's may be any (`PrefixCache.reserve`).
-            self._compiled = torch.compile(_run, fullgraph=True, dynamic=False, options=dict(options or {}))
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise RGTGError(f"torch.compile refuses the options {dict(options or {})}: {reason}") from error
-        # The compiler joins the norm with its neighbours itself.
-        self.final_norm = None
-
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
-    ) -> torch.Tensor:
-        # Prompts have any length: compiling a prefill would cost more than it saves.
-        if self._compiled is None or cache.causal:
-            return _run(self.trunk, self._rows, ids, positions, cache, self._keyword)
-        # The compiler's own limit for one function is 8 sizes, those of all models in the process together.
-        config = torch._dynamo.config
-        with config.patch(recompile_limit=config.accumulated_recompile_limit):
-            return self._compiled(self.trunk, self._rows, ids, positions, cache, self._keyword)
-
-    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        return head(hidden.to(head.weight.dtype))
-
-
-def _run(
-    trunk: nn.Module,
-    rows: LowRankRows | None,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    cache: PrefixCache | ForkedCache,
-    keyword: str,
-) -> torch.Tensor:
-    with nullcontext() if rows is None else rows.interleaved(len(ids)):
-        out = trunk(
-            input_ids=ids,
-            position_ids=positions,
-            use_cache=True,
-            prefix_cache=cache,
-            **{keyword: cache},
-            **OUTPUTS,
-        )
-    return out.last_hidden_state
-
-
-class FusedLayers:
-    """The same blocks fused into one C++ call a pass (CPU, Llama-like families)."""
-
-    final_norm: FinalNorm | None = None
-
-    def __init__(self, model: PreTrainedModel):
-        self.native = NativeLayers(model.base_model)
-
-    def compile(self, options: Mapping[str, Any] | None) -> None:
-        raise RGTGError("compile=True and engine='native', which is compiled: use engine='transformers'")
-
-    def refresh(self) -> None:
-        self.native.refresh()
-
-    def adapt(self, adapters: Sequence[Adapter], rows: LowRankRows) -> None:
-        self.native.adapt(adapters)
-
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
-    ) -> torch.Tensor:
-        x = ids
-        for first, last, variants, part in cache.parts:
-            if variants > 1:
-                x, positions = x.repeat_interleave(variants, 0), positions.repeat_interleave(variants, 0)
-            keys, values, lengths = part.active
-            x = self.native.forward(
-                x,
-                positions,
-                keys,
-                values,
-                lengths,
-                part.k_new,
-                part.v_new,
-                causal=part.causal,
-                ancestors=part.ancestors,
-                first=first,
-                last=last,
-                variants=variants,
-            )
-        return x
-
-    def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        return self.native.logits(hidden, head.weight, head.bias)
-
-
-def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
-    """The engine that serves and the layers it runs; `"auto"` takes the native one where it can.
-
-    Raises:
-        RGTGError: an unknown engine, or `"native"` for a model that it cannot run (with the reason).
-    """
-    if not isinstance(engine, str) or engine not in ENGINES:
-        raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
-    if engine != "transformers":
-        reason = NativeLayers.supported(model.base_model)
-        if reason is None:
-            return "native", FusedLayers(model)
-        if engine == "native":
-            raise RGTGError(f"engine='native' cannot run {type(model).__name__}: {reason}; use engine='auto'")
-    return "transformers", TransformersLayers(model)
 
 
 @dataclass
@@ -199,8 +40,8 @@ class ModelRunner:
     Rows live in slots 0..n-1. `prefill` fills one slot's prefix, `step` runs S undecided tokens per row, `commit`
     appends the chosen one. Nothing is ever computed twice.
 
-    Guides whose weights are an adapter on this model share its forward (`attach`): from the first layer that an adapter
-    changes on, each row runs once more under that adapter.
+    A reward model that is an adapter on this model can share its forward (`attach`): from the first layer that an
+    adapter changes on, each row runs once more under that adapter.
 
     Args:
         model: a causal model with a head: `lm_head` (language model) or `score` (reward model).
@@ -209,20 +50,20 @@ class ModelRunner:
         limit: tokens that the model's context holds.
 
     Attributes:
-        shared_forward: whether a step runs the candidates themselves, because an attached guide scores them. The
-            state after the chosen one then gives the next token's logits, and no token is run again.
+        shared_forward: whether steps of this run execute the candidates themselves, because an attached adapter scores
+            them. The state after the chosen one then gives the next token's logits, and no token is run again.
+        prompt_contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached
+            adapters read the first alone.
         compiled: whether steps run compiled blocks.
-        contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached guides
-            look at the first alone.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear, engine: str, limit: int):
         self.model, self.head, self.limit = model, head, limit
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self.engine, self.layers = choose_layers(model, engine)
-        self._watched = Watched(model, head)
+        self._snapshot = ModelSnapshot(model, head)
         if self.engine == "native" or self.device.type != "cpu":
-            self._watched.pin()
+            self._snapshot.pin()
         config: Any = model.config.get_text_config()
         heads = config.num_attention_heads
         self.geometry = (
@@ -232,15 +73,15 @@ class ModelRunner:
         )
         self.counter = Counter()
         self.shared_forward = self.compiled = False
-        self.contexts = 1
+        self.prompt_contexts = 1
         self._adapters: list[Adapter] = []
         self.cache = self.new_cache(self.dtype)
         self._rows: LowRankRows | None = None
-        # States [B, variants, S, E] of the last step's tokens; with shared_forward, [slots, variants, E] of the newest.
+        # States [B, branches, S, E] of the last step's tokens; with shared_forward, [slots, branches, E] of the newest.
         self._stepped = self._states = self._newest = torch.empty(0)
-        # The host's copy of cache.lengths, so that nothing waits for the device.
+        # The host's copy of cache.lengths, so that the host never waits for the device.
         self._lengths: list[int] = []
-        # What each slot's prefix began with (`begin`), as long as it does.
+        # The prompt that each slot's prefix begins with (`begin`).
         self._prompts: list[Sequence[int]] = []
         self._encoded: list[int] = []
 
@@ -251,9 +92,9 @@ class ModelRunner:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in the cache, with all its variants."""
+        """Bytes that one token of one row takes in the cache, with all its branches."""
         layers, kv_heads, head_dim = self.geometry
-        stored = self.fork + (layers - self.fork) * self.variants
+        stored = self.fork + (layers - self.fork) * self.branches
         return PrefixCache.bytes_per_token(stored, kv_heads, head_dim, self.dtype)
 
     @property
@@ -262,12 +103,12 @@ class ModelRunner:
         config: Any = self.model.config.get_text_config()
         inner = int(getattr(config, "intermediate_size", None) or 4 * self.head.in_features)
         numbers = 4 * self.head.in_features + 2 * inner
-        return self.cache_bytes_per_token + numbers * self.variants * max(4, self.dtype.itemsize)
+        return self.cache_bytes_per_token + numbers * self.branches * max(4, self.dtype.itemsize)
 
-    # ---- guides that share the forward ------------------------------------------------------------------------------
+    # ---- adapters that share the forward ----------------------------------------------------------------------------
 
     @property
-    def variants(self) -> int:
+    def branches(self) -> int:
         """Rows of a slot above the fork: the model's own, and one for each attached adapter."""
         return 1 + len(self._adapters)
 
@@ -278,12 +119,11 @@ class ModelRunner:
         return min((fork for fork in forks if fork is not None), default=self.geometry[0])
 
     @torch.inference_mode()
-    def attach(self, adapter: Adapter, scores_candidates: bool) -> Attached:
-        """Lets a guide's adapter take part in every forward of this model from now on.
+    def attach(self, adapter: Adapter) -> Attached:
+        """Runs a reward model's adapter in every forward of this model from now on.
 
         Args:
             adapter: low-rank corrections on this model's weights. One without any (a head alone) costs no rows.
-            scores_candidates: whether the guide wants the state after each candidate, or that of the newest token.
 
         Raises:
             RGTGError: the adapter does not fit this model, or its cached forward differs from the uncached one.
@@ -291,27 +131,26 @@ class ModelRunner:
         reason = adapter.shape_mismatch(self.model)
         if reason is not None:
             raise RGTGError(f"{reason}: name an adapter of this model")
-        self.shared_forward = self.shared_forward or scores_candidates
         if adapter.fork is None:
             return Attached(self, 0)
         self._adapters.append(adapter)
         self._rows = LowRankRows(self.model, self._adapters, self.fork)
-        self._watched.pin()
-        self._watched.remember()
+        self._snapshot.pin()
+        self._snapshot.remember()
         self.layers.adapt(self._adapters, self._rows)
         self.cache = self.new_cache(self.dtype)
-        verify_variant(self, self.variants - 1, adapter.name)
-        return Attached(self, self.variants - 1)
+        verify_variant(self, self.branches - 1, adapter.name)
+        return Attached(self, self.branches - 1)
 
     def new_cache(self, dtype: torch.dtype) -> PrefixCache | ForkedCache:
         """An empty cache for the model's layers and the attached adapters'."""
-        if self.variants == 1:
+        if self.branches == 1:
             return PrefixCache(*self.geometry, dtype, self.device)
-        return ForkedCache(*self.geometry, dtype, self.device, self.fork, self.variants)
+        return ForkedCache(*self.geometry, dtype, self.device, self.fork, self.branches)
 
     @property
     def stepped(self) -> torch.Tensor:
-        """States [B, variants, S, E] of the last step's tokens."""
+        """States [B, branches, S, E] of the last step's tokens."""
         return self._stepped
 
     def next_logits(self, rows: int) -> torch.Tensor:
@@ -323,68 +162,84 @@ class ModelRunner:
         self._newest = newest
         return self.logits(newest[:, 0])
 
-    def newest(self, variant: int) -> torch.Tensor:
-        """States [B, E] under a variant, from which this step's next token is decided."""
-        return self._newest[:: self.contexts, variant]
+    def newest(self, branch: int) -> torch.Tensor:
+        """States [B, E] of a branch, from which this step's next token is decided."""
+        return self._newest[:: self.prompt_contexts, branch]
 
-    def candidates(self, variant: int) -> torch.Tensor:
-        """States [B, k, E] under a variant after each token of the last step."""
-        return self._stepped[:: self.contexts, variant]
+    def candidates(self, branch: int) -> torch.Tensor:
+        """States [B, K, E] of a branch after each token of the last step."""
+        return self._stepped[:: self.prompt_contexts, branch]
 
     # ---- a model that its owner changes -----------------------------------------------------------------------------
 
     def begin_run(self) -> None:
-        """Takes over what was written into the weights since the last run.
+        """Takes over changes of the weights since the last run.
 
         Raises:
-            RGTGError: the model was changed in another way, or its weights are no longer what a guide's adapter was
+            RGTGError: the model was changed in another way, or its weights are no longer those that an adapter was
                 attached to.
         """
-        change = self._watched.change()
+        change = self._snapshot.change()
         if change is not None:
             raise RGTGError(f"{self.name} was changed after it was loaded ({change}): make a new decoder")
         if self._adapters:
-            if self._watched.written():
+            if self._snapshot.written():
                 raise RGTGError(
                     f"the weights of {self.name} changed after {self._adapters[0].name} was attached to them: make a "
                     "new decoder with share_trunk=False, or train the adapter again"
                 )
         else:
-            self._watched.remember()
+            self._snapshot.remember()
         self.layers.refresh()
 
     def check_run(self) -> None:
-        """Between the steps of a run.
+        """Checks the model between the steps of a run.
 
         Raises:
             RGTGError: weights were written to since it began.
         """
-        if self._watched.written():
+        if self._snapshot.written():
             raise RGTGError(
                 f"the weights of {self.name} changed in the middle of a run: finish or drop an iterator first"
             )
 
     # ---- forwards ---------------------------------------------------------------------------------------------------
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Empties the cache and makes room for `slots` rows of `length` tokens."""
+    def reserve(
+        self,
+        slots: int,
+        length: int,
+        prompt_contexts: int = 1,
+        shared_forward: bool = False,
+        counter: Counter | None = None,
+    ) -> None:
+        """Begins a run: empties the cache and allocates what it needs; buffers that are large enough are kept.
+
+        Args:
+            slots: rows of the cache, all contexts of all prompts.
+            length: tokens that a row may reach.
+            prompt_contexts: rows for each prompt.
+            shared_forward: whether steps execute candidates that an attached adapter scores.
+            counter: counts this run's forwards and tokens; a new one by default.
+        """
+        self.prompt_contexts, self.shared_forward = prompt_contexts, shared_forward
         self.cache.reserve(slots, length)
         self._lengths = [0] * slots
         self._prompts, self._encoded = [()] * slots, [0] * slots
-        self.counter = Counter()
+        self.counter = Counter() if counter is None else counter
         if self.shared_forward:
             width = self.head.in_features
             dtype = torch.float32 if self.engine == "native" else self.dtype
-            if len(self._states) < slots or self._states.shape[1] != self.variants:
-                self._states = torch.zeros(slots, self.variants, width, dtype=dtype, device=self.device)
+            if len(self._states) < slots or self._states.shape[1] != self.branches:
+                self._states = torch.zeros(slots, self.branches, width, dtype=dtype, device=self.device)
 
     def begin(self, slot: int, ids: Sequence[int]) -> None:
-        """A slot's prefix is a prompt from now on.
+        """Makes a prompt the prefix of a slot.
 
-        Samples of one prompt are encoded once: what another slot's prefix began with is copied from there, and
-        what this one's began with stays.
+        Samples of one prompt are encoded once: a prompt that another slot's prefix begins with is copied from there,
+        and one that this slot's begins with stays.
         """
-        source = self._holding(ids)
+        source = self._slot_with(ids)
         if source is None:
             self.roll_back(slot, 0)
             self.prefill(slot, ids)
@@ -398,11 +253,11 @@ class ModelRunner:
         self._encoded[slot] = len(ids) if source is None else 0
 
     def encoded(self, slot: int) -> int:
-        """Tokens that the last `begin` of a slot ran: its prompt's, or 0 where they were found in the cache."""
+        """Tokens that the last `begin` of a slot computed: its prompt's, or 0 where they were in the cache."""
         return self._encoded[slot]
 
-    def _holding(self, ids: Sequence[int]) -> int | None:
-        """A slot whose prefix began with a prompt; with shared_forward one that still stands at its last token."""
+    def _slot_with(self, ids: Sequence[int]) -> int | None:
+        """A slot whose prefix begins with a prompt; with shared_forward one that has no token after it."""
         slots = [slot for slot, prompt in enumerate(self._prompts) if ids and prompt == ids]
         return next(
             (slot for slot in slots if not self.shared_forward or self._lengths[slot] == len(ids)), None
@@ -471,7 +326,7 @@ class ModelRunner:
         self._lengths = list(lengths)
 
     def compile(self, options: Mapping[str, Any] | None = None) -> None:
-        """Steps run the blocks as compiled code from now on.
+        """Compiles the blocks for steps.
 
         Args:
             options: torch.compile's.
@@ -483,7 +338,7 @@ class ModelRunner:
         self.compiled = True
 
     def fuse_projections(self) -> None:
-        """Linear layers that read the same input run as one product from now on (`rgtg_fast.models.fused_projections`).
+        """Fuses linear layers that read the same input into one product (`rgtg_fast.models.fused_projections`).
 
         Raises:
             RGTGError: the engine is native.
@@ -493,10 +348,10 @@ class ModelRunner:
                 "fuse_projections=True and engine='native', which needs no such thing: use engine='transformers'"
             )
         fuse_projections(self.model.base_model)
-        self._watched.pin()
+        self._snapshot.pin()
 
     def step_state(self) -> list[torch.Tensor]:
-        """What a step changes besides keys and values: lengths, and with shared_forward the newest states."""
+        """Tensors that a step changes besides keys and values: lengths, and with shared_forward the newest states."""
         return [*(part.cache.lengths for part in self.cache.parts), self._states]
 
     def buffers(self) -> list[torch.Tensor]:
@@ -523,9 +378,9 @@ class ModelRunner:
     def verify(self) -> None:
         """Compares a few cached steps with the model's own uncached forward, once at load time.
 
-        What a family does beyond its blocks (scaled or capped logits, an unknown kind of attention) would otherwise
-        go unnoticed and change every result. A difference is told from a half precision's rounding by the same
-        comparison in float32.
+        A computation of a family beyond its blocks (scaled or capped logits, an unknown kind of attention) would
+        otherwise go unnoticed and change every result. In half precision the same comparison in float32 tells a
+        difference from rounding.
 
         Raises:
             RGTGError: the two differ by more than the dtype's rounding.
@@ -538,40 +393,41 @@ class ModelRunner:
         weight: Any = self.model.get_input_embeddings().weight
         return int(weight.shape[0])
 
-    def hidden_uncached(self, ids: Sequence[int], variant: int = 0) -> torch.Tensor:
-        """States [T, E] of a whole text by the model's own uncached forward, under an attached adapter where named."""
+    def hidden_uncached(self, ids: Sequence[int], branch: int = 0) -> torch.Tensor:
+        """States [T, E] of a whole text by the model's own uncached forward; `branch` as in `newest`."""
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
-        with nullcontext() if self._rows is None else self._rows.only(variant):
+        with nullcontext() if self._rows is None else self._rows.only(branch):
             out = self.model.base_model(input_ids=tokens, use_cache=False, **OUTPUTS)
         return out.last_hidden_state[0]
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A guide's place in a forward that it shares.
+    """An adapter's part in the base model's forward.
 
     Attributes:
-        backbone: the base model. variant: which rows are the guide's, 0 where they are the base model's own.
+        runner: the base model.
+        branch: which rows are the adapter's, 0 where they are the base model's own.
     """
 
     runner: ModelRunner
-    variant: int
+    branch: int
 
     def encoded(self, row: int) -> int:
         """Prompt tokens that a row's own context cost when it was admitted."""
-        return self.runner.encoded(row * self.runner.contexts)
+        return self.runner.encoded(row * self.runner.prompt_contexts)
 
     def newest(self) -> torch.Tensor:
-        """States [B, E] of each row's newest token under the guide's adapter, for the step that has begun."""
-        return self.runner.newest(self.variant)
+        """States [B, E] of each row's newest token under the adapter, for the step that has begun."""
+        return self.runner.newest(self.branch)
 
     def candidates(self) -> torch.Tensor:
-        """States [B, k, E] after each candidate of this step under the guide's adapter."""
-        return self.runner.candidates(self.variant)
+        """States [B, K, E] after each candidate of this step under the adapter."""
+        return self.runner.candidates(self.branch)
 
     def hidden_uncached(self, ids: Sequence[int]) -> torch.Tensor:
-        """States [T, E] of a whole text under the guide's adapter."""
-        return self.runner.hidden_uncached(ids, self.variant)
+        """States [T, E] of a whole text under the adapter."""
+        return self.runner.hidden_uncached(ids, self.branch)
 
 
 def scores_of(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:

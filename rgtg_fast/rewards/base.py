@@ -1,4 +1,4 @@
-"""The protocol between the decoder and a guide."""
+"""The interface between the decoder and a reward."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rgtg_fast.deprecation import RenamedAttribute, warn_renamed
 from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
@@ -21,12 +22,13 @@ from rgtg_fast.ops import resample
 
 @dataclass
 class Prefix:
-    """A row as a guide sees it: the prompt and the answer tokens decided so far.
+    """A row as a reward sees it: the prompt and the answer tokens decided so far.
 
     Attributes:
-        prompt: as the user gave it. prompt_ids: its token ids under the base model.
+        prompt: as the user gave it.
+        prompt_ids: its token ids under the base model.
         answer: ids of the answer tokens decided so far; grows while the row is decoded.
-        weights: what this request gives the guides of a mixture, None for the mixture's own.
+        weights: this request's weights of a mixture's rewards, None for the mixture's own.
     """
 
     prompt: Prompt
@@ -40,36 +42,49 @@ class Prefix:
         return self.prompt_ids + self.answer
 
 
+# Members of users' subclasses that were renamed: old -> new.
+_RENAMED = {
+    "wide": "scores_vocabulary",
+    "contexts": "prompt_contexts",
+    "observe": "begin_step",
+    "choose": "sample",
+}
+
+
 class Reward(ABC):
-    """What guides a decoder: r(x, y_<i ∘ v) for candidate tokens v.
+    """The reward r(x, y_<i ∘ v) of candidate tokens v.
 
-    A guide is bound once to a base model. Then, for each call of the decoder: `reserve` once, `admit` for every row
-    that enters a slot, and per step `begin_step`, `guidance` (wide guides), `score` for the candidates, then `commit`.
-    `move` follows a row to another slot. Rows occupy the slots 0..n-1.
+    A reward is bound once to a base model. Then, for each call of the decoder: `reserve` once, `admit` for every row
+    that enters a slot, and per step `begin_step`, `guidance` (where `scores_vocabulary`), `score` for the candidates,
+    then `commit`. `move` follows a row to another slot. Rows occupy the slots 0..n-1.
 
-    A guide that is given to a second decoder works there as a copy (`for_decoder`), which shares nothing but settings
+    A reward that is given to a second decoder works there as a copy (`for_decoder`), which shares nothing but settings
     and loaded models.
 
     Attributes:
         bound_to: the base model of the last `bind`, None before it.
 
     Class attributes:
-        wide: True where a step's rewards of the whole vocabulary are known at once, so that the support may be
-            "combined" or "all": such a guide also has `guidance`.
-        contexts: rows that the guide adds to the base model's batch for each prompt (contrastive prompts: 2).
+        scores_vocabulary: True where a step's rewards of the whole vocabulary are known at once, so that the support
+            may be "combined" or "all": such a reward also has `guidance`.
+        prompt_contexts: rows that the reward adds to the base model's batch for each prompt (contrastive prompts: 2).
         additive: True where the reward of an answer is the sum over its tokens (a log-ratio of the whole answer), False
             where it is that of its last prefix.
-        parts: guides that a mixture adds up and `Guidance(weights=...)` may weigh, 0 for anything else.
+        parts: rewards that a mixture adds up and `Guidance(weights=...)` may weigh, 0 for anything else.
         on_device: True where a step (`begin_step`, `guidance`, `score`, `commit`) reads nothing on the host, neither a
             tensor nor a row's answer: then steps may run ahead of the host and be captured into a CUDA graph.
+        gives_rewards: False for `NoReward` alone.
     """
 
     on_device = False
-    wide = False
-    contexts = 0
+    scores_vocabulary = False
+    prompt_contexts = 0
     additive = False
     parts = 0
+    gives_rewards = True
     bound_to: LanguageModel | None = None
+    wide = RenamedAttribute("scores_vocabulary")
+    contexts = RenamedAttribute("prompt_contexts")
     # The decoder that uses it.
     _user: Callable[[], object] | None = None
 
@@ -78,6 +93,11 @@ class Reward(ABC):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
+        for old, new in _RENAMED.items():
+            if old in vars(cls):
+                warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=4)
+                setattr(cls, new, vars(cls)[old])
+                delattr(cls, old)
         if "bind" in vars(cls):
             cls.bind = _noting(cls.bind)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -85,86 +105,93 @@ class Reward(ABC):
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        """Loads what the guide needs for this base model and checks that the two fit.
+        """Loads the reward's model for this base model and checks that the two fit.
 
         Args:
-            dtype: of the guide's model; None for the base model's, or a loaded model's own.
-            engine, max_length: as in `RewardGuidedDecoder.from_pretrained`.
+            lm: the base model.
+            dtype: of the reward's model; None for the base model's, or a loaded model's own.
+            engine: as in `RewardGuidedDecoder.from_pretrained`.
+            max_length: as in `RewardGuidedDecoder.from_pretrained`.
         """
 
     def for_decoder(self) -> Reward:
-        """This guide where no decoder uses it, else a copy to be bound anew.
+        """This reward where no decoder uses it, else a copy to be bound anew.
 
-        A subclass of somebody else's is never copied, since its state is not known: decoders take turns with it.
+        A user's subclass is never copied, since its state is not known: decoders take turns with it.
         """
         free = self._user is None or self._user() is None
         return self if free or not type(self).__module__.startswith("rgtg_fast.") else self._copy()
 
     def _copy(self) -> Reward:
-        """Another guide with the same settings, bound to nothing."""
+        """Another reward with the same settings, bound to nothing."""
         made = copy.copy(self)
         made.counter, made.bound_to, made._user = Counter(), None, None
         return made
 
     def used_by(self, decoder: object) -> None:
-        """Notes the decoder that uses the guide, for as long as that exists."""
+        """Notes the decoder that uses the reward, for as long as that exists."""
         self._user = weakref.ref(decoder)
 
     def stateful(self) -> list[Reward]:
-        """The guide and those that it is made of: what holds the rows of a run."""
+        """The reward and those that it is made of: the objects that hold the rows of a run."""
         return [self]
 
     def loaded(self) -> list[object]:
-        """Models and tokenizers that other guides and decoders may use too."""
+        """Models and tokenizers that other rewards and decoders may use too."""
         return [runner.model for runner in self.models()]
 
     @property
     def name(self) -> str:
-        """What `describe()` and the tables call this guide."""
+        """Its name in `describe()` and tables."""
         return type(self).__name__
 
     @property
     def limit(self) -> int | None:
-        """Tokens that the guide's context holds, None where it has none of its own."""
+        """Tokens that its model's context holds, None where it has no model."""
         return None
 
     @property
     def engine(self) -> str | None:
-        """The engine that runs the guide's model, None where it has none."""
+        """The engine that executes its model, None where it has none."""
         return None
 
     @property
     def trunk(self) -> str | None:
-        """In words: which weights run the guide, the base model's or its own; None where it has no model."""
+        """In words: whose weights compute it, the base model's or its own; None where it has no model."""
         return None
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in the guide's own cache."""
+        """Bytes that one token of one row takes in its own cache."""
         return 0
 
     def cache_bytes(self) -> int:
-        """Bytes of the guide's own cache."""
+        """Bytes of its own cache."""
         return 0
 
+    @property
+    def shared_forward(self) -> bool:
+        """Whether the base model's own forward executes the candidates, for an adapter that scores them there."""
+        return False
+
     def models(self) -> list[ModelRunner]:
-        """The guide's own models; not the base model where it shares that one's forward."""
+        """Models of its own; not the base model where it shares that one's forward."""
         return []
 
     def step_state(self) -> list[torch.Tensor]:
-        """Tensors of the guide's own that a step reads or changes, at the addresses that a captured step will use."""
+        """Its own tensors that a step reads or changes, at the addresses that a captured step will use."""
         return []
 
     def counters(self) -> list[Counter]:
-        """What a step counts."""
+        """Counters that a step changes."""
         return [self.counter]
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
-        """The prompt's token ids in each context the guide keeps: first its `contexts` of the base's, then its own."""
+        """The prompt's token ids in each context: first the base model's `prompt_contexts`, then its own model's."""
         return []
 
     def reserve(self, slots: int, length: int) -> None:
-        """Makes room for `slots` rows of `length` tokens and zeroes the counter."""
+        """Begins a run: allocates memory for `slots` rows of `length` tokens and zeroes the counter."""
         self.counter = Counter()
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
@@ -174,22 +201,26 @@ class Reward(ABC):
         """The row in slot `source` moves to slot `target`."""
 
     def begin_step(self, context_logits: torch.Tensor) -> None:
-        """A step begins for slots 0..B-1: the base model's logits [B, contexts, V] in the guide's own contexts."""
+        """A step begins for slots 0..B-1.
+
+        Args:
+            context_logits: [B, prompt_contexts, V], the base model's logits in the reward's contexts.
+        """
 
     def guidance(self) -> torch.Tensor:
-        """Rewards [B, V] of every token in this step, any floating dtype; wide guides only."""
+        """Rewards [B, V] of every token in this step, any floating dtype; only where `scores_vocabulary`."""
         raise TypeError(f"{type(self).__name__} scores candidates, not the whole vocabulary")
 
     @abstractmethod
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
-        """Rewards [B, k] of candidate tokens [B, k] in slots 0..B-1."""
+        """Rewards [B, K] of candidate tokens [B, K] in slots 0..B-1."""
 
     @property
     def fused(self) -> bool:
-        """Whether `choose` does in one launch what `score` and `resample` do in several."""
+        """Whether `sample` does in one launch what `score` and `resample` do in several: then steps call it instead."""
         return False
 
-    def choose(
+    def sample(
         self,
         candidates: torch.Tensor,
         logprobs: torch.Tensor,
@@ -198,12 +229,24 @@ class Reward(ABC):
         seed: torch.Tensor,
         position: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rewards [B, k] of candidates [B, k], then choice and log-probability [B] as `resample` gives them."""
+        """Scores candidates and draws one of them.
+
+        Args:
+            candidates: [B, K] int64.
+            logprobs: [B, K], their log-probabilities under the base model.
+            beta: [B] float32, as all that follow an argument of `rgtg_fast.ops.resample`.
+            temperature: [B] float32.
+            seed: [B] int64.
+            position: [B] int64.
+
+        Returns:
+            Rewards [B, K], the choice [B] and its log-probability after guidance [B].
+        """
         rewards = self.score(candidates).to(logprobs.dtype)
         return rewards, *resample(logprobs, rewards, beta, temperature, seed, position)
 
     def commit(self, choice: torch.Tensor) -> None:
-        """Candidate `choice[b]` [B] has become row b's next token; -1: the row has ended and stands still."""
+        """Candidate `choice[b]` [B] has become row b's next token; -1: the row has ended and does not change."""
 
     def answer_reward(self, rewards: Sequence[float]) -> float:
         """The reward of a whole answer from its tokens' rewards: their sum or the last prefix's."""
@@ -211,7 +254,7 @@ class Reward(ABC):
 
     @property
     def appends(self) -> bool:
-        """Whether the guide's prefix can grow by several tokens at once and be cut back (`append`, `roll_back`)."""
+        """Whether its prefixes can grow by several tokens at once and be cut back (`append`, `roll_back`)."""
         return False
 
     def append(self, slot: int, tokens: Sequence[int]) -> list[float]:
@@ -224,12 +267,15 @@ class Reward(ABC):
 
     @abstractmethod
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        """What decoding y gives its tokens, i = 1..n: the reward of each prefix y_{1:i}, or each token's own where the
-        guide is `additive`."""
+        """Rewards of a given answer's tokens, as decoding it gives them.
+
+        Returns:
+            For i = 1..n the reward of the prefix y_{1:i}, or that of token i alone where the reward is `additive`.
+        """
 
 
 def _noting(bind: Callable[..., None]) -> Callable[..., None]:
-    """`bind`, which also notes the base model."""
+    """`bind` that also notes the base model."""
 
     @functools.wraps(bind)
     def noted(self: Reward, lm: LanguageModel, **settings: Any) -> None:
@@ -239,17 +285,46 @@ def _noting(bind: Callable[..., None]) -> Callable[..., None]:
     return noted
 
 
+class NoReward(Reward):
+    """Rewards of zero for every token: a decoder that was given no reward."""
+
+    on_device = True
+    scores_vocabulary = True
+    gives_rewards = False
+
+    def bind(
+        self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
+    ) -> None:
+        """Needs nothing."""
+
+    def begin_step(self, context_logits: torch.Tensor) -> None:
+        self._like = context_logits
+
+    def guidance(self) -> torch.Tensor:
+        rows, _, vocabulary = self._like.shape
+        return self._like.new_zeros(rows, vocabulary)
+
+    def score(self, candidates: torch.Tensor) -> torch.Tensor:
+        return self._like.new_zeros(candidates.shape)
+
+    def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
+        return [0.0] * len(answer)
+
+
 def as_rewards(
     given: Any, shape: tuple[int, ...], device: torch.device, name: str, asked: str
 ) -> torch.Tensor:
-    """What a user's function returned, as rewards in at least float32.
+    """The result of a user's function as rewards in at least float32.
 
     Args:
-        given: a tensor on any device, an array, or nested sequences of numbers. shape: that it must have.
-        name, asked: the guide and what it was asked to score, for messages.
+        given: a tensor on any device, an array, or nested sequences of numbers.
+        shape: the required one.
+        device: where the rewards are needed.
+        name: of the reward, for messages.
+        asked: what the function was asked to score, for messages.
 
     Raises:
-        RGTGError: something else, or another shape.
+        RGTGError: no array of numbers, or another shape.
     """
     try:
         if isinstance(given, (list, tuple)) and any(isinstance(row, torch.Tensor) for row in given):
@@ -264,3 +339,14 @@ def as_rewards(
     if rewards.shape != shape:
         raise RGTGError(f"{name} returned shape {tuple(rewards.shape)} for {asked}: return one reward each")
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def as_score(rewards: Any, reward: Reward) -> torch.Tensor:
+    """What `score` or `guidance` of a reward has returned.
+
+    Raises:
+        RGTGError: it is no tensor.
+    """
+    if not isinstance(rewards, torch.Tensor):
+        raise RGTGError(f"{reward.name} gave {shown(rewards)}: score must return a tensor [B, k]")
+    return rewards

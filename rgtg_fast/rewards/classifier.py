@@ -1,4 +1,4 @@
-"""A sequence classifier's reward of whole texts: each the one that the model gives it alone, whatever pads a batch."""
+"""A sequence classifier's rewards of whole texts, each as the model gives it alone, whatever pads a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.runner import Counter
 
-# Two texts of different lengths, by which padding is seen to change nothing.
+# Two texts of different lengths, to verify that padding changes nothing.
 _PROBES = (
     "Yes.",
     "Human: Is 1,234.5 °C hot?\n\nAssistant: It is more than any oven reaches, so do not touch it.",
@@ -28,12 +28,14 @@ Tokens = dict[str, list[int]]
 class Classifier:
     """Rewards of texts under a sequence classifier with one label.
 
-    Padding is put on the right, by the attention mask, whatever the tokenizer and the configuration say of it. A causal
-    model with a `score` head is read at a text's last token. Any other model pools as it does itself; where a padded
-    batch changes what it says of a text, texts go through it one by one.
+    Texts are padded on the right and masked, whatever the tokenizer and the configuration say. A causal model with a
+    `score` head is read at a text's last token. Any other model pools by itself; where a padded batch changes its
+    rewards, texts are evaluated one by one.
 
     Args:
-        model, tokenizer: the classifier. title: its name in errors.
+        model: the classifier.
+        tokenizer: the classifier's.
+        title: its name in errors.
         max_length: tokens that a text keeps, its end; None for as many as the model has positions.
 
     Raises:
@@ -44,7 +46,7 @@ class Classifier:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, title: str, max_length: int | None
     ):
         self.model, self.title = model, title
-        # The caller's own tokenizer stays as it is.
+        # The caller's tokenizer is not changed.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
         self.max_length = self._checked(max_length, usable_positions(model))
@@ -54,20 +56,22 @@ class Classifier:
         self._types = self._reads_types()
         self._cut = self._together = True
         self._verify()
-        self._cut = False  # whether a text was cut and that was said; of the probes it is not
+        self._cut = False  # whether the warning about a cut text was given; the probes give none
 
     def encode(self, texts: Sequence[str], seconds: Sequence[str] | None, special: bool) -> list[Tokens]:
-        """Token ids of texts, without padding; of a long one its end, which is said once.
+        """Token ids of texts, without padding; the end of a text that is too long, with one warning.
 
         Args:
-            seconds: second texts of pairs. special: with the special tokens of the tokenizer.
+            texts: to encode.
+            seconds: second texts of pairs.
+            special: whether to add the tokenizer's special tokens.
         """
         encoded = self._tokenize(texts, seconds, special)
         found = []
         for i in range(len(texts)):
             tokens = {name: list(values[i]) for name, values in encoded.items()}
             if self.max_length is not None and len(tokens["input_ids"]) > self.max_length:
-                self._say_cut(len(tokens["input_ids"]))
+                self._warn_cut(len(tokens["input_ids"]))
                 tokens = self._end_of(texts[i], None if seconds is None else seconds[i], special, tokens)
             found.append(self._checked_tokens(tokens))
         return found
@@ -76,6 +80,7 @@ class Classifier:
         """Rewards [N] float32 of encoded texts.
 
         Args:
+            rows: from `encode`.
             counter: counts forwards and tokens.
         """
         parts = [rows] if self._together else [[row] for row in rows]
@@ -111,7 +116,7 @@ class Classifier:
         return logits.squeeze(-1).float()
 
     def _padded(self, rows: Sequence[Tokens]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What the model takes, padded on the right, and the place of each text's last token [N]."""
+        """The model's arguments, padded on the right, and the index of each text's last token [N]."""
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         width = int(lengths.max())
         arguments = {"attention_mask": (torch.arange(width) < lengths.unsqueeze(-1)).long()}
@@ -124,7 +129,7 @@ class Classifier:
 
     @torch.inference_mode()
     def _verify(self) -> None:
-        """Sees whether a padded batch reads as its texts do alone, which for a `score` head must be so."""
+        """Compares a padded batch with its texts alone; with a `score` head the two must agree."""
         rows = [self._plain_probe(row) for row in self.encode(_PROBES, None, special=True)]
         head, self._head = self._head, None
         alone = torch.cat([self._forward([row]) for row in rows])
@@ -133,10 +138,10 @@ class Classifier:
             together = self._forward(rows)
         except RGTGError:
             together = torch.full_like(alone, torch.nan)
-        # Rounding depends on the shape of a batch: how far it may reach, relative to what the model says.
+        # Rounding depends on the shape of a batch: the tolerance is relative to the rewards.
         eps = max(torch.finfo(self.model.dtype).eps, torch.finfo(torch.float32).eps)
         off = float((together - alone).abs().max() / alone.abs().max().clamp_min(0.1))
-        # An encoder-decoder pools at the last end of text, of which all texts of a batch need equally many.
+        # An encoder-decoder pools at the last end-of-sequence token and needs equally many in all texts of a batch.
         self._together = off <= min(1024 * eps, 0.25) and not self.model.config.is_encoder_decoder
         if self._head is not None:
             self._together = True
@@ -159,18 +164,18 @@ class Classifier:
     def _embeddings(self) -> int:
         try:
             table: Any = self.model.get_input_embeddings()
-        except NotImplementedError:  # a model of characters, which has no table
+        except NotImplementedError:  # a model of characters has no table
             return sys.maxsize
         return int(table.weight.shape[0])
 
     def _padding_id(self) -> int:
-        """Any token that the model embeds: the attention mask says that it is none of the text."""
+        """A token that the model embeds; the attention mask hides it."""
         config = self.model.config.get_text_config()
         given = self.tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
         return next((int(i) for i in cast("Any", given) if i is not None and 0 <= i < self._embeddings), 0)
 
     def _reads_types(self) -> bool:
-        """Whether the model tells the two texts of a pair apart by token types."""
+        """Whether the model distinguishes the two texts of a pair by token types."""
         if self._head is not None or "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             return False
         return getattr(self.model.config.get_text_config(), "type_vocab_size", 2) > 1
@@ -193,7 +198,7 @@ class Classifier:
         return {name: encoded[name] for name in names if name in encoded}
 
     def _end_of(self, text: str, second: str | None, special: bool, tokens: Tokens) -> Tokens:
-        """A long text without its beginning, but with the special tokens that frame it."""
+        """A long text without its beginning, but with the special tokens around it."""
         assert self.max_length is not None
         if special:
             seconds = None if second is None else [second]
@@ -235,7 +240,7 @@ class Classifier:
             )
         return given
 
-    def _say_cut(self, length: int) -> None:
+    def _warn_cut(self, length: int) -> None:
         if not self._cut:
             self._cut = True
             warnings.warn(
@@ -254,7 +259,7 @@ def usable_positions(model: PreTrainedModel) -> int | None:
         if isinstance(module, nn.Embedding) and (
             last == "wpe" or ("position" in last and "relative" not in name)
         ):
-            # RoBERTa and its kin count positions from behind the padding's.
+            # RoBERTa and similar models count positions from after the padding's.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - max(unused, int(getattr(module, "offset", 0))))
     return min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)

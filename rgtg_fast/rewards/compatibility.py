@@ -1,4 +1,4 @@
-"""How a guide's model and prompts fit the base model: one tokenizer, one prompt format, one trunk or two."""
+"""Whether a reward model fits the base model: its tokenizer, its prompt format, and whether it can share a forward."""
 
 from __future__ import annotations
 
@@ -8,43 +8,32 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
-from rgtg_fast.models.prompts import Prompt, check_known, text_ids
-from rgtg_fast.models.runner import ModelRunner
+from rgtg_fast.models.prompts import text_ids
 
 # Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
 
 
-def guide_ids(
-    prompt: Prompt,
-    base: PreTrainedTokenizerBase | None,
-    own: PreTrainedTokenizerBase | None,
-    chat_template: str | None,
-    model: ModelRunner,
-) -> list[int]:
-    """A prompt's token ids in a guide's own format.
-
-    Args:
-        base, own: the base model's tokenizer and the guide's. chat_template: given for the guide; where neither it nor
-            the guide's tokenizer has one, a chat reads as it does under the base model. model: the guide's.
-
-    Raises:
-        RGTGError: a prompt that the tokenizer or its template does not take, or a token that the model does not know.
-    """
-    if prompt.messages is not None and (own is None or not (chat_template or own.chat_template)):
-        own = base
-    ids = prompt.ids(own or base, chat_template)
-    check_known(ids, model.embeddings, f"prompt {prompt.index} for the reward model")
-    return ids
+def unbound(reward: str) -> RGTGError:
+    """The error of a reward that is used before a decoder has bound it."""
+    return RGTGError(
+        f"this {reward} belongs to no decoder yet: pass it to RewardGuidedDecoder.from_pretrained"
+    )
 
 
 def place_adapter(
     adapter: Adapter, lm: LanguageModel, chat_template: str | None, share_trunk: bool | None
 ) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """An adapter's tokenizer, and in words why it does not run in the base model's own forward; None where it does.
+    """Decides whether an adapter is executed in the base model's own forward.
 
     Args:
-        chat_template, share_trunk: as in `SequenceReward`.
+        adapter: of a reward model.
+        lm: the base model.
+        chat_template: as in `SequenceReward`.
+        share_trunk: as in `SequenceReward`.
+
+    Returns:
+        The adapter's tokenizer, and in words why it is not executed there; None where it is.
 
     Raises:
         RGTGError: another tokenizer, or `share_trunk=True` where it cannot be.
@@ -70,10 +59,13 @@ def other_prompts(
     chat_template: str | None,
     name: str,
 ) -> str | None:
-    """Why a prompt reads differently under a guide than under the base model, None where it does not.
+    """Why a prompt has other token ids under a reward model than under the base model, None where it has the same.
 
     Args:
-        base, own: their tokenizers. chat_template: given for the guide. name: of the guide.
+        base: the base model's tokenizer.
+        own: the reward model's.
+        chat_template: given for the reward model.
+        name: of the reward model.
     """
     if base is None or own is None:
         return None if chat_template is None else f"{name} has a chat template and the base model none"

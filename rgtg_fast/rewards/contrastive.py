@@ -1,4 +1,4 @@
-"""Contrastive prompts: the base model under a better and a worse instruction guides itself."""
+"""Contrastive prompts: the base model under a better instruction against itself under a worse one."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ class ContrastiveReward(Reward):
     answer's reward is the sum over its tokens: the log-ratio of the whole answer.
 
     Args:
-        better, worse: the two instructions. In a chat they replace the system message; before a plain text they
-            stand as a paragraph of their own.
+        better: the first instruction. In a chat it replaces the system message; before a plain text it is a paragraph
+            of its own.
+        worse: the second, in the same place.
     """
 
     on_device = True
-    wide = True
-    contexts = 2
+    scores_vocabulary = True
+    prompt_contexts = 2
     additive = True
 
     def __init__(self, better: str = BETTER, worse: str = WORSE):
@@ -65,7 +66,7 @@ class ContrastiveReward(Reward):
         return [self._under(prompt, self.better), self._under(prompt, self.worse)]
 
     def begin_step(self, context_logits: torch.Tensor) -> None:
-        # The one-pass top-k also knows the log-sum-exp: no vocabulary-sized tensor is written.
+        # The one-pass top-k also computes the log-sum-exp: no vocabulary-sized tensor is written.
         flat = context_logits.flatten(0, 1)
         logprob, top, _ = topk_logprobs(flat, 1)
         self._logits = context_logits
@@ -76,7 +77,7 @@ class ContrastiveReward(Reward):
         return logprobs[:, 0] - logprobs[:, 1]
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
-        at = candidates.unsqueeze(1).expand(-1, self.contexts, -1)
+        at = candidates.unsqueeze(1).expand(-1, self.prompt_contexts, -1)
         logprobs = self._logits.gather(-1, at) - self._log_sum_exp
         return logprobs[:, 0] - logprobs[:, 1]
 
@@ -103,7 +104,7 @@ class ContrastiveReward(Reward):
                 return Prompt(changed, prompt.index).ids(tokenizer)
             except RGTGError as error:
                 raise RGTGError(
-                    f"{error}; ContrastiveReward gives its instructions as system messages: use another guide, or none"
+                    f"{error}; ContrastiveReward gives its instructions as system messages: use another reward, or none"
                 ) from error
         paragraph = f"{instruction}\n\n"
         if isinstance(prompt.given, str):

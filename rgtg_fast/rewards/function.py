@@ -1,4 +1,4 @@
-"""Any Python function as a guide."""
+"""Any Python function as a reward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FunctionReward(Reward):
 
     Args:
         function: called once a step with `prefix_ids`, a list of B int64 tensors [T_b] (prompt and answer so far
-            under the base model), and `candidate_ids` [B, k] int64; returns [B, k] rewards (a tensor or nested
+            under the base model), and `candidate_ids` [B, K] int64; returns [B, K] rewards (a tensor or nested
             sequence). A row's rewards must depend on its own prefix and candidates alone.
 
     Example:
@@ -65,14 +65,14 @@ class FunctionReward(Reward):
         self.counter.calls += 1
         self.counter.tokens += candidates.numel()
         prefixes = [torch.tensor(row.ids, dtype=torch.int64, device=self._device) for row in rows]
-        # A copy: what the function does to its arguments in place is nobody else's.
+        # A copy, since the function may write into its arguments.
         rewards = self.function(prefixes, candidates.clone())
         shape = tuple(candidates.shape)
         return as_rewards(rewards, shape, self._device, self.name, f"candidates of shape {shape}")
 
 
 def check_function(function: object) -> None:
-    """Refuses what is no function of prefixes and candidates, though some of it can be called.
+    """Refuses objects that are no function of prefixes and candidates, callable ones among them.
 
     Raises:
         RGTGError: saying what to pass instead.

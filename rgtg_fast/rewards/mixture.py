@@ -1,4 +1,4 @@
-"""A weighted sum of guides."""
+"""A weighted sum of rewards."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import torch
 
 from rgtg_fast.config import as_weights
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.device import to_device
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.models.runner import Counter, ModelRunner
-from rgtg_fast.models.transfer import to_device
 from rgtg_fast.rewards.base import Prefix, Reward
 
 
 class MixtureReward(Reward):
-    """g(v) = Σ_j w_j · g_j(v): several guides at once, with weights that may differ between the requests of a batch.
+    """g(v) = Σ_j w_j · g_j(v): several rewards at once, with weights that may differ between the requests of a batch.
 
-    Any guides mix. The support may be "combined" or "all" where all of them know the whole vocabulary at once. A step
-    costs the sum of its guides' costs. The reward of a whole answer is the sum over its tokens where that is so
-    for every guide, else that of the last token.
+    Any rewards mix. The support may be "combined" or "all" where all of them score the whole vocabulary at once. A step
+    costs the sum of their costs. The reward of a whole answer is the sum over its tokens where all of them are
+    additive, else that of the last token.
 
     Args:
-        rewards: the guides, each an object of its own.
-        weights: one finite number per guide, 1 each by default. `Guidance(weights=...)` replaces them for one request.
+        rewards: the reward objects, no two the same.
+        weights: one finite number per reward, 1 each by default. `Guidance(weights=...)` replaces them for one request.
 
     Raises:
-        RGTGError: no guide, the same one twice, a mixture inside a mixture, or weights that do not fit; at binding:
-            guides over other vocabularies than the base model's.
+        RGTGError: no reward, the same one twice, a mixture inside a mixture, or weights that do not fit; at binding:
+            rewards over other vocabularies than the base model's.
 
     Example:
         >>> from rgtg_fast import ContrastiveReward, FunctionReward
@@ -41,7 +41,7 @@ class MixtureReward(Reward):
         super().__init__()
         self.rewards = list(rewards)
         if not self.rewards:
-            raise RGTGError("a mixture of no guides: pass at least one reward object")
+            raise RGTGError("a mixture of no rewards: pass at least one reward object")
         for reward in self.rewards:
             if not isinstance(reward, Reward):
                 raise RGTGError(
@@ -49,18 +49,18 @@ class MixtureReward(Reward):
                 )
             if isinstance(reward, MixtureReward):
                 raise RGTGError(
-                    "a mixture inside a mixture: list its guides in the outer one, weights multiplied"
+                    "a mixture inside a mixture: list its rewards in the outer one, weights multiplied"
                 )
         if len({id(reward) for reward in self.rewards}) < len(self.rewards):
-            raise RGTGError("a mixture has the same guide twice: add the two weights instead")
-        # In a list of its own, which the copies for other decoders share: setting weights sets those of all.
+            raise RGTGError("a mixture has the same reward twice: add the two weights instead")
+        # In a list that the copies for other decoders share: setting the weights sets those of all.
         self._weights: list[tuple[float, ...]] = []
         self.weights = [1.0] * len(self.rewards) if weights is None else weights
         self.parts = len(self.rewards)
         self.on_device = all(reward.on_device for reward in self.rewards)
-        self.wide = all(reward.wide for reward in self.rewards)
+        self.scores_vocabulary = all(reward.scores_vocabulary for reward in self.rewards)
         self.additive = all(reward.additive for reward in self.rewards)
-        self.contexts = sum(reward.contexts for reward in self.rewards)
+        self.prompt_contexts = sum(reward.prompt_contexts for reward in self.rewards)
         self._by_slot = torch.empty(0)  # [slots, J]
         self._owned: list[int] = []
 
@@ -74,14 +74,14 @@ class MixtureReward(Reward):
         checked = as_weights(weights)
         if len(checked) != len(self.rewards):
             raise RGTGError(
-                f"{len(checked)} weights for {len(self.rewards)} guides: pass one weight per guide"
+                f"{len(checked)} weights for {len(self.rewards)} rewards: pass one weight per reward"
             )
         self._weights[:] = [checked]
 
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        # A guide of this mixture may also guide a decoder alone, or be part of another mixture.
+        # A part of this mixture may also be used by a decoder alone, or belong to another mixture.
         self.rewards = [reward.for_decoder() for reward in self.rewards]
         for reward in self.rewards:
             reward.bind(lm, dtype=dtype, engine=engine, max_length=max_length)
@@ -112,6 +112,10 @@ class MixtureReward(Reward):
     def cache_bytes(self) -> int:
         return sum(reward.cache_bytes() for reward in self.rewards)
 
+    @property
+    def shared_forward(self) -> bool:
+        return any(reward.shared_forward for reward in self.rewards)
+
     def models(self) -> list[ModelRunner]:
         return [model for reward in self.rewards for model in reward.models()]
 
@@ -134,11 +138,13 @@ class MixtureReward(Reward):
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
         encoded = [reward.encode(prompt) for reward in self.rewards]
-        # How many contexts a guide keeps is the same for every prompt.
-        self._owned = [len(ids) - reward.contexts for reward, ids in zip(self.rewards, encoded, strict=True)]
+        # How many contexts a reward keeps is the same for every prompt.
+        self._owned = [
+            len(ids) - reward.prompt_contexts for reward, ids in zip(self.rewards, encoded, strict=True)
+        ]
         pairs = list(zip(self.rewards, encoded, strict=True))
-        shared = [ids for reward, own in pairs for ids in own[: reward.contexts]]
-        return shared + [ids for reward, own in pairs for ids in own[reward.contexts :]]
+        shared = [ids for reward, own in pairs for ids in own[: reward.prompt_contexts]]
+        return shared + [ids for reward, own in pairs for ids in own[reward.prompt_contexts :]]
 
     def reserve(self, slots: int, length: int) -> None:
         super().reserve(slots, length)
@@ -150,10 +156,10 @@ class MixtureReward(Reward):
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         weights = self.weights if prefix.weights is None else prefix.weights
         self._by_slot[slot] = to_device(weights, self._by_slot.dtype, self._by_slot.device)
-        shared, own = encoded[: self.contexts], encoded[self.contexts :]
+        shared, own = encoded[: self.prompt_contexts], encoded[self.prompt_contexts :]
         for reward, count in zip(self.rewards, self._owned, strict=True):
-            reward.admit(slot, prefix, shared[: reward.contexts] + own[:count])
-            shared, own = shared[reward.contexts :], own[count:]
+            reward.admit(slot, prefix, shared[: reward.prompt_contexts] + own[:count])
+            shared, own = shared[reward.prompt_contexts :], own[count:]
         self._count()
 
     def move(self, source: int, target: int) -> None:
@@ -162,12 +168,12 @@ class MixtureReward(Reward):
             reward.move(source, target)
 
     def begin_step(self, context_logits: torch.Tensor) -> None:
-        sizes = [reward.contexts for reward in self.rewards]
+        sizes = [reward.prompt_contexts for reward in self.rewards]
         for reward, own in zip(self.rewards, context_logits.split(sizes, dim=1), strict=True):
             reward.begin_step(own)
 
     def guidance(self) -> torch.Tensor:
-        if not self.wide:
+        if not self.scores_vocabulary:
             return super().guidance()
         return self._sum([reward.guidance() for reward in self.rewards])
 
@@ -182,7 +188,7 @@ class MixtureReward(Reward):
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
         weights = self.weights if prefix.weights is None else prefix.weights
         rewards = [reward.score_answer(prefix, answer) for reward in self.rewards]
-        # A weight of 0 takes a guide out, whatever it says.
+        # A weight of 0 takes a reward out, infinities and NaN included.
         terms = [(w, values) for w, values in zip(weights, rewards, strict=True) if w != 0]
         return [sum(w * values[i] for w, values in terms) for i in range(len(answer))]
 
@@ -197,7 +203,7 @@ class MixtureReward(Reward):
         return total
 
     def _count(self) -> None:
-        """The guides' counters, added up."""
+        """Adds up the counters of the parts."""
         counters = [reward.counter for reward in self.rewards]
         total = self.counter
         total.calls = sum(c.calls for c in counters)

@@ -1,4 +1,4 @@
-"""Guides by name: `farma:PATH`, `genarm:PATH`, `mixture:0.7*pargs:PATH+0.3*contrastive` ..."""
+"""Rewards by name: `farma:PATH`, `genarm:PATH`, `mixture:0.7*pargs:PATH+0.3*contrastive` ..."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import re
 from collections.abc import Callable
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.rewards.autoregressive import AutoregressiveReward
 from rgtg_fast.rewards.base import Reward
 from rgtg_fast.rewards.contrastive import ContrastiveReward
-from rgtg_fast.rewards.log_ratio import LogRatioReward
 from rgtg_fast.rewards.mixture import MixtureReward
-from rgtg_fast.rewards.rad import RADReward
-from rgtg_fast.rewards.sequence import SequenceReward
+from rgtg_fast.rewards.sequence import RADReward, SequenceReward
 from rgtg_fast.rewards.text import TextReward
-from rgtg_fast.rewards.vocabulary import VocabularyReward
+from rgtg_fast.rewards.vocabulary import AutoregressiveReward, LogRatioReward, VocabularyReward
 
 CONTRASTIVE = "contrastive"
 _TERM = re.compile(r"\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)
@@ -28,7 +25,7 @@ def _log_ratio(paths: str) -> Reward:
 
 
 def _mixture(terms: str) -> Reward:
-    guides, weights = [], []
+    rewards, weights = [], []
     # A plus sign begins a term only where a weight and an asterisk follow: paths may contain it.
     for term in re.split(r"\+(?=\s*[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?\s*\*)", terms):
         match = _TERM.fullmatch(term)
@@ -37,11 +34,11 @@ def _mixture(terms: str) -> Reward:
                 f"{term!r} is no term of a mixture: use mixture:0.7*pargs:PATH+0.3*contrastive, a weight for each"
             )
         weights.append(float(match[1]))
-        guides.append(named_guide(match[2]))
-    return MixtureReward(guides, weights)
+        rewards.append(named_guide(match[2]))
+    return MixtureReward(rewards, weights)
 
 
-# What stands before the colon, and the guide that it makes of what stands behind.
+# The word before the colon, and what makes a reward of the rest.
 PREFIXES: dict[str, Callable[[str], Reward]] = {
     "pargs": SequenceReward,
     "args": SequenceReward,
@@ -57,7 +54,7 @@ PREFIXES: dict[str, Callable[[str], Reward]] = {
 
 
 def named_guide(name: str) -> Reward:
-    """The guide that a name on the command line or in `from_pretrained(reward=...)` means.
+    """The reward that a name on the command line or in `from_pretrained(reward=...)` means.
 
     Args:
         name: `contrastive`; a method's prefix, a colon and what it needs (`farma:PATH`, `eft:TUNED,UNTUNED`,

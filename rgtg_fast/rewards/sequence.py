@@ -1,12 +1,12 @@
-"""A causal reward model with a scalar head: PARGS and ARGS."""
+"""A causal reward model with a scalar head: PARGS, ARGS and RAD."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.bundled import resolve
 from rgtg_fast.errors import RGTGError
@@ -19,17 +19,18 @@ from rgtg_fast.models.loading import (
     reward_runner,
 )
 from rgtg_fast.models.prompts import Prompt
-from rgtg_fast.models.runner import Attached, Counter, ModelRunner, scores_of
+from rgtg_fast.models.runner import ModelRunner, scores_of
 from rgtg_fast.ops import score_and_sample
 from rgtg_fast.rewards.base import Prefix, Reward
-from rgtg_fast.rewards.compatibility import check_same_tokenizer, guide_ids, place_adapter
+from rgtg_fast.rewards.compatibility import check_same_tokenizer, place_adapter, unbound
+from rgtg_fast.rewards.runtime import OwnModel, RewardRuntime, SharedForward
 
 
 class SequenceReward(Reward):
     """r(x, y_<i ∘ v): a causal model's scalar head at the candidate's own position, the candidate being the last token.
 
     PARGS (arXiv 2406.07780) with a model trained on partial sequences, ARGS (arXiv 2402.01694) with one trained on
-    full sequences: the same call. A step costs one forward of B·k tokens over one shared prefix cache. Where the reward
+    full sequences: the same call. A step costs one forward of B·K tokens over one shared prefix cache. Where the reward
     model is an adapter on the base model itself, that forward is the base model's too: one forward a token for both.
 
     Args:
@@ -58,149 +59,125 @@ class SequenceReward(Reward):
         share_trunk: bool | None = None,
     ):
         super().__init__()
-        self.source = model
-        self.chat_template = chat_template
-        self.share_trunk = share_trunk
-        self.runner: ModelRunner | None = None
-        self._attached: Attached | None = None
-        self._head: torch.nn.Linear | None = None
-        self._title = ""
-        self._trunk: str | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._lm: LanguageModel | None = None
+        self.source, self.chat_template, self.share_trunk = model, chat_template, share_trunk
+        self._bound: RewardRuntime | None = None
 
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        self._lm, self.runner, self._attached = lm, None, None
-        adapter = self._adapter()
-        if adapter is not None:
-            head = adapter.reward_head()
-            self._tokenizer, why = place_adapter(adapter, lm, self.chat_template, self.share_trunk)
+        self._bound = None
+        source: Any = resolve(self.source) if isinstance(self.source, str) else self.source
+        if not isinstance(source, (Adapter, tuple)) and is_adapter(source):
+            source = Adapter.load(source)
+        if isinstance(source, Adapter):
+            head = source.reward_head()
+            tokenizer, why = place_adapter(source, lm, self.chat_template, self.share_trunk)
             if why is None:
-                self._share(adapter, head)
+                self._bound = self._shared(source, head, lm, tokenizer)
                 return
-            model, _ = adapter_model(adapter, (lm.runner.model, lm.tokenizer), dtype)
-            self._trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
+            model, _ = adapter_model(source, (lm.runner.model, lm.tokenizer), dtype)
+            trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
                 f"share_trunk=True and {self.source!r} is no adapter folder: only an adapter shares the base model"
             )
         else:
-            source = resolve(self.source) if isinstance(self.source, str) else self.source
-            assert not isinstance(source, Adapter)
-            model, self._tokenizer = load_sequence_classifier(source, lm.runner.model, dtype)
-            check_same_tokenizer(lm.tokenizer, self._tokenizer, lm.runner.name, model.config._name_or_path)
-            self._trunk = "a model of its own"
-        self.runner = reward_runner(model, engine, max_length)
-        self._title = self.runner.name
-        embeddings = self.runner.embeddings
+            model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype)
+            check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
+            trunk = "a model of its own"
+        runner = reward_runner(model, engine, max_length)
+        self._bound = OwnModel(runner, lm, tokenizer, self.chat_template, trunk)
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)
-        if embeddings < used:
+        if runner.embeddings < used:
             raise RGTGError(
-                f"the reward model {self.name} embeds {embeddings} tokens and the base model uses {used}: "
+                f"the reward model {self.name} embeds {runner.embeddings} tokens and the base model uses {used}: "
                 "use a reward model with the same vocabulary, or TextReward(...)"
             )
-        lm.vocabulary = min(lm.vocabulary, embeddings)
+        lm.vocabulary = min(lm.vocabulary, runner.embeddings)
 
-    def _adapter(self) -> Adapter | None:
-        """The adapter that `model` names or is, None where it is a whole model."""
-        if isinstance(self.source, Adapter):
-            return self.source
-        source = resolve(self.source) if isinstance(self.source, str) else self.source
-        return Adapter.load(source) if not isinstance(source, tuple) and is_adapter(source) else None
-
-    def _share(self, adapter: Adapter, head: torch.nn.Linear) -> None:
-        assert self._lm is not None
-        runner = self._lm.runner
-        self._attached = runner.attach(adapter, scores_candidates=True)
-        self._head = head.to(runner.device, torch.promote_types(runner.dtype, torch.float32))
-        self._title = adapter.name
-        rows = (
-            f"rows of its own from layer {adapter.fork} on"
-            if adapter.fork is not None
-            else "no rows of its own"
-        )
-        self._trunk = f"the base model's, {rows}"
+    def _shared(
+        self, adapter: Adapter, head: torch.nn.Linear, lm: LanguageModel, tokenizer: Any
+    ) -> SharedForward:
+        rows = "no rows of its own"
+        if adapter.fork is not None:
+            rows = f"rows of its own from layer {adapter.fork} on"
+        head = head.to(lm.runner.device, torch.promote_types(lm.runner.dtype, torch.float32))
+        return SharedForward(lm, adapter, head, tokenizer, f"the base model's, {rows}")
 
     @property
-    def _bound(self) -> ModelRunner:
-        if self._lm is None:
-            raise RGTGError(
-                "this SequenceReward belongs to no decoder yet: pass it to RewardGuidedDecoder.from_pretrained"
-            )
-        return self.runner or self._lm.runner
+    def _runtime(self) -> RewardRuntime:
+        if self._bound is None:
+            raise unbound("SequenceReward")
+        return self._bound
+
+    @property
+    def runner(self) -> ModelRunner | None:
+        """The model of its own, None where the base model's forward executes it or it is not bound."""
+        return next(iter(self.models()), None)
 
     @property
     def name(self) -> str:
-        return f"SequenceReward({self._title or self._bound.name})"
+        return f"SequenceReward({self._runtime.name})"
 
     @property
     def trunk(self) -> str | None:
-        return self._trunk
+        return None if self._bound is None else self._bound.trunk
 
     @property
     def limit(self) -> int | None:
-        return self._bound.limit
+        return self._runtime.runner.limit
 
     @property
     def engine(self) -> str | None:
-        return self._bound.engine
+        return self._runtime.runner.engine
+
+    @property
+    def shared_forward(self) -> bool:
+        return self._runtime.shared
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return 0 if self.runner is None else self.runner.cache_bytes_per_token
+        return sum(model.cache_bytes_per_token for model in self.models())
 
     def cache_bytes(self) -> int:
-        return 0 if self.runner is None else self.runner.cache.nbytes()
+        return sum(model.cache.nbytes() for model in self.models())
 
     def models(self) -> list[ModelRunner]:
-        return [] if self.runner is None else [self.runner]
+        return [] if self._bound is None else self._bound.models()
 
     def loaded(self) -> list[object]:
-        return [*super().loaded(), *([] if self._tokenizer is None else [self._tokenizer])]
+        tokenizer = None if self._bound is None else self._bound.tokenizer
+        return [*super().loaded(), *([] if tokenizer is None else [tokenizer])]
+
+    def _copy(self) -> Reward:
+        made: Any = super()._copy()
+        made._bound = None
+        return made
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
-        assert self._lm is not None
-        if self._attached is not None:
-            return []
-        assert self.runner is not None
-        return [guide_ids(prompt, self._lm.tokenizer, self._tokenizer, self.chat_template, self.runner)]
+        return self._runtime.encode(prompt)
 
     def reserve(self, slots: int, length: int) -> None:
-        self.counter = Counter()
-        if self.runner is not None:
-            self.runner.reserve(slots, length)
-            self.counter = self.runner.counter
-
-    # The decoder itself moves and commits the rows of the base model's forward, a sharing guide's among them.
+        super().reserve(slots, length)
+        self._runtime.reserve(slots, length, self.counter)
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
-        if self.runner is not None:
-            self.runner.begin(slot, encoded[0])
-        elif self._attached is not None and self._attached.variant:
-            self.counter.prompt_tokens += self._attached.encoded(slot)
+        self._runtime.admit(slot, encoded)
 
     def move(self, source: int, target: int) -> None:
-        if self.runner is not None:
-            self.runner.move(source, target)
+        self._runtime.move(source, target)
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
-        if self.runner is not None:
-            return self.runner.scores(self.runner.step(candidates))
-        assert self._attached is not None
-        assert self._head is not None
-        if self._attached.variant:
-            self.counter.tokens += candidates.numel()
-        return scores_of(self._attached.candidates(), self._head)
+        runtime = self._runtime
+        return scores_of(runtime.candidate_states(candidates), runtime.head)
 
     @property
     def fused(self) -> bool:
-        # On a CPU the native engine norms within its one call.
-        runner = self.runner
-        return runner is not None and runner.device.type == "cuda" and runner.layers.final_norm is not None
+        # On a CPU the native engine computes the final norm within its one call.
+        runtime = self._runtime
+        return runtime.final_norm is not None and runtime.runner.device.type == "cuda"
 
-    def choose(
+    def sample(
         self,
         candidates: torch.Tensor,
         logprobs: torch.Tensor,
@@ -209,17 +186,14 @@ class SequenceReward(Reward):
         seed: torch.Tensor,
         position: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        runner = self.runner
-        norm = None if runner is None else runner.layers.final_norm
-        if runner is None or norm is None:
-            return super().choose(candidates, logprobs, beta, temperature, seed, position)
-        hidden = runner.step(candidates, normed=False)
-        head, bias = runner.head.weight[0].detach(), runner.head.bias
+        norm, head = self._runtime.final_norm, self._runtime.head
+        if norm is None:
+            return super().sample(candidates, logprobs, beta, temperature, seed, position)
         return score_and_sample(
-            hidden,
+            self._runtime.candidate_states(candidates, normed=False),
             norm.weight,
-            head,
-            None if bias is None else bias.detach(),
+            head.weight[0].detach(),
+            None if head.bias is None else head.bias.detach(),
             logprobs,
             beta,
             temperature,
@@ -230,25 +204,62 @@ class SequenceReward(Reward):
         )
 
     def commit(self, choice: torch.Tensor) -> None:
-        if self.runner is not None:
-            self.runner.commit(choice)
+        self._runtime.commit(choice)
 
     @property
     def appends(self) -> bool:
-        return self.runner is not None
+        return not self._runtime.shared
 
     def append(self, slot: int, tokens: Sequence[int]) -> list[float]:
-        return self._bound.scores(self._bound.prefill(slot, tokens)).tolist()
+        runner = self._runtime.runner
+        return runner.scores(runner.prefill(slot, tokens)).tolist()
 
     def roll_back(self, slot: int, count: int) -> None:
-        self._bound.roll_back(slot, self._bound.length(slot) - count)
+        runner = self._runtime.runner
+        runner.roll_back(slot, runner.length(slot) - count)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        if self.runner is not None:
-            prompt_ids = self.encode(prefix.prompt)[0]
-            hidden = self.runner.hidden_uncached([*prompt_ids, *answer])
-            return self.runner.scores(hidden[len(prompt_ids) :]).tolist()
-        assert self._attached is not None
-        assert self._head is not None
-        hidden = self._attached.hidden_uncached([*prefix.prompt_ids, *answer])
-        return scores_of(hidden[len(prefix.prompt_ids) :], self._head).tolist()
+        states, prompt = self._runtime.states(prefix, answer)
+        return scores_of(states[prompt:], self._runtime.head).tolist()
+
+
+class RADReward(SequenceReward):
+    """g(v) = clamp(r(x, y_<i ∘ v), 0, 1), or 1 − that where the model scores what is unwanted.
+
+    RAD (arXiv 2310.09520): a unidirectional reward model trained to give every prefix the final reward, and the top k
+    as support. Costs what a `SequenceReward` costs.
+
+    Args:
+        model: as in `SequenceReward`.
+        invert: rewards texts with a low score (of toxicity, for instance): 1 − clamp(r, 0, 1).
+        settings: further arguments of `SequenceReward`.
+
+    Example:
+        >>> RADReward("path-or-hub-id", invert=True).invert
+        True
+    """
+
+    def __init__(self, model: Any | ModelAndTokenizer, *, invert: bool = False, **settings: Any):
+        super().__init__(model, **settings)
+        self.invert = invert
+
+    @property
+    def name(self) -> str:
+        return super().name.replace("SequenceReward", "RADReward", 1)
+
+    @property
+    def fused(self) -> bool:
+        return False  # the reward is clamped before the draw
+
+    def score(self, candidates: torch.Tensor) -> torch.Tensor:
+        return self._clamped(super().score(candidates))
+
+    def append(self, slot: int, tokens: Sequence[int]) -> list[float]:
+        return self._clamped(torch.tensor(super().append(slot, tokens), dtype=torch.float64)).tolist()
+
+    def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
+        return self._clamped(torch.tensor(super().score_answer(prefix, answer), dtype=torch.float64)).tolist()
+
+    def _clamped(self, rewards: torch.Tensor) -> torch.Tensor:
+        clamped = rewards.clamp(0, 1)
+        return 1 - clamped if self.invert else clamped

@@ -23,19 +23,20 @@ TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
 class TextReward(Reward):
-    """Rewards of re-tokenised texts: the slow path, one batched forward over B·k whole texts a step, no cache.
+    """Rewards of re-tokenised texts: the slow path, one batched forward over B·K whole texts a step, no cache.
 
     Text is not re-tokenised as a prefix of itself, so nothing can be kept between steps. Use `SequenceReward` for
     any causal reward model over the base model's tokenizer.
 
     Args:
         model: path or hub id of a sequence classifier with one label (DeBERTa-like encoders too), a
-            (model, tokenizer) pair, or a function f(prompts, answers) -> rewards over lists of B·k strings.
+            (model, tokenizer) pair, or a function f(prompts, answers) -> rewards over lists of B·K strings.
         template: how prompt and answer become one text, with `{prompt}` and `{answer}`; without it a chat goes through
             the reward model's own chat template where it has one, and everything else becomes the text pair
             (prompt, answer) of its tokenizer.
-        batch_size: texts per forward. max_length: tokens per text, by default as many as the reward model has
-            positions. Longer texts lose their beginning (of a pair, the longer text does), which a warning says once.
+        batch_size: texts per forward.
+        max_length: tokens per text, by default as many as the reward model has positions. Longer texts lose their
+            beginning (of a pair, the longer text does), which a warning says once.
 
     A causal model is read at a text's last token, whatever padding its tokenizer and configuration name; an encoder
     pools as it does alone.
@@ -88,7 +89,7 @@ class TextReward(Reward):
         return f"TextReward({self._model.config._name_or_path or type(self._model).__name__})"
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
-        # A chat that this guide cannot read is refused before anything is decoded.
+        # A chat that cannot be read is refused before anything is decoded.
         if prompt.messages is not None:
             tokenizer = None if self._classifier is None else self._classifier.tokenizer
             if tokenizer is not None and self._by_chat_template(tokenizer, prompt):

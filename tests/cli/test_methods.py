@@ -70,7 +70,7 @@ def test_every_strategy_has_its_page_and_its_class(strategy: methods.Strategy) -
 
 
 @pytest.mark.parametrize(
-    "strategy", ["best_of_n:n=3", "segment:target=1,longest=5", "blockwise:k=2,length=3"]
+    "strategy", ["best_of_n:n=3", "segment:target=1,max_tokens=5", "blockwise:k=2,length=3"]
 )
 def test_strategies(
     run: Callable, lm: str, rm: str, strategy: str, prompts_file: Callable, tmp_path: Path

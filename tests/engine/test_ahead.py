@@ -25,11 +25,12 @@ from rgtg_fast import (
     SequenceReward,
     VocabularyReward,
 )
-from rgtg_fast import decoder as decoder_module
+from rgtg_fast.engine import scheduler as scheduler_module
 from rgtg_fast.engine.batch import Batch
 from rgtg_fast.engine.graphs import StepGraphs, Tensors, bucket
-from rgtg_fast.models import runner as backbone_module
-from rgtg_fast.models import transfer
+from rgtg_fast.engine.step import DecodeStep
+from rgtg_fast.models import device as device_module
+from rgtg_fast.models import runner as runner_module
 from rgtg_fast.rewards import mixture as mixture_module
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.covering import daily
@@ -99,9 +100,9 @@ class EagerRecorder:
         outputs = step(frozen, trace)
 
         def replay() -> Tensors:
-            guide = self.decoder.reward
-            models = [self.decoder.lm.runner, *(guide.models() if guide else [])]
-            counters = [self.decoder.lm.runner.counter, *(guide.counters() if guide else [])]
+            scheduler = self.decoder._scheduler
+            models, reward = scheduler.models(), scheduler.reward
+            counters = [self.decoder.lm.runner.counter, *reward.counters()]
             lengths, counts = [m.lengths for m in models], [(c.calls, c.tokens) for c in counters]
             for output, new in zip(outputs, step(frozen, trace), strict=True):
                 output.copy_(new)
@@ -116,8 +117,9 @@ class EagerRecorder:
 
 def recorded(decoder: RewardGuidedDecoder) -> StepGraphs:
     """Makes a decoder on the CPU replay recorded steps, one ahead of the host, as one on CUDA does."""
-    graphs = StepGraphs(decoder._graphed_step, decoder.lm.runner, decoder.reward, EagerRecorder(decoder))
-    decoder._graphs, decoder.ahead = graphs, 1
+    scheduler = decoder._scheduler
+    graphs = StepGraphs(scheduler.execute, decoder.lm.runner, scheduler.reward, EagerRecorder(decoder))
+    scheduler.graphs, decoder.max_in_flight = graphs, 1
     return graphs
 
 
@@ -132,11 +134,11 @@ def as_numbers(rows: Any) -> list[Any]:
 def guard(monkeypatch: pytest.MonkeyPatch) -> Guard:
     """Allows what a GPU copies without the host: the decisions to it, and prompts from it."""
     guard = Guard()
-    monkeypatch.setattr(transfer.AsyncCopy, "__init__", guard.allowed(transfer.AsyncCopy.__init__))
-    monkeypatch.setattr(decoder_module, "unpacked", guard.allowed(decoder_module.unpacked))
-    monkeypatch.setattr(decoder_module, "write_trace", guard.allowed(decoder_module.write_trace))
-    for module in (decoder_module, backbone_module, mixture_module):
-        monkeypatch.setattr(module, "to_device", guard.allowed(transfer.to_device))
+    monkeypatch.setattr(device_module.AsyncCopy, "__init__", guard.allowed(device_module.AsyncCopy.__init__))
+    monkeypatch.setattr(scheduler_module, "decisions_of", guard.allowed(scheduler_module.decisions_of))
+    monkeypatch.setattr(scheduler_module, "write_trace", guard.allowed(scheduler_module.write_trace))
+    for module in (scheduler_module, runner_module, mixture_module):
+        monkeypatch.setattr(module, "to_device", guard.allowed(device_module.to_device))
     return guard
 
 
@@ -144,7 +146,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Guard:
 def test_the_host_reads_nothing_but_decisions(guide: str, support: str, trace: bool, guard: Guard) -> None:
     """Rows of several k end, leave and are replaced under the guard."""
     decoder = make_decoder(guide)
-    decoder.ahead = 1
+    decoder.max_in_flight = 1
     prompts = prompts_of(6)
     guidance = [Guidance(3 + i % 2, 1.0, 0.9, support=support) for i in range(6)]
     want = decoder.generate(prompts, 6, guidance, seed=list(range(6)), trace=trace)
@@ -160,7 +162,7 @@ def test_an_adapter_reads_nothing_either(shares: bool, guard: Guard, tmp_path: P
     decoder = RewardGuidedDecoder.from_pretrained(
         (model, TOKENIZER), guide, max_batch=2, engine="transformers"
     )
-    decoder.ahead = 1
+    decoder.max_in_flight = 1
     want = decoder.generate(prompts_of(4), 6, SAMPLED, seed=[1, 2, 3, 4])
     with guard.watched():
         got = decoder.generate(prompts_of(4), 6, SAMPLED, seed=[1, 2, 3, 4])
@@ -190,7 +192,7 @@ def test_a_function_reads_and_so_waits_for_no_step(guard: Guard) -> None:
     decoder = RewardGuidedDecoder.from_pretrained(
         (make_lm(), TOKENIZER), FunctionReward(lambda prefixes, candidates: torch.tensor(candidates.tolist()))
     )
-    decoder.ahead = 1
+    decoder.max_in_flight = 1
     with pytest.raises(HostReadError), guard.watched():
         decoder.generate(prompts_of(1), 3, GREEDY)
 
@@ -209,7 +211,7 @@ def test_the_rows_are_those_of_a_host_that_keeps_up(
     guidance = [Guidance(3 + i % 3, 1.0, temperature, support=support) for i in range(7)]
     want = make_decoder(guide, engine=engine).generate(prompts, 9, guidance, seeds)
     late = make_decoder(guide, engine=engine)
-    late.ahead = 1
+    late.max_in_flight = 1
     replayed = make_decoder(guide, engine=engine)
     graphs = recorded(replayed)
     assert {row.finish_reason for row in want} == {"eos", "length"}
@@ -233,7 +235,7 @@ def test_stop_strings_and_streams(graphed: bool) -> None:
     stop = " ".join(text.split()[3:5])
     decoder = make_decoder("sequence")
     decoder.lm.runner.model.generation_config.eos_token_id = []
-    decoder.ahead = 1
+    decoder.max_in_flight = 1
     if graphed:
         recorded(decoder)
     for stops in (None, stop):
@@ -265,7 +267,7 @@ def test_no_step_is_run_that_no_row_wants() -> None:
     decoder = make_decoder("sequence")
     decoder.lm.runner.model.generation_config.eos_token_id = []
     want = decoder.generate(prompts_of(3), 5, GREEDY).stats
-    decoder.ahead = 1
+    decoder.max_in_flight = 1
     got = decoder.generate(prompts_of(3), 5, GREEDY).stats
     assert (got.steps, got.lm_calls, got.lm_tokens, got.reward_tokens) == (
         want.steps,
@@ -287,7 +289,7 @@ def test_a_nan_reward_is_seen_one_step_late() -> None:
 
     guide.score = sometimes
     decoder.lm.runner.model.generation_config.eos_token_id = []
-    decoder.ahead = 1
+    decoder.max_in_flight = 1
     with pytest.raises(RewardNaNError, match="step 3") as raised:
         decoder.generate(prompts_of(2), 8, GREEDY)
     assert raised.value.finished == []
@@ -379,8 +381,10 @@ def test_a_padded_batch_always_has_all_its_rows_and_gives_the_same(
     if graphs:
         recorded(decoder)
     seen: set[int] = set()
-    forward = decoder._forward
-    monkeypatch.setattr(decoder, "_forward", lambda batch: (seen.add(batch.shape[0]), forward(batch))[1])
+    forward = DecodeStep.forward
+    monkeypatch.setattr(
+        DecodeStep, "forward", lambda step, batch: (seen.add(batch.width), forward(step, batch))[1]
+    )
     assert as_numbers(decoder.generate(prompts, 8, guidance, seeds)) == as_numbers(want)
     alone = [
         decoder.generate([prompt], 8, guidance, seed)[0] for prompt, seed in zip(prompts, seeds, strict=True)

@@ -222,7 +222,7 @@ def test_large_settings_that_cost_nothing_are_taken(decoder: RewardGuidedDecoder
     assert wide.generate("w1", 4, GREEDY)[0].tokens == right
     blocks = decoder.generate("w1", 4, strategy=Blocks(length=4))
     assert decoder.generate("w1", 4, strategy=Blocks(length=10**9))[0].tokens == blocks[0].tokens
-    assert decoder.generate("w1", 4, strategy=Segments(longest=10**9, shortest=10**9))[0].tokens
+    assert decoder.generate("w1", 4, strategy=Segments(max_tokens=10**9, min_tokens=10**9))[0].tokens
     ignored = Guidance(k=10**30, support="all", temperature=0)
     assert (
         load().generate("w1", 4, ignored)[0].tokens

@@ -136,5 +136,5 @@ def test_guides_that_cannot_catch_up() -> None:
     tokenizer = make_tokenizer()
     for reward in (ContrastiveReward("w1", "w2"), VocabularyReward((make_lm(3), tokenizer)), None):
         decoder = RewardGuidedDecoder.from_pretrained((make_lm(), tokenizer), reward=reward)
-        with pytest.raises(RGTGError, match="needs a guide that can catch up with skipped tokens"):
+        with pytest.raises(RGTGError, match="needs a reward that can catch up with skipped tokens"):
             decoder.generate([9], 2, Guidance(gate_entropy=1.0))

@@ -21,16 +21,16 @@ class BoundRecorder(EagerRecorder):
     """Replays with the tensor of end tokens that was there when the step was recorded, as a graph does."""
 
     def record(self, step: Any, batch: Batch, trace: bool) -> Callable[[], Tensors]:
-        replay, ends = super().record(step, batch, trace), weakref.ref(self.decoder._eos)
+        replay, ends = super().record(step, batch, trace), weakref.ref(self.decoder._scheduler.eos)
 
         def bound() -> Tensors:
             read = ends()
             assert read is not None, "a recorded step reads a tensor that is gone"
-            own, self.decoder._eos = self.decoder._eos, read
+            own, self.decoder._scheduler.eos = self.decoder._scheduler.eos, read
             try:
                 return replay()
             finally:
-                self.decoder._eos = own
+                self.decoder._scheduler.eos = own
 
         return bound
 
@@ -77,7 +77,8 @@ def test_a_step_that_cannot_be_recorded_runs_all_the_same(guide: str, fails: str
     """One warning in one line, one try, and the rows and counts of the step as it is."""
     decoder, plain = make_decoder(guide), make_decoder(guide)
     recorder = FailingRecorder(decoder, fails)
-    decoder._graphs = StepGraphs(decoder._graphed_step, decoder.lm.runner, decoder.reward, recorder)
+    scheduler = decoder._scheduler
+    scheduler.graphs = StepGraphs(scheduler.execute, decoder.lm.runner, scheduler.reward, recorder)
     prompts, seeds = prompts_of(7), list(range(7))
     want = plain.generate(prompts, 9, SAMPLED, seeds)
     with pytest.warns(RuntimeWarning, match="could not be recorded as a CUDA graph") as told:
@@ -157,7 +158,8 @@ def test_graphs_that_are_forgotten_take_their_pool_along(monkeypatch: pytest.Mon
     recorder.record(lambda batch, trace: [], None, False)  # type: ignore[arg-type, return-value]
     assert cuda.used == 1
     decoder = make_decoder("none")
-    graphs = StepGraphs(decoder._graphed_step, decoder.lm.runner, None, recorder)
+    scheduler = decoder._scheduler
+    graphs = StepGraphs(scheduler.execute, decoder.lm.runner, scheduler.reward, recorder)
     graphs.forget()
     recorder.record(lambda batch, trace: [], None, False)  # type: ignore[arg-type, return-value]
     assert cuda.used == 2

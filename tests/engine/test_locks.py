@@ -259,7 +259,7 @@ def test_decoders_take_turns_with_somebodys_own_kind_of_guide() -> None:
     older = decoders[0].stream(PROMPTS[0], 6, GREEDY)
     assert next(older).token == right[0][0]
     assert tokens(decoders[1], PROMPTS[1]) == right[1]
-    with pytest.raises(RGTGError, match="another decoder with the same guide"):
+    with pytest.raises(RGTGError, match="another decoder with the same reward"):
         next(older)
 
 

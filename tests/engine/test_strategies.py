@@ -104,7 +104,7 @@ def naive_segments(lm: Any, rm: Any, prompt: list[int], s: Segments, limit: int,
                     break
                 after = logits_after(lm, prompt + answer + segment).log_softmax(-1)
                 uncertain = float(torch.special.entr(after.exp()).sum()) >= s.entropy
-                if len(segment) >= s.longest or (len(segment) >= s.shortest and uncertain):
+                if len(segment) >= s.max_tokens or (len(segment) >= s.min_tokens and uncertain):
                     break
             reward = scalar(rm, prompt + answer + segment)
             out.judged += 1
@@ -117,7 +117,7 @@ def naive_segments(lm: Any, rm: Any, prompt: list[int], s: Segments, limit: int,
                 break
             rejected += 1
             out.rejections += 1
-            if rejected > s.rejections:
+            if rejected > s.max_rejections:
                 out.kept_best += best[1] is not segment
                 out.judged += best[1] is not segment
                 out.judged_tokens += len(best[1]) * (best[1] is not segment)
@@ -150,11 +150,15 @@ def naive_blocks(lm: Any, rm: Any, prompt: list[int], s: Blocks, limit: int, see
 # ---- segments --------------------------------------------------------------------------------------------------
 
 SEGMENTS = [
-    Segments(target=3.0, entropy=2.5, shortest=2, longest=5, rejections=3),
-    Segments(target=0.0, alpha=0.2, beta=5.0, entropy=1.0, shortest=1, longest=3, temperature=1.5, top_k=20),
-    Segments(target=50.0, entropy=9.0, shortest=1, longest=4, rejections=2),  # everything is rejected
+    Segments(target=3.0, entropy=2.5, min_tokens=2, max_tokens=5, max_rejections=3),
+    Segments(
+        target=0.0, alpha=0.2, beta=5.0, entropy=1.0, min_tokens=1, max_tokens=3, temperature=1.5, top_k=20
+    ),
+    Segments(
+        target=50.0, entropy=9.0, min_tokens=1, max_tokens=4, max_rejections=2
+    ),  # everything is rejected
     Segments(target=-50.0, entropy=2.0),  # everything is accepted
-    Segments(target=4.0, entropy=3.0, shortest=1, rejections=0, temperature=0.7),
+    Segments(target=4.0, entropy=3.0, min_tokens=1, max_rejections=0, temperature=0.7),
 ]
 
 
@@ -198,7 +202,7 @@ def test_rejected_segments_cost_their_own_tokens_alone() -> None:
     """A roll-back computes nothing again: every token that was drawn went through the base model at most once."""
     decoder = decoder_for(max_batch=1)
     decoder.lm.runner.model.generation_config.eos_token_id = [EOS]
-    strategy = Segments(target=2.0, entropy=9.0, shortest=1, longest=4, rejections=50)
+    strategy = Segments(target=2.0, entropy=9.0, min_tokens=1, max_tokens=4, max_rejections=50)
     lm, rm = decoder.lm.runner.model, decoder.reward.runner.model
     result = decoder.generate([9, 10, 11, 12], 12, seed=3, strategy=strategy)
     naive = naive_segments(lm, rm, [9, 10, 11, 12], strategy, 12, 3)
@@ -223,7 +227,7 @@ def test_segments_of_a_row_do_not_depend_on_the_batch() -> None:
 def test_a_clamped_reward_serves() -> None:
     model = make_rm(12)
     decoder = decoder_for(RADReward((model, None), invert=True))
-    row = decoder.generate([9, 10], 8, strategy=Segments(target=0.9, beta=0.2, longest=4))[0]
+    row = decoder.generate([9, 10], 8, strategy=Segments(target=0.9, beta=0.2, max_tokens=4))[0]
     assert row.reward is not None
     assert 0 <= row.reward <= 1
     assert row.rewards == pytest.approx(decoder.score([[9, 10]], [row.tokens])[0], abs=1e-4)
@@ -342,7 +346,7 @@ def test_strategies_by_name() -> None:
     assert named_strategy("tokenwise") is None
     assert named_strategy("best_of_n") == BestOfN()
     assert named_strategy("blockwise:k=8, length=32,temperature=0.7") == Blocks(8, 32, 0.7)
-    assert named_strategy("segment:target=-1e-1,rejections=5") == Segments(target=-0.1, rejections=5)
+    assert named_strategy("segment:target=-1e-1,max_rejections=5") == Segments(target=-0.1, max_rejections=5)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +364,7 @@ def test_strategies_by_name() -> None:
         ("segment:beta=0", "beta=0.0 is not above 0"),
         ("segment:alpha=2", "alpha=2.0 is outside of 0 to 1"),
         ("segment:target=nan", "target=nan is not finite"),
-        ("segment:shortest=9,longest=3", "longest=3 is not a whole number >= 9"),
+        ("segment:min_tokens=9,max_tokens=3", "max_tokens=3 is not a whole number >= 9"),
         ("blockwise:temperature=-1", "temperature=-1.0 is not a number >= 0"),
         ("blockwise:top_k=0", "top_k=0 is not a whole number >= 1"),
     ],
@@ -383,5 +387,5 @@ def test_calls_that_cannot_be() -> None:
     with pytest.raises(RGTGError, match="Segments chooses by reward and this decoder has none"):
         decoder_for(None).generate([9], 2, strategy=Segments())
     for strategy in (Segments(), Blocks()):
-        with pytest.raises(RGTGError, match="needs a guide whose cache grows and shrinks by chunks"):
+        with pytest.raises(RGTGError, match="needs a reward whose cache grows and shrinks by chunks"):
             decoder_for(ContrastiveReward("w1", "w2")).generate([9], 2, strategy=strategy)

@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from rgtg_fast import BestOfN, Blocks, Guidance, RewardGuidedDecoder, SequenceReward
 from rgtg_fast.engine.outputs import GeneratedRow
-from rgtg_fast.engine.text import before_stop, shown_text
+from rgtg_fast.engine.stopping import before_stop, shown_text
 from rgtg_fast.models.language_model import LanguageModel
 from tests.conftest import make_lm, make_rm
 

@@ -245,7 +245,7 @@ def test_a_resumed_study_has_the_numbers_of_a_whole_one(named: dict[str, str], t
     methods = [
         {"name": "unguided"},
         {"name": "best", "reward": named["guide"], "best_of": 3},
-        {"name": "cards", "reward": named["guide"], "strategy": "segment:target=1,entropy=0,shortest=1"},
+        {"name": "cards", "reward": named["guide"], "strategy": "segment:target=1,entropy=0,min_tokens=1"},
         {"name": "gated", "reward": named["guide"], "gate_entropy": 2.0, "top_k": 5},
     ]
     config = study(tmp_path, named, methods=methods, batch_size=2)
@@ -402,7 +402,7 @@ def test_strategies_and_gates_get_a_guide_with_a_cache_of_its_own(
 ) -> None:
     methods = [
         {"name": "unguided"},
-        {"name": "cards", "reward": named["guide"], "strategy": "segment:target=1,shortest=1,longest=3"},
+        {"name": "cards", "reward": named["guide"], "strategy": "segment:target=1,min_tokens=1,max_tokens=3"},
         {"name": "gate", "reward": named["guide"], "gate_entropy": 1.0},
         {"name": "blocks", "reward": named["guide"], "strategy": "blockwise:k=2,length=3"},
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, SequenceReward
-from rgtg_fast.models.fused_projections import JoinedLinear
+from rgtg_fast.models.fused_projections import FusedLinear
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.engine.support import prompts_of
 from tests.engine.test_ahead import GUIDES, SUPPORTS, as_numbers
@@ -60,7 +60,7 @@ def test_graphs_give_the_tokens_of_the_eager_step_and_of_the_cpu(
     want = as_numbers(make_decoder(guide, device="cpu").generate(prompts, 9, guidance, seeds))
     eager = make_decoder(guide, graphs=False)
     assert as_numbers(eager.generate(prompts, 9, guidance, seeds)) == want
-    eager.ahead = 0
+    eager.max_in_flight = 0
     assert as_numbers(eager.generate(prompts, 9, guidance, seeds)) == want
     graphed = make_decoder(guide)
     assert graphed.describe()["graphs"]
@@ -112,7 +112,7 @@ def test_joined_products_give_the_same_tokens() -> None:
     rows = []
     for join in (False, None):
         decoder = make_decoder("sequence", fuse_projections=join)
-        joined = [m for m in decoder.lm.runner.model.modules() if isinstance(m, JoinedLinear)]
+        joined = [m for m in decoder.lm.runner.model.modules() if isinstance(m, FusedLinear)]
         assert bool(joined) is (join is None), "joined by default on CUDA"
         rows.append(as_numbers(decoder.generate(prompts_of(5), 9, Guidance(5, temperature=0))))
     assert rows[0] == rows[1]

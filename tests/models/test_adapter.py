@@ -55,7 +55,7 @@ def test_merged_and_hooked_equal_peft(tmp_path: Path, settings: dict[str, Any]) 
         expected = tuned(torch.tensor([IDS])).logits
         adapter = Adapter.load(tmp_path)
         merged = adapter.merged(lm)(torch.tensor([IDS])).logits
-        attached = language_runner(lm, "transformers", None).attach(adapter, scores_candidates=True)
+        attached = language_runner(lm, "transformers", None).attach(adapter)
         hooked = attached.hidden_uncached(IDS)[-1:] @ adapter.reward_head().weight.T
     assert adapter.fork == (1 if "layers_to_transform" in settings else 0)
     assert float(adapter.reward_head().weight.std()) > 0
@@ -88,13 +88,13 @@ def check_shared_forward(tmp_path: Path, family: str, engine: str, compile: bool
     names = tuple(name for name, module in layer.named_modules() if linear_shape(module) is not None)
     adapter = Adapter.load(write_adapter(tmp_path, lm, 1, names=names, head=None))
     runner = language_runner(lm, engine, None)
-    attached = runner.attach(adapter, scores_candidates=True)
+    attached = runner.attach(adapter)
     if compile:
         runner.compile()
     own = adapter.merged(lm)
     texts = [IDS, IDS[:2], IDS[1:5]]
     with torch.inference_mode():
-        runner.reserve(3, len(IDS))
+        runner.reserve(3, len(IDS), shared_forward=True)
         for slot, ids in enumerate(texts):
             runner.prefill(slot, ids[:-1])
         runner.step(torch.tensor([[3, ids[-1]] for ids in texts]))
@@ -116,9 +116,7 @@ def test_first_factors_of_layers_with_one_input_are_multiplied_together(
     lm = make_lm(num_hidden_layers=3)
     runner = language_runner(lm, "transformers", None)
     for i in range(adapters):
-        runner.attach(
-            Adapter.load(write_adapter(tmp_path / str(i), lm, 1, rank=2 + i)), scores_candidates=True
-        )
+        runner.attach(Adapter.load(write_adapter(tmp_path / str(i), lm, 1, rank=2 + i)))
     runner.reserve(2, len(IDS))
     with torch.inference_mode(), Operators() as operators:
         runner.step(torch.tensor([[3, 4], [5, 6]]))
@@ -208,7 +206,7 @@ def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
     wide = make_lm(intermediate_size=64)
     assert "mlp.down_proj" in str(adapter.shape_mismatch(wide))
     with pytest.raises(RGTGError, match=r"mlp\.down_proj"):
-        language_runner(wide, "auto", None).attach(adapter, scores_candidates=True)
+        language_runner(wide, "auto", None).attach(adapter)
     assert "does not have" in str(adapter.shape_mismatch(make_lm(num_hidden_layers=1)))
 
 

@@ -253,7 +253,7 @@ CHOSEN = """
 import sys
 sys.path.insert(0, {root!r})
 import torch
-from tests.models.test_native import *
+from tests.models.test_cpp_layers import *
 for dtype in (torch.float32, torch.bfloat16):
     for name in CONFIGS:
         if "llama" in name or "gemma" in name:

@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rgtg_fast import FunctionReward, Guidance, RADReward, RewardGuidedDecoder, SequenceReward
-from rgtg_fast.models.final_norm import FinalNorm
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.layers import FinalNorm
 from rgtg_fast.models.loading import reward_runner
+from rgtg_fast.rewards.runtime import OwnModel
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.engine.support import prompts_of
 from tests.models.test_families import FAMILIES
@@ -31,7 +33,8 @@ def reward_model(family: str, dtype: torch.dtype = torch.float64) -> torch.nn.Mo
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_choosing_is_scoring_and_drawing(family: str, dtype: torch.dtype) -> None:
     guide = SequenceReward((reward_model(family, dtype), None))
-    runner = guide.runner = reward_runner(guide.source[0], "transformers", None)  # pyright: ignore
+    runner = reward_runner(guide.source[0], "transformers", None)  # pyright: ignore
+    guide._bound = OwnModel(runner, LanguageModel(runner, None, 0), None, None, "a model of its own")
     guide.reserve(2, 8)
     for slot, ids in enumerate(([5, 6, 7], [8])):
         runner.prefill(slot, ids)
@@ -45,14 +48,14 @@ def test_choosing_is_scoring_and_drawing(family: str, dtype: torch.dtype) -> Non
         torch.tensor([0, 1]),
     )
     with torch.inference_mode():
-        want = super(SequenceReward, guide).choose(candidates, logprobs, *draw)
-        got = guide.choose(candidates, logprobs, *draw)
+        want = super(SequenceReward, guide).sample(candidates, logprobs, *draw)
+        got = guide.sample(candidates, logprobs, *draw)
     # transformers norms float64 states in float32, and rounds normed bfloat16 states before the head.
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 3e-2}
     torch.testing.assert_close(got[0], want[0], **close)
     assert torch.equal(got[1], want[1])
     with torch.inference_mode():
-        again = super(SequenceReward, guide).choose(candidates, logprobs, *draw)
+        again = super(SequenceReward, guide).sample(candidates, logprobs, *draw)
     assert torch.equal(again[0], want[0]), "the norm is back after a forward without it"
 
 

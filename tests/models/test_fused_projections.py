@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
-from rgtg_fast.models.fused_projections import JoinedLinear, fuse_projections
+from rgtg_fast.models.fused_projections import FusedLinear, fuse_projections
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.engine.support import prompts_of
 from tests.models.adapters import write_adapter
@@ -41,8 +41,8 @@ def hidden(model: nn.Module) -> torch.Tensor:
         return model(input_ids=torch.arange(5, 17).view(2, 6)).logits
 
 
-def joined(model: nn.Module) -> list[JoinedLinear]:
-    return [module for module in model.modules() if isinstance(module, JoinedLinear)]
+def joined(model: nn.Module) -> list[FusedLinear]:
+    return [module for module in model.modules() if isinstance(module, FusedLinear)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,11 +70,11 @@ def test_five_products_become_two_over_the_same_memory() -> None:
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in model.parameters()}
     assert sum(storages.values()) == bytes_before
     attention = model.model.layers[0].self_attn
-    assert attention.q_proj.joined.weight.data_ptr() == attention.q_proj.weight.data_ptr()
+    assert attention.q_proj.fused.weight.data_ptr() == attention.q_proj.weight.data_ptr()
     with torch.no_grad():
         attention.k_proj.weight.fill_(0.5)
     k = len(attention.q_proj.weight)
-    assert (attention.q_proj.joined.weight[k : k + len(attention.k_proj.weight)] == 0.5).all()
+    assert (attention.q_proj.fused.weight[k : k + len(attention.k_proj.weight)] == 0.5).all()
 
 
 def test_models_with_the_same_parameters_are_joined_over_the_same_memory() -> None:
@@ -86,7 +86,7 @@ def test_models_with_the_same_parameters_are_joined_over_the_same_memory() -> No
         assert fuse_projections(each)
         torch.testing.assert_close(hidden(model), want)
         torch.testing.assert_close(hidden(twin), want)
-    ours, theirs = (each.model.layers[1].mlp.up_proj.joined.weight for each in (model, twin))
+    ours, theirs = (each.model.layers[1].mlp.up_proj.fused.weight for each in (model, twin))
     assert ours.data_ptr() == theirs.data_ptr()
 
 
@@ -95,8 +95,8 @@ def test_nothing_is_kept_between_forwards() -> None:
     fuse_projections(model)
     hidden(model)
     for layer in joined(model):
-        assert layer.joined._input is None
-        assert layer.joined._parts == ()
+        assert layer.fused._input is None
+        assert layer.fused._parts == ()
 
 
 def test_a_layer_that_is_asked_alone_or_twice_is_right() -> None:
@@ -141,7 +141,7 @@ def test_a_layer_that_is_given_other_weights_is_plain() -> None:
     mlp = model.model.layers[0].mlp
     mlp.up_proj.weight = nn.Parameter(torch.zeros_like(mlp.up_proj.weight))
     assert type(mlp.up_proj) is type(mlp.gate_proj) is nn.Linear, "both, since one product served them"
-    assert type(model.model.layers[0].self_attn.q_proj) is JoinedLinear
+    assert type(model.model.layers[0].self_attn.q_proj) is FusedLinear
     x = torch.randn(2, 3, mlp.up_proj.in_features)
     with torch.inference_mode():
         assert not mlp.up_proj(x).any()
@@ -200,7 +200,7 @@ def test_the_compiler_traces_through_beside_an_adapter(
             max_batch=1,
         )
         rows.append(decoder.generate([[5, 6, 7]], 6, GREEDY)[0].tokens)
-        assert all(layer.joined._input is None for layer in joined(model))
+        assert all(layer.fused._input is None for layer in joined(model))
     assert rows[0] == rows[1]
 
 

@@ -64,7 +64,7 @@ def _refusal(lm: Any, folder: Path) -> str | None:
         sizes = (native.layers, 2, native.kv_heads, 1, native.head_dim)
         new = [torch.zeros(sizes) for _ in range(4)]
         zero = torch.zeros(2, 1, dtype=torch.int64)
-        states = native.forward(zero + 5, zero, *new[:2], zero[:, 0], *new[2:], variants=2)
+        states = native.forward(zero + 5, zero, *new[:2], zero[:, 0], *new[2:], branches=2)
     except RGTGError as error:
         return str(error)
     assert states.isfinite().all()

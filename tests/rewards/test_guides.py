@@ -265,9 +265,7 @@ def test_costs_are_the_table(method: Method, monkeypatch: pytest.MonkeyPatch) ->
     decoder = RewardGuidedDecoder.from_pretrained((make_lm(), tokenizer), reward=reward, max_batch=3)
     decoder.lm.runner.model.generation_config.eos_token_id = []  # no row ends early
     backbones = [("lm", decoder.lm.runner)]
-    backbones += [("reward", f.runner) for f in getattr(reward, "_followers", [])]
-    if isinstance(reward, SequenceReward):
-        backbones.append(("reward", reward.runner))
+    backbones += [("reward", runner) for runner in reward.models()]
     seen: dict[str, list[int]] = {"lm": [], "reward": []}
     for name, runner in backbones:
         forward = runner.layers.forward
@@ -430,8 +428,8 @@ def test_weights_that_cannot_be(weights: Any, message: str) -> None:
 def test_mixtures_that_cannot_be() -> None:
     contrastive = ContrastiveReward()
     for rewards, message in (
-        ([], "a mixture of no guides"),
-        ([contrastive, contrastive], "the same guide twice"),
+        ([], "a mixture of no rewards"),
+        ([contrastive, contrastive], "the same reward twice"),
         ([MixtureReward([contrastive])], "a mixture inside a mixture"),
         (["some/path"], "takes reward objects and got 'some/path'"),
     ):

@@ -1,6 +1,5 @@
-"""Other ways to spend the same two models: best-of-n, segment-level rejection, blockwise best-of-k."""
+"""Other ways to use the same two models: best-of-n, segment-level rejection sampling, blockwise best-of-k."""
 
-from rgtg_fast.engine.strategies.run import Call, check_strategy, named_strategy, run_strategy
-from rgtg_fast.engine.strategies.stopping import StoppingCriteria
+from rgtg_fast.engine.strategies.run import check_strategy, named_strategy, run_strategy
 
-__all__ = ["Call", "StoppingCriteria", "check_strategy", "named_strategy", "run_strategy"]
+__all__ = ["check_strategy", "named_strategy", "run_strategy"]

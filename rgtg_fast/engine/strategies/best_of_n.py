@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from rgtg_fast.config import BestOfN, Guidance
 from rgtg_fast.engine.batch import Row
 from rgtg_fast.engine.outputs import GeneratedRow, GenerationResult, Stats
+from rgtg_fast.engine.stopping import StoppingCriteria
 from rgtg_fast.engine.strategies.sampler import sample_seed
-from rgtg_fast.engine.strategies.stopping import StoppingCriteria
 from rgtg_fast.models.prompts import PromptLike
 from rgtg_fast.rewards.base import Reward
 
@@ -26,21 +26,26 @@ def prompts_at_once(rows: int, n: int) -> int:
 
 def best_of_n(
     generate: Generate,
-    guide: Reward,
+    reward: Reward,
     rows: list[Row],
     strategy: BestOfN,
-    ends: StoppingCriteria,
+    stopping: StoppingCriteria,
     at_once: int,
     stats: Stats,
 ) -> Iterator[GeneratedRow]:
     """Each prompt's best answer.
 
-    A prompt costs n answers of the base model, ordinary rows of its batch, and one forward of the guide over each whole
-    answer.
+    A prompt costs n answers of the base model, ordinary rows of its batch, and one forward of the reward model over
+    each whole answer.
 
     Args:
-        generate: decodes without a guide. rows: the prompts. ends: checks rewards.
-        at_once: rows that are decoded at once. stats: counts along.
+        generate: samples the base model.
+        reward: ranks the answers.
+        rows: the prompts.
+        strategy: n and the settings of the samples.
+        stopping: checks rewards.
+        at_once: rows that are decoded at once.
+        stats: of the run, to which the costs are added.
     """
     sampled = Guidance(beta=0, temperature=strategy.temperature, support="all")
     if strategy.top_k is not None:
@@ -53,22 +58,24 @@ def best_of_n(
         stats.add(result.stats)
         for i, row in enumerate(part):
             samples = result.rows[i * strategy.n : (i + 1) * strategy.n]
-            ranked = sorted(samples, key=lambda sample: -_judged(sample, row, guide, ends, stats))
+            ranked = sorted(samples, key=lambda sample: -_scored(sample, row, reward, stopping, stats))
             ranked[0].alternatives = ranked[1:]
             yield ranked[0]
 
 
-def _judged(sample: GeneratedRow, row: Row, guide: Reward, ends: StoppingCriteria, stats: Stats) -> float:
-    """The reward of a whole answer, its end-of-sequence token included, which is written down in it."""
+def _scored(
+    sample: GeneratedRow, row: Row, reward: Reward, stopping: StoppingCriteria, stats: Stats
+) -> float:
+    """Writes its rewards into a sample, the end-of-sequence token's included; returns that of the whole answer."""
     tokens = sample.tokens + ([] if sample.end_token is None else [sample.end_token])
-    rewards = guide.score_answer(row, tokens)
-    ends.check(row, tokens, rewards)
+    rewards = reward.score_answer(row, tokens)
+    stopping.check(row, tokens, rewards)
     contexts = row.encoded or [row.prompt_ids]
     stats.reward_calls += len(contexts)
     stats.reward_tokens += len(tokens) * len(contexts)
     stats.prompt_tokens_reward += sum(map(len, contexts))
-    reward = guide.answer_reward(rewards)
-    sample.index, sample.rewards, sample.reward = row.prompt.index, rewards[: len(sample.tokens)], reward
+    whole = reward.answer_reward(rewards)
+    sample.index, sample.rewards, sample.reward = row.prompt.index, rewards[: len(sample.tokens)], whole
     # The best of several is drawn from another distribution than each of them.
     sample.guided_logprob = None
-    return reward
+    return whole

@@ -1,4 +1,4 @@
-"""Blockwise best-of-k: k blocks are sampled, the best one is kept, and all go on from there."""
+"""Blockwise best-of-k: k blocks are sampled, the best one is kept, and all samples continue from there."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import torch
 from rgtg_fast.config import Blocks
 from rgtg_fast.engine.batch import Row
 from rgtg_fast.engine.outputs import Stats
+from rgtg_fast.engine.stopping import StoppingCriteria
 from rgtg_fast.engine.strategies.sampler import Sampler, sample_seed
-from rgtg_fast.engine.strategies.stopping import StoppingCriteria
 from rgtg_fast.rewards.base import Reward
 
 
 @dataclass
 class _Block:
-    """One sample of a block: tokens (end-of-sequence included), their log π, and why the answer ends with it."""
+    """One sample of a block: tokens (end-of-sequence included) and their log π.
+
+    Attributes:
+        end: why the answer ends with the block, where it does.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -26,18 +30,18 @@ class _Block:
 
 
 class BlockDecoder:
-    """Decodes rows by blocks. Prompt i has the k slots from i·k of the base model's cache and slot i of the guide's."""
+    """Decodes rows by blocks. Prompt i has slots i·k to i·k + k - 1 of the base model and slot i of the reward."""
 
     def __init__(
         self,
         sampler: Sampler,
-        guide: Reward,
+        reward: Reward,
         strategy: Blocks,
-        ends: StoppingCriteria,
+        stopping: StoppingCriteria,
         prompts: int,
         stats: Stats,
     ):
-        self.sampler, self.guide, self.strategy, self.ends = sampler, guide, strategy, ends
+        self.sampler, self.reward, self.strategy, self.stopping = sampler, reward, strategy, stopping
         self.prompts, self.stats = prompts, stats
         self.rows: list[Row] = []
 
@@ -58,9 +62,9 @@ class BlockDecoder:
         self.sampler.begin(which * k, row.prompt_ids, row.seed)
         for j in range(1, k):
             self.sampler.fork(which * k, sample_seed(row.seed, j))
-        before = self.guide.counter.prompt_tokens
-        self.guide.admit(which, row, row.encoded)
-        self.stats.prompt_tokens_reward += self.guide.counter.prompt_tokens - before
+        before = self.reward.counter.prompt_tokens
+        self.reward.admit(which, row, row.encoded)
+        self.stats.prompt_tokens_reward += self.reward.counter.prompt_tokens - before
         self.rows.append(row)
 
     def _sample(self) -> list[_Block]:
@@ -77,15 +81,15 @@ class BlockDecoder:
                 block, row = blocks[slot], self.rows[slot // self.strategy.k]
                 block.tokens.append(token)
                 block.logprobs.append(logprob)
-                block.end = self.ends.reason([*row.answer, *block.tokens])
+                block.end = self.stopping.reason([*row.answer, *block.tokens])
         return blocks
 
     def _keep_best(self, which: int, row: Row, blocks: list[_Block]) -> None:
         rewards = []
         for j, block in enumerate(blocks):
             if j:
-                self.guide.roll_back(which, len(blocks[j - 1].tokens))
-            rewards.append(self._judge(which, block))
+                self.reward.roll_back(which, len(blocks[j - 1].tokens))
+            rewards.append(self._score(which, block))
         best = max(range(len(blocks)), key=lambda j: rewards[j][-1])
         block = blocks[best]
         row.last_token = block.tokens[-1]
@@ -93,22 +97,22 @@ class BlockDecoder:
         row.logprobs += block.logprobs
         row.rewards += rewards[best]
         self.stats.tokens += len(block.tokens)
-        self.ends.finish(row, block.end)
+        self.stopping.finish(row, block.end)
         if row.finish_reason is not None:
             return
         if best != len(blocks) - 1:
-            self.guide.roll_back(which, len(blocks[-1].tokens))
-            self._judge(which, block)
+            self.reward.roll_back(which, len(blocks[-1].tokens))
+            self._score(which, block)
         first = which * self.strategy.k
         for slot in range(first, first + self.strategy.k):
             if slot != first + best:
                 self.sampler.continue_as(first + best, slot)
 
-    def _judge(self, which: int, block: _Block) -> list[float]:
+    def _score(self, which: int, block: _Block) -> list[float]:
         self.stats.reward_calls += 1
         self.stats.reward_tokens += len(block.tokens)
-        rewards = self.guide.append(which, block.tokens)
-        self.ends.check(self.rows[which], block.tokens, rewards)
+        rewards = self.reward.append(which, block.tokens)
+        self.stopping.check(self.rows[which], block.tokens, rewards)
         return rewards
 
     def _retire(self) -> Iterator[Row]:
@@ -122,7 +126,7 @@ class BlockDecoder:
             if which != last:
                 for j in range(k):
                     self.sampler.move(last * k + j, which * k + j)
-                self.guide.move(last, which)
+                self.reward.move(last, which)
                 self.rows[which] = self.rows[last]
             self.rows.pop()
             self.sampler.drop(k)

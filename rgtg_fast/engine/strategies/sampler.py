@@ -1,4 +1,4 @@
-"""Rows of the base model that grow by its own samples and can be cut back."""
+"""Samples of the base model that are drawn outside of the decode loop and can be cut back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class Sampler:
     """Samples of the base model in slots 0..n-1, each with noise of its own seed and count of draws.
 
     Args:
-        temperature: τ >= 0. top_k: tokens to sample from, None for the whole vocabulary.
+        lm: the base model.
+        temperature: τ >= 0.
+        top_k: tokens to sample from, None for the whole vocabulary.
     """
 
     def __init__(self, lm: LanguageModel, temperature: float, top_k: int | None):
@@ -42,7 +44,7 @@ class Sampler:
         self.draws.append(0)
 
     def fork(self, source: int, seed: int) -> None:
-        """The next free slot becomes another sample of what slot `source` holds: its prefix is copied, not computed."""
+        """The next free slot becomes another sample of the prefix in slot `source`, which is copied, not computed."""
         target = len(self.newest)
         self.newest.append(0)
         self.seeds.append(seed)
@@ -50,12 +52,12 @@ class Sampler:
         self.continue_as(source, target)
 
     def continue_as(self, source: int, target: int) -> None:
-        """Slot `target` takes over the text of slot `source` and keeps its own noise."""
+        """Slot `target` continues the text of slot `source` with its own noise."""
         self.runner.move(source, target)
         self.newest[target] = self.newest[source]
 
     def move(self, source: int, target: int) -> None:
-        """Slot `target` becomes what slot `source` is, its noise included."""
+        """Moves slot `source` to slot `target`, its noise included."""
         self.continue_as(source, target)
         self.seeds[target], self.draws[target] = self.seeds[source], self.draws[source]
 

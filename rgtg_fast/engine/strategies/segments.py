@@ -13,24 +13,24 @@ import torch
 from rgtg_fast.config import Segments
 from rgtg_fast.engine.batch import Row
 from rgtg_fast.engine.outputs import Stats
+from rgtg_fast.engine.stopping import StoppingCriteria
 from rgtg_fast.engine.strategies.sampler import Sampler
-from rgtg_fast.engine.strategies.stopping import StoppingCriteria
 from rgtg_fast.rewards.base import Reward
 
 
 @dataclass
 class _Attempt:
-    """A segment: its tokens (end-of-sequence included) with their log π, and its rewards once it was judged."""
+    """A segment: its tokens (end-of-sequence included) with their log π, and its rewards once it is scored."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
-    end: str | None = None  # why the answer ends with it, where it does
+    end: str | None = None  # the reason, where the answer ends with it
 
 
 @dataclass
 class _Growing:
-    """A row, the segment that it is trying, and where that began."""
+    """A row, the segment that is sampled for it, and where that begins."""
 
     row: Row
     random: random.Random
@@ -43,18 +43,18 @@ class _Growing:
 
 
 class SegmentDecoder:
-    """Decodes rows by accepted segments; rows accept on their own, and a rejected segment is cut off both caches."""
+    """Decodes rows by accepted segments. Each row accepts its own; a rejected segment is cut off both caches."""
 
     def __init__(
         self,
         sampler: Sampler,
-        guide: Reward,
+        reward: Reward,
         strategy: Segments,
-        ends: StoppingCriteria,
+        stopping: StoppingCriteria,
         slots: int,
         stats: Stats,
     ):
-        self.sampler, self.guide, self.strategy, self.ends = sampler, guide, strategy, ends
+        self.sampler, self.reward, self.strategy, self.stopping = sampler, reward, strategy, stopping
         self.slots, self.stats = slots, stats
         self.growing: list[_Growing] = []
 
@@ -70,7 +70,7 @@ class SegmentDecoder:
             for slot, state in enumerate(self.growing):
                 if slot >= fresh:
                     self._begin_segment(slot, logits)
-                elif self._is_whole(state.attempt, entropy[slot]):
+                elif self._is_complete(state.attempt, entropy[slot]):
                     self._settle(slot, logits)
             pending = self._unfinished(range(len(self.growing)))
             while pending:
@@ -80,11 +80,11 @@ class SegmentDecoder:
                     state = self.growing[slot]
                     state.attempt.tokens.append(token)
                     state.attempt.logprobs.append(logprob)
-                    state.attempt.end = self.ends.reason([*state.row.answer, *state.attempt.tokens])
+                    state.attempt.end = self.stopping.reason([*state.row.answer, *state.attempt.tokens])
                     if state.attempt.end is not None:
                         self._settle(slot, logits)
                         ended.append(slot)
-                # A row whose last segment was rejected draws again at once, from where that began.
+                # A row whose segment was rejected draws again at once, from where that began.
                 pending = self._unfinished(ended)
             self.stats.steps += 1
             yield from self._retire()
@@ -92,15 +92,17 @@ class SegmentDecoder:
     def _admit(self, row: Row) -> None:
         slot, own = len(self.growing), row.encoded[0]
         self.sampler.begin(slot, row.prompt_ids, row.seed)
-        before = self.guide.counter.prompt_tokens
-        self.guide.admit(slot, row, [own[:-1]])
-        reward = self.guide.append(slot, own[-1:])[-1]
-        self.stats.prompt_tokens_reward += self.guide.counter.prompt_tokens - before
+        before = self.reward.counter.prompt_tokens
+        self.reward.admit(slot, row, [own[:-1]])
+        reward = self.reward.append(slot, own[-1:])[-1]
+        self.stats.prompt_tokens_reward += self.reward.counter.prompt_tokens - before
         self.growing.append(_Growing(row, random.Random(row.seed), reward))
 
-    def _is_whole(self, attempt: _Attempt, entropy: float) -> bool:
+    def _is_complete(self, attempt: _Attempt, entropy: float) -> bool:
         length, strategy = len(attempt.tokens), self.strategy
-        return length >= strategy.longest or (length >= strategy.shortest and entropy >= strategy.entropy)
+        if length >= strategy.max_tokens:
+            return True
+        return length >= strategy.min_tokens and entropy >= strategy.entropy
 
     def _begin_segment(self, slot: int, logits: torch.Tensor) -> None:
         """The next segment begins after what the base model's cache holds now."""
@@ -110,15 +112,15 @@ class SegmentDecoder:
         state.start_logits = logits[slot].clone()
 
     def _settle(self, slot: int, logits: torch.Tensor) -> None:
-        """Judges a row's segment; `logits[slot]` is then what the row goes on from, unless it is finished."""
+        """Accepts or rejects a row's segment; an unfinished row then continues from `logits[slot]`."""
         state, attempt = self.growing[slot], self.growing[slot].attempt
-        attempt.rewards = self._judge(slot, attempt)
+        attempt.rewards = self._score(slot, attempt)
         if state.best is None or attempt.rewards[-1] > state.best.rewards[-1]:
             state.best = attempt
         accepted = state.random.random() < self._acceptance(state, attempt)
         if not accepted:
             state.rejected += 1
-            if state.rejected <= self.strategy.rejections:
+            if state.rejected <= self.strategy.max_rejections:
                 self._cut(slot)
                 logits[slot] = state.start_logits
                 state.attempt = _Attempt()
@@ -133,7 +135,7 @@ class SegmentDecoder:
         row.logprobs += attempt.logprobs
         row.rewards += attempt.rewards
         self.stats.tokens += len(attempt.tokens)
-        self.ends.finish(row, attempt.end)
+        self.stopping.finish(row, attempt.end)
         if attempt.end is None:
             self._begin_segment(slot, logits)
 
@@ -142,27 +144,27 @@ class SegmentDecoder:
         strategy = self.strategy
         base = (1 - strategy.alpha) * state.prompt_reward + strategy.alpha * strategy.target
         tokens = len(state.row.answer) + len(attempt.tokens)
-        rising = base + tokens * (strategy.target - base) / self.ends.max_new_tokens
+        rising = base + tokens * (strategy.target - base) / self.stopping.max_new_tokens
         threshold = min(strategy.target, rising)
         return math.exp(min(0.0, (attempt.rewards[-1] - threshold) / strategy.beta))
 
-    def _judge(self, slot: int, attempt: _Attempt) -> list[float]:
+    def _score(self, slot: int, attempt: _Attempt) -> list[float]:
         self.stats.reward_calls += 1
         self.stats.reward_tokens += len(attempt.tokens)
-        rewards = self.guide.append(slot, attempt.tokens)
-        self.ends.check(self.growing[slot].row, attempt.tokens, rewards)
+        rewards = self.reward.append(slot, attempt.tokens)
+        self.stopping.check(self.growing[slot].row, attempt.tokens, rewards)
         return rewards
 
     def _cut(self, slot: int) -> None:
-        """The segment being tried leaves both caches."""
+        """Cuts the current segment off both caches."""
         state = self.growing[slot]
-        self.guide.roll_back(slot, len(state.attempt.tokens))
+        self.reward.roll_back(slot, len(state.attempt.tokens))
         self.sampler.runner.roll_back(slot, state.start)
 
     def _replay(self, slot: int, attempt: _Attempt, logits: torch.Tensor) -> None:
-        """A segment that had been cut off enters both caches again, in one chunk."""
+        """Appends a segment that had been cut off to both caches again, in one chunk."""
         runner = self.sampler.runner
-        self._judge(slot, attempt)
+        self._score(slot, attempt)
         hidden = runner.prefill(slot, attempt.tokens)
         logits[slot] = runner.logits(hidden[-1:])[0, : logits.shape[-1]]
         self.sampler.newest[slot] = attempt.tokens[-1]
@@ -181,7 +183,7 @@ class SegmentDecoder:
             last = len(self.growing) - 1
             if slot != last:
                 self.sampler.move(last, slot)
-                self.guide.move(last, slot)
+                self.reward.move(last, slot)
                 self.growing[slot] = self.growing[last]
             self.growing.pop()
             self.sampler.drop(1)

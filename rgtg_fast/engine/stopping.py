@@ -1,19 +1,62 @@
-"""Answer text while it grows: stop strings and pieces that never split a character."""
+"""Where an answer ends: end-of-sequence, a stop string, or its length; and the text that it shows until then."""
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Sequence
 
-from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.engine.batch import Row
+from rgtg_fast.errors import RewardNaNError, RGTGError, shown
 from rgtg_fast.models.language_model import LanguageModel
+
+
+class StoppingCriteria:
+    """Ends the answers of a call.
+
+    Args:
+        lm: the base model.
+        max_new_tokens: tokens of an answer, end-of-sequence included.
+        stops: strings that end an answer.
+    """
+
+    def __init__(self, lm: LanguageModel, max_new_tokens: int, stops: list[str]):
+        self.lm, self.max_new_tokens, self.stops = lm, max_new_tokens, stops
+        self.eos_ids = lm.eos_ids
+
+    def reason(self, answer: Sequence[int]) -> str | None:
+        """Why an answer ends with its last token, None where it continues."""
+        if answer[-1] in self.eos_ids:
+            return "eos"
+        if before_stop(self.lm, answer, self.stops) is not None:
+            return "stop"
+        return "length" if len(answer) >= self.max_new_tokens else None
+
+    def check(self, row: Row, tokens: Sequence[int], rewards: Sequence[float]) -> None:
+        """Refuses rewards of a row's next tokens that cannot be compared.
+
+        Raises:
+            RewardNaNError: naming the first that is NaN or +inf.
+        """
+        for i, reward in enumerate(rewards):
+            if not reward < math.inf:
+                text = self.lm.token_text(tokens[i])
+                raise RewardNaNError(row.prompt.index, len(row.answer) + i, tokens[i], text)
+
+    def finish(self, row: Row, reason: str | None) -> None:
+        """Records why a row has ended, where it has, and its text."""
+        if reason is None:
+            return
+        row.finish_reason = reason
+        before = before_stop(self.lm, row.answer, self.stops) if reason == "stop" else None
+        row.text = self.lm.text(row.answer) if before is None else before
 
 
 def as_stops(stop: str | Sequence[str] | None) -> list[str]:
     """Stop strings as a list.
 
     Raises:
-        RGTGError: one that is empty or no string.
+        RGTGError: an empty one, or one that is no string.
     """
     given = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(given, Iterable):
@@ -44,7 +87,8 @@ def before_stop(lm: LanguageModel, answer: Sequence[int], stops: Sequence[str]) 
 
 
 def shown_text(lm: LanguageModel, answer: Sequence[int], stops: Sequence[str]) -> str:
-    """What of a growing text can be shown: no unfinished character, no beginning of a stop string at its end."""
+    """The part of a growing text that can be shown: without an unfinished character or the beginning of a stop string
+    at its end."""
     text = lm.text(answer).rstrip("\N{REPLACEMENT CHARACTER}")
     if not stops:
         return text
@@ -53,7 +97,7 @@ def shown_text(lm: LanguageModel, answer: Sequence[int], stops: Sequence[str]) -
 
 
 def _settled(text: str, stops: Sequence[str]) -> int:
-    """How much of a text no stop string can reach that begins in it and ends in what follows."""
+    """Characters of a text that no stop string can contain which begins in it and ends in what follows."""
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     sizes = [len(text)]
     for stop in stops:
@@ -67,7 +111,7 @@ def _before(lm: LanguageModel, answer: Sequence[int], full: str, at: int) -> str
     if lm.text(answer) == full:
         return full[:at]
 
-    # Tokens that end before the place, then what the next one shows of it: nothing where it is special.
+    # Tokens that end before the character, then what the next one shows of it: nothing where it is special.
     def reach(count: int) -> int:
         return len(lm.text(answer[:count], special=True))
 
