@@ -26,7 +26,7 @@ ALLOWED = {
     "methods": set(),
     "plaintext": set(),
     "profiling": {"config", "errors"},
-    "app": {"bundled"},
+    "app": {"bundled", "deprecation"},
     "bundled": {"errors", "files"},
     "ops": OPS,
     "models": MODELS,

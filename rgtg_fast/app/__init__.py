@@ -1,1 +1,1 @@
-"""Kept for one release for `rgtg_fast.app.embedded`."""
+"""Deprecated; holds the old import path of `default_model`."""

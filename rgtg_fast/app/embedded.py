@@ -1,11 +1,6 @@
-"""`default_model` under its former name, for one release."""
-
-import warnings
+"""Deprecated import path of `default_model`; it will be removed in the next release."""
 
 from rgtg_fast.bundled import default_model as default_model
+from rgtg_fast.deprecation import warn_renamed
 
-warnings.warn(
-    "rgtg_fast.app.embedded is now rgtg_fast.bundled: use `from rgtg_fast.bundled import default_model`",
-    DeprecationWarning,
-    stacklevel=2,
-)
+warn_renamed("rgtg_fast.app.embedded", "rgtg_fast.bundled")
