@@ -177,38 +177,13 @@ class NativeLayers:
         self._copies: list[tuple[torch.Tensor, float, torch.Tensor]] = []
         self._factors: list[torch.Tensor] = []
 
-        def array(tensor: torch.Tensor) -> _extension.Array:
-            self._tensors.append(tensor)
-            return _extension.array(tensor)
-
-        def vector(tensor: torch.Tensor | None, offset: float = 0.0) -> _extension.Array | None:
-            if tensor is None:
-                return None
-            source = tensor.detach()
-            copy = source.float().add(offset).contiguous()
-            self._copies.append((source, offset, copy))
-            return array(copy)
-
-        table = []
-        for layer in layers:
-            linears = _linears(layer)
-            attention = layer.self_attn
-            table.append(
-                [array(linears[name].weight.detach()) for name in MATRICES]  # type: ignore[operator]
-                + [vector(linears[name].bias) for name in MATRICES]  # type: ignore[arg-type]
-                + [
-                    vector(layer.input_layernorm.weight, family.norm_offset),
-                    vector(layer.post_attention_layernorm.weight, family.norm_offset),
-                    vector(attention.q_norm.weight if family.head_norm else None),
-                    vector(attention.k_norm.weight if family.head_norm else None),
-                ]
-            )
+        table = [self._weights(layer, family) for layer in layers]
         self._grow_tables(64)
         try:
             self._native = _extension.kernels().DecoderLayers(
                 table,
-                vector(decoder.norm.weight, family.norm_offset),
-                array(embedding),
+                self._vector(decoder.norm.weight, family.norm_offset),
+                self._array(embedding),
                 float(scale),
                 self.heads,
                 self.kv_heads,
@@ -222,6 +197,32 @@ class NativeLayers:
             raise RGTGError(
                 f"{type(model).__name__} cannot run natively: {error}; use engine='transformers'"
             ) from error
+
+    def _array(self, tensor: torch.Tensor) -> _extension.Array:
+        self._tensors.append(tensor)
+        return _extension.array(tensor)
+
+    def _vector(self, tensor: torch.Tensor | None, offset: float = 0.0) -> _extension.Array | None:
+        """A float32 copy of a bias or norm weight plus an offset."""
+        if tensor is None:
+            return None
+        source = tensor.detach()
+        copy = source.float().add(offset).contiguous()
+        self._copies.append((source, offset, copy))
+        return self._array(copy)
+
+    def _weights(self, layer: Any, family: Family) -> list[_extension.Array | None]:
+        """A layer's matrices, biases and norms in the extension's order."""
+        linears: dict[str, Any] = _linears(layer)
+        attention = layer.self_attn
+        return [
+            *(self._array(linears[name].weight.detach()) for name in MATRICES),
+            *(self._vector(linears[name].bias) for name in MATRICES),
+            self._vector(layer.input_layernorm.weight, family.norm_offset),
+            self._vector(layer.post_attention_layernorm.weight, family.norm_offset),
+            self._vector(attention.q_norm.weight if family.head_norm else None),
+            self._vector(attention.k_norm.weight if family.head_norm else None),
+        ]
 
     @staticmethod
     def supported(model: nn.Module) -> str | None:

@@ -130,7 +130,7 @@ def test_weights_in_a_prompts_file(
     output = tmp_path / "answers.jsonl"
     args = ("--lm", lm, "--max-new-tokens", 4, "--temperature", 0, "--output", output)
     outcome = run("generate", "--input", prompts_file(*rows), "--reward", mixture, *args)
-    assert "3 weights in the guidance and this decoder mixes 2 guides" in outcome.error
+    assert "3 weights in the guidance and this decoder mixes 2 rewards" in outcome.error
     answers = read_rows(output)
     assert [row.get("weights") for row in answers] == [None, [1, 0]]
     alone = run("generate", "is tea safe?", "--lm", lm, "--reward", rm, *args[2:6], "--json").rows[0]

@@ -406,7 +406,7 @@ def test_a_weight_of_zero_takes_out_what_a_guide_says() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0], "1 weights for 2 guides"),
+        ([1.0], "1 weights for 2 rewards"),
         ([1.0, float("nan")], "weights[1]=nan is not finite"),
         ([-float("inf"), 1.0], "weights[0]=-inf is not finite"),
         ([1.0, "much"], "weights[1]='much' is not a number"),
@@ -420,7 +420,7 @@ def test_weights_that_cannot_be(weights: Any, message: str) -> None:
         MixtureReward(parts, weights)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    if len(parts) != 2 or "for 2 guides" not in message:
+    if len(parts) != 2 or "for 2 rewards" not in message:
         with pytest.raises(RGTGError):
             Guidance(weights=weights)
 
@@ -439,10 +439,10 @@ def test_mixtures_that_cannot_be() -> None:
 
 def test_weights_for_a_guide_that_is_no_mixture() -> None:
     decoder = decoder_for(_farma(torch.float32).reward, "auto", torch.float32)
-    with pytest.raises(RGTGError, match="2 weights in the guidance and this decoder mixes 0 guides"):
+    with pytest.raises(RGTGError, match="2 weights in the guidance and this decoder mixes 0 rewards"):
         decoder.generate([[9]], 2, Guidance(weights=(1.0, 2.0)))
     mixed = decoder_for(_two_genarms(torch.float32).reward, "auto", torch.float32)
-    with pytest.raises(RGTGError, match="3 weights in the guidance and this decoder mixes 2 guides"):
+    with pytest.raises(RGTGError, match="3 weights in the guidance and this decoder mixes 2 rewards"):
         mixed.generate([[9]], 2, Guidance(weights=(1.0, 2.0, 3.0)))
 
 
