@@ -5,7 +5,8 @@
 
 Three ways over the same pairs, model, dtype and trained weights:
 
-- `packed`: PartialRewardTrainer; every prefix of both answers in one forward, in mode "eos" (published) and "hold".
+- `packed`: PartialRewardTrainer; every prefix of both answers in one forward, in mode "eos" (published) and
+  "repeat_last", which results files call "hold".
 - `one_row_per_prefix`: the published way; prefix i of the chosen and of the rejected answer are two rows, sorted by
   length and batched to a token budget, without attention masks, and only the last position goes through the head. It
   would take hours, so batches drawn evenly from the sorted list are timed and the rest is extrapolated by tokens.
@@ -40,6 +41,7 @@ from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops import partial_bt_loss
+from rgtg_fast.training.config import RENAMED_MODES
 from rgtg_fast.training.data import TokenizedPair, load_pairs, tokenize_pairs
 from rgtg_fast.training.losses import Objective
 from rgtg_fast.training.model import HEAD, Lora, add_adapters, load_base, trained_parameters
@@ -266,7 +268,7 @@ def time_packed(job: Job, mode: str) -> Timed:
             model,
             TrainingArguments(**_arguments(job, folder, 1, 1)),
             job.pairs,
-            objective=Objective(mode=mode),
+            objective=Objective(mode=RENAMED_MODES.get(mode, mode)),
             token_budget=job.token_budget,
         )
         meter = Meter(model)

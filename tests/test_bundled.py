@@ -29,7 +29,7 @@ def test_both_are_there_and_small() -> None:
 
 def test_the_former_place_of_the_default_model_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "rgtg_fast.app.embedded", raising=False)
-    with pytest.warns(DeprecationWarning, match=r"use `from rgtg_fast.bundled import default_model`"):
+    with pytest.warns(DeprecationWarning, match=r"rgtg_fast.app.embedded is now rgtg_fast.bundled"):
         former = importlib.import_module("rgtg_fast.app.embedded")
     assert former.default_model is bundled.default_model
 
