@@ -203,7 +203,9 @@ class _Sweep:
         """Measure the missing methods of a cell, beside those that their tokens are compared with.
 
         Args:
-            cell: the configuration. missing: methods that get a row. at: begins the lines about it.
+            cell: the configuration.
+            missing: methods that get a row.
+            at: begins the lines about the cell.
 
         Returns:
             Whether it succeeded.

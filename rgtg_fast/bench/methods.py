@@ -157,7 +157,8 @@ def reference(name: str, names: Iterable[str]) -> str | None:
     of equals, the first in the table.
 
     Args:
-        name: a method. names: those that take part, itself included.
+        name: of the method.
+        names: of the methods that take part, itself included.
 
     Returns:
         The reference's name; None where the method's tokens are compared with nothing.

@@ -135,7 +135,9 @@ def bytes_read(method: BenchMethod, lm: PreTrainedModel, rewards: RewardModels) 
     """Bytes of the weights that a method's step reads, and of the caches that it keeps for a token of a row.
 
     Args:
-        method: its entry in the table of methods. lm: base model. rewards: the reward models of this benchmark.
+        method: its entry in the table of methods.
+        lm: base model.
+        rewards: the reward models of this benchmark.
     """
     weights, stored = _weight_bytes(lm), float(_token_cache_bytes(lm))
     adapter = rewards.adapter
