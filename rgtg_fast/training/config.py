@@ -13,7 +13,7 @@ from rgtg_fast.errors import RGTGError
 if TYPE_CHECKING:
     from rgtg_fast.training.losses import Objective
 
-# "auto": as the data say of each answer, by default that it ended. "yes", "no": the same for all answers.
+# "auto": by each answer's finish_reason; without one it counts as ended. "yes", "no": the same for all answers.
 ANSWERS_ENDED = ("auto", "yes", "no")
 # More epochs than any training runs; beyond it the number of steps overflows.
 MAX_EPOCHS = 1_000_000
@@ -29,12 +29,13 @@ _Config = TypeVar("_Config", bound="CommonConfig")
 
 
 def option(default: Any, panel: str, flags: str, help: str, **settings: Any) -> Any:
-    """A field that the command line has as well.
+    """A field that is also an option of the command line.
 
     Args:
+        default: of the field.
         panel: heading of the help under which the option is listed.
-        flags: the option, and after a slash the one that turns it off.
-        help: what the command line says of it.
+        flags: the option's names, separated by spaces.
+        help: the option's help.
         settings: further arguments of `dataclasses.field`.
     """
     names = tuple(flags.split())
@@ -52,9 +53,10 @@ def check_answers_ended(value: str) -> None:
 
 
 def current_mode(mode: str, stacklevel: int) -> str:
-    """The new name of a `mode`, with a warning where it is the old one.
+    """The new name of a `mode`, with a warning where `mode` is the old one.
 
     Args:
+        mode: by its old or new name.
         stacklevel: frames from the warning to the code that named the mode.
     """
     if mode in RENAMED_MODES:
