@@ -14,7 +14,7 @@ from rgtg_fast.errors import RGTGError
 if TYPE_CHECKING:
     from rgtg_fast.training.losses import Objective
 
-# "auto": as the data say of each answer, by default that it ended. "yes", "no": the same for all answers.
+# "auto": by each answer's finish_reason; without one it counts as ended. "yes", "no": the same for all answers.
 ANSWERS_ENDED = ("auto", "yes", "no")
 ANSWERS_ENDED_HELP = (
     "Whether answers ended: auto (by the data's finish_reason; without one they did), or yes or no for all. An answer "
@@ -41,9 +41,10 @@ def check_answers_ended(value: str) -> None:
 
 
 def current_mode(mode: str, stacklevel: int) -> str:
-    """The new name of a `mode`, with a warning where it is the old one.
+    """The new name of a `mode`, with a warning where `mode` is the old one.
 
     Args:
+        mode: by its old or new name.
         stacklevel: frames from the warning to the code that named the mode.
     """
     if mode in RENAMED_MODES:

@@ -94,7 +94,7 @@ def train_reward_model(
         RGTGError: a wrong argument, a loss that is not finite, or a full disk; one line each.
 
     Example:
-        >>> train_reward_model("folder-of-a-model", "pairs.jsonl", "my-reward", fork_layer=20)  # doctest: +SKIP
+        >>> result = train_reward_model("some-model", "pairs.jsonl", "my-reward", fork_layer=20)  # doctest: +SKIP
     """
     config = (config or TrainConfig()).updated(settings)
     if importlib.util.find_spec("accelerate") is None:

@@ -52,8 +52,8 @@ from rgtg_fast.training.vocabulary import (
 )
 
 # Rewards of the prefixes of a pair's chosen and rejected answer.
-Scores = list[tuple[list[float], list[float]]]
-Metrics = Callable[[Scores], dict[str, Any]]
+PrefixRewards = list[tuple[list[float], list[float]]]
+Metrics = Callable[[PrefixRewards], dict[str, Any]]
 
 # How rewards are computed from the hidden states by objectives without a score head.
 _READERS: dict[str, Reader] = {"farma": token_scores, "genarm": token_logprobs}
@@ -383,7 +383,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
             if _in_head(name) and parameter.ndim == 2:
                 parameter.data[end] = weight.to(parameter)
 
-    def score(self, pairs: Sequence[TokenizedPair] | None = None) -> Scores:
+    def score(self, pairs: Sequence[TokenizedPair] | None = None) -> PrefixRewards:
         """Rewards of every prefix of both answers of each pair; the processes share the work.
 
         Args:
