@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,21 @@ def test_a_study_from_python_is_written_as_a_file_that_reads_the_same(tmp_path: 
     path = tmp_path / "study.yaml"
     path.write_text(made.as_yaml())
     assert Study.load(path) == made
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("settings.Study", "study.settings.Study"),
+        ("report.write_report", "study.report.write_report"),
+        ("study.run_study", "study.run.run_study"),
+    ],
+)
+def test_import_paths_of_before(old: str, new: str) -> None:
+    module, name = f"rgtg_fast.evaluation.{old}".rsplit(".", 1)
+    if not old.startswith("study."):
+        sys.modules.pop(module, None)
+    with pytest.warns(DeprecationWarning, match=f"is now rgtg_fast.evaluation.{new.rsplit('.', 1)[0]}"):
+        former = getattr(importlib.import_module(module), name)
+    module, name = f"rgtg_fast.evaluation.{new}".rsplit(".", 1)
+    assert former is getattr(importlib.import_module(module), name)

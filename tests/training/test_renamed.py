@@ -90,13 +90,3 @@ def test_import_paths(old: str, new: str) -> None:
         sys.modules.pop(module, None)
     with pytest.warns(DeprecationWarning, match=home):
         assert getattr(importlib.import_module(module), name) is expected
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_what_the_command_line_reads(config: type[CommonConfig]) -> None:
-    for field in fields(config):
-        if field.metadata:
-            assert set(field.metadata) == {"help", "panel", "flags"}
-            assert all(flag.startswith("--") for flag in field.metadata["flags"])
-    unlisted = {field.name for field in fields(config) if not field.metadata}
-    assert unlisted == {"warmup_ratio"}
