@@ -186,9 +186,9 @@ def test_nan_reward_keeps_the_finished_rows(
 def test_no_memory_says_what_would_fit(
     run: Callable, prompts_file: Callable, monkeypatch: pytest.MonkeyPatch, lm: str, rm: str
 ) -> None:
-    from rgtg_fast import decoder
+    from rgtg_fast.engine import scheduler
 
-    monkeypatch.setattr(decoder, "free_bytes", lambda device: 50_000)
+    monkeypatch.setattr(scheduler, "free_bytes", lambda device: 50_000)
     source = prompts_file(*({"prompt": f"prompt {n}"} for n in range(20)))
     error = run("generate", "--input", source, "--lm", lm, "--reward", rm, "--max-batch", 16, *SHORT).error
     assert "max_batch=" in error or "max-batch" in error
