@@ -20,9 +20,10 @@ NOTES = (
     "rows, prefill counted in full."
 )
 TRUNK_NOTES = (
-    "The guide is a LoRA adapter of the base model. *Shared trunk*: base model and guide in one forward, one copy of "
-    "the weights. *Two models*: the same guide as a model of its own, the adapter merged into its copy. *ARGS*: the "
-    "published algorithm with that model. ¹ this package's own engine without a guide."
+    "The reward model is a LoRA adapter of the base model. *Shared trunk*: base model and reward model in one forward, "
+    "one copy of the weights. *Two models*: the same reward model as a model of its own, the adapter merged into its "
+    "copy. *ARGS*: the published algorithm with that model. *Shared ÷ …*: the speed of the shared trunk divided by "
+    "that of the other method; above 1 the shared trunk is faster. ¹ this package's own engine without a reward model."
 )
 NO_TRUNK = "Not measured yet: run `python -m benchmarks.decode --shared --reward bundled:pargs`."
 NOT_DECODED = {

@@ -154,7 +154,7 @@ TARGETS = (
         _over_replicated(LARGE, 32),
     ),
     Target(
-        "8B, guide in the same forward, B = 1, P = 512: tokens/s ÷ unguided", "≥ 0.90", ".2f", _shared_trunk
+        "8B, reward model in the same forward, B = 1, P = 512: tokens/s ÷ unguided", "≥ 0.90", ".2f", _shared_trunk
     ),
     Target(
         "`tree_attention`, T ≥ 4096, B·G ≥ 64: of the measured copy bandwidth",
@@ -174,7 +174,7 @@ TARGETS = (
         ".1f",
         lambda results: _over(results.timed("topk_logprobs", V=128256, B=32, k=10), "torch"),
     ),
-    Target("synchronisations of the stream, a step", "0", ".2g", _synchronizations),
+    Target("synchronizations of the stream, a step", "0", ".2g", _synchronizations),
     Target("reward model's cache, resident ÷ ARGS's", "≈ 0.10", ".2f", _cache_share),
 )
 

@@ -143,7 +143,7 @@ def _fail(message: str) -> int:
 app = typer.Typer(
     cls=_OneLineErrors,
     name="rgtg-fast",
-    help="Reward-guided text generation: a reward model steers every token, at nearly ordinary speed.",
+    help="Reward-guided text generation: a reward model scores the candidates for every token.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
