@@ -28,7 +28,7 @@ def costs_block(rows: Sequence[Row]) -> str:
             f"tokens enter the models (rgtg-fast {first['rgtg_fast']}, {first['commit']}). A step decides one token of "
             "every row.",
             "",
-            "| method | reward model | LM forwards a step | LM tokens a token | RM forwards a step | RM tokens a token "
+            "| method | reward | LM forwards a step | LM tokens a token | RM forwards a step | RM tokens a token "
             "| as the table says |",
             "|---|---|--:|--:|--:|--:|---|",
         ]
