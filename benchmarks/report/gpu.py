@@ -154,7 +154,10 @@ TARGETS = (
         _over_replicated(LARGE, 32),
     ),
     Target(
-        "8B, reward model in the same forward, B = 1, P = 512: tokens/s ÷ unguided", "≥ 0.90", ".2f", _shared_trunk
+        "8B, reward model in the same forward, B = 1, P = 512: tokens/s ÷ unguided",
+        "≥ 0.90",
+        ".2f",
+        _shared_trunk,
     ),
     Target(
         "`tree_attention`, T ≥ 4096, B·G ≥ 64: of the measured copy bandwidth",
