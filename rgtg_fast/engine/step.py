@@ -16,11 +16,14 @@ from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.ops import finish_step, resample, topk_logprobs
 from rgtg_fast.rewards.base import Reward, as_score
 
-Selected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# What `select` and `sample` return.
+ThreeTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class DecodeStep:
-    """Decides one token of every row: forward → select → score → resample → commit. The host reads nothing of it.
+    """Decides one token of every row, without synchronizing with the host:
+
+        forward → begin_reward → select → score → resample → finish → commit
 
     Args:
         lm: the base model π.
@@ -28,7 +31,7 @@ class DecodeStep:
         eos: [Z] int64, tokens that end a row.
     """
 
-    # The phase of `Stats.phases` that each part is timed under.
+    # The phase of `Stats.phases` that each part is timed under; writing the decision and the caches is one phase.
     phases: ClassVar[dict[str, str]] = {
         "forward": "lm",
         "begin_reward": "reward",
@@ -60,20 +63,23 @@ class DecodeStep:
         """Lets the reward see its contexts before candidates are selected."""
         self.reward.begin_step(context_logits)
 
-    def select(self, batch: Batch, logits: torch.Tensor) -> Selected:
+    def select(self, batch: Batch, logits: torch.Tensor) -> ThreeTensors:
         """The k most probable tokens: log π and ids [B, K], and the entropy of π [B]."""
         logprobs, candidates, entropy = topk_logprobs(logits, batch.k)
         return batch.mask_padding(logprobs), candidates, entropy
 
-    def sample(self, batch: Batch, candidates: torch.Tensor, logprobs: torch.Tensor) -> Selected:
+    def sample(self, batch: Batch, candidates: torch.Tensor, logprobs: torch.Tensor) -> ThreeTensors:
         """Rewards [B, K], the chosen candidate [B] and its log-probability after guidance [B]."""
         rewards = self.score(batch, candidates, logprobs)
         choice, chosen_logprob = self.resample(batch, logprobs, rewards)
         return rewards, choice, chosen_logprob
 
     def score(self, batch: Batch, candidates: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-        """r [B, K] of the candidates."""
-        self.lm.run_candidates(candidates)
+        """r [B, K] of the candidates.
+
+        A reward that shares the base model's forward reads its states there, so the candidates run first.
+        """
+        self.lm.run_candidates(candidates)  # nothing where no reward shares the forward
         return as_score(self.reward.score(candidates), self.reward).to(logprobs.dtype)
 
     def resample(
@@ -98,6 +104,9 @@ class DecodeStep:
         )
 
     def commit(self, batch: Batch, accepted: torch.Tensor) -> None:
-        """Appends the accepted candidates to the prefixes of both models."""
+        """Appends the accepted candidates to the prefixes of the models that ran them.
+
+        A base model that ran none appends its new token in the next step's forward.
+        """
         self.lm.commit(accepted)
         self.reward.commit(accepted)

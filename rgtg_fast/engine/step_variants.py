@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from rgtg_fast.engine.batch import Batch, Row
-from rgtg_fast.engine.step import DecodeStep, Selected
+from rgtg_fast.engine.step import DecodeStep, ThreeTensors
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.profiling import PhaseTimer
@@ -19,7 +19,7 @@ from rgtg_fast.rewards.base import Reward, as_score
 class CombinedStep(DecodeStep):
     """support="combined": the candidates are the k with the highest log π + β·r (FaRMA)."""
 
-    def select(self, batch: Batch, logits: torch.Tensor) -> Selected:
+    def select(self, batch: Batch, logits: torch.Tensor) -> ThreeTensors:
         rewards = self.reward.guidance().float()
         logprobs, candidates, entropy = topk_logprobs(
             logits, batch.k, guidance=rewards, beta=batch.now.selection_beta
@@ -30,7 +30,7 @@ class CombinedStep(DecodeStep):
 class VocabularyStep(DecodeStep):
     """support="all": every token is a candidate (GenARM)."""
 
-    def select(self, batch: Batch, logits: torch.Tensor) -> Selected:
+    def select(self, batch: Batch, logits: torch.Tensor) -> ThreeTensors:
         logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         candidates = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
         return logprobs, candidates, topk_logprobs(logits, 1)[2]
@@ -49,7 +49,7 @@ class FusedStep(DecodeStep):
         super().__init__(step.lm, step.reward, step.eos)
         self.select = step.select
 
-    def sample(self, batch: Batch, candidates: torch.Tensor, logprobs: torch.Tensor) -> Selected:
+    def sample(self, batch: Batch, candidates: torch.Tensor, logprobs: torch.Tensor) -> ThreeTensors:
         return self.reward.sample(candidates, logprobs, *batch.sampling)
 
 
@@ -60,7 +60,7 @@ class GatedStep(DecodeStep):
         super().__init__(step.lm, step.reward, step.eos)
         self._step = step
 
-    def select(self, batch: Batch, logits: torch.Tensor) -> Selected:
+    def select(self, batch: Batch, logits: torch.Tensor) -> ThreeTensors:
         selected = self._step.select(batch, logits)
         batch.apply_gates(selected[2])
         return selected
