@@ -254,7 +254,7 @@ def number(name: str, value: Any) -> float:
 
 
 def _scalar(value: Any) -> Any:
-    """The number in an array without dimensions; None for what is no number."""
+    """The number in an array without dimensions; None for what is not a number."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, bool) else value
@@ -287,5 +287,7 @@ def as_weights(weights: Sequence[float]) -> tuple[float, ...]:
     given: Any = weights
     given = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        raise RGTGError(f"weights={shown(weights)} is no list of numbers: use for example weights=(0.7, 0.3)")
+        raise RGTGError(
+            f"weights={shown(weights)} is not a list of numbers: use for example weights=(0.7, 0.3)"
+        )
     return tuple(number(f"weights[{j}]", weight) for j, weight in enumerate(given))

@@ -1,4 +1,4 @@
-"""Errors that a user can cause: one line each, with the value, the limit and the way out."""
+"""Errors that a user can cause: one line each, with the value, the limit and what to do."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def find_adapter(
     """The adapter that `rm` names, or a random one where a method needs one and `rm` is None.
 
     Raises:
-        RGTGError: the adapter is of another base model, or a method needs an adapter and `rm` is none.
+        RGTGError: the adapter is of another base model, or a method needs an adapter and `rm` is not one.
     """
     if rm is not None and is_adapter(bundled.resolve(rm)):
         adapter = Adapter.load(bundled.resolve(rm))
@@ -151,7 +151,9 @@ def find_adapter(
     if not asking:
         return None
     if rm is not None:
-        raise RGTGError(f"rm={rm!r} is no adapter folder, which {asking[0]} needs: name one, or leave rm out")
+        raise RGTGError(
+            f"rm={rm!r} is not an adapter folder, which {asking[0]} needs: name one, or leave rm out"
+        )
     return _random_adapter(base, seed)
 
 

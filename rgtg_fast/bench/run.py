@@ -7,12 +7,12 @@ time is reported. In lower precision, where cached and uncached logits really di
 and the score gap there.
 
 A method whose run would take longer than `seconds_per_run` is run on fewer rows (methods that decode rows one after
-another anyway) and then on fewer tokens, once. Its time is extended to the whole job as
+another anyway) and then on fewer tokens, once. Its time is extrapolated to the whole job as
 
     seconds = (prefill + (measured - prefill) · new_tokens / tokens_measured) · batch / rows_measured,
 
 so that the prefill counts once a row. Later tokens cost a little more than earlier ones, so any error is in that
-method's favour. `extrapolated`, `tokens_measured` and `rows_measured` say where this was done; the cache bytes are
+method's favor. `extrapolated`, `tokens_measured` and `rows_measured` say where this was done; the cache bytes are
 those of the measured part.
 
 On CUDA, and with torch.compile, the warm-up has two rounds: the first compiles, captures and allocates (our methods: at

@@ -192,7 +192,7 @@ def quiet() -> None:
         RGTGError: transformers is not installed.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise RGTGError("transformers is not installed: `pip install rgtg-fast` brings it")
+        raise RGTGError("transformers is not installed: install it with `pip install rgtg-fast`")
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 

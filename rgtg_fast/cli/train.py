@@ -118,8 +118,8 @@ class Train(TrainingCommand):
         if self.figure is not None and points:
             draw({config.objective: points}, self.figure, title=f"{self.output.name}, held-out pairs")
         if self.json:
-            told = {**asdict(result), "filled": result.packing_efficiency, "output": str(self.output)}
-            print_json({**told, "recipe": config.saved(), "accuracy": [point.as_dict() for point in points]})
+            row = {**asdict(result), "filled": result.packing_efficiency, "output": str(self.output)}
+            print_json({**row, "recipe": config.saved(), "accuracy": [point.as_dict() for point in points]})
             return
         if points:
             console().print(_table(points))

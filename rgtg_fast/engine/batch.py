@@ -123,7 +123,7 @@ class SlotState:
 
 
 class Batch:
-    """The active rows, with their settings as a step needs them, which are computed once per change of the rows.
+    """The active rows, with their settings as a step needs them, which are computed whenever the rows change.
 
     Attributes:
         rows: the row of each slot.
@@ -162,7 +162,7 @@ class Batch:
         return source
 
     def refresh(self) -> None:
-        """Updates the settings after a change of the rows."""
+        """Updates the settings after the rows have changed."""
         settings = [row.guidance for row in self.rows]
         self.width = self._bucket(len(settings))
         self.now = self._state.first(self.width)

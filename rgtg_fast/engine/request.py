@@ -111,7 +111,7 @@ def as_run(
     """A run of rows.
 
     Raises:
-        RGTGError: stop strings that are none, or that need a tokenizer and there is none.
+        RGTGError: invalid stop strings, or stop strings without a tokenizer.
     """
     stops = as_stops(stop)
     if stops and lm.tokenizer is None:

@@ -47,7 +47,7 @@ def load_classifier(
     Args:
         source: folder, hub id or `bundled:NAME`.
         base: loads a base model by name, None for the default one.
-        given: the base model that the user named; where there is none, an adapter's own is loaded.
+        given: the base model that the user named; by default, an adapter's own is loaded.
 
     Raises:
         RGTGError: no causal reward model there.
@@ -230,8 +230,8 @@ def training_data(name: str) -> set[str]:
     for folder in folders_of(name):
         recipe = Path(folder) / _RECIPE
         if recipe.is_file():
-            told: Any = json.loads(recipe.read_text(encoding="utf-8")).get("data_sha256")
-            hashes |= {told} if told else set()
+            data_hash: Any = json.loads(recipe.read_text(encoding="utf-8")).get("data_sha256")
+            hashes |= {data_hash} if data_hash else set()
     return hashes
 
 
@@ -249,12 +249,13 @@ def conflicts(judges: dict[str, str], guides: Sequence[str]) -> list[str]:
             paths = [{_place(folder) for folder in folders_of(one)} for one in (source, guide)]
             if same or paths[0] & paths[1]:
                 lines.append(
-                    f"the judge {name} is the guide {guide}: its rewards say how well the guide was followed, not "
-                    "how good the answers are"
+                    f"the judge {name} is the reward model {guide} that guides the decoding: its rewards say how "
+                    "well that model was followed, not how good the answers are"
                 )
             elif training_data(source) & training_data(guide):
                 lines.append(
-                    f"the judge {name} and the guide {guide} were trained on the same data: their errors go together"
+                    f"the judge {name} and the reward model {guide} were trained on the same data: their errors "
+                    "are correlated"
                 )
     return lines
 

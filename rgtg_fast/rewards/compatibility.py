@@ -10,7 +10,7 @@ from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
 from rgtg_fast.models.prompts import text_ids
 
-# Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
+# Tokenized under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
 
 

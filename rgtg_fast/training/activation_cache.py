@@ -47,7 +47,9 @@ class _Passed(nn.Module):
         self, hidden_states: torch.Tensor, *args: Any, trunk_states: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
         if self.last and trunk_states is None:
-            raise RGTGError("the layers below the fork are set aside: pass their activations as trunk_states")
+            raise RGTGError(
+                "the layers below the fork are not loaded: pass their activations as trunk_states"
+            )
         out = trunk_states if self.last else hidden_states
         return (out,) if self.in_tuple else out
 
@@ -200,16 +202,16 @@ class ActivationCache:
         with partial.open("ab") as file:
             done, size = self._complete_rows(file.tell())
             file.truncate(size)
-            began, before, told = time.monotonic(), size, time.monotonic()
+            began, before, reported = time.monotonic(), size, time.monotonic()
             for row in self._rows[done:]:
                 file.write(self._compute(model, row))
                 file.flush()
                 # After a power failure, a file of the right size must not contain blocks that were never written.
                 os.fsync(file.fileno())
                 size = file.tell()
-                if time.monotonic() - told > 10:
-                    told = time.monotonic()
-                    rate = (size - before) / self._token_bytes / (told - began)
+                if time.monotonic() - reported > 10:
+                    reported = time.monotonic()
+                    rate = (size - before) / self._token_bytes / (reported - began)
                     progress(
                         f"activations below layer {self._fork_layer}: {size / self.nbytes:.0%} of {self.tokens:,} "
                         f"tokens, {rate:,.0f} tokens/s"

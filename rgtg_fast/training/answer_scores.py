@@ -181,18 +181,18 @@ class AnswerFile:
                     if any(np.isnan(self._of(answer)).any() for i in row for answer in answers(i))
                 ]
                 total, done = sum(cost(items[i]) for row in rows for i in row), 0
-                began = told = time.monotonic()
+                began = reported = time.monotonic()
                 for row in answer_logprobs(model, items, budget, autocast, rows):
                     for i, chosen, rejected in row:
                         for answer, numbers in values(i, chosen, rejected).items():
                             self._of(answer)[:] = numbers.numpy()
                     self._flush()
                     done += sum(cost(items[i]) for i, _, _ in row)
-                    if time.monotonic() - told > _PROGRESS_INTERVAL:
-                        told = time.monotonic()
+                    if time.monotonic() - reported > _PROGRESS_INTERVAL:
+                        reported = time.monotonic()
                         progress(
                             f"{self.path.name.rpartition('-')[0]}: {done / total:.0%} of {total:,} tokens, "
-                            f"{done / (told - began):,.0f} tokens/s"
+                            f"{done / (reported - began):,.0f} tokens/s"
                         )
         except OSError as error:
             raise RGTGError(

@@ -187,7 +187,8 @@ def _append(file: Path, labels: Targets) -> None:
             out.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise RGTGError(
-            f"cannot write {file} ({reason(error)}): free some space and go on with resume, the rows in it are safe"
+            f"cannot write {file} ({reason(error)}): free some space and continue with --resume, the rows "
+            "in it are safe"
         ) from error
 
 
@@ -205,7 +206,7 @@ def _read(file: Path) -> Targets:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, RGTGError):
             raise
-        raise RGTGError(f"{file} holds no rewards of a judge ({reason(error)}): remove it") from error
+        raise RGTGError(f"{file} contains no rewards of a judge ({reason(error)}): remove it") from error
 
 
 def spread(targets: Targets) -> tuple[float, float]:

@@ -314,7 +314,7 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
 
     Args:
         folder: of the adapters, as training saves them.
-        output: new folder of the whole model; it is complete or absent.
+        output: new folder of the whole model; it is written atomically.
 
     Returns:
         The new folder.

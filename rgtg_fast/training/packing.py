@@ -244,7 +244,7 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
-    raise RGTGError(f"{type(model).__name__} holds no transformers model: pass one")
+    raise RGTGError(f"{type(model).__name__} contains no transformers model: pass one")
 
 
 def forward_arguments(trunk: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:

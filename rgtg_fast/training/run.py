@@ -33,7 +33,7 @@ from rgtg_fast.training.model import merge, trained_parameters
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a training run came to.
+    """The result of a training run.
 
     Attributes:
         output: the saved folder.

@@ -1,4 +1,4 @@
-"""T-REG (arXiv 2412.02685): token rewards from contrastive prompts, and the regulariser of preference optimisation."""
+"""T-REG (arXiv 2412.02685): token rewards from contrastive prompts, and the regularizer of preference optimization."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def fill_token_rewards(
     return file
 
 
-def regulariser(logprobs: torch.Tensor, rewards: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+def regularizer(logprobs: torch.Tensor, rewards: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """L_REG(x, y) = − Σ_t β r̂(y_t) log π_θ(y_t | x, y_<t), arXiv 2412.02685.
 
     Args:

@@ -127,7 +127,7 @@ def test_settings_of_the_guidance(settings: dict[str, Any], words: str) -> None:
         (lambda d: d.generate("w1", 2, seed=2**63), "not a 64-bit whole number"),
         (lambda d: d.generate("w1", 2, seed=True), "seed=True"),
         (lambda d: d.generate("w1", 2, seed=None), "seed=None"),
-        (lambda d: d.generate("w1", 2, stop=5), "stop=5 is no stop string"),
+        (lambda d: d.generate("w1", 2, stop=5), "stop=5 is not a valid stop string"),
         (lambda d: d.generate("w1", 2, strategy=5), "strategy=5 is none"),
         (lambda d: d.generate("w1", 2, Guidance(k=10**30)), "exceeds the vocabulary"),
         (lambda d: d.score("w1", None), "answer 0 is None"),

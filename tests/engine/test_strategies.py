@@ -326,7 +326,7 @@ def test_iterate_and_stop_strings(strategy: Any) -> None:
     unfinished = decoder.iterate(prompts, 9, seed=1, strategy=strategy)
     next(unfinished)
     decoder.generate([[9]], 2, Guidance(k=3))
-    with pytest.raises(RGTGError, match="called again before the run was through"):
+    with pytest.raises(RGTGError, match="called again before the run had finished"):
         list(unfinished)
 
 

@@ -259,7 +259,7 @@ def test_answers_that_repeat_their_prompt() -> None:
     assert texts(pairs) == [(prompt, f" Yes {i}.", " No.") for i in range(3)]
     assert (report.prompts_removed, report.different_prompts) == (3, 1)
     assert "3 kept with answers that began with the prompt, which was taken off" in report.lines()
-    # One of many rows may begin so by chance, and keeps its answers; a word that goes on is no prompt.
+    # One of many rows may begin so by chance, and keeps its answers; a word that goes on is not a prompt.
     others = [{**other, "chosen": f"c{i}"} for i in range(2)]
     pairs, report = load_pairs([{"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}, *others])
     assert (pairs[0].chosen, report.prompts_removed, report.prompts_repeated) == ("Hi there", 0, 1)

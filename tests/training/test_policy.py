@@ -269,7 +269,7 @@ def test_rloo_maximises_a_reward_model(base: Path, tmp_path: Path) -> None:
         ({"templates": TEMPLATES}, "dpo has no token rewards"),
         ({"reward": "some/where"}, "dpo learns from pairs and takes no reward"),
         ({"objective": "rloo"}, "rloo needs a reward"),
-        ({"objective": "rloo", "reward": len, "max_completion_length": 64}, "leaves no room for a prompt"),
+        ({"objective": "rloo", "reward": len, "max_completion_length": 64}, "leaves no tokens for a prompt"),
         ({"objective": "rloo", "reward": len, "data": [{"text": "w1"}]}, "no prompts are left of the 1 rows"),
     ],
     ids=str,

@@ -65,7 +65,9 @@ def check_strategy(strategy: Strategy, reward: Reward, run: Run) -> None:
     """
     name = type(strategy).__name__
     if not isinstance(strategy, Strategy):
-        raise RGTGError(f"strategy={strategy!r} is none: use BestOfN(...), Segments(...) or Blocks(...)")
+        raise RGTGError(
+            f"strategy={strategy!r} is not a strategy: use BestOfN(...), Segments(...) or Blocks(...)"
+        )
     if not reward.gives_rewards:
         raise RGTGError(f"{name} chooses by reward and this decoder has none: pass reward=...")
     if not isinstance(strategy, BestOfN) and not reward.appends:

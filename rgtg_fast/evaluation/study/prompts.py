@@ -51,7 +51,7 @@ def load_prompts(study: Study, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     empty = duplicates = 0
     for index, row in enumerate(rows):
         prompt = as_prompt(
-            given_prompt(row, chat, f"row {index} of {_source(study)} is no prompt"), index, chat
+            given_prompt(row, chat, f"row {index} of {_source(study)} is not a prompt"), index, chat
         )
         if not prompt.text.strip():
             empty += 1

@@ -83,7 +83,7 @@ def run_study(
     given = source if source is not None else study.model
     if given is None:
         raise RGTGError("the study names no model: set model to a path or hub id")
-    # Before the hours of decoding: the report needs it.
+    # The report needs matplotlib: fail before hours of decoding.
     check_matplotlib()
     folder = Path(study.output)
     _keep_config(study, folder)
@@ -139,7 +139,7 @@ def check_present(study: Study) -> None:
             local = path.is_absolute() or len(path.parts) > 2
             files = [path / file for file in ("config.json", "adapter_config.json")]
             if (path.exists() or local) and not any(file.is_file() for file in files):
-                raise RGTGError(f"{who}: {folder} holds no model: check the path, or make the model first")
+                raise RGTGError(f"{who}: {folder} contains no model: check the path, or make the model first")
 
 
 def _keep_config(study: Study, folder: Path) -> None:

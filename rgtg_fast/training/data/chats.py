@@ -138,7 +138,7 @@ def listed(value: Any) -> Any:
 
 
 def last_field(value: Any, name: str) -> Any:
-    """A field of the last message of a chat, None where there is none."""
+    """A field of the last message of a chat, None if there is none."""
     if isinstance(value, str) and LOOKS_LIKE_CHAT.match(value) is not None:
         value = parsed(value)
     value = listed(value)

@@ -418,6 +418,6 @@ def _check(pair: PreferencePair) -> None:
     if not ("".join(contents).strip() and pair.chosen.strip() and pair.rejected.strip()):
         raise UnusableError("empty")
     if not is_plain_text([*contents, pair.chosen, pair.rejected]):
-        raise UnusableError("malformed", "half of a surrogate pair, which is no character")
+        raise UnusableError("malformed", "half of a surrogate pair, which is not a character")
     if pair.chosen.strip() == pair.rejected.strip():
         raise UnusableError("identical")

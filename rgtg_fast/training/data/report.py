@@ -125,7 +125,7 @@ def ends_text(ended: int, cut: int, unstated: int = 0) -> str:
     """
     said = "" if not unstated else f" ({unstated} of them without a finish_reason, taken to have ended)"
     if not cut:
-        return f"whole answers are read at the end token, which stands behind all {ended}{said}"
+        return f"whole answers are read at the end token, which follows all {ended}{said}"
     if not ended:
         return f"whole answers are read at their last text token: all {cut} were cut"
     return (
