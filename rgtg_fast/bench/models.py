@@ -196,7 +196,7 @@ class RewardModels:
     """The reward models of one benchmark; each is None where no method needs it.
 
     Attributes:
-        adapter: of the base model.
+        adapter: adapter of the base model.
         sequence: sequence-classification model; the adapter merged into its base where there is one.
         language_model: causal language model.
     """
@@ -220,10 +220,10 @@ class RewardModels:
         Args:
             rm: as in `run_bench`.
             base: base model.
-            methods: that are timed.
-            dtype: of the reward model.
-            device: of the reward model.
-            seed: of random weights.
+            methods: the methods that are timed.
+            dtype: dtype of the reward model.
+            device: device of the reward model.
+            seed: seed of random weights.
 
         Raises:
             RGTGError: a reward model that cannot be loaded, or does not fit the base model or a method.

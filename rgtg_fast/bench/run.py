@@ -172,7 +172,7 @@ def run_bench(
         dtype: "float32", "bfloat16" or "float16".
         methods: names in `rgtg_fast.bench.methods.METHODS`.
         repeats: timed runs of each method.
-        seed: of prompts and random weights.
+        seed: seed of prompts and random weights.
         threads: CPU threads; None: torch's own number.
         beta: weight of the reward.
         progress: receives a line before every step.
@@ -215,7 +215,7 @@ class _Benchmark:
 
     Args:
         settings: what is measured.
-        device: of the models.
+        device: device of the models.
         progress: receives a line before every step.
         each: receives the result of every method as soon as it is complete; None: nothing does.
     """
@@ -359,9 +359,9 @@ def compare(
     """Compare every run with the first run of its reference and note the first difference.
 
     Args:
-        entries: whose runs are compared.
+        entries: the entries whose runs are compared.
         beside: the methods that include their references.
-        dtype: of the models.
+        dtype: dtype of the models.
         trials: the warm-up's runs by method; None: the timed ones.
 
     Raises:

@@ -196,7 +196,7 @@ class Isolation:
     """A method that fails, for lack of memory or otherwise, is left out; the others are timed without it.
 
     Attributes:
-        device: that the methods run on.
+        device: the device that the methods run on.
         progress: receives a line about every method that is left out.
         left_out: names of such methods, and why in one line.
     """
@@ -249,11 +249,11 @@ def prepare(
         method: entry of the table of methods.
         lm: base model.
         rewards: the reward models of this benchmark.
-        tokenizer: of the base model; None with random weights.
+        tokenizer: tokenizer of the base model; None with random weights.
         guidance: k and β.
         batch: prompts decoded at once, where the method can.
         length: most tokens of a prompt and its answer.
-        device: of the models.
+        device: device of the models.
     """
     rm, engine = rewards.model_of(method), "transformers"
     peer = method.peer

@@ -139,8 +139,8 @@ def run(
         unguided: a decoder of the same model without a reward, whose speed is that of the model alone.
         prompts: texts or lists of chat messages.
         max_new_tokens: tokens of each answer at most.
-        guidance: of the guided run; the unguided run uses β = 0.
-        seed: of both runs.
+        guidance: guidance of the guided run; the unguided run uses β = 0.
+        seed: seed of both runs.
 
     Raises:
         RGTGError: a prompt does not fit, or the guidance is not possible with these models.

@@ -244,8 +244,8 @@ def html_page(title: str, heading: str, prompt: str, answer: str, rest: str, fac
     The page loads nothing from anywhere, runs no script, follows the reader's light or dark setting and prints well.
 
     Args:
-        title: of the window, before the prompt.
-        heading: of the page.
+        title: title of the window, before the prompt.
+        heading: heading of the page.
         prompt: the prompt as text.
         answer: the answer as HTML.
         rest: HTML under the answer.

@@ -29,8 +29,8 @@ class Job:
     Attributes:
         line: in the prompts file, from 1.
         prompt: a text, chat messages or token ids.
-        guidance: of every token.
-        seed: of the sampling noise.
+        guidance: guidance of every token.
+        seed: seed of the sampling noise.
         id: the row's own name, None where it has none.
         strategy: in place of the guidance, with its settings; None for token by token.
     """

@@ -52,10 +52,10 @@ class Option:
     """One option or argument.
 
     Attributes:
-        name: of the field.
-        type: of its value.
+        name: name of the field.
+        type: type of its value.
         default: MISSING where it is required.
-        metadata: of the field.
+        metadata: metadata of the field.
     """
 
     name: str

@@ -81,7 +81,7 @@ class Setup:
         """A copy with a reward: where none is named the bundled one if it fits the models, else the contrastive one.
 
         Args:
-            support: of the guidance; all but "lm" need a reward over the whole vocabulary.
+            support: support of the guidance; all but "lm" need a reward over the whole vocabulary.
         """
         if self.reward is not None:
             return self

@@ -38,9 +38,9 @@ class InFlightStep:
     """A step that the host has launched and not yet seen the decisions of.
 
     Attributes:
-        rows: of its slots at the launch.
+        rows: rows of its slots at the launch.
         guided: for each row, whether the step used its reward.
-        copy: of its tensors to the host.
+        copy: copy of its tensors on the host.
     """
 
     rows: list[Row]

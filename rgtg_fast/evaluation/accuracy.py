@@ -44,7 +44,7 @@ class FractionAccuracy:
     """Share of pairs whose chosen answer is preferred, both answers cut to one fraction.
 
     Attributes:
-        fraction: of the answer's text tokens that is read; 1 is the whole answer, with EOS where it ended.
+        fraction: fraction of the answer's text tokens that is read; 1 is the whole answer, with EOS where it ended.
         accuracy: ties count one half.
         ci95: Wilson's 95 % interval.
         n: pairs.
@@ -66,7 +66,7 @@ class AccuracyDifference:
 
     Attributes:
         fraction: as in `FractionAccuracy`.
-        difference: of the accuracies.
+        difference: difference of the accuracies.
         ci95: 95 % interval of the paired bootstrap.
         n: pairs.
     """
@@ -210,7 +210,7 @@ def prefix_accuracy(
 
     Args:
         scores: as `score_pairs` gives them.
-        fractions: of each answer's own length, in (0, 1].
+        fractions: fractions of each answer's own length, in (0, 1].
 
     Raises:
         RGTGError: no pairs, or a fraction out of range.
@@ -245,8 +245,8 @@ def differences(
     Args:
         one: scores of the first reward model.
         other: scores of the second, of the same pairs in the same order.
-        fractions: of each answer's own length, in (0, 1].
-        seed: of the resampling.
+        fractions: fractions of each answer's own length, in (0, 1].
+        seed: seed of the resampling.
 
     Raises:
         RGTGError: not the same number of pairs.
@@ -265,10 +265,10 @@ def paired_bootstrap(
     """Mean of `one` − `other` with the 2.5 % and 97.5 % quantiles of its mean over resampled pairs.
 
     Args:
-        fraction: of the answers that the verdicts are about.
+        fraction: fraction of the answers that the verdicts are about.
         one: verdicts of the first reward model.
         other: verdicts of the second on the same pairs.
-        seed: of the resampling.
+        seed: seed of the resampling.
         resamples: how often the pairs are resampled.
     """
     gaps = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
@@ -304,7 +304,7 @@ def figure(
         curves: by the names of the reward models.
         path: .png, .svg or .pdf.
         baseline: longer wins, a horizontal line.
-        title: of the figure.
+        title: title of the figure.
 
     Raises:
         RGTGError: matplotlib is missing, or the file cannot be written.

@@ -43,7 +43,7 @@ class PairData:
 
     Attributes:
         source: file or data set, as in `load_pairs`.
-        layout: of its rows, as in `load_pairs`.
+        layout: layout of its rows, as in `load_pairs`.
         limit: pairs to take at most.
         max_length: tokens of a prompt and its longer answer.
         token_budget: tokens of a packed row.
@@ -72,9 +72,9 @@ class _Scored:
     """One reward model with its scores.
 
     Attributes:
-        name: as it was given.
-        pairs: as its tokenizer cuts them.
-        scores: of each pair, the rewards of all prefixes of both answers.
+        name: name of the reward, as given.
+        pairs: pairs as tokenized by its tokenizer.
+        scores: scores of each pair, the rewards of all prefixes of both answers.
         report: which pairs were left out.
     """
 
@@ -99,7 +99,7 @@ def compare_rewards(
     Args:
         rewards: names of reward models, as in `named_guide`.
         data: the pairs.
-        fractions: of each answer to judge by, in (0, 1].
+        fractions: fractions of each answer to judge by, in (0, 1].
         lm: base model, path or hub id; None for the embedded one, or for an adapter's own.
         device: as in `RewardGuidedDecoder.from_pretrained`.
         dtype: as in `RewardGuidedDecoder.from_pretrained`.

@@ -95,7 +95,7 @@ class Judge:
 
     Attributes:
         scorer: a causal model for packed rows, or a `Reward` that is bound to the base model.
-        tokenizer: of the scorer.
+        tokenizer: tokenizer of the scorer.
         template: chat template of the tokenizer, the base model's where it has none, None where neither has.
 
     Raises:
@@ -235,26 +235,26 @@ def training_data(name: str) -> set[str]:
     return hashes
 
 
-def conflicts(judges: dict[str, str], guides: Sequence[str]) -> list[str]:
+def conflicts(judges: dict[str, str], rewards: Sequence[str]) -> list[str]:
     """A warning for every judge that also guides the decoding, or was trained on the same data as a reward that does.
 
     Args:
         judges: model of each judge, by the judge's name.
-        guides: names of the rewards that guide the decoding.
+        rewards: names of the rewards that guide the decoding.
     """
     lines = []
     for name, source in judges.items():
-        for guide in dict.fromkeys(guides):
-            same = set(weights_of(source).values()) & set(weights_of(guide).values())
-            paths = [{_place(folder) for folder in folders_of(one)} for one in (source, guide)]
+        for reward in dict.fromkeys(rewards):
+            same = set(weights_of(source).values()) & set(weights_of(reward).values())
+            paths = [{_place(folder) for folder in folders_of(one)} for one in (source, reward)]
             if same or paths[0] & paths[1]:
                 lines.append(
-                    f"the judge {name} is the reward model {guide} that guides the decoding: its rewards say how "
+                    f"the judge {name} is the reward model {reward} that guides the decoding: its rewards say how "
                     "well that model was followed, not how good the answers are"
                 )
-            elif training_data(source) & training_data(guide):
+            elif training_data(source) & training_data(reward):
                 lines.append(
-                    f"the judge {name} and the reward model {guide} were trained on the same data: their errors "
+                    f"the judge {name} and the reward model {reward} were trained on the same data: their errors "
                     "are correlated"
                 )
     return lines

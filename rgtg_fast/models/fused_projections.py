@@ -22,7 +22,7 @@ class FusedLinear(nn.Linear):
 
     Attributes:
         fused: the product.
-        index: of this layer among the siblings.
+        index: index of this layer among the siblings.
     """
 
     fused: _Product

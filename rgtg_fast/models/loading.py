@@ -196,7 +196,7 @@ def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype 
         adapter: the adapter.
         base: copied where it is the adapter's base. Where it is a policy made from that base, the base is loaded by
             the name in the policy's adapter, else by the name in this adapter.
-        dtype: of a base that is loaded; None for the given one's.
+        dtype: dtype of a base that is loaded; None for the given one's.
 
     Returns:
         The merged model and the base's tokenizer.

@@ -30,7 +30,7 @@ class Factors(NamedTuple):
 
     Attributes:
         a: [Σ r, inner], the first factors stacked.
-        parts: of each linear layer, by adapter; None where an adapter does not change it.
+        parts: parts of each linear layer, by adapter; None where an adapter does not change it.
     """
 
     a: torch.Tensor

@@ -25,7 +25,7 @@ class Prompt:
 
     Attributes:
         given: a text, chat messages or token ids.
-        index: of the prompt in the call, for messages.
+        index: index of the prompt in the call, for messages.
     """
 
     given: PromptLike

@@ -70,7 +70,7 @@ def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
     Args:
         runner: the model with its cache, which is empty afterwards.
         variant: index of the adapter's rows.
-        name: of the adapter.
+        name: name of the adapter.
 
     Raises:
         RGTGError: they differ by more than rounding.

@@ -109,7 +109,7 @@ class Reward(ABC):
 
         Args:
             lm: the base model.
-            dtype: of the reward's model; None for the base model's, or a loaded model's own.
+            dtype: dtype of the reward's model; None for the base model's, or a loaded model's own.
             engine: as in `RewardGuidedDecoder.from_pretrained`.
             max_length: as in `RewardGuidedDecoder.from_pretrained`.
         """
@@ -320,7 +320,7 @@ def as_rewards(
         given: a tensor on any device, an array, or nested sequences of numbers.
         shape: the required one.
         device: where the rewards are needed.
-        name: of the reward, for messages.
+        name: name of the reward, for messages.
         asked: what the function was asked to score, for messages.
 
     Raises:

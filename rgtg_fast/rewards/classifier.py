@@ -62,7 +62,7 @@ class Classifier:
         """Token ids of texts, without padding; the end of a text that is too long, with one warning.
 
         Args:
-            texts: to encode.
+            texts: the texts to encode.
             seconds: second texts of pairs.
             special: whether to add the tokenizer's special tokens.
         """

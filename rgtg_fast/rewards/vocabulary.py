@@ -72,7 +72,7 @@ class CausalScorer:
         reward: class name of the reward that it belongs to, for messages.
 
     Attributes:
-        scores: of the step that has begun.
+        scores: scores of the step that has begun.
     """
 
     def __init__(self, source: Source, chat_template: str | None, share_trunk: bool | None, reward: str):

@@ -123,9 +123,9 @@ class ActivationCache:
     continues where it stopped.
 
     Args:
-        folder: of the files; several runs may share it.
+        folder: folder of the files; several runs may share it.
         model: the model, with or without adapters from layer f on.
-        pairs: whose activations are stored.
+        pairs: the pairs whose activations are stored.
         fork_layer: f, at least 1.
         budget: most tokens of a row when the trunk runs.
         eos_padding: as in `collate`.
@@ -178,7 +178,7 @@ class ActivationCache:
         """Runs the trunk over the rows that the file lacks.
 
         Args:
-            model: with all its layers.
+            model: the model with all its layers.
             progress: receives a line every 10 seconds.
 
         Raises:
@@ -246,7 +246,7 @@ class ActivationCache:
         """The activations [R, S, E] of a packed batch, 0 at padding.
 
         Args:
-            batch: of the cache's pairs.
+            batch: batch of the cache's pairs.
         """
         assert self._map is not None
         rows, size = batch.input_ids.shape

@@ -63,7 +63,7 @@ def training_folder(folder: Path, resume: bool, main: bool, progress: Progress) 
     """Locks the output folder for one run; the lock of a killed run does not block others.
 
     Args:
-        folder: of the output.
+        folder: folder of the output.
         resume: whether the folder's own run continues.
         main: whether this is the process that writes, of several that train together.
         progress: receives a line when the run is interrupted.
@@ -170,7 +170,7 @@ class TrainingLog(TrainerCallback):
     """Writes every log entry as a line of JSON and reports the progress in words.
 
     Args:
-        path: of the log; a resumed run removes the lines after its checkpoint.
+        path: path of the log; a resumed run removes the lines after its checkpoint.
         progress: receives the lines about the progress.
     """
 

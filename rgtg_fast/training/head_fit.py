@@ -69,7 +69,7 @@ def fit(features: torch.Tensor, weights: torch.Tensor, strength: float) -> torch
     Args:
         features: [P, E] float32, the differences d.
         weights: [P] of the terms.
-        strength: of the penalty; features are standardized, so that it means the same for every model.
+        strength: strength of the penalty; features are standardized, so that it means the same for every model.
 
     Returns:
         [E] float32.

@@ -42,7 +42,8 @@ def targets_in(rows: Sequence[Any], pairs: Sequence[PreferencePair]) -> Targets 
     """The rewards that the data give the answers; None where the data have no `REWARD_COLUMNS`.
 
     Args:
-        rows: of the data. pairs: made from these rows.
+        rows: rows of the data.
+        pairs: preference pairs made from these rows.
 
     Raises:
         RGTGError: a row whose rewards are not two finite numbers.
@@ -126,7 +127,7 @@ class LabelJudge:
         Args:
             rows: preference data as `load_pairs` takes them.
             wanted: indices of the rows to label.
-            file: to which every packed row's rewards are appended; those in it are not computed again.
+            file: the file to which every packed row's rewards are appended; those in it are not computed again.
             budget: most tokens of a packed row (more where a pair is longer).
             answers_ended: as in `load_pairs`.
             progress: receives a line after every packed row.

@@ -87,7 +87,7 @@ class Objective:
         """Checks that answers which were cut, and have no end token, do not need one for this objective.
 
         Args:
-            pairs: to train or to evaluate on.
+            pairs: the pairs to train or to evaluate on.
             head_fit: whether the head is fitted first (see `head_fit`).
 
         Raises:

@@ -87,7 +87,7 @@ def run_strategy(strategy: Strategy, run: Run, scheduler: Scheduler) -> Iterator
     Args:
         strategy: one that `check_strategy` allows.
         run: without a trace.
-        scheduler: that would decode it token by token.
+        scheduler: the scheduler that would decode it token by token.
 
     Raises:
         RewardNaNError: a NaN reward; carries the rows finished before it.

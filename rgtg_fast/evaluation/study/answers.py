@@ -43,9 +43,9 @@ class Answers:
     Args:
         study: the settings.
         bases: gives the study's model in a dtype, None for the study's own.
-        name: of the study's model in the results.
+        name: name of the study's model in the results.
         answers_file: answers.jsonl.
-        prompts: that are answered.
+        prompts: the prompts that are answered.
         progress: receives lines about the progress.
 
     Attributes:
@@ -344,8 +344,8 @@ def answer_costs(rows: Sequence[GeneratedRow], stats: Stats, strategy: bool) -> 
     tokens, the end-of-sequence token included. Prefills count in the seconds alone.
 
     Args:
-        rows: of one call of `generate`.
-        stats: of that call.
+        rows: rows of one call of `generate`.
+        stats: stats of that call.
         strategy: whether a strategy decoded them, not token-by-token sampling.
 
     Returns:

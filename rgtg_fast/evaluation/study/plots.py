@@ -27,7 +27,7 @@ def reward_over_beta(rows: Sequence[Row], baseline: str) -> str | None:
     """Reward against β, one curve a method with at least two weights; None if there is none.
 
     Args:
-        rows: of one judge, as `summarize` gives them.
+        rows: rows of one judge, as `summarize` gives them.
         baseline: method whose reward is a horizontal line.
     """
     swept = {

@@ -159,8 +159,8 @@ class Agreement:
     """How often a model prefers the answer that people chose.
 
     Attributes:
-        name: in the tables.
-        model: by name.
+        name: name in the tables.
+        model: name of the model.
         judge: whether it is a judge; else it guides the decoding.
         accuracy: at each fraction of the answers, as `FractionAccuracy.as_dict` gives it.
         longer_wins: the same of the baseline that prefers the longer answer.
@@ -181,7 +181,7 @@ def agreements(
     study: Study,
     bases: Bases,
     accuracy_file: JsonlWriter,
-    guides: Sequence[str],
+    rewards: Sequence[str],
     progress: Callable[[str], None],
 ) -> list[Agreement]:
     """Accuracy of the judges and of the reward models that guide the decoding, by how much of the answers they read.
@@ -190,7 +190,7 @@ def agreements(
         study: names the pairs.
         bases: as in `Ratings`.
         accuracy_file: accuracy.jsonl.
-        guides: names of the rewards that guide the decoding.
+        rewards: names of the rewards that guide the decoding.
         progress: receives lines about the progress.
 
     Raises:
@@ -208,7 +208,7 @@ def agreements(
     for name, settings in study.judges.items():
         models.setdefault(settings.model, name)
     # A reward without files of its own, such as contrastive prompts, was not trained on preferences.
-    models |= {name: name for name in guides if folders_of(name) and name not in models}
+    models |= {name: name for name in rewards if folders_of(name) and name not in models}
     found = []
     for model, name in models.items():
         settings = {

@@ -37,7 +37,7 @@ def write_report(results: Results, facts: Mapping[str, Any] | None = None) -> li
     """Summarizes a study and writes its tables and pages into its output folder.
 
     Args:
-        results: of `run_study`.
+        results: results of `run_study`.
         facts: about the machine and the versions, name to value, for the beginning of the report.
 
     Returns:
@@ -69,7 +69,7 @@ def report(
     """The parts of the report, warnings first.
 
     Args:
-        results: of `run_study`.
+        results: results of `run_study`.
         rows: as `summarize` gives them.
         compared: as `comparisons` gives them.
         facts: as in `write_report`.

@@ -34,9 +34,9 @@ class Results:
     """Everything that a study found.
 
     Attributes:
-        study: its settings.
+        study: settings of the study.
         base: name of the base model.
-        prompts: that were answered.
+        prompts: the prompts that were answered.
         answers: rows of answers.jsonl of each cell.
         scores: judge → cell → (prompt index, seed) → reward.
         agreements: accuracy of the reward models on preference pairs, where the study names some.
@@ -96,9 +96,9 @@ def run_study(
         raise RGTGError(f"{name} came without a tokenizer: a study needs texts, pass (model, tokenizer)")
     bases = functools.cache(functools.partial(_in_dtype, study, given, base))
     prompts, notes = load_prompts(study, base[1])
-    guides = list(dict.fromkeys(cell.reward for cell in cells if cell.reward is not None))
+    rewards = list(dict.fromkeys(cell.reward for cell in cells if cell.reward is not None))
     # These come first in the report: without them the numbers mislead.
-    warnings = conflicts({judge: settings.model for judge, settings in study.judges.items()}, guides) + notes
+    warnings = conflicts({judge: settings.model for judge, settings in study.judges.items()}, rewards) + notes
     with JsonlWriter(folder / ANSWERS, FIELDS) as answers_file:
         decoding = Answers(study, bases, name, answers_file, prompts, progress)
         answers = decoding.of(cells)
@@ -106,7 +106,7 @@ def run_study(
         rating = Ratings(study, bases, scores_file, progress)
         scores = rating.of(answers)
     with JsonlWriter(folder / ACCURACY, ("told", "accuracy", "longer_wins", "above")) as accuracy_file:
-        agreed = agreements(study, bases, accuracy_file, guides, progress)
+        agreed = agreements(study, bases, accuracy_file, rewards, progress)
     warnings += decoding.warnings + rating.warnings
     return Results(study, name, prompts, answers, scores, agreed, warnings)
 

@@ -27,17 +27,17 @@ class Cell:
     """One method under one setting.
 
     Attributes:
-        method: its name.
-        reward: by name; None for the base model alone.
-        strategy: with its settings; None for token by token.
-        guidance: of token-by-token decoding; the default one for strategies and outputs.
-        beta: for the tables; None where it has no meaning.
+        method: name of the method.
+        reward: name of the reward; None for the base model alone.
+        strategy: strategy with its settings; None for token by token.
+        guidance: guidance of token-by-token decoding; the default one for strategies and outputs.
+        beta: β in the tables; None where it has no meaning.
         top_k: likewise.
         temperature: likewise.
         model: the policy's folder where it is not the study's model.
         outputs: a file of existing answers.
-        dtype: where it is not the study's.
-        seeds: of the samples.
+        dtype: dtype if it differs from the study's.
+        seeds: seeds of the samples.
     """
 
     method: str
@@ -82,8 +82,8 @@ class Method:
     """One entry of the study's `methods`; every combination of values in lists becomes a cell.
 
     Args:
-        name: in the tables.
-        reward: by name as on the command line (`bundled:pargs`, `farma:PATH`, `contrastive`, …), or several; None
+        name: name in the tables.
+        reward: one name or several, as on the command line (`bundled:pargs`, `farma:PATH`, `contrastive`, …); None
             decodes with the base model alone.
         strategy: `best_of_n:n=10`, `segment:target=1`, …; token by token by default.
         best_of: n, short for the strategy `best_of_n:n=…`.
@@ -200,7 +200,7 @@ class Study:
     Args:
         output: folder of the results.
         prompts: a file (.jsonl, .json, .csv, .parquet, or .gz of these) with a field `prompt`, or a list of texts.
-        methods: what is compared.
+        methods: the methods to compare.
         model: base model, path or hub id; None for the embedded one, which the command line fills in.
         judges: reward models by the name that the tables give them; a text is `JudgeSettings(text)`.
         baseline: the method that differences and win rates are against.
@@ -210,16 +210,17 @@ class Study:
         stop: texts that end an answer.
         batch_size: rows decoded at once.
         dtype: as in `RewardGuidedDecoder.from_pretrained`.
-        device: as there.
-        engine: as there.
-        judge_dtype: of judges, and of all reward models on `pairs`: rewards in bfloat16 have many ties. None: `dtype`.
+        device: as in `RewardGuidedDecoder.from_pretrained`.
+        engine: as in `RewardGuidedDecoder.from_pretrained`.
+        judge_dtype: dtype of judges and, on `pairs`, of all reward models: rewards in bfloat16 have many ties. None is
+            `dtype`.
         chat: texts become chat messages where the model has a chat template.
         pairs: preference pairs that no model was trained on: accuracy of all reward models by prefix length.
         pairs_limit: most pairs.
         answers_ended: whether the answers of `pairs` and of `outputs` ended, as in `load_pairs`: "auto" by their
             finish_reason, "yes" or "no" for all.
         examples: prompts whose answers the report shows side by side.
-        text: of the file that the study was read from, written to the results.
+        text: text of the file that the study was read from, written to the results.
 
     Raises:
         RGTGError: an unknown name, or a value out of its range.

@@ -59,15 +59,15 @@ class Comparison:
     """The reward of one method minus that of another, on the same prompts.
 
     Attributes:
-        judge: by name.
-        method: by name.
+        judge: name of the judge.
+        method: name of the method.
         other: the other method's name.
-        settings: with how many the method was run.
-        other_settings: with how many the other method was run.
+        settings: number of settings that the method was run with.
+        other_settings: number of settings that the other method was run with.
         difference: mean over prompts.
         low: lower end of its 95 % interval by the paired bootstrap.
         high: upper end.
-        prompts: that both answered.
+        prompts: the prompts that both answered.
     """
 
     judge: str

@@ -79,7 +79,7 @@ def configuration(D: int, rows: int, mode: int, dtype: torch.dtype, arch: int = 
         D: numbers of a head.
         rows: query rows: new tokens times heads of the group.
         mode: which new tokens are visible, of `MODES`.
-        dtype: of queries, keys and values.
+        dtype: dtype of queries, keys and values.
         arch: compute capability, such as 90; one that is not in `TILES` takes the blocks of the next lower.
     """
     table = TILES[max((known for known in TILES if known <= arch), default=min(TILES))]
@@ -128,7 +128,7 @@ def split_prefix(programs: int, rows: int, T: int, least: int, multiprocessors: 
         rows: query rows: new tokens times heads of the group.
         T: slots of the cache.
         least: slots of the smallest leaf.
-        multiprocessors: of the device.
+        multiprocessors: multiprocessors of the device.
     """
     if rows >= MANY_ROWS:
         return SPAN * max(1, -(-T // SPAN)), 1

@@ -68,8 +68,8 @@ def text_or_messages(value: Any, name: str) -> Text:
     Messages have role and content, or from and value; contents may be lists of texts.
 
     Args:
-        value: of the column.
-        name: of the column, for messages.
+        value: value of the column.
+        name: name of the column, for messages.
 
     Raises:
         UnusableError: it is neither a text nor chat messages.

@@ -71,7 +71,7 @@ class Reading:
     Attributes:
         prompt: a text or chat messages.
         chosen, rejected: the answers' texts.
-        finish_reasons: of the chosen and of the rejected answer, None where the data have none.
+        finish_reasons: finish reasons of the chosen and of the rejected answer, None where the data have none.
         notes: counters of the report to increment if the pair is kept.
     """
 
@@ -254,7 +254,7 @@ def row_prompt(row: Mapping[Any, Any], chat: bool) -> Text | None:
     """The prompt of a row without answers, after its system message; None where the row has no prompt.
 
     Args:
-        row: of the data.
+        row: row of the data.
         chat: HH-RLHF's turns become chat messages, and so does a text after a system message.
 
     Raises:

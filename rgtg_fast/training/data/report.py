@@ -23,7 +23,7 @@ class DataReport:
         identical: both answers the same.
         duplicates: the same prompt and answers as an earlier row.
         short: an answer below the least number of tokens.
-        too_long: over the length limit.
+        too_long: pairs over the length limit.
         end_inside: an end-of-sequence token inside an answer, where decoding would have stopped.
         refused: prompts that the chat template refuses.
         truncated: kept pairs whose prompt's beginning was cut off.

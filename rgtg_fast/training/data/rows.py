@@ -25,7 +25,7 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
 
     Args:
         source: as in `load_pairs`.
-        split: of a data set with several.
+        split: split of a data set with several.
 
     Raises:
         RGTGError: the source cannot be read, or has no rows.

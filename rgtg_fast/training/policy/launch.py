@@ -66,7 +66,7 @@ def train_policy(
         eval_data: pairs to evaluate on; without them, `config.held_out` of the data is split off by prompt.
         reward: what rloo maximizes: folder or hub id of a reward model or adapter, `bundled:NAME`, or a function as
             TRL calls it, f(prompts, completions, completion_ids, **columns) -> rewards.
-        templates: of T-REG's contrastive prompts, by default the project's own.
+        templates: templates of T-REG's contrastive prompts, by default the project's own.
         token_cache: folder for the reference's log-probabilities and token rewards, by default inside `output`; runs
             may share it.
         resume: continue from the last complete checkpoint in `output`.
