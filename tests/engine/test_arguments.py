@@ -104,7 +104,7 @@ def test_pairs_and_numbers_of_other_libraries_are_taken(decoder: RewardGuidedDec
         ({"temperature": float("inf")}, "temperature=inf is not finite"),
         ({"gate_entropy": 1e300}, "gate_entropy=1e+300 is beyond float32"),
         ({"weights": (1e39,)}, "weights[0]=1e+39 is beyond float32"),
-        ({"weights": 3}, "weights=3 is no list"),
+        ({"weights": 3}, "weights=3 is not a list"),
         ({"k": 3.0}, "k=3.0 is not a whole number"),
         ({"k": np.bool_(True)}, "is not a whole number"),
         ({"support": ["lm"]}, "support=['lm'] is unknown"),
@@ -128,7 +128,7 @@ def test_settings_of_the_guidance(settings: dict[str, Any], words: str) -> None:
         (lambda d: d.generate("w1", 2, seed=True), "seed=True"),
         (lambda d: d.generate("w1", 2, seed=None), "seed=None"),
         (lambda d: d.generate("w1", 2, stop=5), "stop=5 is not a valid stop string"),
-        (lambda d: d.generate("w1", 2, strategy=5), "strategy=5 is none"),
+        (lambda d: d.generate("w1", 2, strategy=5), "strategy=5 is not a strategy"),
         (lambda d: d.generate("w1", 2, Guidance(k=10**30)), "exceeds the vocabulary"),
         (lambda d: d.score("w1", None), "answer 0 is None"),
         (lambda d: d.score(["w1", "w2"], [5, 6]), "1 answers for 2 prompts"),
@@ -160,12 +160,12 @@ def test_ids_outside_the_guides_own_embedding_are_refused_before_a_forward() -> 
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda p, c: None, "returned None, which is no array of numbers"),
+        (lambda p, c: None, "returned None, which is not an array of numbers"),
         (lambda p, c: "x", "returned 'x'"),
         (lambda p, c: [[1.0, 2.0]], "returned shape (1, 2) for candidates of shape (1, 8)"),
         (lambda p, c: c + 1j, "complex64"),
         (lambda p, c: (-c.float()).to_sparse(), "dense"),
-        (lambda p, c: torch.zeros(c.shape, device="meta"), "no array of numbers"),
+        (lambda p, c: torch.zeros(c.shape, device="meta"), "not an array of numbers"),
         (lambda p, c: torch.full(c.shape, torch.nan), "is NaN"),
     ],
 )

@@ -528,7 +528,7 @@ def test_tables_say_at_which_token_a_judge_read(named: dict[str, str], tmp_path:
         assert [row["finish"] for row in next(iter(again.answers.values()))] == expected
     rows[0]["finish_reason"] = "crashed"
     path.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(RGTGError, match=r"row 0 of .* finish_reason='crashed' is none of"):
+    with pytest.raises(RGTGError, match=r"row 0 of .* finish_reason='crashed' is not one of"):
         run_study(study(tmp_path, named, judges=judges, methods=methods))
 
 

@@ -279,7 +279,7 @@ def test_files_that_do_not_hold_their_adapter(case: str, tmp_path: Path) -> None
         ({"lora_alpha": "much"}, "lora_alpha='much'"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern="),
         ({"rank_pattern": 5}, "rank_pattern=5"),
-        ({"modules_to_save": ["lm_head"]}, "its file holds none"),
+        ({"modules_to_save": ["lm_head"]}, "its file contains none"),
     ],
 )
 def test_configurations_that_do_not_fit_the_weights(

@@ -155,7 +155,7 @@ def test_json_files_with_one_object(tmp_path: Path, rows: Any) -> None:
 
 @pytest.mark.parametrize("source", [5, None, 2.5])
 def test_what_is_no_source_of_rows_is_refused(source: Any) -> None:
-    with pytest.raises(RGTGError, match="is no source of rows: pass a file"):
+    with pytest.raises(RGTGError, match="is not a source of rows: pass a file"):
         load_pairs(source)
 
 
@@ -343,7 +343,7 @@ def test_what_the_data_say_of_the_end() -> None:
     expected = [(False, False), (True, False), (True, None), (False, None), (True, False)]
     assert [pair.ended for pair in pairs] == expected
     assert report.malformed == 1
-    assert "finish_reason='crashed' is none of eos, stop" in report.first_malformed
+    assert "finish_reason='crashed' is not one of eos, stop" in report.first_malformed
     for told, value in (("yes", True), ("no", False)):
         pairs, _ = load_pairs(rows, answers_ended=told)
         assert [pair.ended for pair in pairs] == [(value, value)] * 6

@@ -88,7 +88,7 @@ class _Recorder:
 
 
 class TRegTrainer(CompleteCheckpoints, DPOTrainer):
-    """TRL's DPOTrainer with token-level reward regularisation, in the form of DPO or of SimPO.
+    """TRL's DPOTrainer with token-level reward regularization, in the form of DPO or of SimPO.
 
     L = L_DPO + α w ( L_REG(x, y^w) + L_REG(x, y^l) ), L_REG(x, y) = − Σ_t β r̂(y_t) log π_θ(y_t | x, y_<t),
     w = σ( r_θ(x, y^l) − r_θ(x, y^w) ) without gradient (arXiv 2412.02685). The SimPO form (2405.14734) has SimPO's loss
