@@ -151,7 +151,7 @@ def test_what_needs_an_end_token_is_refused() -> None:
     # The longer answer needs no padding.
     Objective(mode="eos").check_ends([longer])
     with pytest.raises(
-        RGTGError, match=r"mode='eos' puts end tokens .* that of row 4 was cut: use mode='repeat_last'"
+        RGTGError, match=r"mode='eos' appends end tokens .* that of row 4 was cut: use mode='repeat_last'"
     ):
         Objective(mode="eos").check_ends([longer, shorter])
     Objective("farma").check_ends([shorter])
