@@ -258,7 +258,7 @@ def test_rloo_maximises_a_reward_model(base: Path, tmp_path: Path) -> None:
         ({"beta": 0.0}, "leaves dpo no preference"),
         ({"margin": float("inf")}, "margin=inf"),
         ({"objective": "rloo", "num_generations": 1}, "nothing to compare"),
-        ({"objective": "rloo", "num_generations": 3}, "no multiple of num_generations=3"),
+        ({"objective": "rloo", "num_generations": 3}, "not a multiple of num_generations=3"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
         ({"num_train_epochs": 0}, "num_train_epochs=0 is not above 0"),
         ({"lora_rank": 0}, "LoRA rank 0"),
