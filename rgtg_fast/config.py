@@ -70,7 +70,7 @@ class Guidance:
         support: `"lm"`: the k tokens most probable under the base model; `"combined"`: the k with the highest
             combined score (FaRMA); `"all"`: the whole vocabulary (GenARM). The last two need a reward that scores
             the whole vocabulary at once.
-        weights: of the rewards of a `MixtureReward`, for this request alone; None for the mixture's own.
+        weights: weights of the rewards of a `MixtureReward`, for this request alone; None for the mixture's own.
         gate_entropy: the reward is used only where the base model's next-token entropy, in nats, is at least this
             (sparse guidance, SIA, arXiv 2602.21215); None uses it everywhere.
 
@@ -154,11 +154,11 @@ class Segments:
         alpha: where between r(x) and the target the threshold begins, 0 to 1.
         beta: temperature of the acceptance, > 0.
         entropy: in nats; a segment ends where the next token's reaches it.
-        min_tokens: of a segment.
-        max_tokens: of a segment.
-        max_rejections: of one segment.
-        temperature: of the samples, as in `BestOfN`.
-        top_k: of the samples, as in `BestOfN`.
+        min_tokens: smallest number of tokens of a segment.
+        max_tokens: largest number of tokens of a segment.
+        max_rejections: largest number of rejections of one segment.
+        temperature: temperature of the samples, as in `BestOfN`.
+        top_k: k of the samples, as in `BestOfN`.
 
     Raises:
         RGTGError: a value out of its range.
@@ -197,8 +197,8 @@ class Blocks:
     Args:
         k: blocks to choose from.
         length: tokens of a block.
-        temperature: of the samples, as in `BestOfN`.
-        top_k: of the samples, as in `BestOfN`.
+        temperature: temperature of the samples, as in `BestOfN`.
+        top_k: k of the samples, as in `BestOfN`.
 
     Raises:
         RGTGError: a value out of its range.
@@ -254,7 +254,7 @@ def number(name: str, value: Any) -> float:
 
 
 def _scalar(value: Any) -> Any:
-    """The number in an array without dimensions; None for what is no number."""
+    """The number in an array without dimensions; None for what is not a number."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, bool) else value
@@ -287,5 +287,7 @@ def as_weights(weights: Sequence[float]) -> tuple[float, ...]:
     given: Any = weights
     given = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        raise RGTGError(f"weights={shown(weights)} is no list of numbers: use for example weights=(0.7, 0.3)")
+        raise RGTGError(
+            f"weights={shown(weights)} is not a list of numbers: use for example weights=(0.7, 0.3)"
+        )
     return tuple(number(f"weights[{j}]", weight) for j, weight in enumerate(given))

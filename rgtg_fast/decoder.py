@@ -221,7 +221,7 @@ class RewardGuidedDecoder:
         A row's tokens depend on its own prompt, seed and guidance alone, not on what else is in the call.
 
         Args:
-            prompts: a string (tokenised as it is), a list of chat messages (through the chat template), a list of
+            prompts: a string (tokenized as it is), a list of chat messages (through the chat template), a list of
                 token ids, or a list of these; any lengths, any number.
             max_new_tokens: tokens of an answer, end-of-sequence included.
             guidance: one, or one per prompt.

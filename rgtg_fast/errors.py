@@ -1,4 +1,4 @@
-"""Errors that a user can cause: one line each, with the value, the limit and the way out."""
+"""Errors that a user can cause: one line each, with the value, the limit and what to do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RewardNaNError(RGTGError):
         row: index of the prompt in the call.
         step: index of the answer token being chosen, from 0.
         token: id of the first candidate whose reward is NaN.
-        text: that token as text, empty where it is unknown.
+        text: that token as text, empty if it is unknown.
         finished: rows (`GeneratedRow`) that had finished before, in the order in which they finished.
     """
 

@@ -26,7 +26,7 @@ def check_writable(path: Path, *inputs: Path | str | None) -> None:
     """Checks that a file can be written, before the work whose result it will hold.
 
     Args:
-        path: of the file, which may exist and will be replaced.
+        path: path of the file, which may exist and will be replaced.
         inputs: paths of files that are read; `path` must not lead to one of them.
 
     Raises:
@@ -69,7 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
     After an error `path` is unchanged and the temporary file is removed. A device or a pipe is written to directly.
 
     Args:
-        path: of the file; a link's target is replaced.
+        path: path of the file; a link's target is replaced.
 
     Raises:
         RGTGError: the file cannot be written.
@@ -139,7 +139,7 @@ def only_writer(folder: Path, name: str, instead: str = "", wait: bool = False) 
 
     Args:
         folder: created if it is missing.
-        name: of the lock file.
+        name: name of the lock file.
         instead: as in `hold`.
         wait: as in `hold`.
 

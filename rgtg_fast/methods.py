@@ -79,11 +79,11 @@ class Method:
         title: name in words.
         reward_class: public class.
         usage: value of `--reward`, None where the method is available from Python alone.
-        source: paper, empty where there is none.
+        source: paper, empty if there is none.
         formula: guidance g(v) of token v.
         support: values of `Guidance.support` that the reward class can be used with.
         cost: of a step, None where it is the sum of others' costs.
-        objective: of `rgtg-fast train`, None where there is none.
+        objective: of `rgtg-fast train`, None if there is none.
         published: settings of the paper or its code.
     """
 
@@ -255,7 +255,7 @@ class Strategy:
         name: for `--strategy` and `generate(strategy=...)`.
         strategy_class: public class.
         usage: value of `--strategy` with settings.
-        source: paper, empty where there is none.
+        source: paper, empty if there is none.
         rule: what it does.
         lm: tokens through the base model for an answer of n tokens.
         reward: tokens through the reward model for an answer of n tokens.

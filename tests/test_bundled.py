@@ -36,7 +36,8 @@ def test_the_former_place_of_the_default_model_warns(monkeypatch: pytest.MonkeyP
 
 def test_another_name_is_refused() -> None:
     with pytest.raises(
-        RGTGError, match="'bundled:nothing' is no bundled guide: use one of bundled:args, bundled:pargs"
+        RGTGError,
+        match="'bundled:nothing' is not a bundled reward model: use one of bundled:args, bundled:pargs",
     ):
         bundled.resolve("bundled:nothing")
 

@@ -224,7 +224,7 @@ def test_an_iterator_that_another_call_overtook_says_so() -> None:
     rows = decoder.iterate([[5, 6], [7, 8]], 4, GREEDY)
     next(rows)
     decoder.generate([[9]], 2, GREEDY)
-    with pytest.raises(RGTGError, match="called again before the run was through"):
+    with pytest.raises(RGTGError, match="called again before the run had finished"):
         list(rows)
 
 

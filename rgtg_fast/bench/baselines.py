@@ -1,7 +1,7 @@
-"""The published decoding algorithms, re-implemented on plain transformers as the peers that ours is timed against.
+"""The published decoding algorithms, reimplemented on plain transformers, as baselines for this package's timings.
 
 Each keeps what defines its algorithm (what is copied, what is encoded again, how many model calls a token costs) and
-drops what merely made the published program slow (host synchronisation inside the loop, emptied allocator caches,
+drops what merely made the published program slow (host synchronization inside the loop, emptied allocator caches,
 whole-vocabulary logits of the prompt). All are greedy, stop at `new_tokens` only, and share one formula,
 score(v) = log π(v | x, y) + β·r(x, y ∘ v), over the k most probable tokens, or over the whole vocabulary where r is a
 language model's log-probability.

@@ -48,17 +48,17 @@ class BenchMethod:
     """One method that can be timed.
 
     Attributes:
-        name: in `run_bench`, on the command line and in the results.
-        label: in figures.
-        reward: what it needs beside the base model.
+        name: name in `run_bench`, on the command line and in the results.
+        label: label in figures.
+        reward: what it needs in addition to the base model.
         agreement: the methods that its greedy tokens are compared with; None: its tokens are compared with nothing.
         peer: runs the published algorithm; None: our decoder runs it.
-        one_row: decodes its prompts one after another, because the published program has no other way.
-        engine: of our decoder. "transformers" runs the model's own blocks even where the native engine could.
-        graphs: of our decoder: False never captures a step in a CUDA graph.
-        compile: of our decoder: the model's blocks go through torch.compile.
+        one_row: whether it decodes its prompts one after another, because the published program has no other way.
+        engine: engine of the decoder. "transformers" runs the model's own blocks even where the native engine could.
+        graphs: False never captures a decoding step in a CUDA graph.
+        compile: whether the decoder's blocks are compiled with torch.compile.
         warm_up_tokens: new tokens of the warm-up, which is also the first comparison of the outputs.
-        anchor: is run again beside methods that are measured later, so that their tokens can be compared.
+        anchor: whether it is run again with methods that are measured later, so that their tokens can be compared.
     """
 
     name: str

@@ -139,7 +139,7 @@ def find_adapter(
     """The adapter that `rm` names, or a random one where a method needs one and `rm` is None.
 
     Raises:
-        RGTGError: the adapter is of another base model, or a method needs an adapter and `rm` is none.
+        RGTGError: the adapter is of another base model, or a method needs an adapter and `rm` is not one.
     """
     if rm is not None and is_adapter(bundled.resolve(rm)):
         adapter = Adapter.load(bundled.resolve(rm))
@@ -151,7 +151,9 @@ def find_adapter(
     if not asking:
         return None
     if rm is not None:
-        raise RGTGError(f"rm={rm!r} is no adapter folder, which {asking[0]} needs: name one, or leave rm out")
+        raise RGTGError(
+            f"rm={rm!r} is not an adapter folder, which {asking[0]} needs: name one, or leave rm out"
+        )
     return _random_adapter(base, seed)
 
 
@@ -194,7 +196,7 @@ class RewardModels:
     """The reward models of one benchmark; each is None where no method needs it.
 
     Attributes:
-        adapter: of the base model.
+        adapter: adapter of the base model.
         sequence: sequence-classification model; the adapter merged into its base where there is one.
         language_model: causal language model.
     """
@@ -218,10 +220,10 @@ class RewardModels:
         Args:
             rm: as in `run_bench`.
             base: base model.
-            methods: that are timed.
-            dtype: of the reward model.
-            device: of the reward model.
-            seed: of random weights.
+            methods: the methods that are timed.
+            dtype: dtype of the reward model.
+            device: device of the reward model.
+            seed: seed of random weights.
 
         Raises:
             RGTGError: a reward model that cannot be loaded, or does not fit the base model or a method.

@@ -7,12 +7,12 @@ time is reported. In lower precision, where cached and uncached logits really di
 and the score gap there.
 
 A method whose run would take longer than `seconds_per_run` is run on fewer rows (methods that decode rows one after
-another anyway) and then on fewer tokens, once. Its time is extended to the whole job as
+another anyway) and then on fewer tokens, once. Its time is extrapolated to the whole job as
 
     seconds = (prefill + (measured - prefill) · new_tokens / tokens_measured) · batch / rows_measured,
 
 so that the prefill counts once a row. Later tokens cost a little more than earlier ones, so any error is in that
-method's favour. `extrapolated`, `tokens_measured` and `rows_measured` say where this was done; the cache bytes are
+method's favor. `extrapolated`, `tokens_measured` and `rows_measured` say where this was done; the cache bytes are
 those of the measured part.
 
 On CUDA, and with torch.compile, the warm-up has two rounds: the first compiles, captures and allocates (our methods: at
@@ -172,7 +172,7 @@ def run_bench(
         dtype: "float32", "bfloat16" or "float16".
         methods: names in `rgtg_fast.bench.methods.METHODS`.
         repeats: timed runs of each method.
-        seed: of prompts and random weights.
+        seed: seed of prompts and random weights.
         threads: CPU threads; None: torch's own number.
         beta: weight of the reward.
         progress: receives a line before every step.
@@ -215,7 +215,7 @@ class _Benchmark:
 
     Args:
         settings: what is measured.
-        device: of the models.
+        device: device of the models.
         progress: receives a line before every step.
         each: receives the result of every method as soon as it is complete; None: nothing does.
     """
@@ -359,9 +359,9 @@ def compare(
     """Compare every run with the first run of its reference and note the first difference.
 
     Args:
-        entries: whose runs are compared.
+        entries: the entries whose runs are compared.
         beside: the methods that include their references.
-        dtype: of the models.
+        dtype: dtype of the models.
         trials: the warm-up's runs by method; None: the timed ones.
 
     Raises:

@@ -57,20 +57,20 @@ def first_difference(reference: BaselineRun, run: BaselineRun) -> TokenDifferenc
 
 @dataclass
 class TimedMethod:
-    """A method that takes part in a benchmark: how to run it, how much of it is run, and what came out.
+    """A method in a benchmark: how to run it, how much of it is run, and the results.
 
     Attributes:
-        method: its entry in the table of methods.
-        call: decodes so many new tokens for each of these prompts.
-        engine: that runs the base model.
-        device: that it runs on.
+        method: entry of the table of methods.
+        call: function of prompts and a number of new tokens, which decodes that many for each prompt.
+        engine: the engine that runs the base model.
+        device: the device that it runs on.
         rows: prompts of a timed run.
         tokens: new tokens per prompt of a timed run.
-        repeats: timed runs that are planned.
-        runs: timed runs that are done.
-        difference: first difference of any run from the reference; None where there is none.
+        repeats: number of planned timed runs.
+        runs: the finished timed runs.
+        difference: first difference of any run from the reference; None if there is none.
         compared: tokens of a run that were compared with the reference's.
-        resident_bytes: of the device, that its runs so far have left allocated: static caches, memory of graphs.
+        resident_bytes: device memory that its runs so far have left allocated: static caches, memory of graphs.
         peak_bytes: most bytes that were allocated for it at once, resident ones included; None on a CPU.
     """
 
@@ -89,7 +89,7 @@ class TimedMethod:
 
     @property
     def name(self) -> str:
-        """Of the method."""
+        """Name of the method."""
         return self.method.name
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: int) -> BaselineRun:
@@ -148,7 +148,7 @@ class TimedMethod:
                 self.runs, self.repeats = [trial], 0
 
     def result(self, reference: TimedMethod | None, batch: int, new_tokens: int) -> dict[str, Any]:
-        """The run of the median time, extended to the whole job, ready for JSON.
+        """The run of the median time, extrapolated to the whole job, ready for JSON.
 
         `ms_per_token` has the prefill in it, `decode_ms_per_token` does not; `phases` are ms per token of the batch,
         `tokens` and `seconds` of the whole job. `memory_beyond_weights_bytes`, on CUDA, is the most that was allocated
@@ -196,7 +196,7 @@ class Isolation:
     """A method that fails, for lack of memory or otherwise, is left out; the others are timed without it.
 
     Attributes:
-        device: that the methods run on.
+        device: the device that the methods run on.
         progress: receives a line about every method that is left out.
         left_out: names of such methods, and why in one line.
     """
@@ -246,14 +246,14 @@ def prepare(
     """A method that is ready to run.
 
     Args:
-        method: its entry in the table of methods.
+        method: entry of the table of methods.
         lm: base model.
         rewards: the reward models of this benchmark.
-        tokenizer: of the base model; None with random weights.
+        tokenizer: tokenizer of the base model; None with random weights.
         guidance: k and β.
         batch: prompts decoded at once, where the method can.
         length: most tokens of a prompt and its answer.
-        device: of the models.
+        device: device of the models.
     """
     rm, engine = rewards.model_of(method), "transformers"
     peer = method.peer

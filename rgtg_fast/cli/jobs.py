@@ -29,8 +29,8 @@ class Job:
     Attributes:
         line: in the prompts file, from 1.
         prompt: a text, chat messages or token ids.
-        guidance: of every token.
-        seed: of the sampling noise.
+        guidance: guidance of every token.
+        seed: seed of the sampling noise.
         id: the row's own name, None where it has none.
         strategy: in place of the guidance, with its settings; None for token by token.
     """
@@ -126,7 +126,7 @@ def _parse(number: int, text: str, guidance: Guidance, seed: int, field: str) ->
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # A number of thousands of digits is a plain ValueError.
+        # A number with thousands of digits raises a plain ValueError.
         why = error.msg if isinstance(error, json.JSONDecodeError) else reason(error)
         raise RGTGError(f"not JSON ({why})") from error
     if not isinstance(row, dict):
@@ -152,7 +152,7 @@ def check_prompt(prompt: Any) -> None:
     """Checks that a prompt is a text, chat messages or token ids, and not empty.
 
     Raises:
-        RGTGError: it is none of these, or empty.
+        RGTGError: it is not one of these, or empty.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -188,13 +188,13 @@ class AnswerFile:
         path: the file.
         resume: keep the rows of an earlier run and skip their jobs.
         overwrite: replace the rows of an earlier run.
-        source: the prompts file, None where there is none.
+        source: the prompts file, None if there is none.
 
     Attributes:
         done: the finished rows.
 
     Raises:
-        RGTGError: the file has rows and neither `resume` nor `overwrite` is given; it is no answer file, is the
+        RGTGError: the file has rows and neither `resume` nor `overwrite` is given; it is not a file of answers, is the
             prompts file, is being written by another process, or cannot be written.
     """
 
@@ -217,7 +217,7 @@ class AnswerFile:
             key = ("id", row["id"]) if "id" in row else ("line", row["line"])
             if not isinstance(key[1], (str, int)):
                 self._journal.close()
-                raise RGTGError(f"{path}:{number} is no row of an earlier run: name another --output")
+                raise RGTGError(f"{path}:{number} is not a row of an earlier run: name another --output")
             self.done[key] = row
 
     def __enter__(self) -> "AnswerFile":

@@ -87,7 +87,7 @@ class _OneLineErrors(TyperGroup):
             elif isinstance(error, OSError):
                 # The files that options name have messages of their own; this is for all others.
                 at = "" if error.filename is None else f" ({error.filename})"
-                code = _fail(f"{reason(error)}{at}: check the path, the permissions and the room on the disk")
+                code = _fail(f"{reason(error)}{at}: check the path, the permissions and the free disk space")
             else:
                 raise
         code = 128 + ended[0] if ended else code if isinstance(code, int) else 0
@@ -98,7 +98,7 @@ class _OneLineErrors(TyperGroup):
 
 @contextlib.contextmanager
 def _ended_by_signals(ended: list[int]) -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into `KeyboardInterrupt`, so that a command ends in order.
+    """Turns SIGTERM and SIGHUP into `KeyboardInterrupt`, so that a command ends with its cleanup.
 
     Args:
         ended: receives the signal's number.

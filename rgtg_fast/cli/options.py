@@ -52,10 +52,10 @@ class Option:
     """One option or argument.
 
     Attributes:
-        name: of the field.
-        type: of its value.
+        name: name of the field.
+        type: type of its value.
         default: MISSING where it is required.
-        metadata: of the field.
+        metadata: metadata of the field.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Option:
 
     def parameter(self) -> inspect.Parameter:
         """The parameter of a function that typer makes this option of."""
-        told = self.metadata
-        shared: dict[str, Any] = {"help": told["help"], "rich_help_panel": told.get("panel")}
-        if told.get("argument"):
+        metadata = self.metadata
+        shared: dict[str, Any] = {"help": metadata["help"], "rich_help_panel": metadata.get("panel")}
+        if metadata.get("argument"):
             kind: Any = typer.Argument(**shared)
         else:
-            shown = True if told.get("shown") is None else told["shown"]
-            kind = typer.Option(*self.flags(), **shared, show_default=shown, min=told.get("min"))
+            shown = True if metadata.get("shown") is None else metadata["shown"]
+            kind = typer.Option(*self.flags(), **shared, show_default=shown, min=metadata.get("min"))
         default = inspect.Parameter.empty if self.default is MISSING else self.default
         return inspect.Parameter(
             self.name,

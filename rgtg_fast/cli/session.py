@@ -81,7 +81,7 @@ class Setup:
         """A copy with a reward: where none is named the bundled one if it fits the models, else the contrastive one.
 
         Args:
-            support: of the guidance; all but "lm" need a reward over the whole vocabulary.
+            support: support of the guidance; all but "lm" need a reward over the whole vocabulary.
         """
         if self.reward is not None:
             return self
@@ -192,7 +192,7 @@ def quiet() -> None:
         RGTGError: transformers is not installed.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise RGTGError("transformers is not installed: `pip install rgtg-fast` brings it")
+        raise RGTGError("transformers is not installed: install it with `pip install rgtg-fast`")
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 

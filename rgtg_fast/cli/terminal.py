@@ -22,7 +22,7 @@ from rgtg_fast.evaluation.jsonl import plain, to_json
 from rgtg_fast.files import reason
 from rgtg_fast.plaintext import printable
 
-# The exit code after an error that the user can mend.
+# The exit code after an error that the user can fix.
 USER_ERROR = 2
 
 
@@ -170,7 +170,7 @@ def _abandon_stdout() -> None:
 def status(message: str) -> Iterator[Callable[[str], None]]:
     """Shows a status on stderr and yields a function that changes it.
 
-    Where stderr is no terminal, each change is printed as a line.
+    Where stderr is not a terminal, each change is printed as a line.
     """
     shown_on = console(stderr=True)
     if not shown_on.is_terminal:

@@ -1,4 +1,4 @@
-"""`rgtg-fast token-rewards`: T-REG's reward of each token of an answer, in numbers and colours."""
+"""`rgtg-fast token-rewards`: T-REG's reward of each token of an answer, in numbers and colors."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.study.page import escape
 from rgtg_fast.files import check_writable, write_text
 
-# Colours of the terminal at the ends of the scale: worse and better.
+# Colors of the terminal at the ends of the scale: worse and better.
 _WORSE, _BETTER = (200, 60, 50), (40, 140, 80)
 
 
@@ -47,7 +47,7 @@ class TokenRewards:
             report = {"prompt": self.prompt, "answer": text, "lm": model, "mean_reward": _mean(tokens)}
             print_json({**report, "tokens": [asdict(token) for token in tokens]})
             return
-        console().print(coloured(tokens))
+        console().print(colored(tokens))
         if self.html is not None:
             note(f"written: {self.html}")
 
@@ -104,19 +104,19 @@ def _mean(tokens: list[TokenReward]) -> float:
 
 
 def _strength(tokens: list[TokenReward]) -> float:
-    """The largest absolute reward, which gets the full colour."""
+    """The largest absolute reward, which gets the full color."""
     return max(max(abs(token.reward) for token in tokens), 1e-9)
 
 
-def coloured(tokens: list[TokenReward]) -> RenderableType:
-    """The answer with coloured tokens, and the tokens with the largest and smallest rewards."""
+def colored(tokens: list[TokenReward]) -> RenderableType:
+    """The answer with colored tokens, and the tokens with the largest and smallest rewards."""
     top = _strength(tokens)
     text = Text()
     for token in tokens:
         share = abs(token.reward) / top
         end = _BETTER if token.reward > 0 else _WORSE
-        colour = ",".join(str(round(c * share)) for c in end)
-        text.append(token.text, style=f"white on rgb({colour})" if share > 0.05 else "")
+        color = ",".join(str(round(c * share)) for c in end)
+        text.append(token.text, style=f"white on rgb({color})" if share > 0.05 else "")
     ranked = sorted(tokens, key=lambda token: token.reward)
     lines = [Text(""), Text(_line(tokens), "dim")]
     for name, some in (("better", ranked[::-1][:5]), ("worse", ranked[:5])):
@@ -128,7 +128,7 @@ def coloured(tokens: list[TokenReward]) -> RenderableType:
 def _line(tokens: list[TokenReward]) -> str:
     mean = _mean(tokens)
     above = sum(token.reward > 0 for token in tokens)
-    return f"mean reward {mean:+.4f}; {above} of {len(tokens)} tokens above 0; full colour at ±{_strength(tokens):.3f}"
+    return f"mean reward {mean:+.4f}; {above} of {len(tokens)} tokens above 0; full color at ±{_strength(tokens):.3f}"
 
 
 def page(prompt: str, tokens: list[TokenReward], facts: Mapping[str, str]) -> str:

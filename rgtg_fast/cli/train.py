@@ -118,8 +118,8 @@ class Train(TrainingCommand):
         if self.figure is not None and points:
             draw({config.objective: points}, self.figure, title=f"{self.output.name}, held-out pairs")
         if self.json:
-            told = {**asdict(result), "filled": result.packing_efficiency, "output": str(self.output)}
-            print_json({**told, "recipe": config.saved(), "accuracy": [point.as_dict() for point in points]})
+            row = {**asdict(result), "filled": result.packing_efficiency, "output": str(self.output)}
+            print_json({**row, "recipe": config.saved(), "accuracy": [point.as_dict() for point in points]})
             return
         if points:
             console().print(_table(points))
@@ -133,7 +133,7 @@ class PrefixAccuracy:
     """Accuracy by the share of each answer that is read, as metrics for the log.
 
     Attributes:
-        points: of the last evaluation.
+        points: points of the last evaluation.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ def _read_at(counts: dict[str, Any]) -> str:
     """At which token the held-out answers were read.
 
     Args:
-        counts: of the evaluation data, as the result of a training has them.
+        counts: counts of the evaluation data, as the result of a training has them.
     """
     from rgtg_fast.training.data import ends_text
 

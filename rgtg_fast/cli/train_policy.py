@@ -32,7 +32,7 @@ class TrainPolicy(TrainingCommand):
     )
     config: PolicyTrainConfig = include(_POLICY)
     reward: str | None = option(
-        "What rloo maximises: path or hub id of a reward model or adapter, or `bundled:NAME`.",
+        "What rloo maximizes: path or hub id of a reward model or adapter, or `bundled:NAME`.",
         None,
         MODELS,
         before="device",

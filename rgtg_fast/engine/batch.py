@@ -19,14 +19,14 @@ class Row(Prefix):
     """A prompt and its unfinished answer.
 
     Attributes:
-        guidance: of the request.
-        seed: of the request.
+        guidance: guidance of the request.
+        seed: seed of the request.
         encoded: the prompt's ids in the reward's contexts.
-        logprobs: of the decisions so far, under the base model.
-        rewards: of the decisions so far; one more than answer tokens where end-of-sequence was decided.
+        logprobs: logprobs of the decisions so far, under the base model.
+        rewards: rewards of the decisions so far; one more than answer tokens where end-of-sequence was decided.
         guided_logprob: summed over the decisions so far, where they are drawn token by token.
         trace: a step for each decision.
-        text: of the finished answer.
+        text: text of the finished answer.
         finish_reason: None until the row ends.
         last_token: the newest decision, end-of-sequence included.
         unscored: answer tokens that a gated reward has not scored yet.
@@ -123,13 +123,13 @@ class SlotState:
 
 
 class Batch:
-    """The active rows, with their settings as a step needs them, which are computed once per change of the rows.
+    """The active rows, with their settings as a step needs them, which are computed whenever the rows change.
 
     Attributes:
         rows: the row of each slot.
         width: rows of a step, those without a row included.
         now: the first `width` slots on the device.
-        k: of the row with most candidates.
+        k: k of the row with most candidates.
         support: "all"; "combined" where any row has that; else "lm".
         ragged: whether rows differ in k.
         gated: whether any row has a gate.
@@ -162,7 +162,7 @@ class Batch:
         return source
 
     def refresh(self) -> None:
-        """Updates the settings after a change of the rows."""
+        """Updates the settings after the rows have changed."""
         settings = [row.guidance for row in self.rows]
         self.width = self._bucket(len(settings))
         self.now = self._state.first(self.width)

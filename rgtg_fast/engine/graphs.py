@@ -14,7 +14,7 @@ from rgtg_fast.engine.batch import Batch, SlotState
 from rgtg_fast.models.runner import Counter, ModelRunner
 from rgtg_fast.rewards.base import Reward
 
-# Runs before a capture: they compile kernels and initialise libraries, which is not allowed in a capture.
+# Runs before a capture: they compile kernels and initialize libraries, which is not allowed in a capture.
 WARM_UP = 2
 
 Tensors = list[torch.Tensor]
@@ -22,7 +22,7 @@ Step = Callable[[Batch, bool], Tensors]
 
 
 def bucket(rows: int, slots: int) -> int:
-    """Rows of the graph that serves so many: 1, 2, 4, 8, then multiples of 8, at most `slots`.
+    """Number of rows of the graph that is used for `rows` rows: 1, 2, 4, 8, then multiples of 8, at most `slots`.
 
     Example:
         >>> [bucket(rows, 20) for rows in (1, 3, 8, 9, 17)]
@@ -73,7 +73,7 @@ class CudaRecorder:
 
     def record(self, step: Step, batch: Batch, trace: bool) -> Callable[[], Tensors]:
         graph = torch.cuda.CUDAGraph()
-        # torch synchronises the current device before a capture.
+        # torch synchronizes the current device before a capture.
         with torch.cuda.device(self.device):
             own = torch.cuda.current_stream()
             try:
@@ -180,7 +180,7 @@ class StepGraphs:
             self.forget()
             reason = " ".join(str(error).split())[:160]
             warnings.warn(
-                f"a decoding step could not be recorded as a CUDA graph, decoding goes on without graphs: {reason}",
+                f"a decoding step could not be recorded as a CUDA graph, decoding continues without graphs: {reason}",
                 RuntimeWarning,
                 stacklevel=2,
             )

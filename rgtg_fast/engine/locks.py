@@ -41,12 +41,12 @@ _numbers = itertools.count()
 _making = threading.Lock()
 
 
-def _turn(thing: object) -> _Turn:
+def _turn(resource: object) -> _Turn:
     with _making:
-        found = _turns.get(id(thing))
+        found = _turns.get(id(resource))
         if found is None:
-            found = _turns[id(thing)] = _Turn(next(_numbers))
-            weakref.finalize(thing, _turns.pop, id(thing), None).atexit = False
+            found = _turns[id(resource)] = _Turn(next(_numbers))
+            weakref.finalize(resource, _turns.pop, id(resource), None).atexit = False
         return found
 
 
@@ -80,7 +80,7 @@ class Turns:
 
     def served(self) -> InferenceState:
         """A context in which the models compute what decoding needs."""
-        models = [thing for thing in self._shared if isinstance(thing, nn.Module)]
+        models = [resource for resource in self._shared if isinstance(resource, nn.Module)]
         return InferenceState(models, [each.model for each in self._runners if each.engine == "transformers"])
 
     @contextmanager
@@ -95,7 +95,7 @@ class Turns:
         Raises:
             RGTGError: this thread is in a step already: the reward's own code has called the decoder.
         """
-        stateful = [_turn(thing) for thing in self._stateful]
+        stateful = [_turn(resource) for resource in self._stateful]
         turns = {turn.number: turn for turn in [*stateful, *map(_turn, self._shared)]}
         with ExitStack() as stack:
             for number in sorted(turns):
@@ -131,9 +131,9 @@ class Turns:
 
     def claim(self, run: object) -> None:
         """The caches and the reward belong to a run from now on; older runs cannot continue."""
-        for thing in self._stateful:
+        for resource in self._stateful:
             # A run knows its models, which must not live as long as this reference.
-            _turn(thing).run = weakref.ref(run)
+            _turn(resource).run = weakref.ref(run)
 
     def of(self, run: object, items: Iterator[Item]) -> Iterator[Item]:
         """The items of a run, as long as no newer one begins. No lock is held between two items."""
@@ -141,9 +141,9 @@ class Turns:
         while True:
             with self.taken(served):
                 # Before anything is written: the state may be another run's.
-                if any(_turn(thing).run() is not run for thing in self._stateful):
+                if any(_turn(resource).run() is not run for resource in self._stateful):
                     raise RGTGError(
-                        "this decoder was called again before the run was through, or another decoder with the same "
+                        "this decoder was called again before the run had finished, or another decoder with the same "
                         "reward: finish or drop an iterator first"
                     )
                 for runner in self._runners:

@@ -22,7 +22,7 @@ class Candidate:
 
     Attributes:
         token: id.
-        text: of the token.
+        text: text of the token.
         logprob: log π(token | prefix) under the base model, natural log.
         reward: None without a reward.
         probability: after guidance; 1 for greedy's choice.
@@ -44,8 +44,8 @@ class Step:
     Attributes:
         position: index of the answer token, from 0.
         token: id of the chosen token.
-        text: of the chosen token.
-        entropy: of the base model's next-token distribution, in nats.
+        text: text of the chosen token.
+        entropy: entropy of the base model's next-token distribution, in nats.
         base_token: what beta = 0 picks among the same candidates with the same noise.
         candidates: in the order of the top-k; `support="all"` shows the k most probable after guidance.
     """
@@ -63,13 +63,13 @@ class GeneratedRow:
     """One finished answer.
 
     Attributes:
-        index: of the prompt in the call.
+        index: index of the prompt in the call.
         prompt: as given.
         tokens: answer ids, without the end-of-sequence token.
         text: the answer, cut before a stop string.
         finish_reason: "eos", "stop" or "length".
-        reward: of the whole answer (the end-of-sequence token included where it ended the answer), None without a
-            reward.
+        reward: reward of the whole answer, including the end-of-sequence token if it ended the answer; None without
+            a reward.
         logprobs: per answer token, log-probability under the base model.
         rewards: per answer token (NaN where a gate left the token to the base model; `reward` is None where that is the
             last one).
@@ -104,7 +104,7 @@ class StreamChunk:
     Attributes:
         text: may be empty while a character is incomplete.
         token: id.
-        candidates: of the token's step; empty without a trace.
+        candidates: candidates of the token's step; empty without a trace.
         finish_reason: None until the last chunk.
     """
 
@@ -120,8 +120,8 @@ class Stats:
 
     Attributes:
         tokens: decided, end-of-sequence tokens included.
-        guided_tokens: of these, decided by the reward too (fewer with `Guidance(gate_entropy=...)`).
-        seconds: of the whole call, prefill included.
+        guided_tokens: those of them that the reward also decided (fewer with `Guidance(gate_entropy=...)`).
+        seconds: duration of the whole call, prefill included.
         steps: iterations of the decode loop.
         lm_calls: forwards of the base model in them.
         reward_calls: forwards of the reward model in them.
@@ -133,7 +133,7 @@ class Stats:
             None where a strategy drew the tokens.
         graph_seconds: spent on warming up and capturing CUDA graphs.
         phases: seconds by phase.
-        cache_bytes: of each model's prefix cache.
+        cache_bytes: bytes of each model's prefix cache.
     """
 
     tokens: int = 0

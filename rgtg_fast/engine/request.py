@@ -77,7 +77,7 @@ class Run:
         rows: one per prompt.
         stopping: ends the answers.
         trace: whether every step's candidates are kept.
-        timer: of the phases.
+        timer: timer of the phases.
         stats: the cost so far.
         started: `time.perf_counter()` at the beginning.
     """
@@ -111,7 +111,7 @@ def as_run(
     """A run of rows.
 
     Raises:
-        RGTGError: stop strings that are none, or that need a tokenizer and there is none.
+        RGTGError: invalid stop strings, or stop strings without a tokenizer.
     """
     stops = as_stops(stop)
     if stops and lm.tokenizer is None:
@@ -133,11 +133,11 @@ def encoded_row(
 
     Args:
         prompt: as given.
-        new_tokens: that will follow it.
+        new_tokens: number of new tokens that will follow it.
         lm: the base model.
         reward: bound to it.
-        guidance: of the request.
-        seed: of the request.
+        guidance: guidance of the request.
+        seed: seed of the request.
 
     Raises:
         RGTGError: a prompt that is empty or unknown, or together with the new tokens exceeds a context.
@@ -203,11 +203,11 @@ def check_fits(
     """Refuses a batch whose caches would not fit, before anything is allocated.
 
     Args:
-        bytes_per_row: of all caches, for one row.
-        rows: of the batch.
+        bytes_per_row: bytes of all caches, for one row.
+        rows: rows of the batch.
         length: tokens of a row.
         free: bytes, None to skip the check.
-        setting: that determines the number of rows, for the message.
+        setting: the setting that determines the number of rows, for the message.
 
     Raises:
         MemoryTooSmallError: with the number of rows that would fit.
@@ -229,9 +229,9 @@ def check_candidates(bytes_of_one: int, k: int, rows: int, free: int | None) -> 
     """Refuses more candidates than a step could score.
 
     Args:
-        bytes_of_one: of one candidate of every row.
+        bytes_of_one: bytes of one candidate of every row.
         k: candidates of a row.
-        rows: of the batch.
+        rows: rows of the batch.
         free: bytes, None to skip the check.
 
     Raises:
@@ -255,9 +255,9 @@ def check_samples(samples: int, prompts: int, prompt_tokens: int, new_tokens: in
 
     Args:
         samples: per prompt.
-        prompts: whose samples are kept at once.
-        prompt_tokens: of the longest prompt.
-        new_tokens: of an answer at most.
+        prompts: the prompts whose samples are kept at once.
+        prompt_tokens: number of tokens of the longest prompt.
+        new_tokens: largest number of new tokens of an answer.
         free: bytes on the host, None to skip the check.
 
     Raises:

@@ -38,9 +38,9 @@ class InFlightStep:
     """A step that the host has launched and not yet seen the decisions of.
 
     Attributes:
-        rows: of its slots at the launch.
+        rows: rows of its slots at the launch.
         guided: for each row, whether the step used its reward.
-        copy: of its tensors to the host.
+        copy: copy of its tensors on the host.
     """
 
     rows: list[Row]
@@ -133,10 +133,10 @@ class Scheduler:
     def _steps(self, run: Run) -> Iterator[list[Row]]:
         """One iteration per step, when the host has seen its decisions: the rows that it advanced."""
         # A gate is decided by the host, step by step; so is a reward that reads the rows' answers there.
-        free = self.reward.on_device and not run.gated
+        device_only = self.reward.on_device and not run.gated
         # The phases of a graph could not be told apart.
-        graphs = self.graphs if free and not (run.timer.spans or run.timer.synchronize) else None
-        max_in_flight = self.max_in_flight if free else 0
+        graphs = self.graphs if device_only and not (run.timer.spans or run.timer.synchronize) else None
+        max_in_flight = self.max_in_flight if device_only else 0
         waiting = deque(sorted(run.rows, key=lambda row: row.guidance.support == "all"))
         in_flight: deque[InFlightStep] = deque()
         self._reserve(run, graphs)

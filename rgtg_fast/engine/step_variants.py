@@ -98,7 +98,7 @@ def step_for(
     """The step of a batch.
 
     Args:
-        batch: whose settings decide.
+        batch: the batch whose settings decide.
         lm: as in `DecodeStep`.
         reward: as in `DecodeStep`.
         eos: as in `DecodeStep`.

@@ -56,20 +56,20 @@ def as_stops(stop: str | Sequence[str] | None) -> list[str]:
     """Stop strings as a list.
 
     Raises:
-        RGTGError: an empty one, or one that is no string.
+        RGTGError: an empty one, or one that is not a string.
     """
     given = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(given, Iterable):
-        raise RGTGError(f"stop={shown(stop)} is no stop string: pass a string or a list of strings")
+        raise RGTGError(f"stop={shown(stop)} is not a valid stop string: pass a string or a list of strings")
     stops = list(given)
     for text in stops:
         if not isinstance(text, str) or not text:
-            raise RGTGError(f"stop={shown(text)} is no stop string: pass non-empty strings")
+            raise RGTGError(f"stop={shown(text)} is not a valid stop string: pass non-empty strings")
     return stops
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int:
-    """Where the earliest stop string begins in the text, -1 where there is none."""
+    """Where the earliest stop string begins in the text, -1 if there is none."""
     found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
     return min(found, default=-1)
 

@@ -44,7 +44,7 @@ class FractionAccuracy:
     """Share of pairs whose chosen answer is preferred, both answers cut to one fraction.
 
     Attributes:
-        fraction: of the answer's text tokens that is read; 1 is the whole answer, with EOS where it ended.
+        fraction: fraction of the answer's text tokens that is read; 1 is the whole answer, with EOS where it ended.
         accuracy: ties count one half.
         ci95: Wilson's 95 % interval.
         n: pairs.
@@ -66,7 +66,7 @@ class AccuracyDifference:
 
     Attributes:
         fraction: as in `FractionAccuracy`.
-        difference: of the accuracies.
+        difference: difference of the accuracies.
         ci95: 95 % interval of the paired bootstrap.
         n: pairs.
     """
@@ -95,10 +95,10 @@ def score_pairs(
     Args:
         reward: a causal model with a score head and `use_packed_attention`, which scores packed rows; or a `Reward`
             bound to a base model, which scores one answer after the other.
-        pairs: tokenised under the reward model's tokenizer.
+        pairs: tokenized under the reward model's tokenizer.
         budget: tokens of a packed row (more where a pair is longer).
-        prompts: for a bound `Reward`, the pairs' prompts as the decoder takes them; by default their ids, which do for
-            rewards that do not format the prompt themselves.
+        prompts: for a bound `Reward`, the pairs' prompts as the decoder takes them; by default their ids, which suffice
+            for rewards that do not format the prompt themselves.
         known: scores of pairs that need not be scored again, by position in `pairs`.
         found: called with the position and the scores of each pair as it is scored.
 
@@ -116,7 +116,7 @@ def score_pairs(
     for index, answers in scored:
         if any(math.isnan(value) for answer in answers for value in answer):
             raise RGTGError(
-                f"a reward of pair {pairs[index].index} is NaN: check the guide's weights and dtype (float16 "
+                f"a reward of pair {pairs[index].index} is NaN: check the reward model's weights and dtype (float16 "
                 "overflows: try bfloat16 or float32)"
             )
         scores[index] = answers
@@ -129,7 +129,7 @@ def _packed(
 ) -> Iterator[tuple[int, PairScores]]:
     """The scores of the pairs that are not known.
 
-    Rows are packed as if none were known, because the last digits of a reward depend on its neighbours in the row.
+    Rows are packed as if none were known, because the last digits of a reward depend on its neighbors in the row.
     """
     device = next(model.parameters()).device
     missing = set(range(len(pairs))) - set(known)
@@ -168,7 +168,7 @@ def _one_by_one(
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Refuses numbers that are no fractions of an answer.
+    """Refuses numbers that are not fractions of an answer.
 
     Raises:
         RGTGError: no fraction, or one outside (0, 1].
@@ -210,7 +210,7 @@ def prefix_accuracy(
 
     Args:
         scores: as `score_pairs` gives them.
-        fractions: of each answer's own length, in (0, 1].
+        fractions: fractions of each answer's own length, in (0, 1].
 
     Raises:
         RGTGError: no pairs, or a fraction out of range.
@@ -245,8 +245,8 @@ def differences(
     Args:
         one: scores of the first reward model.
         other: scores of the second, of the same pairs in the same order.
-        fractions: of each answer's own length, in (0, 1].
-        seed: of the resampling.
+        fractions: fractions of each answer's own length, in (0, 1].
+        seed: seed of the resampling.
 
     Raises:
         RGTGError: not the same number of pairs.
@@ -254,7 +254,7 @@ def differences(
     check_fractions(fractions)
     if len(one) != len(other) or not one:
         raise RGTGError(
-            f"the guides were scored on {len(one)} and {len(other)} pairs: compare them on the same pairs"
+            f"the reward models were scored on {len(one)} and {len(other)} pairs: compare them on the same pairs"
         )
     return [paired_bootstrap(f, verdicts(one, f), verdicts(other, f), seed) for f in fractions]
 
@@ -265,10 +265,10 @@ def paired_bootstrap(
     """Mean of `one` − `other` with the 2.5 % and 97.5 % quantiles of its mean over resampled pairs.
 
     Args:
-        fraction: of the answers that the verdicts are about.
+        fraction: fraction of the answers that the verdicts are about.
         one: verdicts of the first reward model.
         other: verdicts of the second on the same pairs.
-        seed: of the resampling.
+        seed: seed of the resampling.
         resamples: how often the pairs are resampled.
     """
     gaps = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
@@ -283,9 +283,9 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
         successes: out of n; halves come from ties.
     """
     share = successes / n
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    center = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _accuracy(fraction: float, found: Sequence[float]) -> FractionAccuracy:
@@ -304,7 +304,7 @@ def figure(
         curves: by the names of the reward models.
         path: .png, .svg or .pdf.
         baseline: longer wins, a horizontal line.
-        title: of the figure.
+        title: title of the figure.
 
     Raises:
         RGTGError: matplotlib is missing, or the file cannot be written.
@@ -333,13 +333,13 @@ def drawn(
     with plain_labels():
         drawing = Figure(figsize=(6, 3.8), layout="constrained")
         axes = drawing.subplots()
-        for (name, points), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        for (name, points), color in zip(curves.items(), _colors(len(curves)), strict=True):
             ordered = sorted(points, key=lambda point: point.fraction)
             x = [100 * point.fraction for point in ordered]
             low, high = ([100 * point.ci95[side] for point in ordered] for side in (0, 1))
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             y = [100 * point.accuracy for point in ordered]
-            axes.plot(x, y, color=colour, marker="o", label=label(name))
+            axes.plot(x, y, color=color, marker="o", label=label(name))
         if baseline is not None:
             axes.axhline(100 * baseline.accuracy, color="#7f7f7f", linestyle="--", label="longer answer wins")
         axes.axhline(50, color="#bbbbbb", linestyle=":", label="chance")
@@ -392,6 +392,6 @@ def check_matplotlib() -> None:
         raise RGTGError('figures need matplotlib: pip install "rgtg-fast[train]"')
 
 
-def _colours(count: int) -> list[str]:
+def _colors(count: int) -> list[str]:
     palette = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
     return [palette[i % len(palette)] for i in range(count)]

@@ -43,7 +43,7 @@ class PairData:
 
     Attributes:
         source: file or data set, as in `load_pairs`.
-        layout: of its rows, as in `load_pairs`.
+        layout: layout of its rows, as in `load_pairs`.
         limit: pairs to take at most.
         max_length: tokens of a prompt and its longer answer.
         token_budget: tokens of a packed row.
@@ -72,9 +72,9 @@ class _Scored:
     """One reward model with its scores.
 
     Attributes:
-        name: as it was given.
-        pairs: as its tokenizer cuts them.
-        scores: of each pair, the rewards of all prefixes of both answers.
+        name: name of the reward, as given.
+        pairs: pairs as tokenized by its tokenizer.
+        scores: scores of each pair, the rewards of all prefixes of both answers.
         report: which pairs were left out.
     """
 
@@ -99,7 +99,7 @@ def compare_rewards(
     Args:
         rewards: names of reward models, as in `named_guide`.
         data: the pairs.
-        fractions: of each answer to judge by, in (0, 1].
+        fractions: fractions of each answer to judge by, in (0, 1].
         lm: base model, path or hub id; None for the embedded one, or for an adapter's own.
         device: as in `RewardGuidedDecoder.from_pretrained`.
         dtype: as in `RewardGuidedDecoder.from_pretrained`.
@@ -111,7 +111,7 @@ def compare_rewards(
     Raises:
         RGTGError: data or models that cannot be used, or a reward that is NaN.
     """
-    # Before any model is loaded: an error in the data is told at once.
+    # Before any model is loaded, so that an error in the data is reported at once.
     loaded = data.load()
     scoring = _Scoring(data, lm, device, dtype, progress)
     with nullcontext() if data.keep is None else JsonlWriter(data.keep, _KEPT) as kept:
@@ -171,10 +171,10 @@ class _Scoring:
             prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         names = [_identity(pair) for pair in tokenized]
         known: dict[int, PairScores] = {}
-        told = self._told(reward)
+        settings = self._settings(reward)
         if kept is not None:
             rows = {
-                row["pair"]: (row["chosen"], row["rejected"]) for row in kept.rows if row["guide"] == told
+                row["pair"]: (row["chosen"], row["rejected"]) for row in kept.rows if row["guide"] == settings
             }
             known = {position: rows[name] for position, name in enumerate(names) if name in rows}
         if known:
@@ -185,7 +185,7 @@ class _Scoring:
             nonlocal done, shown
             if kept is not None:
                 chosen, rejected = scores
-                kept.add({"guide": told, "pair": names[position], "chosen": chosen, "rejected": rejected})
+                kept.add({"guide": settings, "pair": names[position], "chosen": chosen, "rejected": rejected})
             done += 1
             if done * _PROGRESS_LINES // len(names) > shown:
                 shown = done * _PROGRESS_LINES // len(names)
@@ -194,7 +194,7 @@ class _Scoring:
         scores = score_pairs(scorer, tokenized, data.token_budget, prompts, known, found)
         return _Scored(reward, tokenized, scores, report + fitted)
 
-    def _told(self, reward: str) -> dict[str, Any]:
+    def _settings(self, reward: str) -> dict[str, Any]:
         """What the scores of a reward model depend on besides the pair, as kept rows name it."""
         base = str(self.lm or embedded.NAME)
         weights = [*weights_of(reward).values(), *weights_of(base).values()]

@@ -17,14 +17,14 @@ from typing import Any
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import hold, reason, still_at
 
-# Characters that JSON allows unescaped but that control a terminal, end a line for some readers, or are no UTF-8.
+# Characters that JSON allows unescaped but that control a terminal, end a line for some readers, or are not UTF-8.
 _UNSAFE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class JsonlWriter:
     """Reads the rows of a JSON Lines file and appends more, each written to the operating system at once.
 
-    A last line that a killed run left unfinished is cut off. Any other line that is no row is an error, and the file is
+    A last line that a killed run left unfinished is cut off. Any other invalid line is an error, and the file is
     left as it is.
 
     Args:
@@ -39,7 +39,7 @@ class JsonlWriter:
         truncated: whether an unfinished last line was cut off.
 
     Raises:
-        RGTGError: a line that is no row, a second writer, or a file that cannot be written.
+        RGTGError: a line that is not a row, a second writer, or a file that cannot be written.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class JsonlWriter:
                 missing = [name for name in needs if name not in row]
             except (ValueError, TypeError, RecursionError) as error:
                 raise RGTGError(
-                    f"{self.path}:{number} is no row of such a file: remove that line or {self._instead}"
+                    f"{self.path}:{number} is not a row of such a file: remove that line or {self._instead}"
                 ) from error
             if missing or not isinstance(row, dict):
                 raise RGTGError(
@@ -157,7 +157,7 @@ class JsonlWriter:
         self._anew = False
 
     def check_place(self) -> None:
-        """Refuses to go on where the file was deleted or replaced; its rows are saved in a file beside its path.
+        """Refuses to go on where the file was deleted or replaced; its rows are saved in a file next to its path.
 
         Raises:
             RGTGError: it was.

@@ -47,7 +47,7 @@ def load_classifier(
     Args:
         source: folder, hub id or `bundled:NAME`.
         base: loads a base model by name, None for the default one.
-        given: the base model that the user named; where there is none, an adapter's own is loaded.
+        given: the base model that the user named; by default, an adapter's own is loaded.
 
     Raises:
         RGTGError: no causal reward model there.
@@ -95,7 +95,7 @@ class Judge:
 
     Attributes:
         scorer: a causal model for packed rows, or a `Reward` that is bound to the base model.
-        tokenizer: of the scorer.
+        tokenizer: tokenizer of the scorer.
         template: chat template of the tokenizer, the base model's where it has none, None where neither has.
 
     Raises:
@@ -230,31 +230,32 @@ def training_data(name: str) -> set[str]:
     for folder in folders_of(name):
         recipe = Path(folder) / _RECIPE
         if recipe.is_file():
-            told: Any = json.loads(recipe.read_text(encoding="utf-8")).get("data_sha256")
-            hashes |= {told} if told else set()
+            data_hash: Any = json.loads(recipe.read_text(encoding="utf-8")).get("data_sha256")
+            hashes |= {data_hash} if data_hash else set()
     return hashes
 
 
-def conflicts(judges: dict[str, str], guides: Sequence[str]) -> list[str]:
+def conflicts(judges: dict[str, str], rewards: Sequence[str]) -> list[str]:
     """A warning for every judge that also guides the decoding, or was trained on the same data as a reward that does.
 
     Args:
         judges: model of each judge, by the judge's name.
-        guides: names of the rewards that guide the decoding.
+        rewards: names of the rewards that guide the decoding.
     """
     lines = []
     for name, source in judges.items():
-        for guide in dict.fromkeys(guides):
-            same = set(weights_of(source).values()) & set(weights_of(guide).values())
-            paths = [{_place(folder) for folder in folders_of(one)} for one in (source, guide)]
+        for reward in dict.fromkeys(rewards):
+            same = set(weights_of(source).values()) & set(weights_of(reward).values())
+            paths = [{_place(folder) for folder in folders_of(one)} for one in (source, reward)]
             if same or paths[0] & paths[1]:
                 lines.append(
-                    f"the judge {name} is the guide {guide}: its rewards say how well the guide was followed, not "
-                    "how good the answers are"
+                    f"the judge {name} is the reward model {reward} that guides the decoding: its rewards say how "
+                    "well that model was followed, not how good the answers are"
                 )
-            elif training_data(source) & training_data(guide):
+            elif training_data(source) & training_data(reward):
                 lines.append(
-                    f"the judge {name} and the guide {guide} were trained on the same data: their errors go together"
+                    f"the judge {name} and the reward model {reward} were trained on the same data: their errors "
+                    "are correlated"
                 )
     return lines
 

@@ -44,7 +44,7 @@ _UNSUPPORTED = (
     ("arrow_config", "routed adapters (Arrow)"),
     ("lora_ga_config", "changed base weights (LoRA-GA)"),
 )
-# Initialisations of LoRA that also change the base weights.
+# Initializations of LoRA that also change the base weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
@@ -165,14 +165,14 @@ class Adapter:
         path = Path(folder)
         if not is_adapter(path):
             raise RGTGError(
-                f"{str(folder)!r} holds no {CONFIG}: name the folder that an adapter was saved to"
+                f"{str(folder)!r} contains no {CONFIG}: name the folder that an adapter was saved to"
             )
         broken = f"the adapter {str(path)!r} cannot be read"
         with error_prefix(broken):
             config = read_json(path / CONFIG)
         _check_config(config, path)
         if not (path / WEIGHTS).is_file():
-            raise RGTGError(f"{str(folder)!r} holds no {WEIGHTS}: save the adapter with safetensors")
+            raise RGTGError(f"{str(folder)!r} contains no {WEIGHTS}: save the adapter with safetensors")
         with error_prefix(broken):
             recipe = read_json(path / RECIPE) if (path / RECIPE).is_file() else {}
             tensors = read_tensors(path / WEIGHTS)
@@ -180,7 +180,7 @@ class Adapter:
         # A missing classifier's head is refused in `reward_head`, since it may have one of several names.
         if "lm_head" in (config.get("modules_to_save") or []) and "lm_head.weight" not in heads:
             raise RGTGError(
-                f"{path} trained lm_head (modules_to_save) and its file holds none: save it again"
+                f"{path} trained lm_head (modules_to_save) and its file contains none: save it again"
             )
         low_rank = {}
         for module, pair in factors.items():
@@ -403,11 +403,11 @@ def _low_rank(pair: dict[str, torch.Tensor], config: dict[str, Any], module: str
             "[outer, r] of one rank r: save it again"
         )
     if not (a.is_floating_point() and b.is_floating_point()):
-        raise RGTGError(f"{path}: {module} has factors of dtype {a.dtype} and {b.dtype}: save it unquantised")
+        raise RGTGError(f"{path}: {module} has factors of dtype {a.dtype} and {b.dtype}: save it unquantized")
     rank = _pattern(config, "rank_pattern", module, config.get("r", 8))
     if rank != len(a):
         raise RGTGError(
-            f"{path}: {module} has rank {len(a)} in its file and r={rank!r} in its {CONFIG}: put back the one that "
+            f"{path}: {module} has rank {len(a)} in its file and r={rank!r} in its {CONFIG}: restore the one that "
             "belongs to it"
         )
     scaled = b.float() * _scale(config, module, len(a), path)

@@ -48,7 +48,7 @@ _TOKENIZER_FILES = (
 )
 _LFS_POINTER = b"version https://git-lfs"
 # Prefixes of safetensors dtypes that hold weights only together with a quantization_config.
-_QUANTISED_DTYPES = ("I", "U", "F8", "F4", "BOOL")
+_QUANTIZED_DTYPES = ("I", "U", "F8", "F4", "BOOL")
 _SAVE = "save it with save_pretrained(folder)"
 _AGAIN = "download or save it again"
 # What reading a damaged file raises.
@@ -79,7 +79,7 @@ def check_model(folder: Path) -> int | None:
     if folder.is_file():
         raise RGTGError(_single_file(folder))
     if not (folder / CONFIG).is_file():
-        raise RGTGError(f"it holds no {CONFIG}{_instead_of_config(folder)}")
+        raise RGTGError(f"it contains no {CONFIG}{_instead_of_config(folder)}")
     config = read_json(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise RGTGError(f"its {CONFIG} names no model_type: {_SAVE} from transformers")
@@ -110,8 +110,8 @@ def check_tokenizer(folder: Path) -> None:
     present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not any(any(folder.glob(pattern)) for pattern in ("tokenizer.json", "*vocab*", "*.model")):
         raise RGTGError(
-            "it holds no tokenizer (tokenizer.json): save it there with tokenizer.save_pretrained(folder), or pass a "
-            "(model, tokenizer) pair"
+            "it contains no tokenizer (tokenizer.json): save it there with tokenizer.save_pretrained(folder), or pass "
+            "a (model, tokenizer) pair"
         )
     for path in [*present, *folder.glob("*.jinja")]:
         if path.suffix == ".json":
@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        RGTGError: a Git LFS pointer, no JSON, or JSON that is no object.
+        RGTGError: a Git LFS pointer, invalid JSON, or JSON that is not an object.
     """
     _first_bytes(path)
     try:
@@ -208,14 +208,14 @@ def _first_bytes(path: Path) -> bytes:
 def _single_file(path: Path) -> str:
     if path.suffix == ".gguf":
         return (
-            "it is a GGUF file, whose weights are quantised: name the folder of the original model, or convert it "
+            "it is a GGUF file, whose weights are quantized: name the folder of the original model, or convert it "
             f"(AutoModelForCausalLM.from_pretrained(folder, gguf_file={path.name!r}))"
         )
     return f"it is a file: name the folder that holds it, with its {CONFIG}"
 
 
 def _instead_of_config(folder: Path) -> str:
-    """What a folder without a configuration holds instead, and the way out."""
+    """What a folder without a configuration holds instead, and what to do."""
     if (folder / "adapter_config.json").is_file():
         return " but adapter_config.json: it is an adapter; name it alone as reward or lm, or merge it into its base"
     configs = sorted(folder.glob("*/" + CONFIG)) + sorted(folder.glob("snapshots/*/" + CONFIG))
@@ -241,7 +241,9 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     if first is None:
         other = _other_weights(folder)
         instead = f" but {other}" if other else ""
-        raise RGTGError(f"it holds no weights ({candidates[0]}){instead}: {_SAVE}, or complete the download")
+        raise RGTGError(
+            f"it contains no weights ({candidates[0]}){instead}: {_SAVE}, or complete the download"
+        )
     if first.suffix != ".json":
         return [first]
     shards = read_json(first).get("weight_map")
@@ -260,8 +262,8 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
 def _check_dtypes(file: Path, header: dict[str, dict[str, Any]]) -> None:
     """Refuses integers as weights, whose values transformers would take as they are."""
     for key, entry in header.items():
-        if key.endswith(".weight") and entry["dtype"].startswith(_QUANTISED_DTYPES):
+        if key.endswith(".weight") and entry["dtype"].startswith(_QUANTIZED_DTYPES):
             raise RGTGError(
                 f"its {file.name} holds {key!r} as {entry['dtype']} and its {CONFIG} names no quantization_config: it "
-                "is quantised; name the unquantised model"
+                "is quantized; name the unquantized model"
             )

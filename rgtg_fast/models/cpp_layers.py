@@ -23,7 +23,7 @@ class Family:
 
     Attributes:
         package: the module of transformers that defines it.
-        head_norm: queries and keys are normalised per head (Qwen3).
+        head_norm: queries and keys are normalized per head (Qwen3).
         norm_offset: added to every norm's weight (Gemma: 1).
         scaled_embedding: embeddings are multiplied by sqrt(E) (Gemma).
     """
@@ -232,11 +232,11 @@ class NativeLayers:
             return missing
         family = FAMILIES.get(type(model).__name__)
         if family is None or not type(model).__module__.startswith(f"transformers.models.{family.package}."):
-            return f"{type(model).__name__} is none of {', '.join(FAMILIES)}"
+            return f"{type(model).__name__} is not one of {', '.join(FAMILIES)}"
         decoder: Any = model
         config = decoder.config
         if config.hidden_act not in ACTIVATIONS:
-            return f"activation {config.hidden_act!r} is none of {', '.join(ACTIVATIONS)}"
+            return f"activation {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}"
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         windowed = family.package == "mistral" and config.sliding_window is not None
         if windowed or kinds != {"full_attention"}:
@@ -282,7 +282,7 @@ class NativeLayers:
         """Sets the adapters of further forwards: see `branches` of `forward`.
 
         Raises:
-            RGTGError: an adapter changes a module that is none of a layer's seven matrices.
+            RGTGError: an adapter changes a module that is not one of a layer's seven matrices.
         """
         known = {f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in MATRICES}
         for adapter in adapters:

@@ -22,7 +22,7 @@ class FusedLinear(nn.Linear):
 
     Attributes:
         fused: the product.
-        index: of this layer among the siblings.
+        index: index of this layer among the siblings.
     """
 
     fused: _Product
@@ -69,7 +69,7 @@ class _Product:
             torch.cat([layer.bias.detach() for layer in self.layers if layer.bias is not None], out=self.bias)
 
     def unfuse(self) -> None:
-        """Makes the layers plain again."""
+        """Turns the layers back into plain `nn.Linear` layers."""
         for layer in self.layers:
             layer.__class__ = nn.Linear
 
@@ -89,7 +89,7 @@ def fuse_projections(model: nn.Module) -> int:
     """Fuses linear layers that read the same input into one product; returns the number of products.
 
     Weights are neither changed nor stored twice: those of such layers become views of one tensor. A model that was
-    fused before, or shares its parameters with one that was, uses the same memory. Layers of other classes (quantised
+    fused before, or shares its parameters with one that was, uses the same memory. Layers of other classes (quantized
     ones, say), of different dtypes, or of which only some have a bias, stay as they are.
 
     Args:

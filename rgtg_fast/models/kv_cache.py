@@ -45,8 +45,8 @@ class PrefixCache(Cache):
         layers: L.
         kv_heads: G.
         head_dim: D.
-        dtype: of the buffers.
-        device: of the buffers.
+        dtype: dtype of the buffers.
+        device: device of the buffers.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
@@ -220,8 +220,8 @@ class ForkedCache(Cache):
         layers: as in `PrefixCache`, like the next four.
         kv_heads: G.
         head_dim: D.
-        dtype: of the buffers.
-        device: of the buffers.
+        dtype: dtype of the buffers.
+        device: device of the buffers.
         fork: the first layer with a row for each branch, 0 to L-1.
         branches: rows of a slot from there on.
     """

@@ -79,7 +79,7 @@ class TransformersLayers:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise RGTGError(f"torch.compile refuses the options {dict(options or {})}: {reason}") from error
-        # The compiler fuses the norm with its neighbours itself.
+        # The compiler fuses the norm with its neighbors itself.
         self.final_norm = None
 
     def forward(

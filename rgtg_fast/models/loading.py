@@ -173,9 +173,9 @@ def _place(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
     with fits_in_memory(title(model), sum(p.numel() for p in model.parameters()), dtype):
         try:
             return model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
-        except ValueError as error:  # quantised weights cannot become another dtype
+        except ValueError as error:  # quantized weights cannot become another dtype
             raise RGTGError(
-                f"{title(model)} cannot be moved to {device} as {dtype} ({str(error)[:120]}): use an unquantised model"
+                f"{title(model)} cannot be moved to {device} as {dtype} ({str(error)[:120]}): use an unquantized model"
             ) from error
 
 
@@ -196,7 +196,7 @@ def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype 
         adapter: the adapter.
         base: copied where it is the adapter's base. Where it is a policy made from that base, the base is loaded by
             the name in the policy's adapter, else by the name in this adapter.
-        dtype: of a base that is loaded; None for the given one's.
+        dtype: dtype of a base that is loaded; None for the given one's.
 
     Returns:
         The merged model and the base's tokenizer.
@@ -255,7 +255,7 @@ def _load_base(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> Mo
     wrong = adapter.shape_mismatch(base) if adapter.base_fingerprint is None else adapter.base_mismatch(base)
     if wrong is not None:
         raise RGTGError(
-            f"{wrong}: put back the model that it was trained on, or use one that was saved merged"
+            f"{wrong}: restore the model that it was trained on, or use one that was saved merged"
         )
     return base, tokenizer
 

@@ -30,7 +30,7 @@ class Factors(NamedTuple):
 
     Attributes:
         a: [Σ r, inner], the first factors stacked.
-        parts: of each linear layer, by adapter; None where an adapter does not change it.
+        parts: parts of each linear layer, by adapter; None where an adapter does not change it.
     """
 
     a: torch.Tensor
@@ -75,19 +75,20 @@ class LowRankRows:
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter], fork: int):
         self.branches = 1 + len(adapters)
         layers = decoder_layers(model)
-        places = _places({where for adapter in adapters for where in adapter.low_rank})
+        groups = _groups({where for adapter in adapters for where in adapter.low_rank})
         self._factors = [
             Factors.of(
                 [[adapter.low_rank.get((number, name)) for adapter in adapters] for name in names],
                 model.device,
                 model.dtype,
             )
-            for number, names in places
+            for number, names in groups
         ]
         # Of the current forward: its slots and the branches of each, next to each other; empty outside of ours.
         self._slots = 0
         self._running: tuple[int, ...] = ()
-        # Shared by its modules: the last input of a place with its products, and repeated arguments of all layers.
+        # Shared by the modules of a group: the group's last input with its products. Shared by all layers: repeated
+        # arguments.
         self._products: tuple[int, torch.Tensor, torch.Tensor] | None = None
         self._repeats: list[tuple[torch.Tensor, torch.Tensor]] = []
         # The model may live longer than this object: its hooks must not keep the adapters alive.
@@ -99,10 +100,10 @@ class LowRankRows:
                 handles.append(
                     layer.register_forward_pre_hook(partial(_enter_layer, me, begins), with_kwargs=True)
                 )
-        for place, (number, names) in enumerate(places):
+        for group, (number, names) in enumerate(groups):
             for index, name in enumerate(names):
                 module = layers[number].get_submodule(name)
-                handles.append(module.register_forward_hook(partial(_correct, me, place, index)))
+                handles.append(module.register_forward_hook(partial(_correct, me, group, index)))
         weakref.finalize(self, _remove, handles)
 
     @contextmanager
@@ -129,7 +130,7 @@ class LowRankRows:
     def enter_layer(
         self, begins: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Repeats the rows where the fork begins, and the positions for every layer from there on."""
+        """Repeats the rows at the fork layer, and the positions at every layer from the fork on."""
         if len(self._running) < self.branches:
             return None
         kwargs = dict(kwargs)
@@ -145,14 +146,14 @@ class LowRankRows:
                 kwargs[name] = tuple(self._repeated_once(part) for part in given)
         return args, kwargs
 
-    def correct(self, place: int, index: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Adds the corrections of a place's linear layer to its output [..., outer]."""
+    def correct(self, group: int, index: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Adds the corrections of a group's linear layer to its output [..., outer]."""
         if not any(self._running):
             return
-        factors = self._factors[place]
+        factors = self._factors[group]
         known = self._products
-        if known is None or known[0] != place or known[1] is not x:
-            known = self._products = (place, x, functional.linear(x, factors.a))
+        if known is None or known[0] != group or known[1] is not x:
+            known = self._products = (group, x, functional.linear(x, factors.a))
         sizes = (self._slots, len(self._running), -1)
         products, rows = known[2].view(*sizes, len(factors.a)), out.view(*sizes, out.shape[-1])
         for number, branch in enumerate(self._running):
@@ -177,14 +178,14 @@ class LowRankRows:
         return repeated
 
 
-def _places(wheres: set[tuple[int, str]]) -> list[tuple[int, list[str]]]:
+def _groups(wheres: set[tuple[int, str]]) -> list[tuple[int, list[str]]]:
     """Linear layers, each (layer, name), together with those that read the same input."""
-    places: dict[tuple[int, str, Sequence[str]], list[str]] = {}
+    groups: dict[tuple[int, str, Sequence[str]], list[str]] = {}
     for number, name in sorted(wheres):
         parent, _, leaf = name.rpartition(".")
         siblings = next((group for group in SIBLINGS if leaf in group), (leaf,))
-        places.setdefault((number, parent, siblings), []).append(name)
-    return [(number, names) for (number, _, _), names in places.items()]
+        groups.setdefault((number, parent, siblings), []).append(name)
+    return [(number, names) for (number, _, _), names in groups.items()]
 
 
 def _enter_layer(
@@ -200,7 +201,7 @@ def _enter_layer(
 
 def _correct(
     me: weakref.ref[LowRankRows],
-    place: int,
+    group: int,
     index: int,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -208,7 +209,7 @@ def _correct(
 ) -> None:
     rows = me()
     if rows is not None:
-        rows.correct(place, index, args[0], out)
+        rows.correct(group, index, args[0], out)
 
 
 def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -122,7 +122,7 @@ def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 def _versions(parameters: Sequence[nn.Parameter]) -> list[int]:
-    # Tensors made in inference mode count no writes.
+    # Tensors created in inference mode have no version counter.
     return [0 if p.is_inference() else p._version for p in parameters]
 
 

@@ -1,6 +1,6 @@
 """Loads models, configurations and tokenizers from folders and the hub; nothing else calls transformers' loaders.
 
-transformers initialises weights that the files lack at random, ignores those that the model lacks, asks on stdin
+transformers initializes weights that the files lack at random, ignores those that the model lacks, asks on stdin
 whether it may run a folder's code, and raises many kinds of errors. Here a model has exactly the weights of its files
 or is refused in one line, and code that comes with a model never runs.
 """
@@ -115,13 +115,13 @@ def _check_memory(title: str, parameters: int | None, dtype: torch.dtype, device
 
 
 def _check_format(model: PreTrainedModel, title: str) -> None:
-    """Refuses an adapter on the hub, and a quantisation that transformers has ignored."""
+    """Refuses an adapter on the hub, and a quantization that transformers has ignored."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RGTGError(f"{title} is an adapter on the hub: download it and name its folder")
-    quantised: Any = getattr(model.config, "quantization_config", None)
-    if quantised is not None and getattr(model, "hf_quantizer", None) is None:
+    quantized: Any = getattr(model.config, "quantization_config", None)
+    if quantized is not None and getattr(model, "hf_quantizer", None) is None:
         raise RGTGError(
-            f"{title} is quantised by a method that transformers does not know: name an unquantised model"
+            f"{title} is quantized by a method that transformers does not know: name an unquantized model"
         )
 
 
@@ -166,7 +166,7 @@ def _loader_errors(title: str, source: Source) -> Iterator[None]:
 
 
 def _explain(source: Source, error: BaseException) -> str:
-    """What a loader's error means, and the way out."""
+    """What a loader's error means, and what to do."""
     path, text = Path(source), " ".join(_ESCAPES.sub("", str(error)).split())
     detail = f"({text[:160] or type(error).__name__})"
     if not path.exists():
@@ -177,7 +177,7 @@ def _explain(source: Source, error: BaseException) -> str:
     if "trust_remote_code" in text or "custom code" in text:
         return "needs code of its own (auto_map), which is never run: name a model of a family that transformers has"
     if isinstance(error, ImportError):
-        return f"needs a package that is missing: name a model without it (an unquantised one) or install it {detail}"
+        return f"needs a package that is missing: name a model without it (an unquantized one) or install it {detail}"
     if type(error).__name__ == "UnpicklingError" or "PytorchStreamReader" in text:
         return (
             "has a pickled checkpoint that is damaged or holds more than tensors, which would run code: save it as "

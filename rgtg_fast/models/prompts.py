@@ -25,7 +25,7 @@ class Prompt:
 
     Attributes:
         given: a text, chat messages or token ids.
-        index: of the prompt in the call, for messages.
+        index: index of the prompt in the call, for messages.
     """
 
     given: PromptLike
@@ -164,7 +164,7 @@ def as_prompts(
         tokenizer: the base model's, whose padding token tells padded rows.
 
     Raises:
-        RGTGError: no prompt, an empty one, or something that is no prompt.
+        RGTGError: no prompt, an empty one, or something that is not a prompt.
     """
     whole = _plain(prompts)
     if _is_one(whole):
@@ -195,7 +195,7 @@ def as_answers(
         tokenizer: the base model's, None where answers are ids.
 
     Raises:
-        RGTGError: an empty answer, or something that is no answer.
+        RGTGError: an empty answer, or something that is not an answer.
     """
     whole, found = _plain(answers), []
     if isinstance(whole, Iterator) or (_is_list(whole) and not _are_ids(whole)):
@@ -278,7 +278,7 @@ def _check_message(message: Mapping[str, Any], what: str) -> None:
 
 
 def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The parts of a message's content; empty where the content is no list of parts."""
+    """The parts of a message's content; empty where the content is not a list of parts."""
     content = message.get("content")
     parts: list[Any] = list(content) if _is_list(content) else []
     return parts if all(isinstance(part, Mapping) for part in parts) else []
@@ -307,7 +307,7 @@ def _plain_types(prompt: object) -> PromptLike:
 
 
 def _explain(value: object) -> str:
-    """What was given in place of a prompt, and the way out."""
+    """What was given in place of a prompt, and what to do."""
     if isinstance(value, Mapping):
         if "role" in value:
             return "one chat message and a chat is a list of messages: pass [message]"

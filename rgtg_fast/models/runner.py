@@ -38,7 +38,7 @@ class ModelRunner:
     """One transformers model, its head and its PrefixCache.
 
     Rows live in slots 0..n-1. `prefill` fills one slot's prefix, `step` runs S undecided tokens per row, `commit`
-    appends the chosen one. Nothing is ever computed twice.
+    appends the chosen one. No key or value is computed twice.
 
     A reward model that is an adapter on this model can share its forward (`attach`): from the first layer that an
     adapter changes on, each row runs once more under that adapter.
@@ -114,7 +114,7 @@ class ModelRunner:
 
     @property
     def fork(self) -> int:
-        """The first layer that an attached adapter changes; the number of layers where there is none."""
+        """The first layer that an attached adapter changes; the number of layers if there is none."""
         forks = [adapter.fork for adapter in self._adapters]
         return min((fork for fork in forks if fork is not None), default=self.geometry[0])
 
@@ -345,7 +345,8 @@ class ModelRunner:
         """
         if self.engine == "native":
             raise RGTGError(
-                "fuse_projections=True and engine='native', which needs no such thing: use engine='transformers'"
+                "fuse_projections=True and engine='native': the native engine needs no fused projections, use "
+                "engine='transformers'"
             )
         fuse_projections(self.model.base_model)
         self._snapshot.pin()

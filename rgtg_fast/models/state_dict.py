@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import names
 
-# What a refusal says: what the files likely are, and the way out.
+# What a refusal says: what the files likely are, and what to do.
 Reason = tuple[str, str]
 
 # Buffers that older versions of transformers saved and newer ones compute.
@@ -27,7 +27,7 @@ _WRAPPERS = {
     "pretrained_model.": "TRL's model with a value head: save model.pretrained_model",
     "state_dict.": "a training framework: save the model inside it",
 }
-_QUANTISED = re.compile(
+_QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|absmax|weight_scale|weight_scale_inv|weight_packed|SCB)$"
 )
 # Keys under which training frameworks' checkpoints keep the state dict.
@@ -42,7 +42,7 @@ class StateDictMismatch:
     """How the state dict in a model's files differs from the model's own.
 
     Attributes:
-        missing: keys of the model alone; transformers initialises these weights at random.
+        missing: keys of the model alone; transformers initializes these weights at random.
         unexpected: keys of the files alone.
         mismatched: (shape in the files, shape in the model) by key, where the shapes differ.
     """
@@ -116,8 +116,8 @@ class StateDictMismatch:
                 f"holds its weights inside another object ({nested[0]})",
                 "save the model with save_pretrained",
             )
-        if any(map(_QUANTISED.search, self.unexpected)):
-            return "holds quantised weights that nothing here can read", "name the unquantised model"
+        if any(map(_QUANTIZED.search, self.unexpected)):
+            return "holds quantized weights that nothing here can read", "name the unquantized model"
         if any(map(_LORA.search, self.unexpected)):
             return (
                 "holds an adapter that is not merged",
@@ -186,25 +186,25 @@ class StateDictMismatch:
         if self.mismatched:
             return (
                 "has other shapes than its config.json",
-                "put back the config.json that belongs to the weights",
+                "restore the config.json that belongs to the weights",
             )
         depth = model.config.get_text_config().num_hidden_layers
         layers = {int(found[1]) for found in map(_LAYER.search, self.unexpected) if found is not None}
         if layers and min(layers) >= depth:
             return (
                 f"holds {max(layers) + 1} layers and its config.json says num_hidden_layers={depth}",
-                "put back the config.json that belongs to the weights",
+                "restore the config.json that belongs to the weights",
             )
         if self.missing:
             return "lacks weights, which would be random", "complete the download, or save it again"
         return (
             "holds weights that the model does not have",
-            "put back the config.json that belongs to them, or save it again",
+            "restore the config.json that belongs to them, or save it again",
         )
 
 
 def wrapper_of(keys: Iterable[str]) -> tuple[str, str] | None:
-    """The prefix that a wrapper has added to some keys, and the wrapper with the way out; None for none."""
+    """The prefix that a wrapper has added to some keys, and the wrapper with what to do; None for none."""
     held = list(keys)
     for prefix, origin in _WRAPPERS.items():
         if any(key.startswith(prefix) or f".{prefix}" in key for key in held):

@@ -120,7 +120,7 @@ def context_length(model: PreTrainedModel) -> int:
     limit = int(config.max_position_embeddings)
     if limit < 2:
         raise RGTGError(
-            f"{title(model)} has a context of {limit} tokens by its config.json: put back the right one"
+            f"{title(model)} has a context of {limit} tokens by its config.json: restore the right one"
         )
     return limit
 

@@ -28,7 +28,7 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torc
 # The same for half-precision weights computed in float32.
 _WIDENED = 2e-3
 # Rounding may route a token to other experts, which changes its states by as much as their weights: in half precision
-# nothing closer can be asked for, and the comparison in a wider dtype decides.
+# a tighter bound is not possible, and the comparison in a wider dtype decides.
 _ROUTED = 0.5
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _HALF = (torch.float16, torch.bfloat16)
@@ -70,7 +70,7 @@ def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
     Args:
         runner: the model with its cache, which is empty afterwards.
         variant: index of the adapter's rows.
-        name: of the adapter.
+        name: name of the adapter.
 
     Raises:
         RGTGError: they differ by more than rounding.
@@ -111,7 +111,7 @@ def _states_error(runner: ModelRunner, ids: list[int], own: torch.Tensor, varian
         return error
     try:
         return _float32_error(runner, ids, variant, found, own[-len(found) :])
-    except Exception:  # noqa: BLE001 - kernels of quantised weights may lack float32, and raise anything
+    except Exception:  # noqa: BLE001 - kernels of quantized weights may lack float32, and raise anything
         return None
 
 

@@ -58,7 +58,10 @@ def remedy() -> str:
 
 @functools.cache
 def _warn() -> None:
-    warnings.warn(f"rgtg_fast: {missing_reason()}; the slower reference serves: {remedy()}", stacklevel=2)
+    warnings.warn(
+        f"rgtg_fast: {missing_reason()}; falling back to the slower PyTorch reference: {remedy()}",
+        stacklevel=2,
+    )
 
 
 def missing_reason() -> str:

@@ -44,7 +44,7 @@ class Op:
             if device != "cpu":
                 return f"the C++ kernels serve tensors on the CPU, not on {device}"
             if not self.cpp_dtypes:
-                return "it has no C++ kernel: the reference serves it on the CPU"
+                return "it has no C++ kernel: the reference is used on the CPU"
             if dtype not in self.cpp_dtypes:
                 return f"its C++ kernel does not take {dtype}: use float32, bfloat16 or float16"
             return _extension.missing_reason()
@@ -134,7 +134,7 @@ def register(
                 return results
             except ValueError as error:
                 check_values(arguments)
-                # The public function would have refused these arguments; this call went past it.
+                # The public function would have refused these arguments; this call bypassed it.
                 raise RGTGError(f"{name}: {error}") from error
         check_values(arguments)
         return op.launch(*arguments) if backend == "triton" else reference(*arguments)

@@ -109,7 +109,7 @@ class Reward(ABC):
 
         Args:
             lm: the base model.
-            dtype: of the reward's model; None for the base model's, or a loaded model's own.
+            dtype: dtype of the reward's model; None for the base model's, or a loaded model's own.
             engine: as in `RewardGuidedDecoder.from_pretrained`.
             max_length: as in `RewardGuidedDecoder.from_pretrained`.
         """
@@ -133,7 +133,7 @@ class Reward(ABC):
         self._user = weakref.ref(decoder)
 
     def stateful(self) -> list[Reward]:
-        """The reward and those that it is made of: the objects that hold the rows of a run."""
+        """The reward and its components: the objects that hold the rows of a run."""
         return [self]
 
     def loaded(self) -> list[object]:
@@ -320,7 +320,7 @@ def as_rewards(
         given: a tensor on any device, an array, or nested sequences of numbers.
         shape: the required one.
         device: where the rewards are needed.
-        name: of the reward, for messages.
+        name: name of the reward, for messages.
         asked: what the function was asked to score, for messages.
 
     Raises:
@@ -332,7 +332,7 @@ def as_rewards(
         rewards = torch.as_tensor(given, device=device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise RGTGError(
-            f"{name} returned {shown(given)}, which is no array of numbers, for {asked}: return one reward each"
+            f"{name} returned {shown(given)}, which is not an array of numbers, for {asked}: return one reward each"
         ) from error
     if rewards.is_complex() or rewards.layout != torch.strided:
         raise RGTGError(f"{name} returned {rewards.dtype} ({rewards.layout}): return a dense real tensor")
@@ -345,7 +345,7 @@ def as_score(rewards: Any, reward: Reward) -> torch.Tensor:
     """What `score` or `guidance` of a reward has returned.
 
     Raises:
-        RGTGError: it is no tensor.
+        RGTGError: it is not a tensor.
     """
     if not isinstance(rewards, torch.Tensor):
         raise RGTGError(f"{reward.name} gave {shown(rewards)}: score must return a tensor [B, k]")

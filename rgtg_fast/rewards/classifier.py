@@ -62,7 +62,7 @@ class Classifier:
         """Token ids of texts, without padding; the end of a text that is too long, with one warning.
 
         Args:
-            texts: to encode.
+            texts: the texts to encode.
             seconds: second texts of pairs.
             special: whether to add the tokenizer's special tokens.
         """
@@ -169,7 +169,7 @@ class Classifier:
         return int(table.weight.shape[0])
 
     def _padding_id(self) -> int:
-        """A token that the model embeds; the attention mask hides it."""
+        """A token that has an embedding; the attention mask hides it."""
         config = self.model.config.get_text_config()
         given = self.tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
         return next((int(i) for i in cast("Any", given) if i is not None and 0 <= i < self._embeddings), 0)
@@ -223,7 +223,8 @@ class Classifier:
         outside = next((token for token in ids if not 0 <= token < self._embeddings), None)
         if outside is not None:
             raise RGTGError(
-                f"the tokenizer of {self.title} gives token id {outside} and the model embeds {self._embeddings}: "
+                f"the tokenizer of {self.title} gives token id {outside} and the model has embeddings "
+                f"for {self._embeddings}: "
                 "use the tokenizer that the model was trained with"
             )
         return tokens
@@ -233,7 +234,7 @@ class Classifier:
             return usable
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
         if isinstance(given, bool) or not isinstance(given, int) or given <= special:
-            raise RGTGError(f"max_length={given!r} leaves no room for a text: use for example 512")
+            raise RGTGError(f"max_length={given!r} leaves no tokens for a text: use for example 512")
         if usable is not None and given > usable:
             raise RGTGError(
                 f"max_length={given} exceeds the {usable} positions of {self.title}: use max_length <= {usable}"

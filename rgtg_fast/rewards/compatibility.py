@@ -10,7 +10,7 @@ from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
 from rgtg_fast.models.prompts import text_ids
 
-# Tokenised under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
+# Tokenized under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
 
 
@@ -27,7 +27,7 @@ def place_adapter(
     """Decides whether an adapter is executed in the base model's own forward.
 
     Args:
-        adapter: of a reward model.
+        adapter: adapter of a reward model.
         lm: the base model.
         chat_template: as in `SequenceReward`.
         share_trunk: as in `SequenceReward`.
@@ -65,7 +65,7 @@ def other_prompts(
         base: the base model's tokenizer.
         own: the reward model's.
         chat_template: given for the reward model.
-        name: of the reward model.
+        name: name of the reward model.
     """
     if base is None or own is None:
         return None if chat_template is None else f"{name} has a chat template and the base model none"

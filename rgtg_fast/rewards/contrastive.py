@@ -44,7 +44,7 @@ class ContrastiveReward(Reward):
         super().__init__()
         for name, value in (("better", better), ("worse", worse)):
             if not isinstance(value, str) or not value.strip():
-                raise RGTGError(f"{name}={value!r} is no instruction: pass a sentence")
+                raise RGTGError(f"{name}={value!r} is not an instruction: pass a sentence")
         self.better, self.worse = better, worse
         self._lm: LanguageModel | None = None
         self._logits = self._log_sum_exp = torch.empty(0)
@@ -111,5 +111,5 @@ class ContrastiveReward(Reward):
             return Prompt(paragraph + prompt.given, prompt.index).ids(tokenizer)
         begun, ids = Prompt(paragraph, prompt.index).ids(tokenizer), prompt.ids(tokenizer)
         bos = None if tokenizer is None else tokenizer.bos_token_id
-        # One beginning of text, at the beginning.
+        # The beginning-of-text token must occur only once, at the start.
         return begun + (ids[1:] if bos is not None and begun[:1] == ids[:1] == [bos] else ids)

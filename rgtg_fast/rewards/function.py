@@ -72,7 +72,7 @@ class FunctionReward(Reward):
 
 
 def check_function(function: object) -> None:
-    """Refuses objects that are no function of prefixes and candidates, callable ones among them.
+    """Refuses objects that are not a function of prefixes and candidates, callable ones among them.
 
     Raises:
         RGTGError: saying what to pass instead.

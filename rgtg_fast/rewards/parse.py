@@ -31,7 +31,7 @@ def _mixture(terms: str) -> Reward:
         match = _TERM.fullmatch(term)
         if match is None:
             raise RGTGError(
-                f"{term!r} is no term of a mixture: use mixture:0.7*pargs:PATH+0.3*contrastive, a weight for each"
+                f"{term!r} is not a term of a mixture: use mixture:0.7*pargs:PATH+0.3*contrastive, a weight for each"
             )
         weights.append(float(match[1]))
         rewards.append(named_guide(match[2]))

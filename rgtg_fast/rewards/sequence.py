@@ -79,7 +79,7 @@ class SequenceReward(Reward):
             trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
-                f"share_trunk=True and {self.source!r} is no adapter folder: only an adapter shares the base model"
+                f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
             )
         else:
             model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype)
@@ -90,7 +90,8 @@ class SequenceReward(Reward):
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)
         if runner.embeddings < used:
             raise RGTGError(
-                f"the reward model {self.name} embeds {runner.embeddings} tokens and the base model uses {used}: "
+                f"the reward model {self.name} has embeddings for {runner.embeddings} tokens and the base "
+                f"model uses {used}: "
                 "use a reward model with the same vocabulary, or TextReward(...)"
             )
         lm.vocabulary = min(lm.vocabulary, runner.embeddings)

@@ -23,9 +23,9 @@ TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
 class TextReward(Reward):
-    """Rewards of re-tokenised texts: the slow path, one batched forward over B·K whole texts a step, no cache.
+    """Rewards of re-tokenized texts: the slow path, one batched forward over B·K whole texts a step, no cache.
 
-    Text is not re-tokenised as a prefix of itself, so nothing can be kept between steps. Use `SequenceReward` for
+    Text is not re-tokenized as a prefix of itself, so nothing can be kept between steps. Use `SequenceReward` for
     any causal reward model over the base model's tokenizer.
 
     Args:

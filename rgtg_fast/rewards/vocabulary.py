@@ -72,7 +72,7 @@ class CausalScorer:
         reward: class name of the reward that it belongs to, for messages.
 
     Attributes:
-        scores: of the step that has begun.
+        scores: scores of the step that has begun.
     """
 
     def __init__(self, source: Source, chat_template: str | None, share_trunk: bool | None, reward: str):
@@ -110,7 +110,7 @@ class CausalScorer:
             trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
-                f"share_trunk=True and {self.source!r} is no adapter folder: only an adapter shares the base model"
+                f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
             )
         else:
             model, tokenizer = load_vocabulary_model(self.source, lm.runner.model, dtype)
@@ -137,7 +137,7 @@ class CausalScorer:
             )
 
     def copy(self) -> CausalScorer:
-        """Another one with the same settings, bound to nothing."""
+        """An unbound copy with the same settings."""
         return CausalScorer(self.source, self.chat_template, self.share_trunk, self.reward)
 
     @property

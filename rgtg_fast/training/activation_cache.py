@@ -47,7 +47,9 @@ class _Passed(nn.Module):
         self, hidden_states: torch.Tensor, *args: Any, trunk_states: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
         if self.last and trunk_states is None:
-            raise RGTGError("the layers below the fork are set aside: pass their activations as trunk_states")
+            raise RGTGError(
+                "the layers below the fork are not loaded: pass their activations as trunk_states"
+            )
         out = trunk_states if self.last else hidden_states
         return (out,) if self.in_tuple else out
 
@@ -121,9 +123,9 @@ class ActivationCache:
     continues where it stopped.
 
     Args:
-        folder: of the files; several runs may share it.
+        folder: folder of the files; several runs may share it.
         model: the model, with or without adapters from layer f on.
-        pairs: whose activations are stored.
+        pairs: the pairs whose activations are stored.
         fork_layer: f, at least 1.
         budget: most tokens of a row when the trunk runs.
         eos_padding: as in `collate`.
@@ -176,7 +178,7 @@ class ActivationCache:
         """Runs the trunk over the rows that the file lacks.
 
         Args:
-            model: with all its layers.
+            model: the model with all its layers.
             progress: receives a line every 10 seconds.
 
         Raises:
@@ -200,16 +202,16 @@ class ActivationCache:
         with partial.open("ab") as file:
             done, size = self._complete_rows(file.tell())
             file.truncate(size)
-            began, before, told = time.monotonic(), size, time.monotonic()
+            began, before, reported = time.monotonic(), size, time.monotonic()
             for row in self._rows[done:]:
                 file.write(self._compute(model, row))
                 file.flush()
                 # After a power failure, a file of the right size must not contain blocks that were never written.
                 os.fsync(file.fileno())
                 size = file.tell()
-                if time.monotonic() - told > 10:
-                    told = time.monotonic()
-                    rate = (size - before) / self._token_bytes / (told - began)
+                if time.monotonic() - reported > 10:
+                    reported = time.monotonic()
+                    rate = (size - before) / self._token_bytes / (reported - began)
                     progress(
                         f"activations below layer {self._fork_layer}: {size / self.nbytes:.0%} of {self.tokens:,} "
                         f"tokens, {rate:,.0f} tokens/s"
@@ -244,7 +246,7 @@ class ActivationCache:
         """The activations [R, S, E] of a packed batch, 0 at padding.
 
         Args:
-            batch: of the cache's pairs.
+            batch: batch of the cache's pairs.
         """
         assert self._map is not None
         rows, size = batch.input_ids.shape

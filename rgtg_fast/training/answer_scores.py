@@ -90,8 +90,8 @@ class AnswerFile:
     computation continues with what is missing.
 
     Args:
-        path: of the file.
-        pairs: whose answers are scored.
+        path: path of the file.
+        pairs: the pairs whose answers are scored.
     """
 
     def __init__(self, path: Path, pairs: Sequence[TokenizedPair]):
@@ -113,10 +113,10 @@ class AnswerFile:
         """The file whose name is a hash of the scored tokens (`items`), the model with its head and the precision.
 
         Args:
-            folder: of the file.
-            kind: of the scores, the beginning of the name.
-            model: that computes the scores.
-            pairs: whose answers are scored.
+            folder: folder of the file.
+            kind: kind of the scores, the beginning of the name.
+            model: the model that computes the scores.
+            pairs: the pairs whose answers are scored.
             items: what runs through the model.
             autocast: compute in bfloat16.
         """
@@ -181,18 +181,18 @@ class AnswerFile:
                     if any(np.isnan(self._of(answer)).any() for i in row for answer in answers(i))
                 ]
                 total, done = sum(cost(items[i]) for row in rows for i in row), 0
-                began = told = time.monotonic()
+                began = reported = time.monotonic()
                 for row in answer_logprobs(model, items, budget, autocast, rows):
                     for i, chosen, rejected in row:
                         for answer, numbers in values(i, chosen, rejected).items():
                             self._of(answer)[:] = numbers.numpy()
                     self._flush()
                     done += sum(cost(items[i]) for i, _, _ in row)
-                    if time.monotonic() - told > _PROGRESS_INTERVAL:
-                        told = time.monotonic()
+                    if time.monotonic() - reported > _PROGRESS_INTERVAL:
+                        reported = time.monotonic()
                         progress(
                             f"{self.path.name.rpartition('-')[0]}: {done / total:.0%} of {total:,} tokens, "
-                            f"{done / (told - began):,.0f} tokens/s"
+                            f"{done / (reported - began):,.0f} tokens/s"
                         )
         except OSError as error:
             raise RGTGError(
@@ -224,9 +224,9 @@ def fill_reference(
     """log π_ref(y_t | x, y_<t) of every answer token of preference pairs, computed once and stored in a file.
 
     Args:
-        folder: of the file.
+        folder: folder of the file.
         model: the reference, a causal language model, prepared by `use_packed_attention`.
-        pairs: whose answers are scored.
+        pairs: the pairs whose answers are scored.
         budget: most tokens of a packed row.
         autocast: compute in bfloat16.
         progress: receives a line every 10 seconds.

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, however the run ends, for every trainer of the package."""
+"""Checkpoints that are written atomically, for every trainer of the package."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CompleteCheckpoints(Trainer):
         )
 
     def save_to(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the trained model (adapters, or all weights) and the tokenizer; the files are complete or absent.
+        """Writes the trained model (adapters, or all weights) and the tokenizer; the files are written atomically.
 
         Raises:
             RGTGError: the folder cannot be written.
@@ -122,4 +122,6 @@ def _sync(path: Path) -> None:
 
 def _cannot_save(run: Path, what: str, error: BaseException) -> str:
     kept = last_checkpoint(run)
-    return f"cannot save {what} in {run} ({reason(error)}); {kept}: free some space and go on with resume"
+    return (
+        f"cannot save {what} in {run} ({reason(error)}); {kept}: free some space and continue with --resume"
+    )

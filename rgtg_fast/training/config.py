@@ -44,7 +44,7 @@ def current_mode(mode: str, stacklevel: int) -> str:
     """The new name of a `mode`, with a warning where `mode` is the old one.
 
     Args:
-        mode: by its old or new name.
+        mode: old or new name of the mode.
         stacklevel: frames from the warning to the code that named the mode.
     """
     if mode in RENAMED_MODES:
@@ -57,7 +57,7 @@ class Lora:
     """Settings of low-rank adapters.
 
     Attributes:
-        rank: of each update B·A.
+        rank: rank of each update B·A.
         alpha: updates are scaled by alpha / rank.
         dropout: share of an adapter's inputs that are set to 0 in training.
     """
@@ -91,7 +91,7 @@ class CommonConfig:
         num_train_epochs: passes over the data.
         learning_rate: peak learning rate, after the warm-up; it decays to 0 along a cosine.
         warmup_ratio: share of the steps in which the learning rate rises, in [0, 1).
-        weight_decay: of all parameters but biases and norms.
+        weight_decay: weight decay of all parameters but biases and norms.
         gradient_accumulation_steps: batches of an optimizer step on one process.
         answers_ended: whether answers ended by themselves, one of `ANSWERS_ENDED`; see `load_pairs`.
         max_length: most tokens of a prompt with its longer answer.
@@ -100,7 +100,7 @@ class CommonConfig:
         limit: most pairs or prompts to use, from the beginning of the data; None for all.
         bf16: compute in bfloat16; trained weights stay float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        seed: of the order of the data, the initial adapters, dropout and samples.
+        seed: seed of the order of the data, the initial adapters, dropout and samples.
     """
 
     objective: str = field(default="", kw_only=False)

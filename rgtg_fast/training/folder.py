@@ -48,7 +48,7 @@ def check_output(folder: Path, resume: bool) -> None:
             raise RGTGError(f"{folder} is a file: name a folder for the output")
         if not resume and folder.is_dir() and any(file.name != LOCK_FILE for file in folder.iterdir()):
             raise RGTGError(
-                f"{folder} is not empty: go on with the run in it (resume), or name another folder"
+                f"{folder} is not empty: continue its run with --resume (resume=True), or name another folder"
             )
     except (OSError, ValueError) as error:
         if isinstance(error, RGTGError):
@@ -63,7 +63,7 @@ def training_folder(folder: Path, resume: bool, main: bool, progress: Progress) 
     """Locks the output folder for one run; the lock of a killed run does not block others.
 
     Args:
-        folder: of the output.
+        folder: folder of the output.
         resume: whether the folder's own run continues.
         main: whether this is the process that writes, of several that train together.
         progress: receives a line when the run is interrupted.
@@ -88,7 +88,7 @@ def training_folder(folder: Path, resume: bool, main: bool, progress: Progress) 
             check_output(folder, resume)
             yield
     except KeyboardInterrupt:
-        progress(f"interrupted: {last_checkpoint(folder)}: go on with resume")
+        progress(f"interrupted: {last_checkpoint(folder)}: continue with --resume")
         raise
     finally:
         # A refused run removes its folder, so that the corrected command finds it unused.
@@ -170,7 +170,7 @@ class TrainingLog(TrainerCallback):
     """Writes every log entry as a line of JSON and reports the progress in words.
 
     Args:
-        path: of the log; a resumed run removes the lines after its checkpoint.
+        path: path of the log; a resumed run removes the lines after its checkpoint.
         progress: receives the lines about the progress.
     """
 
@@ -207,7 +207,7 @@ class TrainingLog(TrainerCallback):
         except OSError as error:
             raise RGTGError(
                 f"cannot write {self.path} ({reason(error)}); {last_checkpoint(self.path.parent)}: free some space and "
-                "go on with resume"
+                "continue with --resume"
             ) from error
         step = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from rgtg_fast.training.losses import Objective
 
-# Prefixes of a pair that the fit uses, evenly spaced: neighbouring prefixes have nearly the same features.
+# Prefixes of a pair that the fit uses, evenly spaced: neighboring prefixes have nearly the same features.
 POINTS = 12
 # Most pairs that the fit uses: enough for a few thousand parameters.
 PAIRS = 8192
@@ -64,12 +64,12 @@ def differences(
 
 @torch.enable_grad()
 def fit(features: torch.Tensor, weights: torch.Tensor, strength: float) -> torch.Tensor:
-    """The head w that minimises mean softplus(−w·d) + strength / 2 · Σ_j (s_j w_j)², s_j the deviation of feature j.
+    """The head w that minimizes mean softplus(−w·d) + strength / 2 · Σ_j (s_j w_j)², s_j the deviation of feature j.
 
     Args:
         features: [P, E] float32, the differences d.
         weights: [P] of the terms.
-        strength: of the penalty; features are standardised, so that it means the same for every model.
+        strength: strength of the penalty; features are standardized, so that it means the same for every model.
 
     Returns:
         [E] float32.

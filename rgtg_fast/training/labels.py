@@ -42,7 +42,8 @@ def targets_in(rows: Sequence[Any], pairs: Sequence[PreferencePair]) -> Targets 
     """The rewards that the data give the answers; None where the data have no `REWARD_COLUMNS`.
 
     Args:
-        rows: of the data. pairs: made from these rows.
+        rows: rows of the data.
+        pairs: preference pairs made from these rows.
 
     Raises:
         RGTGError: a row whose rewards are not two finite numbers.
@@ -126,7 +127,7 @@ class LabelJudge:
         Args:
             rows: preference data as `load_pairs` takes them.
             wanted: indices of the rows to label.
-            file: to which every packed row's rewards are appended; those in it are not computed again.
+            file: the file to which every packed row's rewards are appended; those in it are not computed again.
             budget: most tokens of a packed row (more where a pair is longer).
             answers_ended: as in `load_pairs`.
             progress: receives a line after every packed row.
@@ -187,7 +188,8 @@ def _append(file: Path, labels: Targets) -> None:
             out.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise RGTGError(
-            f"cannot write {file} ({reason(error)}): free some space and go on with resume, the rows in it are safe"
+            f"cannot write {file} ({reason(error)}): free some space and continue with --resume, the rows "
+            "in it are safe"
         ) from error
 
 
@@ -205,7 +207,7 @@ def _read(file: Path) -> Targets:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, RGTGError):
             raise
-        raise RGTGError(f"{file} holds no rewards of a judge ({reason(error)}): remove it") from error
+        raise RGTGError(f"{file} contains no rewards of a judge ({reason(error)}): remove it") from error
 
 
 def spread(targets: Targets) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from rgtg_fast.training.vocabulary import VOCABULARY_HEAD, load_causal
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult(RunResult):
-    """What training a reward model came to.
+    """The result of training a reward model.
 
     Attributes:
         rows: packed rows.

@@ -87,7 +87,7 @@ class Objective:
         """Checks that answers which were cut, and have no end token, do not need one for this objective.
 
         Args:
-            pairs: to train or to evaluate on.
+            pairs: the pairs to train or to evaluate on.
             head_fit: whether the head is fitted first (see `head_fit`).
 
         Raises:
@@ -104,7 +104,7 @@ class Objective:
             lengths = len(pair.chosen_ids), len(pair.rejected_ids)
             if self.eos_padding and lengths[0] != lengths[1] and not pair.ended[lengths.index(min(lengths))]:
                 raise RGTGError(
-                    f"mode='eos' puts end tokens behind the shorter answer, and that of row {pair.index} was cut: use "
+                    f"mode='eos' appends end tokens to the shorter answer, and that of row {pair.index} was cut: use "
                     "mode='repeat_last' or mode='truncate'"
                 )
 
@@ -112,7 +112,7 @@ class Objective:
         """Checks that the head can be fitted before training (see `head_fit`).
 
         Raises:
-            RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
+            RGTGError: a strength that is not above 0, or an objective that is not a Bradley-Terry loss.
         """
         if not 0 < strength < math.inf:
             raise RGTGError(f"head_fit={strength} is not above 0: use for example 0.3, or leave it out")

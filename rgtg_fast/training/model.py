@@ -51,7 +51,7 @@ def load_base(
     Args:
         source: folder or hub id of a causal language model or of a reward model, or a loaded classifier with its
             tokenizer.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         progress: receives one line where the head is new.
 
     Raises:
@@ -160,7 +160,7 @@ def add_adapters(model: PreTrainedModel, fork_layer: int, lora: Lora, head: str 
     """Adds LoRA to every linear layer from decoder layer `fork_layer` on, and makes the head trainable.
 
     Args:
-        model: to adapt.
+        model: the model to adapt.
         fork_layer: 0 adapts every decoder layer, the number of layers none: then only the head is trained.
         lora: settings of the adapters.
         head: "score" for a classifier, "lm_head" for a language model, None to train a language model's adapters only.
@@ -313,8 +313,8 @@ def merge(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> Pat
     """Writes a trained model with its adapters merged into the weights, a model folder for any loader.
 
     Args:
-        folder: of the adapters, as training saves them.
-        output: new folder of the whole model; it is complete or absent.
+        folder: folder of the adapters, as training saves them.
+        output: new folder of the whole model; it is written atomically.
 
     Returns:
         The new folder.

@@ -41,7 +41,7 @@ def pack(pairs: Sequence[TokenizedPair], budget: int, eos_padding: bool = False)
     """Packs pairs into rows, best-fit decreasing: the longest first, each into the fullest row that it fits.
 
     Args:
-        pairs: to pack.
+        pairs: the pairs to pack.
         budget: most tokens of a row.
         eos_padding: as in `cost`.
 
@@ -203,7 +203,7 @@ class RowBatches(Sampler[list[tuple[int, bool]]]):
     Args:
         rows: number of rows.
         size: rows of a batch on one process.
-        seed: of the order.
+        seed: seed of the order.
         epoch: returns the epoch whose order to use.
         process: number of this process.
         processes: number of processes.
@@ -244,7 +244,7 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
-    raise RGTGError(f"{type(model).__name__} holds no transformers model: pass one")
+    raise RGTGError(f"{type(model).__name__} contains no transformers model: pass one")
 
 
 def forward_arguments(trunk: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:

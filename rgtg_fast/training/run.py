@@ -33,16 +33,16 @@ from rgtg_fast.training.model import merge, trained_parameters
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a training run came to.
+    """The result of a training run.
 
     Attributes:
         output: the saved folder.
         steps: optimizer steps.
         trained: number of trained parameters.
-        seconds: of the training proper.
+        seconds: duration of the training itself.
         data: counts of the data.
-        metrics: of the evaluation after training, without the prefix `eval_`; without an evaluation the last logged
-            `reward` and `kl`, where there are any.
+        metrics: metrics of the evaluation after training, without the prefix `eval_`; without an evaluation the last
+            logged `reward` and `kl`, if there are any.
     """
 
     output: Path
@@ -59,8 +59,8 @@ class Run:
 
     Attributes:
         config: what is learned and how.
-        folder: of the output.
-        args: of the trainer.
+        folder: folder of the output.
+        args: arguments of the trainer.
         resume: continue from the last complete checkpoint in the folder.
         merged: folder for a whole model with the adapters merged, None for none.
         progress: receives lines about the progress; silent in all processes but the main one.

@@ -1,4 +1,4 @@
-"""T-REG (arXiv 2412.02685): token rewards from contrastive prompts, and the regulariser of preference optimisation."""
+"""T-REG (arXiv 2412.02685): token rewards from contrastive prompts, and the regularizer of preference optimization."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Templates:
 
         Args:
             prompt: a text or chat messages. System messages are kept, the other turns become the question.
-            answer: to be revised.
+            answer: the answer to be revised.
             chat: make chats with one user message, else plain texts.
         """
         messages: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -136,8 +136,8 @@ def contrast(
         prompt: the prompt that was answered.
         answer: as a text.
         answer_ids: its tokens, which end both sides of the pair.
-        tokenizer: of the model.
-        templates: of the contexts.
+        tokenizer: tokenizer of the model.
+        templates: templates of the contexts.
         index: row of the source.
     """
     chat = tokenizer.chat_template is not None
@@ -169,11 +169,11 @@ def token_rewards(
 
     Args:
         model: a causal language model, the reference π, prepared by `use_packed_attention`.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         prompts: one per answer.
         answers: as texts.
         answer_ids: the answers' tokens, with EOS where an answer ended.
-        templates: of the contexts; None for the project's own (`TEMPLATES`).
+        templates: templates of the contexts; None for the project's own (`TEMPLATES`).
         budget: most tokens of a packed row.
 
     Returns:
@@ -222,11 +222,11 @@ def fill_token_rewards(
     precision.
 
     Args:
-        folder: of the file.
+        folder: folder of the file.
         model, tokenizer: the reference, as in `token_rewards`.
         pairs: tokenized pairs.
         sources: the same pairs as texts, in the same order.
-        templates: of the contexts.
+        templates: templates of the contexts.
         budget: most tokens of a packed row.
         autocast: compute in bfloat16.
         progress: receives a line every 10 seconds.
@@ -248,7 +248,7 @@ def fill_token_rewards(
     return file
 
 
-def regulariser(logprobs: torch.Tensor, rewards: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+def regularizer(logprobs: torch.Tensor, rewards: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """L_REG(x, y) = − Σ_t β r̂(y_t) log π_θ(y_t | x, y_<t), arXiv 2412.02685.
 
     Args:

@@ -65,7 +65,7 @@ class PartialRewardTrainer(CompleteCheckpoints):
     A batch consists of rows, each packed with pairs up to the token budget; `per_device_train_batch_size` counts rows.
     The loss is divided by the number of terms of the global batch, over accumulation steps and processes, so that the
     gradient depends only on which pairs an optimizer step sees and not on how they are distributed. Checkpoints are
-    complete or absent (see `CompleteCheckpoints`).
+    written atomically (see `CompleteCheckpoints`).
 
     Args:
         model: a classifier with one label, or for farma and genarm a causal language model (`load_causal`); either may
@@ -347,10 +347,10 @@ class PartialRewardTrainer(CompleteCheckpoints):
         With a vocabulary head, it fits the row of the end-of-sequence token, by which farma compares whole answers.
 
         Args:
-            strength: weight of the penalty on the standardised weights.
+            strength: weight of the penalty on the standardized weights.
 
         Raises:
-            RGTGError: a strength that is not above 0, or an objective that is no Bradley-Terry loss.
+            RGTGError: a strength that is not above 0, or an objective that is not a Bradley-Terry loss.
         """
         self.objective.check_head_fit(strength)
         self.objective.check_ends(self.train_pairs, head_fit=True)

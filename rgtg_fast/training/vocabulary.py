@@ -35,7 +35,7 @@ def load_causal(
 
     Args:
         source: folder or hub id.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         new_head: replace the vocabulary head by a matrix of zeros that is not tied to the embeddings.
 
     Raises:
@@ -185,7 +185,7 @@ def chunked_logprobs(
         weight: [V, E], the head.
         bias: [V] or None.
         tokens: [M] int64.
-        dtype: of the products; None for the states' own. Sums over the vocabulary are in at least float32.
+        dtype: dtype of the products; None for the states' own. Sums over the vocabulary are in at least float32.
 
     Returns:
         [M] in at least float32.

@@ -498,7 +498,7 @@ def test_a_cpu_warms_up_once(monkeypatch):
 
 
 def test_only_an_adapter_is_shared(tmp_path):
-    with pytest.raises(RGTGError, match="is no adapter folder, which two_models needs"):
+    with pytest.raises(RGTGError, match="is not an adapter folder, which two_models needs"):
         models.find_adapter(str(tmp_path), None, [METHODS["ours"], METHODS["two_models"]], 0)
 
 

@@ -130,7 +130,7 @@ def test_a_file_that_holds_something_else_is_kept(
     kept = tmp_path / "notes.txt"
     kept.write_text("no end of the line")
     answer = run("accuracy", "--reward", rm, "--lm", lm, "--data", data, "--keep", kept)
-    assert f"{kept}:1 is no row of such a file" in answer.error
+    assert f"{kept}:1 is not a row of such a file" in answer.error
     assert kept.read_text() == "no end of the line"
 
 
@@ -172,15 +172,15 @@ def test_a_model_without_chat_template_reads_the_turns_as_text(
     ("arguments", "message"),
     [
         (("--fractions", "0.5,2"), "fraction 2 of an answer is not in (0, 1]"),
-        (("--fractions", "half"), "--fractions 'half' are no numbers"),
+        (("--fractions", "half"), "--fractions 'half' are not numbers"),
         (("--fractions", ","), "there is no fraction"),
         (("--data", "none.jsonl"), "cannot read none.jsonl: No such file or directory"),
         (("--layout", "x"), "layout='x' is unknown: use one of auto, plain, dialogue, tldr"),
         (("--layout", "tldr"), "no pairs are left of the 13"),
         (("--max-length", "4"), "no pairs are left of the 12"),
-        (("--reward", "none"), "--reward none is no guide"),
-        (("--reward", "a", "--reward", "a"), "a guide is named twice"),
-        (("--reward", "bundled:nothing"), "'bundled:nothing' is no bundled guide"),
+        (("--reward", "none"), "--reward none is not a reward model"),
+        (("--reward", "a", "--reward", "a"), "a reward model is given twice"),
+        (("--reward", "bundled:nothing"), "'bundled:nothing' is not a bundled reward model"),
         (("--reward", "/does/not/exist"), "reward model '/does/not/exist' does not exist"),
         (("--figure", "/does/not/exist/a.png"), "cannot write /does/not/exist/a.png: the folder"),
     ],

@@ -17,6 +17,7 @@ from rgtg_fast.bench import baselines
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli import demo, explain
 from rgtg_fast.engine.outputs import Candidate, Step
+from rgtg_fast.ops._registry import OPS
 from tests.cli.support import environment
 
 HELP = """
@@ -49,7 +50,8 @@ def test_version(run: Callable) -> None:
 def test_env(run: Callable) -> None:
     report = json.loads(run("env", "--json").out)
     assert report["packages"]["torch"]
-    assert set(report["backends"]["cpu"]) == {"topk_logprobs", "tree_attention", "resample", "commit"}
+    assert set(report["backends"]["cpu"]) == set(OPS)
+    assert len(OPS) == 7
     text = run("env").out
     for word in ("torch", "transformers", "extension", "topk_logprobs", "embedded model"):
         assert word in text
@@ -151,7 +153,7 @@ def test_demo(run: Callable, lm: str, rm: str) -> None:
     assert report["unguided_stats"]["reward_calls"] == 0
     assert report["guided_stats"]["reward_calls"] > 0
     text = run(*args).out
-    for word in ("unguided", "guided", "mean reward", "tokens/s", "reward calls", "The guide changed"):
+    for word in ("unguided", "guided", "mean reward", "tokens/s", "reward calls", "The reward model changed"):
         assert word in text
 
 

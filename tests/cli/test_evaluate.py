@@ -42,7 +42,7 @@ def test_the_table_and_the_files(run: Run, config: Callable[..., Path], tmp_path
     assert done.code == 0
     assert "judge judge, against unguided" in done.out
     assert "pargs β=3" in done.out
-    assert "the judge judge is the guide" in done.err
+    assert "the judge judge is the reward model" in done.err
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names >= {
         "config.yaml",
@@ -67,6 +67,15 @@ def test_options_go_before_the_file(run: Run, config: Callable[..., Path], tmp_p
     assert "#   limit: 2" in kept
 
 
+def test_one_prompt_has_no_interval(run: Run, config: Callable[..., Path], tmp_path: Path) -> None:
+    done = run("evaluate", "--config", config(), "--limit", 1)
+    assert done.code == 0
+    assert done.out.count("[–]") == 4
+    rows = run("evaluate", "--config", config(), "--limit", 1, "--json").out
+    assert '"diff_lo": null' in rows
+    assert "[–]" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8").replace("\\", "")
+
+
 def test_some_of_the_methods(run: Run, config: Callable[..., Path], tmp_path: Path) -> None:
     methods = [
         {"name": "unguided"},
@@ -74,11 +83,11 @@ def test_some_of_the_methods(run: Run, config: Callable[..., Path], tmp_path: Pa
         {"name": "greedy", "greedy": True},
     ]
     path = config(methods=methods)
-    assert "method late: /none/at/all holds no model" in run("evaluate", "--config", path).error
+    assert "method late: /none/at/all contains no model" in run("evaluate", "--config", path).error
     (report,) = run("evaluate", "--config", path, "--methods", "greedy", "--json").rows
     assert [row["method"] for row in report["summary"]] == ["unguided", "greedy"]
     error = run("evaluate", "--config", path, "--methods", "greedy,beam").error
-    assert "'beam' is no method of the study: use unguided, late, greedy" in error
+    assert "'beam' is not a method of the study: use unguided, late, greedy" in error
 
 
 @pytest.mark.parametrize(
@@ -87,10 +96,10 @@ def test_some_of_the_methods(run: Run, config: Callable[..., Path], tmp_path: Pa
         ({"prompts": "/none/at/all.jsonl"}, "cannot read"),
         ({"method": []}, "'method' is unknown"),
         ({"model": "/none/at/all"}, "does not exist"),
-        ({"judges": {"judge": "/none/at/all"}}, "judge judge: /none/at/all holds no model"),
+        ({"judges": {"judge": "/none/at/all"}}, "judge judge: /none/at/all contains no model"),
         (
             {"methods": [{"name": "unguided", "reward": "/none/at/all"}]},
-            "unguided: /none/at/all holds no model",
+            "unguided: /none/at/all contains no model",
         ),
     ],
 )
@@ -106,7 +115,7 @@ def test_a_broken_results_file_is_told(run: Run, config: Callable[..., Path], tm
     answers = tmp_path / "out" / "answers.jsonl"
     lines = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join([*lines[:3], "broken\n", *lines[3:]]))
-    assert "answers.jsonl:4 is no row of such a file" in run("evaluate", "--config", path).error
+    assert "answers.jsonl:4 is not a row of such a file" in run("evaluate", "--config", path).error
 
 
 def test_a_run_that_was_killed_goes_on(run: Run, config: Callable[..., Path], tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_names_that_cannot_be(run: Callable, lm: str, rm: str) -> None:
         ("farma:", "names no model"),
         (f"farma:{rm}", "needs a vocabulary head"),
         ("eft:one", "needs two"),
-        ("mixture:nothing", "is no term of a mixture"),
+        ("mixture:nothing", "is not a term of a mixture"),
     ):
         assert message in run("generate", "hello", "--lm", lm, "--reward", name).error
 

@@ -54,7 +54,7 @@ def test_the_older_of_two_streams_ends_before_it_touches_the_newer_ones_cache() 
     right = tokens(decoder, PROMPTS[1])
     older, newer = decoder.stream(PROMPTS[0], 6, GREEDY), decoder.stream(PROMPTS[1], 6, GREEDY)
     found = [next(newer).token]
-    with pytest.raises(RGTGError, match="called again before the run was through"):
+    with pytest.raises(RGTGError, match="called again before the run had finished"):
         next(older)
     found += [piece.token for piece in newer]
     assert found[: len(right)] == right

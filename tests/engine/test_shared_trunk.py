@@ -297,7 +297,7 @@ def test_other_prompts_do_not_share(tmp_path: Path) -> None:
 
 
 def test_only_adapters_share(tmp_path: Path) -> None:
-    with pytest.raises(RGTGError, match="is no adapter folder"):
+    with pytest.raises(RGTGError, match="is not an adapter folder"):
         decoder(base(), SequenceReward(tmp_path, share_trunk=True), "auto")
 
 

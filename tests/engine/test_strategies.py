@@ -326,7 +326,7 @@ def test_iterate_and_stop_strings(strategy: Any) -> None:
     unfinished = decoder.iterate(prompts, 9, seed=1, strategy=strategy)
     next(unfinished)
     decoder.generate([[9]], 2, Guidance(k=3))
-    with pytest.raises(RGTGError, match="called again before the run was through"):
+    with pytest.raises(RGTGError, match="called again before the run had finished"):
         list(unfinished)
 
 
@@ -382,7 +382,7 @@ def test_calls_that_cannot_be() -> None:
         decoder.generate([9], 2, Guidance(k=3), strategy=BestOfN())
     with pytest.raises(RGTGError, match="does not choose token by token"):
         decoder.generate([9], 2, trace=True, strategy=Blocks())
-    with pytest.raises(RGTGError, match="strategy=3 is none"):
+    with pytest.raises(RGTGError, match="strategy=3 is not a strategy"):
         decoder.generate([9], 2, strategy=3)
     with pytest.raises(RGTGError, match="Segments chooses by reward and this decoder has none"):
         decoder_for(None).generate([9], 2, strategy=Segments())

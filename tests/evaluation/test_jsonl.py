@@ -128,6 +128,6 @@ def test_any_text_comes_back_and_stands_in_one_line(tmp_path: Path) -> None:
 def test_a_last_line_that_is_none_of_ours_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "diary.txt"
     path.write_text("dear diary")
-    with pytest.raises(RGTGError, match=r"diary\.txt:1 is no row"):
+    with pytest.raises(RGTGError, match=r"diary\.txt:1 is not a row"):
         JsonlWriter(path, ("a",))
     assert path.read_text() == "dear diary"

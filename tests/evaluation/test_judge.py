@@ -126,7 +126,7 @@ def test_a_judge_that_guides_is_found_by_its_weights(named: dict[str, str], tmp_
     shutil.copytree(named["guide"], copy)
     for judge in (named["guide"], str(copy), f"rad:{named['guide']}"):
         (line,) = conflicts({"j": judge}, [named["guide"]])
-        assert line.startswith(f"the judge j is the guide {named['guide']}")
+        assert line.startswith(f"the judge j is the reward model {named['guide']}")
     assert conflicts({"j": named["judge"]}, [named["guide"], "contrastive"]) == []
     assert conflicts({"j": "org/model"}, ["org/model"]) != []
 

@@ -21,7 +21,7 @@ from rgtg_fast.evaluation.study.prompts import prompt_seed
 from rgtg_fast.evaluation.study.report import write_report
 from rgtg_fast.evaluation.study.run import Results, run_study
 from rgtg_fast.evaluation.study.settings import Study
-from rgtg_fast.evaluation.study.summary import COLUMNS, summarise
+from rgtg_fast.evaluation.study.summary import COLUMNS, summarize
 from tests.conftest import make_rm, make_tokenizer
 from tests.evaluation.studies import PROMPTS, models, saved, study
 from tests.models.adapters import write_adapter
@@ -138,12 +138,12 @@ def test_the_real_model_and_its_guides(smollm2: Path, tmp_path: Path) -> None:
     assert rows["pargs"]["lm_tokens_per_token"] == pytest.approx(10)
     assert rows["pargs"]["lm_calls_per_token"] == pytest.approx(1)
     assert all(row["reward"] is not None for row in rows.values())
-    assert any(line.startswith("the judge j is the guide bundled:args") for line in results.warnings)
+    assert any(line.startswith("the judge j is the reward model bundled:args") for line in results.warnings)
     assert "SmolLM2 answers 2 prompts" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_costs_are_what_the_methods_promise(done: Results) -> None:
-    rows = {(row["method"], row["beta"]): row for row in summarise(done)}
+    rows = {(row["method"], row["beta"]): row for row in summarize(done)}
     plain, guided, best = rows["unguided", None], rows["pargs", 4.0], rows["best", None]
     names = ("lm_calls_per_token", "rm_calls_per_token", "lm_tokens_per_token", "rm_tokens_per_token")
     assert [plain[name] for name in names] == pytest.approx([1, 0, 1, 0])
@@ -158,7 +158,7 @@ def test_costs_are_what_the_methods_promise(done: Results) -> None:
 
 
 def test_sampling_the_base_model_diverges_from_it_by_nothing(done: Results) -> None:
-    rows = {(row["method"], row["beta"]): row for row in summarise(done)}
+    rows = {(row["method"], row["beta"]): row for row in summarize(done)}
     assert rows["unguided", None]["kl"] == pytest.approx(0, abs=1e-4)
     assert rows["pargs", 4.0]["kl"] > rows["pargs", 1.0]["kl"] > 0
     assert rows["greedy", None]["kl"] is None
@@ -166,7 +166,7 @@ def test_sampling_the_base_model_diverges_from_it_by_nothing(done: Results) -> N
 
 
 def test_the_summary_is_what_a_plain_reading_gives(done: Results) -> None:
-    found = {(row["method"], row["beta"]): row for row in summarise(done)}
+    found = {(row["method"], row["beta"]): row for row in summarize(done)}
     scores = rows_of(done.study.output, "scores.jsonl")
     assert len(scores) == 45
 
@@ -202,7 +202,7 @@ def test_nothing_is_done_twice(done: Results, tmp_path: Path, loads: list[Any]) 
     results = run_study(again)
     assert loads == []
     assert {name: (tmp_path / "out" / name).read_bytes() for name in first} == first
-    assert summarise(results) == summarise(done)
+    assert summarize(results) == summarize(done)
 
 
 @pytest.mark.parametrize("cut", [1, 700, 6000])
@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_where_it_stopped(done: Results, tmp_path: Path, cu
     assert untimed(rows_of(tmp_path / "out")) == untimed(whole)
     assert any("the last line of answers.jsonl had been cut off" in line for line in results.warnings)
     # What is measured is the same, but for the seconds.
-    own, before = summarise(results), summarise(done)
+    own, before = summarize(results), summarize(done)
     assert [{**row, "tokens_per_second": 0} for row in own] == [
         {**row, "tokens_per_second": 0} for row in before
     ]
@@ -335,7 +335,7 @@ def test_prompts_that_are_twice_or_empty(named: dict[str, str], tmp_path: Path) 
     assert "2 duplicate prompts were left out" in results.warnings
     assert "1 empty prompts were left out" in results.warnings
     path.write_text('{"question": "x"}\n')
-    with pytest.raises(RGTGError, match=r"row 0 of .* is no prompt: it has no field 'prompt'"):
+    with pytest.raises(RGTGError, match=r"row 0 of .* is not a prompt: it has no field 'prompt'"):
         run_study(study(tmp_path, named, prompts=str(path), methods=methods))
     path.write_text('{"prompt": ""}\n')
     with pytest.raises(RGTGError, match="has no prompts"):
@@ -362,13 +362,13 @@ def test_answers_of_another_program_are_judged(named: dict[str, str], tmp_path: 
         "1 of the 4 answers of other are empty",
         "other has no answer to 2 prompts: compared on the others",
     ]
-    row = next(row for row in summarise(results) if row["method"] == "other")
+    row = next(row for row in summarize(results) if row["method"] == "other")
     assert row["tokens_per_second"] is None
     assert row["kl"] is None
     assert row["reward_diff"] is not None
     assert untimed(rows_of(tmp_path / "out")) == untimed(rows_of(run_study(results.study).study.output))
     path.write_text('{"prompt": "w1"}\n')
-    with pytest.raises(RGTGError, match=r"row 0 of .* is no answer"):
+    with pytest.raises(RGTGError, match=r"row 0 of .* is not an answer"):
         run_study(study(tmp_path, named, methods=methods))
 
 
@@ -394,7 +394,7 @@ def test_another_policy_diverges_from_the_studys_model(named: dict[str, str], tm
         answer = own.tokens + ([] if own.end_token is None else [own.end_token])
         expected = [logprob(named[name], row["prompt"], answer) for name in ("policy", "lm")]
         assert [row["guided_logprob"], row["base_logprob"]] == pytest.approx(expected, abs=1e-3)
-    assert summarise(results)[1]["kl"] > 1
+    assert summarize(results)[1]["kl"] > 1
 
 
 def test_strategies_and_gates_get_a_guide_with_a_cache_of_its_own(
@@ -429,18 +429,18 @@ def test_a_policys_adapter_is_merged_in_the_dtype_of_its_method(
         assert row["response"] == own.text
         # Not to the rounding of float32, which such a small change of the weights would not survive.
         assert row["guided_logprob"] == pytest.approx(own.guided_logprob, abs=1e-7)
-    assert summarise(results)[1]["kl"] != 0
+    assert summarize(results)[1]["kl"] != 0
 
 
 @pytest.mark.parametrize("key", ["reward", "model", "outputs"])
 def test_a_model_that_is_missing_is_missed_at_once(named: dict[str, str], tmp_path: Path, key: str) -> None:
     methods = [{"name": "unguided"}, {"name": "late", key: str(tmp_path / "none")}]
-    with pytest.raises(RGTGError, match=r"method late: .*none (holds no model|does not exist)"):
+    with pytest.raises(RGTGError, match=r"method late: .*none (contains no model|does not exist)"):
         run_study(study(tmp_path, named, methods=methods))
     assert not (tmp_path / "out" / "answers.jsonl").exists()
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(RGTGError, match=r"judge x: .*empty holds no model"):
+    with pytest.raises(RGTGError, match=r"judge x: .*empty contains no model"):
         run_study(study(tmp_path, named, judges={"x": str(empty)}))
 
 
@@ -453,7 +453,7 @@ def test_guides_over_the_whole_vocabulary(named: dict[str, str], tmp_path: Path)
         {"name": "mixture", "reward": both, "support": "all"},
     ]
     results = run_study(study(tmp_path, named, methods=methods, limit=2))
-    rows = {row["method"]: row for row in summarise(results)}
+    rows = {row["method"]: row for row in summarize(results)}
     assert rows["farma"]["rm_tokens_per_token"] == pytest.approx(1)
     assert rows["genarm"]["top_k"] is None
     assert rows["mixture"]["lm_tokens_per_token"] == pytest.approx(3)
@@ -471,12 +471,12 @@ def test_a_judge_that_is_the_guide_is_said_first(named: dict[str, str], tmp_path
             methods=[{"name": "unguided"}, {"name": "pargs", "reward": named["guide"]}],
         )
     )
-    assert results.warnings[0].startswith("the judge unfair is the guide ")
+    assert results.warnings[0].startswith("the judge unfair is the reward model ")
     write_report(results)
     lines = (tmp_path / "out" / "report.md").read_text().splitlines()
-    assert lines[2].startswith("- **Note:** the judge unfair is the guide")
+    assert lines[2].startswith("- **Note:** the judge unfair is the reward model")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.index("the judge unfair is the guide") < page.index("<table")
+    assert page.index("the judge unfair is the reward model") < page.index("<table")
 
 
 def test_a_cut_answer_is_rated_with_or_without_an_end(named: dict[str, str], tmp_path: Path) -> None:
@@ -528,7 +528,7 @@ def test_tables_say_at_which_token_a_judge_read(named: dict[str, str], tmp_path:
         assert [row["finish"] for row in next(iter(again.answers.values()))] == expected
     rows[0]["finish_reason"] = "crashed"
     path.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(RGTGError, match=r"row 0 of .* finish_reason='crashed' is none of"):
+    with pytest.raises(RGTGError, match=r"row 0 of .* finish_reason='crashed' is not one of"):
         run_study(study(tmp_path, named, judges=judges, methods=methods))
 
 

@@ -191,10 +191,10 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
 def test_folders_without_an_adapter(tmp_path: Path) -> None:
     assert not is_adapter(tmp_path)
     assert not is_adapter(make_lm())
-    with pytest.raises(RGTGError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(RGTGError, match=r"contains no adapter_config\.json"):
         Adapter.load(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(RGTGError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(RGTGError, match=r"contains no adapter_model\.safetensors"):
         Adapter.load(tmp_path)
 
 
@@ -279,7 +279,7 @@ def test_files_that_do_not_hold_their_adapter(case: str, tmp_path: Path) -> None
         ({"lora_alpha": "much"}, "lora_alpha='much'"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern="),
         ({"rank_pattern": 5}, "rank_pattern=5"),
-        ({"modules_to_save": ["lm_head"]}, "its file holds none"),
+        ({"modules_to_save": ["lm_head"]}, "its file contains none"),
     ],
 )
 def test_configurations_that_do_not_fit_the_weights(

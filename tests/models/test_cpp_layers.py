@@ -290,7 +290,7 @@ def refusal(model: nn.Module) -> str:
 
 
 def test_refusals_say_why() -> None:
-    assert "GPT2Model is none of LlamaModel" in refusal(
+    assert "GPT2Model is not one of LlamaModel" in refusal(
         AutoModel.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
     )
     windowed = AutoModel.from_config(MistralConfig(**SHAPE, sliding_window=16))

@@ -132,7 +132,7 @@ def test_tokenizers_that_differ() -> None:
 
 def test_a_reward_model_with_fewer_embeddings() -> None:
 
-    with pytest.raises(RGTGError, match="embeds 32 tokens and the base model uses 64"):
+    with pytest.raises(RGTGError, match="has embeddings for 32 tokens and the base model uses 64"):
         RewardGuidedDecoder.from_pretrained(
             (make_lm(), None), reward=SequenceReward((make_rm(vocab_size=32), None))
         )

@@ -110,7 +110,7 @@ KEYS: dict[str, tuple[str, Callable[[Tensors], Tensors], str, str]] = {
         "up_proj.bias",
         "does not have",
     ),
-    "quantised": ("lm", renamed("up_proj.weight", "up_proj.qweight"), "qweight", "quantised"),
+    "quantized": ("lm", renamed("up_proj.weight", "up_proj.qweight"), "qweight", "quantized"),
     "a head of TRL": ("lm", added(v_head__summary__weight=torch.ones(1, 32)), "v_head", "is a reward model"),
     "a terminal's": ("lm", added(**{"\x1b[31mred\n": torch.ones(1)}), "red", "does not have"),
     "a reward model": ("rm", lambda tensors: tensors, "score.weight", "is a reward model"),
@@ -292,7 +292,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         "needs a package",
     ),
-    "an unknown method": ({"quantization_config": {"quant_method": "nonsense"}}, "quantised by a method"),
+    "an unknown method": ({"quantization_config": {"quant_method": "nonsense"}}, "quantized by a method"),
     "no method": ({"quantization_config": {"bits": 4}}, "quant_method"),
 }
 
@@ -366,7 +366,7 @@ def test_sources_that_are_no_model_folder(saved: Path, tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer(saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, "lm", tmp_path)
     (folder / "tokenizer.json").unlink()
-    assert "holds no tokenizer" in refusal(folder)
+    assert "contains no tokenizer" in refusal(folder)
     (folder / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE"}}')
     assert "tokenizer of language model" in refusal(folder)
 

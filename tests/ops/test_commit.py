@@ -77,8 +77,8 @@ def test_caches_may_be_views_of_one_buffer(backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choice": torch.tensor([0, 3])}, r"choice\[1\]=3 is no new token \(S=3\): use -1 to 2"),
-        ({"choice": torch.tensor([-2, 0])}, r"choice\[0\]=-2 is no new token"),
+        ({"choice": torch.tensor([0, 3])}, r"choice\[1\]=3 is not a new token \(S=3\): use -1 to 2"),
+        ({"choice": torch.tensor([-2, 0])}, r"choice\[0\]=-2 is not a new token"),
         ({"lengths": torch.tensor([0, 4])}, r"lengths\[1\]=4 leaves no free slot in the cache \(T=4\)"),
         ({"k_new": torch.zeros(1, 2, 3, 2)}, r"k_new has shape \[1, 2, 3, 2\]"),
         (

@@ -199,9 +199,9 @@ def test_a_text_that_begins_itself_begins_once() -> None:
     ("settings", "message"),
     [
         ({"max_length": 23}, "max_length=23 exceeds the 22 positions"),
-        ({"max_length": 3}, "max_length=3 leaves no room"),
-        ({"max_length": True}, "max_length=True leaves no room"),
-        ({"max_length": 6.0}, "max_length=6.0 leaves no room"),
+        ({"max_length": 3}, "max_length=3 leaves no tokens"),
+        ({"max_length": True}, "max_length=True leaves no tokens"),
+        ({"max_length": 6.0}, "max_length=6.0 leaves no tokens"),
     ],
 )
 def test_lengths_that_cannot_be(settings: dict[str, Any], message: str) -> None:
@@ -212,7 +212,7 @@ def test_lengths_that_cannot_be(settings: dict[str, Any], message: str) -> None:
 
 def test_a_model_that_cannot_read_is_one_line() -> None:
     small = _made(tf.BertConfig(**{**SHAPE, "vocab_size": 4}))
-    with pytest.raises(RGTGError, match=re.escape("token id 7 and the model embeds 4")):
+    with pytest.raises(RGTGError, match=re.escape("token id 7 and the model has embeddings for 4")):
         Classifier(small, make_tokenizer(), "bert", None).encode(["w1"], None, False)
     with pytest.raises(RGTGError, match="a text of 0 tokens"):
         Classifier(make_rm(), make_tokenizer(), "rm", None).encode([""], None, False)

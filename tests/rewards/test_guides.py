@@ -410,8 +410,8 @@ def test_a_weight_of_zero_takes_out_what_a_guide_says() -> None:
         ([1.0, float("nan")], "weights[1]=nan is not finite"),
         ([-float("inf"), 1.0], "weights[0]=-inf is not finite"),
         ([1.0, "much"], "weights[1]='much' is not a number"),
-        ("11", "weights='11' is no list of numbers"),
-        (3.0, "weights=3.0 is no list of numbers"),
+        ("11", "weights='11' is not a list of numbers"),
+        (3.0, "weights=3.0 is not a list of numbers"),
     ],
 )
 def test_weights_that_cannot_be(weights: Any, message: str) -> None:
@@ -546,8 +546,8 @@ def test_mixtures_by_name() -> None:
         ("rad:  ", "names no model"),
         ("eft:one", "names one model and needs two"),
         ("eft:one,", "names one model and needs two"),
-        ("mixture:pargs:a", "'pargs:a' is no term of a mixture"),
-        ("mixture:0.5*", "is no term of a mixture"),
+        ("mixture:pargs:a", "'pargs:a' is not a term of a mixture"),
+        ("mixture:0.5*", "is not a term of a mixture"),
         ("mixture:0.5*mixture:1*contrastive", "a mixture inside a mixture"),
     ],
 )

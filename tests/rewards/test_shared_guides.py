@@ -173,7 +173,7 @@ def test_adapters_that_cannot_be(tmp_path: Path) -> None:
     narrow, another = bench.adapter("narrow", 63), make_lm(9, num_hidden_layers=3)
     with pytest.raises(RGTGError, match="gives 63 scores and the base model's vocabulary has 64 tokens"):
         bench.decoder(VocabularyReward(narrow))
-    with pytest.raises(RGTGError, match="is no adapter folder"):
+    with pytest.raises(RGTGError, match="is not an adapter folder"):
         bench.decoder(AutoregressiveReward((make_lm(1), None), share_trunk=True))
     folder = bench.adapter("genarm", None)
     with pytest.raises(RGTGError, match=r"share_trunk=True: .* was trained on other weights"):

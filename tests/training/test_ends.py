@@ -79,7 +79,7 @@ def test_without_a_finish_reason_all_have_ended_as_ever() -> None:
         ids[-1] == EOS and EOS not in ids[:-1] for p in pairs for ids in (p.chosen_ids, p.rejected_ids)
     )
     assert report.end_line() == (
-        "whole answers are read at the end token, which stands behind all 50 (50 of them without a finish_reason, "
+        "whole answers are read at the end token, which follows all 50 (50 of them without a finish_reason, "
         "taken to have ended)"
     )
     every, report = tokenize_pairs(load_pairs(rows(25), answers_ended="no")[0], make_tokenizer())
@@ -151,7 +151,7 @@ def test_what_needs_an_end_token_is_refused() -> None:
     # The longer answer needs no padding.
     Objective(mode="eos").check_ends([longer])
     with pytest.raises(
-        RGTGError, match=r"mode='eos' puts end tokens .* that of row 4 was cut: use mode='repeat_last'"
+        RGTGError, match=r"mode='eos' appends end tokens .* that of row 4 was cut: use mode='repeat_last'"
     ):
         Objective(mode="eos").check_ends([longer, shorter])
     Objective("farma").check_ends([shorter])

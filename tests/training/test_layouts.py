@@ -155,7 +155,7 @@ def test_json_files_with_one_object(tmp_path: Path, rows: Any) -> None:
 
 @pytest.mark.parametrize("source", [5, None, 2.5])
 def test_what_is_no_source_of_rows_is_refused(source: Any) -> None:
-    with pytest.raises(RGTGError, match="is no source of rows: pass a file"):
+    with pytest.raises(RGTGError, match="is not a source of rows: pass a file"):
         load_pairs(source)
 
 
@@ -259,7 +259,7 @@ def test_answers_that_repeat_their_prompt() -> None:
     assert texts(pairs) == [(prompt, f" Yes {i}.", " No.") for i in range(3)]
     assert (report.prompts_removed, report.different_prompts) == (3, 1)
     assert "3 kept with answers that began with the prompt, which was taken off" in report.lines()
-    # One of many rows may begin so by chance, and keeps its answers; a word that goes on is no prompt.
+    # One of many rows may begin so by chance, and keeps its answers; a word that goes on is not a prompt.
     others = [{**other, "chosen": f"c{i}"} for i in range(2)]
     pairs, report = load_pairs([{"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}, *others])
     assert (pairs[0].chosen, report.prompts_removed, report.prompts_repeated) == ("Hi there", 0, 1)
@@ -343,7 +343,7 @@ def test_what_the_data_say_of_the_end() -> None:
     expected = [(False, False), (True, False), (True, None), (False, None), (True, False)]
     assert [pair.ended for pair in pairs] == expected
     assert report.malformed == 1
-    assert "finish_reason='crashed' is none of eos, stop" in report.first_malformed
+    assert "finish_reason='crashed' is not one of eos, stop" in report.first_malformed
     for told, value in (("yes", True), ("no", False)):
         pairs, _ = load_pairs(rows, answers_ended=told)
         assert [pair.ended for pair in pairs] == [(value, value)] * 6

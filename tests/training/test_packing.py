@@ -388,7 +388,7 @@ def test_bad_input_is_named() -> None:
         collate(pairs, [[0], []], PAD)
     with pytest.raises(RGTGError, match="length=3: pack with this budget"):
         collate(pairs, [[0]], PAD, length=3)
-    with pytest.raises(RGTGError, match="holds no transformers model"):
+    with pytest.raises(RGTGError, match="contains no transformers model"):
         pretrained(torch.nn.Linear(1, 1))
     batch = collate(pairs, pack(pairs, 60), PAD)
     labels = make_rm(num_labels=2)

@@ -177,7 +177,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         ({"alpha": -1.0}, "alpha=-1.0"),
         ({"margin": float("inf")}, "margin=inf"),
         ({"form": "ipo"}, "form='ipo' is unknown"),
-        ({"args": {"loss_type": ["hinge"]}}, "T-REG regularises DPO and SimPO"),
+        ({"args": {"loss_type": ["hinge"]}}, "T-REG regularizes DPO and SimPO"),
     ):
         with pytest.raises(RGTGError, match=message):
             trainer(tmp_path, **settings)

@@ -67,7 +67,7 @@ def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(str(tmp_path / "run"), interrupt, progress=said.append)
     assert said == [
-        f"interrupted: the last good checkpoint is {tmp_path / 'run' / 'checkpoint-7'}: go on with resume"
+        f"interrupted: the last good checkpoint is {tmp_path / 'run' / 'checkpoint-7'}: continue with --resume"
     ]
 
 

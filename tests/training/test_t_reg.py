@@ -20,7 +20,7 @@ from rgtg_fast.training.t_reg import (
     adaptive_weight,
     contrast,
     fill_token_rewards,
-    regulariser,
+    regularizer,
     token_rewards,
 )
 from tests.conftest import make_lm, make_tokenizer
@@ -253,16 +253,16 @@ def test_reference_log_probabilities_are_those_of_forwards_alone(tmp_path: Path)
             np.testing.assert_allclose(numbers, naive_logprobs(network, pair.prompt_ids, ids), atol=1e-5)
 
 
-# ---- The regulariser
+# ---- The regularizer
 
 
-def test_the_regularisers_gradient() -> None:
+def test_the_regularizers_gradient() -> None:
     torch.manual_seed(0)
     logprobs = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     rewards = torch.rand(4, 7, dtype=torch.float64) - 0.5
     scale = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: regulariser(x, rewards, scale), logprobs)
-    (slopes,) = torch.autograd.grad(regulariser(logprobs, rewards, scale).sum(), logprobs)
+    assert torch.autograd.gradcheck(lambda x: regularizer(x, rewards, scale), logprobs)
+    (slopes,) = torch.autograd.grad(regularizer(logprobs, rewards, scale).sum(), logprobs)
     torch.testing.assert_close(slopes, -scale[:, None] * rewards, rtol=0, atol=1e-15)
 
 

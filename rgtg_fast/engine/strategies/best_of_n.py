@@ -45,7 +45,7 @@ def best_of_n(
         strategy: n and the settings of the samples.
         stopping: checks rewards.
         at_once: rows that are decoded at once.
-        stats: of the run, to which the costs are added.
+        stats: stats of the run, to which the costs are added.
     """
     sampled = Guidance(beta=0, temperature=strategy.temperature, support="all")
     if strategy.top_k is not None:

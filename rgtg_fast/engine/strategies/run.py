@@ -65,7 +65,9 @@ def check_strategy(strategy: Strategy, reward: Reward, run: Run) -> None:
     """
     name = type(strategy).__name__
     if not isinstance(strategy, Strategy):
-        raise RGTGError(f"strategy={strategy!r} is none: use BestOfN(...), Segments(...) or Blocks(...)")
+        raise RGTGError(
+            f"strategy={strategy!r} is not a strategy: use BestOfN(...), Segments(...) or Blocks(...)"
+        )
     if not reward.gives_rewards:
         raise RGTGError(f"{name} chooses by reward and this decoder has none: pass reward=...")
     if not isinstance(strategy, BestOfN) and not reward.appends:
@@ -85,7 +87,7 @@ def run_strategy(strategy: Strategy, run: Run, scheduler: Scheduler) -> Iterator
     Args:
         strategy: one that `check_strategy` allows.
         run: without a trace.
-        scheduler: that would decode it token by token.
+        scheduler: the scheduler that would decode it token by token.
 
     Raises:
         RewardNaNError: a NaN reward; carries the rows finished before it.

@@ -1,4 +1,4 @@
-"""A study: methods side by side on held-out prompts, judged by a reward model that none of them saw."""
+"""A study: methods side by side on held-out prompts, judged by a reward model that none of the methods uses."""
 
 from typing import Any
 

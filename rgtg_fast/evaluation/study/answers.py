@@ -43,9 +43,9 @@ class Answers:
     Args:
         study: the settings.
         bases: gives the study's model in a dtype, None for the study's own.
-        name: of the study's model in the results.
+        name: name of the study's model in the results.
         answers_file: answers.jsonl.
-        prompts: that are answered.
+        prompts: the prompts that are answered.
         progress: receives lines about the progress.
 
     Attributes:
@@ -143,8 +143,8 @@ class Answers:
         """Everything that determines the answers of a cell, the weights of its models as digests."""
         if cell.outputs is not None:
             setting = {"outputs": cell.outputs, "sha256": _sha256(cell.outputs)}
-            told = self.study.answers_ended
-            return setting if told == "auto" else setting | {"answers_ended": told}
+            answers_ended = self.study.answers_ended
+            return setting if answers_ended == "auto" else setting | {"answers_ended": answers_ended}
         setting = self.common | cell.setting()
         if cell.reward is not None and (weights := weights_of(cell.reward)):
             setting["weights"] = sorted(weights.values())
@@ -257,8 +257,10 @@ class Answers:
             response = given.get("response", given.get("text"))
             if given.get("prompt") is None or not isinstance(response, str):
                 why = row if isinstance(row, str) else "it needs a prompt, and a text under response"
-                raise RGTGError(f"row {number} of {cell.outputs} is no answer: {why}")
-            key = self._key(given_prompt(given, self._chat, f"row {number} of {cell.outputs} is no answer"))
+                raise RGTGError(f"row {number} of {cell.outputs} is not an answer: {why}")
+            key = self._key(
+                given_prompt(given, self._chat, f"row {number} of {cell.outputs} is not an answer")
+            )
             if key not in self.by_key:
                 strange += 1
                 continue
@@ -286,11 +288,11 @@ class Answers:
             marked: whether the answer's text has an end token.
             where: begins an error message.
         """
-        told = self.study.answers_ended
+        answers_ended = self.study.answers_ended
         try:
-            stated = told == "yes" if told != "auto" else marked or has_ended(reason)
+            stated = answers_ended == "yes" if answers_ended != "auto" else marked or has_ended(reason)
         except UnusableError as error:
-            raise RGTGError(f"{where}: {error}: mend it, or set answers_ended to yes or no") from error
+            raise RGTGError(f"{where}: {error}: fix it, or set answers_ended to yes or no") from error
         return None if stated is None else "eos" if stated else "length"
 
     def _look_at(self, cell: Cell, rows: Sequence[Answer]) -> None:
@@ -342,8 +344,8 @@ def answer_costs(rows: Sequence[GeneratedRow], stats: Stats, strategy: bool) -> 
     tokens, the end-of-sequence token included. Prefills count in the seconds alone.
 
     Args:
-        rows: of one call of `generate`.
-        stats: of that call.
+        rows: rows of one call of `generate`.
+        stats: stats of that call.
         strategy: whether a strategy decoded them, not token-by-token sampling.
 
     Returns:

@@ -26,7 +26,7 @@ class Interval:
     """A mean over prompts with its 95 % interval.
 
     Attributes:
-        mean: over prompts.
+        mean: mean over prompts.
         low: lower end of the interval.
         high: upper end.
         n: prompts.
@@ -45,7 +45,7 @@ def bootstrap_mean(
 
     Args:
         values: one per prompt; differences between two methods make it the paired bootstrap.
-        seed: of the resampling.
+        seed: seed of the resampling.
         resamples: how often the values are resampled.
 
     Raises:
@@ -144,7 +144,7 @@ class SentenceEncoder:
     """Sentence embeddings: the mean of a small encoder's last states, of length 1.
 
     Args:
-        folder: of an encoder that `AutoModel` loads.
+        folder: folder of an encoder that `AutoModel` loads.
     """
 
     def __init__(self, folder: Path):

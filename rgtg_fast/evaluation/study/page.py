@@ -67,7 +67,7 @@ def markdown(title: str, sections: Sequence[Section], figures: str) -> str:
 
     Args:
         title: heading of the page.
-        sections: of the page.
+        sections: sections of the page.
         figures: folder of the drawings, relative to the page.
     """
     blocks = [f"# {title}"] if title else []

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# A palette for colour-blind readers (Okabe and Ito); markers distinguish the methods in black and white.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+# A palette for color-blind readers (Okabe and Ito); markers distinguish the methods in black and white.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Ticks of a logarithmic axis of speeds.
 _TICKS = tuple(float(f"{digit}e{power}") for power in range(-2, 6) for digit in (1, 2, 5))
@@ -24,10 +24,10 @@ _Z = 1.96
 
 
 def reward_over_beta(rows: Sequence[Row], baseline: str) -> str | None:
-    """Reward against β, one curve a method with at least two weights; None where there is none.
+    """Reward against β, one curve a method with at least two weights; None if there is none.
 
     Args:
-        rows: of one judge, as `summarise` gives them.
+        rows: rows of one judge, as `summarize` gives them.
         baseline: method whose reward is a horizontal line.
     """
     swept = {
@@ -113,10 +113,10 @@ def _by_method(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each method, the same in every figure."""
-    count = len(COLOURS)
+    """Color and marker of each method, the same in every figure."""
+    count = len(COLORS)
     return {
-        method: {"color": COLOURS[n % count], "marker": MARKERS[(n + n // count) % count]}
+        method: {"color": COLORS[n % count], "marker": MARKERS[(n + n // count) % count]}
         for n, method in enumerate(dict.fromkeys(row["method"] for row in rows))
     }
 

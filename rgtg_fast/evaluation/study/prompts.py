@@ -22,8 +22,8 @@ class StudyPrompt:
 
     Attributes:
         index: row of the file.
-        given: as the decoder takes it.
-        text: for a reader.
+        given: the prompt as the decoder takes it.
+        text: the prompt as text for a reader.
         key: identifies the prompt: two rows with the same key are duplicates.
     """
 
@@ -51,7 +51,7 @@ def load_prompts(study: Study, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     empty = duplicates = 0
     for index, row in enumerate(rows):
         prompt = as_prompt(
-            given_prompt(row, chat, f"row {index} of {_source(study)} is no prompt"), index, chat
+            given_prompt(row, chat, f"row {index} of {_source(study)} is not a prompt"), index, chat
         )
         if not prompt.text.strip():
             empty += 1
@@ -79,7 +79,7 @@ def given_prompt(row: Any, chat: bool, where: str) -> Any:
     """A row's prompt as the file has it, after the message of its column `system`.
 
     Args:
-        row: of the file.
+        row: row of the file.
         chat: whether texts become chat messages.
         where: begins an error message.
 
@@ -123,8 +123,8 @@ def prompt_seed(seed: int, key: str) -> int:
     Methods are compared under the same noise. Prompts, over which the intervals are resampled, have independent noise.
 
     Args:
-        seed: of the study.
-        key: of the prompt.
+        seed: seed of the study.
+        key: key of the prompt.
     """
     digest = hashlib.sha256(f"{seed} {key}".encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

@@ -71,12 +71,12 @@ class Ratings:
     def _by(
         self, name: str, judge: JudgeSettings, answers: Mapping[Cell, Sequence[Answer]]
     ) -> dict[Cell, dict[tuple[int, int], float]]:
-        told = {
+        settings = {
             "model": judge.model,
             "weights": sorted(weights_of(judge.model).values()),
             "dtype": self.study.judge_dtype or self.study.dtype,
         }
-        known, present = self._present(name, told)
+        known, present = self._present(name, settings)
         rows = [(row, identity(row)) for found in answers.values() for row in found]
         missing = [(row, text) for row, text in rows if _place(row, text) not in present]
         unread = {text: row for row, text in missing if text not in known}
@@ -88,19 +88,19 @@ class Ratings:
             waiting.setdefault(text, []).append(row)
         for text, rating in self._rated(name, judge, unread):
             known[text] = rating
-            self._write(name, told, text, rating, waiting.pop(text))
+            self._write(name, settings, text, rating, waiting.pop(text))
         for text, rated in waiting.items():
-            self._write(name, told, text, known[text], rated)
+            self._write(name, settings, text, known[text], rated)
         return {
             cell: {(row["index"], row["seed"]): reward(known[identity(row)], row, judge) for row in found}
             for cell, found in answers.items()
         }
 
     def _present(
-        self, name: str, told: dict[str, Any]
+        self, name: str, settings: dict[str, Any]
     ) -> tuple[dict[str, Rating], set[tuple[str, str, int, str]]]:
         """A judge's ratings by text, and the answers that have a row under the judge's name."""
-        rows = [row for row in self.scores_file.rows if row["told"] == told]
+        rows = [row for row in self.scores_file.rows if row["told"] == settings]
         known = {row["answer"]: Rating(row["ended"], row["unended"]) for row in rows}
         return known, {_place(row, row["answer"]) for row in rows if row["judge"] == name}
 
@@ -119,13 +119,13 @@ class Ratings:
             yield texts[index], rating
 
     def _write(
-        self, name: str, told: dict[str, Any], text: str, rating: Rating, rows: Sequence[Answer]
+        self, name: str, settings: dict[str, Any], text: str, rating: Rating, rows: Sequence[Answer]
     ) -> None:
         judge = self.study.judges[name]
         for row in rows:
             place = {key: row[key] for key in ("method", "setting", "index", "seed")}
             values = {"reward": reward(rating, row, judge), **asdict(rating)}
-            self.scores_file.add({**place, "judge": name, "told": told, "answer": text, **values})
+            self.scores_file.add({**place, "judge": name, "told": settings, "answer": text, **values})
 
 
 def reward(rating: Rating, answer: Answer, judge: JudgeSettings) -> float:
@@ -159,8 +159,8 @@ class Agreement:
     """How often a model prefers the answer that people chose.
 
     Attributes:
-        name: in the tables.
-        model: by name.
+        name: name in the tables.
+        model: name of the model.
         judge: whether it is a judge; else it guides the decoding.
         accuracy: at each fraction of the answers, as `FractionAccuracy.as_dict` gives it.
         longer_wins: the same of the baseline that prefers the longer answer.
@@ -181,7 +181,7 @@ def agreements(
     study: Study,
     bases: Bases,
     accuracy_file: JsonlWriter,
-    guides: Sequence[str],
+    rewards: Sequence[str],
     progress: Callable[[str], None],
 ) -> list[Agreement]:
     """Accuracy of the judges and of the reward models that guide the decoding, by how much of the answers they read.
@@ -190,7 +190,7 @@ def agreements(
         study: names the pairs.
         bases: as in `Ratings`.
         accuracy_file: accuracy.jsonl.
-        guides: names of the rewards that guide the decoding.
+        rewards: names of the rewards that guide the decoding.
         progress: receives lines about the progress.
 
     Raises:
@@ -208,19 +208,19 @@ def agreements(
     for name, settings in study.judges.items():
         models.setdefault(settings.model, name)
     # A reward without files of its own, such as contrastive prompts, was not trained on preferences.
-    models |= {name: name for name in guides if folders_of(name) and name not in models}
+    models |= {name: name for name in rewards if folders_of(name) and name not in models}
     found = []
     for model, name in models.items():
-        told = {
+        settings = {
             "model": model,
             "weights": sorted(weights_of(model).values()),
             "data": data,
             "dtype": study.dtype,
         }
-        row = next((row for row in accuracy_file.rows if row["told"] == told), None)
+        row = next((row for row in accuracy_file.rows if row["told"] == settings), None)
         if row is None:
             progress(f"{name}: {len(pairs)} preference pairs")
-            row = {"told": told, **_agreement(Judge(model, bases(study.judge_dtype)), pairs, study)}
+            row = {"told": settings, **_agreement(Judge(model, bases(study.judge_dtype)), pairs, study)}
             accuracy_file.add(row)
         judge = name in study.judges
         numbers = row["accuracy"], row["longer_wins"], row["above"]

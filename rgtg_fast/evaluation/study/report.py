@@ -21,7 +21,7 @@ from rgtg_fast.evaluation.study.summary import (
     Row,
     comparisons,
     gaps,
-    summarise,
+    summarize,
     write_comparisons,
     write_summary,
 )
@@ -34,10 +34,10 @@ _SHOWN = 600
 
 
 def write_report(results: Results, facts: Mapping[str, Any] | None = None) -> list[Row]:
-    """Summarises a study and writes its tables and pages into its output folder.
+    """Summarizes a study and writes its tables and pages into its output folder.
 
     Args:
-        results: of `run_study`.
+        results: results of `run_study`.
         facts: about the machine and the versions, name to value, for the beginning of the report.
 
     Returns:
@@ -47,7 +47,7 @@ def write_report(results: Results, facts: Mapping[str, Any] | None = None) -> li
         RGTGError: matplotlib is missing, or a file cannot be written.
     """
     folder = Path(results.study.output)
-    rows, compared = summarise(results), comparisons(results)
+    rows, compared = summarize(results), comparisons(results)
     sections = report(results, rows, compared, facts or {})
     drawings = [part for section in sections for part in section.parts if isinstance(part, Drawing)]
     try:
@@ -69,8 +69,8 @@ def report(
     """The parts of the report, warnings first.
 
     Args:
-        results: of `run_study`.
-        rows: as `summarise` gives them.
+        results: results of `run_study`.
+        rows: as `summarize` gives them.
         compared: as `comparisons` gives them.
         facts: as in `write_report`.
     """
@@ -107,8 +107,8 @@ def _what(results: Results) -> str:
 
 
 def _facts(facts: Mapping[str, Any]) -> tuple[Part, ...]:
-    told = ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, ""))
-    return (Text(f"{told}."),) if told else ()
+    text = ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, ""))
+    return (Text(f"{text}."),) if text else ()
 
 
 _REWARDS = (
@@ -154,8 +154,8 @@ def _rewards(rows: Sequence[Row], results: Results, judge: str) -> tuple[Part, .
         for row in rows
     )
     answers = [row for found in results.answers.values() for row in found]
-    told = read_at(answers, results.study.judges[judge])
-    return Table(head, lines), Text(f"{told[:1].upper()}{told[1:]}. {_REWARDS}")
+    text = read_at(answers, results.study.judges[judge])
+    return Table(head, lines), Text(f"{text[:1].upper()}{text[1:]}. {_REWARDS}")
 
 
 def _against_each_other(pairs: Sequence[Comparison]) -> Table:
@@ -283,8 +283,8 @@ def _known(results: Results, cell: Cell, row: Mapping[str, Any]) -> str:
 
 def _name(row: Row) -> str:
     parts = (("β", row["beta"]), ("k", row["top_k"]), ("τ", row["temperature"]))
-    told = ", ".join(f"{name} = {value:g}" for name, value in parts if value is not None)
-    return f"{row['method']} ({told})" if told else row["method"]
+    text = ", ".join(f"{name} = {value:g}" for name, value in parts if value is not None)
+    return f"{row['method']} ({text})" if text else row["method"]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -294,6 +294,8 @@ def _number(value: float | None, form: str) -> str:
 def _interval(value: float | None, low: float | None, high: float | None, form: str) -> str:
     if value is None:
         return "–"
+    if low is None:
+        return f"{_number(value, form)} [–]"
     return f"{_number(value, form)} [{_number(low, form)}, {_number(high, form)}]"
 
 

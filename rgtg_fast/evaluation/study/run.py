@@ -34,9 +34,9 @@ class Results:
     """Everything that a study found.
 
     Attributes:
-        study: its settings.
+        study: settings of the study.
         base: name of the base model.
-        prompts: that were answered.
+        prompts: the prompts that were answered.
         answers: rows of answers.jsonl of each cell.
         scores: judge → cell → (prompt index, seed) → reward.
         agreements: accuracy of the reward models on preference pairs, where the study names some.
@@ -83,7 +83,7 @@ def run_study(
     given = source if source is not None else study.model
     if given is None:
         raise RGTGError("the study names no model: set model to a path or hub id")
-    # Before the hours of decoding: the report needs it.
+    # The report needs matplotlib: fail before hours of decoding.
     check_matplotlib()
     folder = Path(study.output)
     _keep_config(study, folder)
@@ -96,9 +96,9 @@ def run_study(
         raise RGTGError(f"{name} came without a tokenizer: a study needs texts, pass (model, tokenizer)")
     bases = functools.cache(functools.partial(_in_dtype, study, given, base))
     prompts, notes = load_prompts(study, base[1])
-    guides = list(dict.fromkeys(cell.reward for cell in cells if cell.reward is not None))
+    rewards = list(dict.fromkeys(cell.reward for cell in cells if cell.reward is not None))
     # These come first in the report: without them the numbers mislead.
-    warnings = conflicts({judge: settings.model for judge, settings in study.judges.items()}, guides) + notes
+    warnings = conflicts({judge: settings.model for judge, settings in study.judges.items()}, rewards) + notes
     with JsonlWriter(folder / ANSWERS, FIELDS) as answers_file:
         decoding = Answers(study, bases, name, answers_file, prompts, progress)
         answers = decoding.of(cells)
@@ -106,7 +106,7 @@ def run_study(
         rating = Ratings(study, bases, scores_file, progress)
         scores = rating.of(answers)
     with JsonlWriter(folder / ACCURACY, ("told", "accuracy", "longer_wins", "above")) as accuracy_file:
-        agreed = agreements(study, bases, accuracy_file, guides, progress)
+        agreed = agreements(study, bases, accuracy_file, rewards, progress)
     warnings += decoding.warnings + rating.warnings
     return Results(study, name, prompts, answers, scores, agreed, warnings)
 
@@ -139,7 +139,7 @@ def check_present(study: Study) -> None:
             local = path.is_absolute() or len(path.parts) > 2
             files = [path / file for file in ("config.json", "adapter_config.json")]
             if (path.exists() or local) and not any(file.is_file() for file in files):
-                raise RGTGError(f"{who}: {folder} holds no model: check the path, or make the model first")
+                raise RGTGError(f"{who}: {folder} contains no model: check the path, or make the model first")
 
 
 def _keep_config(study: Study, folder: Path) -> None:

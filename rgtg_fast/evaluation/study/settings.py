@@ -27,17 +27,17 @@ class Cell:
     """One method under one setting.
 
     Attributes:
-        method: its name.
-        reward: by name; None for the base model alone.
-        strategy: with its settings; None for token by token.
-        guidance: of token-by-token decoding; the default one for strategies and outputs.
-        beta: for the tables; None where it has no meaning.
+        method: name of the method.
+        reward: name of the reward; None for the base model alone.
+        strategy: strategy with its settings; None for token by token.
+        guidance: guidance of token-by-token decoding; the default one for strategies and outputs.
+        beta: β in the tables; None where it has no meaning.
         top_k: likewise.
         temperature: likewise.
         model: the policy's folder where it is not the study's model.
         outputs: a file of existing answers.
-        dtype: where it is not the study's.
-        seeds: of the samples.
+        dtype: dtype if it differs from the study's.
+        seeds: seeds of the samples.
     """
 
     method: str
@@ -56,8 +56,8 @@ class Cell:
     def label(self) -> str:
         """The method's name with the settings that distinguish its cells."""
         parts = [("β", self.beta), ("k", self.top_k), ("τ", self.temperature)]
-        told = ", ".join(f"{name} = {value:g}" for name, value in parts if value is not None)
-        return f"{self.method} ({told})" if told else self.method
+        settings_text = ", ".join(f"{name} = {value:g}" for name, value in parts if value is not None)
+        return f"{self.method} ({settings_text})" if settings_text else self.method
 
     def setting(self) -> dict[str, Any]:
         """What determines this cell's answers, besides the study's common settings."""
@@ -82,8 +82,8 @@ class Method:
     """One entry of the study's `methods`; every combination of values in lists becomes a cell.
 
     Args:
-        name: in the tables.
-        reward: by name as on the command line (`bundled:pargs`, `farma:PATH`, `contrastive`, …), or several; None
+        name: name in the tables.
+        reward: one name or several, as on the command line (`bundled:pargs`, `farma:PATH`, `contrastive`, …); None
             decodes with the base model alone.
         strategy: `best_of_n:n=10`, `segment:target=1`, …; token by token by default.
         best_of: n, short for the strategy `best_of_n:n=…`.
@@ -134,10 +134,10 @@ class Method:
             if strategy is not None:
                 if reward is None:
                     raise RGTGError(f"method {self.name!r}: {strategy} chooses by reward: name a reward")
-                told = self._told(strategy, top_k, temperature)
-                named_strategy(told)
+                full = self._full_strategy(strategy, top_k, temperature)
+                named_strategy(full)
                 sampled = (None, top_k, temperature, self.model, None, self.dtype, seeds)
-                cell = Cell(name, reward, told, Guidance(), *sampled)
+                cell = Cell(name, reward, full, Guidance(), *sampled)
                 found.append(cell)
                 continue
             whole = self.support == "all"
@@ -162,7 +162,7 @@ class Method:
             if getattr(self, other) is not None:
                 raise RGTGError(f"method {self.name!r}: {given} and {other} exclude each other: keep one")
 
-    def _told(self, strategy: str, top_k: int, temperature: float) -> str:
+    def _full_strategy(self, strategy: str, top_k: int, temperature: float) -> str:
         """The strategy with the sampling settings that it does not name itself."""
         extra = [] if "temperature=" in strategy else [f"temperature={temperature:g}"]
         if "top_k=" not in strategy and self.support != "all":
@@ -200,7 +200,7 @@ class Study:
     Args:
         output: folder of the results.
         prompts: a file (.jsonl, .json, .csv, .parquet, or .gz of these) with a field `prompt`, or a list of texts.
-        methods: what is compared.
+        methods: the methods to compare.
         model: base model, path or hub id; None for the embedded one, which the command line fills in.
         judges: reward models by the name that the tables give them; a text is `JudgeSettings(text)`.
         baseline: the method that differences and win rates are against.
@@ -210,16 +210,17 @@ class Study:
         stop: texts that end an answer.
         batch_size: rows decoded at once.
         dtype: as in `RewardGuidedDecoder.from_pretrained`.
-        device: as there.
-        engine: as there.
-        judge_dtype: of judges, and of all reward models on `pairs`: rewards in bfloat16 have many ties. None: `dtype`.
+        device: as in `RewardGuidedDecoder.from_pretrained`.
+        engine: as in `RewardGuidedDecoder.from_pretrained`.
+        judge_dtype: dtype of judges and, on `pairs`, of all reward models: rewards in bfloat16 have many ties. None is
+            `dtype`.
         chat: texts become chat messages where the model has a chat template.
         pairs: preference pairs that no model was trained on: accuracy of all reward models by prefix length.
         pairs_limit: most pairs.
         answers_ended: whether the answers of `pairs` and of `outputs` ended, as in `load_pairs`: "auto" by their
             finish_reason, "yes" or "no" for all.
         examples: prompts whose answers the report shows side by side.
-        text: of the file that the study was read from, written to the results.
+        text: text of the file that the study was read from, written to the results.
 
     Raises:
         RGTGError: an unknown name, or a value out of its range.
@@ -257,7 +258,7 @@ class Study:
         check_answers_ended(self.answers_ended)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise RGTGError(
-                f"seeds={list(self.seeds)} are none or not all different: use for example [0, 1, 2]"
+                f"seeds={list(self.seeds)} are empty or not all different: use for example [0, 1, 2]"
             )
         if not self.methods:
             raise RGTGError("the study has no methods: name at least the baseline")
@@ -272,7 +273,7 @@ class Study:
                 raise RGTGError(f"{cell.label} is twice in the study: name every setting once")
         if self.baseline not in names:
             raise RGTGError(
-                f"baseline={self.baseline!r} is no method of the study: use one of {', '.join(dict.fromkeys(names))}"
+                f"baseline={self.baseline!r} is not a method of the study: use one of {', '.join(dict.fromkeys(names))}"
             )
         if names.count(self.baseline) > 1:
             raise RGTGError(
@@ -309,13 +310,13 @@ class Study:
         except RGTGError:
             raise
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            # A date that there is not, or a number of thousands of digits, is a plain ValueError.
+            # An impossible date, or a number with thousands of digits, raises a plain ValueError.
             raise RGTGError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
         if not isinstance(values, dict):
-            raise RGTGError(f"{path} holds no settings: begin with for example `prompts: FILE`")
+            raise RGTGError(f"{path} contains no settings: begin with for example `prompts: FILE`")
         changed = {name: value for name, value in changes.items() if value is not None}
-        told = yaml.safe_dump({"changed on the command line": changed}) if changed else ""
-        kept = text + "".join(f"# {line}\n" for line in told.splitlines())
+        changes_text = yaml.safe_dump({"changed on the command line": changed}) if changed else ""
+        kept = text + "".join(f"# {line}\n" for line in changes_text.splitlines())
         return replace(cls.of(values | changed, str(path)), text=kept)
 
     def only(self, names: Sequence[str]) -> Study:
@@ -327,7 +328,7 @@ class Study:
         known = [method.name for method in self.methods]
         for name in names:
             if name not in known:
-                raise RGTGError(f"{name!r} is no method of the study: use {', '.join(known)}")
+                raise RGTGError(f"{name!r} is not a method of the study: use {', '.join(known)}")
         kept = tuple(method for method in self.methods if method.name in (*names, self.baseline))
         return replace(self, methods=kept)
 
@@ -358,14 +359,16 @@ class Study:
         given = dict(values)
         methods = given.pop("methods", [])
         if not isinstance(methods, list) or not all(isinstance(method, Mapping) for method in methods):
-            raise RGTGError(f"{where}: methods is no list of methods: use `- name: unguided` and so on")
+            raise RGTGError(f"{where}: methods is not a list of methods: use `- name: unguided` and so on")
         given["methods"] = tuple(
             _built(Method, method, f"{where}: method {method.get('name', number)!r}")
             for number, method in enumerate(methods)
         )
         judges = given.get("judges") or {}
         if not isinstance(judges, Mapping):
-            raise RGTGError(f"{where}: judges is no table of names and models: use `judges: {{name: PATH}}`")
+            raise RGTGError(
+                f"{where}: judges is not a table of names and models: use `judges: {{name: PATH}}`"
+            )
         given["judges"] = {
             str(name): _built(
                 JudgeSettings,
@@ -380,7 +383,7 @@ class Study:
 def _built(kind: Any, values: Any, where: str) -> Any:
     """A dataclass from the values of a file; lists become tuples."""
     if not isinstance(values, Mapping):
-        raise RGTGError(f"{where}: {values!r} is no table of settings: use `key: value` lines")
+        raise RGTGError(f"{where}: {values!r} is not a table of settings: use `key: value` lines")
     known = {f.name: f for f in fields(kind) if f.name != "text"}
     for name in values:
         if name not in known:
@@ -422,7 +425,8 @@ def _check_type(annotation: str, name: str, value: Any, where: str) -> None:
         if all(isinstance(one, kinds) and (exact or not isinstance(one, bool)) for one in values):
             return
     readable = annotation.replace("tuple[", "list of ").replace(", ...]", "").replace(" | None", "")
-    raise RGTGError(f"{where}: {name}={value!r} is no {readable.replace(' | ', ' or ')}")
+    article = "an" if readable.startswith("int") else "a"
+    raise RGTGError(f"{where}: {name}={value!r} is not {article} {readable.replace(' | ', ' or ')}")
 
 
 def _expanded(text: str, path: object) -> str:

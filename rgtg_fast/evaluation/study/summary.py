@@ -59,15 +59,15 @@ class Comparison:
     """The reward of one method minus that of another, on the same prompts.
 
     Attributes:
-        judge: by name.
-        method: by name.
+        judge: name of the judge.
+        method: name of the method.
         other: the other method's name.
-        settings: with how many the method was run.
-        other_settings: with how many the other method was run.
+        settings: number of settings that the method was run with.
+        other_settings: number of settings that the other method was run with.
         difference: mean over prompts.
         low: lower end of its 95 % interval by the paired bootstrap.
         high: upper end.
-        prompts: that both answered.
+        prompts: the prompts that both answered.
     """
 
     judge: str
@@ -81,7 +81,7 @@ class Comparison:
     prompts: int
 
 
-def summarise(results: Results) -> list[Row]:
+def summarize(results: Results) -> list[Row]:
     """One row for every cell and judge, in the columns of summary.csv; None where there is no number.
 
     Without a judge there is one row for every cell, without rewards.
@@ -167,7 +167,7 @@ def gaps(rows: Sequence[Row]) -> list[str]:
         notes.append(f"rouge_l is empty: {why}")
     if metrics.SentenceEncoder.installed() is None:
         notes.append(
-            'coherence is empty: its sentence encoder is missing: pip install "rgtg-fast[evaluate]" brings it'
+            'coherence is empty: its sentence encoder is missing: install it with pip install "rgtg-fast[evaluate]"'
         )
     unknown = dict.fromkeys(row["method"] for row in rows if row["kl"] is None)
     if unknown:
@@ -203,14 +203,18 @@ def _rewards(results: Results, judge: str, cell: Cell, baseline: Cell) -> Row:
     wins = bootstrap_mean(
         [metrics.win_rate([a for a, _ in own[i]], [b for b, _ in other[i]]) for i in shared]
     )
-    row |= {"reward_diff": gaps.mean, "diff_lo": gaps.low, "diff_hi": gaps.high}
-    row |= {"win_rate": wins.mean, "win_lo": wins.low, "win_hi": wins.high}
+    row |= _estimate("reward_diff", "diff", gaps) | _estimate("win_rate", "win", wins)
     matched = [metrics.length_matched_difference(own[i], other[i]) for i in shared]
     found = [gap for gap in matched if gap is not None]
     if found:
-        alike = bootstrap_mean(found)
-        row |= {"length_matched_diff": alike.mean, "lm_lo": alike.low, "lm_hi": alike.high}
+        row |= _estimate("length_matched_diff", "lm", bootstrap_mean(found))
     return row
+
+
+def _estimate(name: str, stem: str, found: metrics.Interval) -> Row:
+    """A mean and the ends of its interval, which are None for a single prompt: resampling it gives no interval."""
+    low, high = (found.low, found.high) if found.n > 1 else (None, None)
+    return {name: found.mean, f"{stem}_lo": low, f"{stem}_hi": high}
 
 
 def _scored(results: Results, judge: str, cell: Cell) -> dict[int, list[tuple[float, int]]]:

@@ -12,7 +12,7 @@ from .._registry import register
 
 __all__ = ["commit", "reference"]
 
-# Values are copied whatever they mean.
+# Values are copied bitwise.
 DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -42,11 +42,11 @@ def outputs(*_: Any) -> None:
 
 
 def check(k_new: torch.Tensor, k_cache: torch.Tensor, lengths: torch.Tensor, choice: torch.Tensor) -> None:
-    """Refuses choices that are no new token, and rows whose cache is full."""
+    """Refuses choices that are not a new token, and rows whose cache is full."""
     S, T = k_new.shape[3], k_cache.shape[3]
     for row, (length, chosen) in enumerate(zip(lengths.tolist(), choice.tolist(), strict=True)):
         if not -1 <= chosen < S:
-            raise RGTGError(f"commit: choice[{row}]={chosen} is no new token (S={S}): use -1 to {S - 1}")
+            raise RGTGError(f"commit: choice[{row}]={chosen} is not a new token (S={S}): use -1 to {S - 1}")
         if chosen >= 0 and not 0 <= length < T:
             raise RGTGError(
                 f"commit: lengths[{row}]={length} leaves no free slot in the cache (T={T}): "

@@ -13,7 +13,7 @@ from .._registry import register
 
 __all__ = ["NO_CANDIDATE", "OK", "finish_step", "reference"]
 
-# Values of `error_code` that are no token.
+# Values of `error_code` that are not a token.
 OK, NO_CANDIDATE = -1, -2
 
 
@@ -55,11 +55,13 @@ def outputs(logprobs: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor
 
 
 def check(logprobs: torch.Tensor, choice: torch.Tensor) -> None:
-    """Refuses choices that are no candidate."""
+    """Refuses choices that are not a candidate."""
     K = logprobs.shape[1]
     for row, chosen in enumerate(choice.tolist()):
         if not -1 <= chosen < K:
-            raise RGTGError(f"finish_step: choice[{row}]={chosen} is no candidate (K={K}): use -1 to {K - 1}")
+            raise RGTGError(
+                f"finish_step: choice[{row}]={chosen} is not a candidate (K={K}): use -1 to {K - 1}"
+            )
 
 
 register(

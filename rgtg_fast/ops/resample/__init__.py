@@ -58,7 +58,7 @@ def reference(
     logprobs, rewards = logprobs.to(dtype), rewards.to(dtype)  # [B, K]
     weight, tau = beta.to(dtype)[:, None], temperature.to(dtype)[:, None]
     score = torch.where(weight == 0, logprobs, logprobs + weight * rewards)
-    # An excluded candidate stays excluded whatever its reward; only NaN is never hidden.
+    # An excluded candidate stays excluded whatever its reward, except that NaN propagates.
     hidden = torch.where((weight != 0) & rewards.isnan(), float("nan"), float("-inf")).to(dtype)
     score = torch.where(logprobs == float("-inf"), hidden, score)
     # amax is NaN where any score is; a row without a finite best score has no distribution.

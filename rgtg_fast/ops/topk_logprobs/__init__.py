@@ -133,7 +133,7 @@ def topk_logprobs(
     _checks.floating("topk_logprobs", "logits", logits)
     B, V = logits.shape
     if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise RGTGError(f"k={k!r} is no whole number: use 1 to V")
+        raise RGTGError(f"k={k!r} is not a whole number: use 1 to V")
     if k < 1:
         raise RGTGError(f"k={k} is not positive: use k >= 1")
     if k > V:

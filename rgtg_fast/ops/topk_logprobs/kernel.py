@@ -1,4 +1,4 @@
-"""Triton kernels of topk_logprobs: segments of the vocabulary, then one program per row that descends to the best."""
+"""Triton kernels of topk_logprobs: one for segments of the vocabulary, one that selects the best k of each row."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def merge_configuration(V: int, k: int) -> dict[str, object]:
     }
 
 
-# The key of an entry that is no token, below all others.
+# The key of an entry that is not a token, below all others.
 NOTHING: tl.constexpr = tl.constexpr(-(1 << 31))
 # With powers of 2 instead of e, the exponential is one instruction.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -79,7 +79,7 @@ def _score(b_x, p_guidance, beta, o_v, V):
 
 @triton.jit
 def _larger_of_pairs(b_x):
-    """The larger of every two neighbours, NaN where one of them is."""
+    """The larger of every two neighbors, NaN where one of them is."""
     b_a, b_b = tl.split(tl.reshape(b_x, [b_x.numel // 2, 2]))
     return tl.maximum(b_a, b_b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -230,7 +230,7 @@ def topk_merge_kernel(
     tl.store(p_segment + _packed_positions(b_selected, THREADS), o_s, mask=b_selected)
     tl.debug_barrier()
 
-    # The compiler cannot tell where these masks end, so it gives neighbours to neighbouring threads: then the threads
+    # The compiler cannot tell where these masks end, so it gives neighbors to neighboring threads: then the threads
     # that have loaded an entry store it.
     o_g = tl.arange(0, BLOCK_K * GROUPS)
     m_g = o_g <= count * GROUPS - 1

@@ -79,7 +79,7 @@ def configuration(D: int, rows: int, mode: int, dtype: torch.dtype, arch: int = 
         D: numbers of a head.
         rows: query rows: new tokens times heads of the group.
         mode: which new tokens are visible, of `MODES`.
-        dtype: of queries, keys and values.
+        dtype: dtype of queries, keys and values.
         arch: compute capability, such as 90; one that is not in `TILES` takes the blocks of the next lower.
     """
     table = TILES[max((known for known in TILES if known <= arch), default=min(TILES))]
@@ -128,7 +128,7 @@ def split_prefix(programs: int, rows: int, T: int, least: int, multiprocessors: 
         rows: query rows: new tokens times heads of the group.
         T: slots of the cache.
         least: slots of the smallest leaf.
-        multiprocessors: of the device.
+        multiprocessors: multiprocessors of the device.
     """
     if rows >= MANY_ROWS:
         return SPAN * max(1, -(-T // SPAN)), 1
@@ -147,7 +147,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _weight(m, other):
-    """Factor of a sum taken against `other` when it is added to one against `m`, both in units of log 2."""
+    """Factor that rescales a sum with the maximum `other` to the maximum `m`; both are base-2 logarithms."""
     # An empty sum has the maximum −inf and the weight 0, also next to another empty one.
     return tl.exp2(other - tl.where(m == -float("inf"), 0.0, m))
 
@@ -241,7 +241,7 @@ def tree_attention_kernel(
     BLOCK_N: tl.constexpr,
     LEAVES: tl.constexpr,
 ):
-    # Blocks of query rows are neighbours, so that all but the first find the prefix in the cache.
+    # Blocks of query rows are neighbors, so that all but the first find the prefix in the cache.
     blocks = tl.cdiv(S * R, BLOCK_M)
     i_m, i_bg, i_t = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1)
     splits = tl.num_programs(1)
@@ -305,7 +305,7 @@ def tree_attention_kernel(
             b_l_all = tl.zeros([BLOCK_M], tl.float32)
             b_acc_all = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for first in range(start, tl.minimum(start + span, length), BLOCK_N):
-            # Two branches: the outer one is resolved at compile time.
+            # Two nested ifs: LEAVES is resolved at compile time.
             if not LEAVES:  # noqa: SIM102
                 if (first > start) & (first % leaf == 0):
                     b_m_all, b_l_all, b_acc_all = _fold(b_m_all, b_l_all, b_acc_all, b_m, b_l, b_acc, True)

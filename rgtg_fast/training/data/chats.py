@@ -68,8 +68,8 @@ def text_or_messages(value: Any, name: str) -> Text:
     Messages have role and content, or from and value; contents may be lists of texts.
 
     Args:
-        value: of the column.
-        name: of the column, for messages.
+        value: value of the column.
+        name: name of the column, for messages.
 
     Raises:
         UnusableError: it is neither a text nor chat messages.
@@ -138,7 +138,7 @@ def listed(value: Any) -> Any:
 
 
 def last_field(value: Any, name: str) -> Any:
-    """A field of the last message of a chat, None where there is none."""
+    """A field of the last message of a chat, None if there is none."""
     if isinstance(value, str) and LOOKS_LIKE_CHAT.match(value) is not None:
         value = parsed(value)
     value = listed(value)

@@ -71,7 +71,7 @@ class Reading:
     Attributes:
         prompt: a text or chat messages.
         chosen, rejected: the answers' texts.
-        finish_reasons: of the chosen and of the rejected answer, None where the data have none.
+        finish_reasons: finish reasons of the chosen and of the rejected answer, None where the data have none.
         notes: counters of the report to increment if the pair is kept.
     """
 
@@ -123,7 +123,7 @@ def _plain(name: str) -> str:
 
 
 def layout_of(row: Mapping[Any, Any]) -> str | None:
-    """The layout with this row's fields, None where there is none."""
+    """The layout with this row's fields, None if there is none."""
     kinds = set(known_columns(tuple(map(str, row))))
     if {"info", "summaries", "choice"} <= kinds:
         return "tldr"
@@ -160,7 +160,9 @@ def read_plain(row: Row, chat: bool, prefixed: bool = False) -> Reading:
     elif row["prompt"] is not None:
         given = row.text("prompt")
         if row.names["prompt"].lower() == "instruction" and row["input"]:
-            raise UnusableError("malformed", "an 'input' beside the instruction: join them to one 'prompt'")
+            raise UnusableError(
+                "malformed", "an 'input' next to the instruction: join them into one 'prompt'"
+            )
     return _read(given, row, chat, prefixed, whole=False)
 
 
@@ -252,7 +254,7 @@ def row_prompt(row: Mapping[Any, Any], chat: bool) -> Text | None:
     """The prompt of a row without answers, after its system message; None where the row has no prompt.
 
     Args:
-        row: of the data.
+        row: row of the data.
         chat: HH-RLHF's turns become chat messages, and so does a text after a system message.
 
     Raises:
@@ -289,7 +291,7 @@ def _number(value: Any) -> float | None:
 
 
 def has_ended(finish_reason: Any) -> bool | None:
-    """Whether an answer ended, by its `finish_reason`; None where there is none.
+    """Whether an answer ended, by its `finish_reason`; None if there is none.
 
     Raises:
         UnusableError: the value is in neither `ENDED` nor `CUT`.
@@ -301,12 +303,12 @@ def has_ended(finish_reason: Any) -> bool | None:
         return reason in ENDED
     raise UnusableError(
         "malformed",
-        f"finish_reason={finish_reason!r} is none of {', '.join(ENDED)} (ended) or {', '.join(CUT)} (cut)",
+        f"finish_reason={finish_reason!r} is not one of {', '.join(ENDED)} (ended) or {', '.join(CUT)} (cut)",
     )
 
 
 def without_end(answer: str) -> tuple[str, bool]:
-    """An answer without the texts of end tokens at its end, and whether it had any."""
+    """An answer without its trailing end-token texts, and whether it had any."""
     rest, found = answer.rstrip(), False
     while mark := next((mark for mark in END_TEXTS if rest.endswith(mark)), None):
         # </s> also closes struck-out text (<s>).
@@ -436,7 +438,7 @@ def _system(row: Row) -> str | None:
     if isinstance(found, str):
         return found if found.strip() else None
     if len(found) > 1 or (found and found[0]["role"] != "system"):
-        raise UnusableError("malformed", f"{row.names['system']!r} is no single system message")
+        raise UnusableError("malformed", f"{row.names['system']!r} is not a single system message")
     return found[0]["content"] if found else None
 
 

@@ -121,7 +121,7 @@ def load_pairs(
         source: a .jsonl, .json, .csv (each also .gz), .parquet or .arrow file; a folder or hub id for `datasets`; a
             loaded data set, a table of pandas, pyarrow or polars, or any iterable of rows.
         layout: one of the above, or "auto" to detect it by the first row's fields.
-        split: of a data set with several.
+        split: split of a data set with several.
         chat: turns of HH-RLHF become chat messages; False keeps them as text, for models without a chat template.
         answers_ended: "auto": by `finish_reason` (of both answers, or `chosen_finish_reason` and
             `rejected_finish_reason`, or of the answer's message): eos, stop, end_turn and the like for an answer that
@@ -233,9 +233,9 @@ def split_by_prompt(
     Openings are ordered by a hash of the seed and their text, so the split does not depend on the order of the pairs.
 
     Args:
-        pairs: to split.
+        pairs: the pairs to split.
         held_out: share of the pairs to hold out, in [0, 1).
-        seed: of the order.
+        seed: seed of the order.
 
     Returns:
         The pairs to train on and those held out, each in their order.
@@ -283,8 +283,8 @@ def tokenize_pairs(
     An answer that was cut off has no EOS: its last token is the last one of its text.
 
     Args:
-        pairs: to tokenize.
-        tokenizer: of the model.
+        pairs: the pairs to tokenize.
+        tokenizer: tokenizer of the model.
         max_length: most tokens of the prompt and the longer answer.
         chat_template: Jinja chat template in place of the tokenizer's own.
         truncate_prompt: cut the beginning of a prompt that is too long; False drops the pair.
@@ -418,6 +418,6 @@ def _check(pair: PreferencePair) -> None:
     if not ("".join(contents).strip() and pair.chosen.strip() and pair.rejected.strip()):
         raise UnusableError("empty")
     if not is_plain_text([*contents, pair.chosen, pair.rejected]):
-        raise UnusableError("malformed", "half of a surrogate pair, which is no character")
+        raise UnusableError("malformed", "half of a surrogate pair, which is not a character")
     if pair.chosen.strip() == pair.rejected.strip():
         raise UnusableError("identical")

@@ -23,7 +23,7 @@ class DataReport:
         identical: both answers the same.
         duplicates: the same prompt and answers as an earlier row.
         short: an answer below the least number of tokens.
-        too_long: over the length limit.
+        too_long: pairs over the length limit.
         end_inside: an end-of-sequence token inside an answer, where decoding would have stopped.
         refused: prompts that the chat template refuses.
         truncated: kept pairs whose prompt's beginning was cut off.
@@ -125,7 +125,7 @@ def ends_text(ended: int, cut: int, unstated: int = 0) -> str:
     """
     said = "" if not unstated else f" ({unstated} of them without a finish_reason, taken to have ended)"
     if not cut:
-        return f"whole answers are read at the end token, which stands behind all {ended}{said}"
+        return f"whole answers are read at the end token, which follows all {ended}{said}"
     if not ended:
         return f"whole answers are read at their last text token: all {cut} were cut"
     return (

@@ -25,7 +25,7 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
 
     Args:
         source: as in `load_pairs`.
-        split: of a data set with several.
+        split: split of a data set with several.
 
     Raises:
         RGTGError: the source cannot be read, or has no rows.
@@ -52,7 +52,7 @@ def read_rows(source: Any, split: str = "train") -> Iterator[Any]:
         return iter(source)
     except TypeError:
         raise RGTGError(
-            f"{type(source).__name__} is no source of rows: pass a file, a folder, a data set or a list of rows"
+            f"{type(source).__name__} is not a source of rows: pass a file, a folder, a data set or a list of rows"
         ) from None
 
 
@@ -172,7 +172,9 @@ def _from_datasets(name: str, split: str) -> Iterator[Any]:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise RGTGError(f'{name!r} is no file, and data sets need: pip install "rgtg-fast[train]"') from error
+        raise RGTGError(
+            f'{name!r} is not a file, and data sets need: pip install "rgtg-fast[train]"'
+        ) from error
     try:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded: Any = datasets.load_from_disk(name)

@@ -47,7 +47,7 @@ class PolicyTrainConfig(CommonConfig):
         beta: β of the preference loss, for rloo the weight of the KL divergence to the reference; None for 0.1 (dpo,
             treg), 2 (simpo, treg_simpo) or 0.05 (rloo).
         margin: γ of simpo and treg_simpo.
-        alpha: α, the weight of T-REG's regulariser.
+        alpha: α, the weight of T-REG's regularizer.
         per_device_train_batch_size: pairs (rloo: answers) of a forward.
         gradient_accumulation_steps: forwards of an optimizer step on one process.
         answers_ended: as in `CommonConfig`; answers that were cut have no end token to learn. Not for rloo.
@@ -65,7 +65,7 @@ class PolicyTrainConfig(CommonConfig):
         shown="0.1; simpo 2; rloo 0.05",
     )
     margin: float = option("SimPO's margin.", 1.0, OBJECTIVE)
-    alpha: float = option("Weight of T-REG's regulariser.", 0.25, OBJECTIVE)
+    alpha: float = option("Weight of T-REG's regularizer.", 0.25, OBJECTIVE)
     num_generations: int = option("Answers to a prompt (rloo).", 4, OBJECTIVE, flags=("--samples",))
     max_completion_length: int = option(
         "Tokens of an answer (rloo).", 64, OBJECTIVE, flags=("--max-new-tokens",)
@@ -110,7 +110,7 @@ class PolicyTrainConfig(CommonConfig):
         if self.objective == "rloo" and batch * self.gradient_accumulation_steps % samples:
             raise RGTGError(
                 f"per_device_train_batch_size={batch} times "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} is no multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} is not a multiple of "
                 f"num_generations={samples}: the answers to a prompt belong into one step"
             )
 

@@ -64,9 +64,9 @@ def train_policy(
         output: new folder, or the folder of a run to resume.
         config: what to learn and how.
         eval_data: pairs to evaluate on; without them, `config.held_out` of the data is split off by prompt.
-        reward: what rloo maximises: folder or hub id of a reward model or adapter, `bundled:NAME`, or a function as
+        reward: what rloo maximizes: folder or hub id of a reward model or adapter, `bundled:NAME`, or a function as
             TRL calls it, f(prompts, completions, completion_ids, **columns) -> rewards.
-        templates: of T-REG's contrastive prompts, by default the project's own.
+        templates: templates of T-REG's contrastive prompts, by default the project's own.
         token_cache: folder for the reference's log-probabilities and token rewards, by default inside `output`; runs
             may share it.
         resume: continue from the last complete checkpoint in `output`.
@@ -156,7 +156,7 @@ def _check(
         raise RGTGError(f"training a policy needs {' and '.join(missing)}: {EXTRA}")
     if (reward is not None) != (config.objective == "rloo"):
         raise RGTGError(
-            "rloo needs a reward to maximise: name a reward model"
+            "rloo needs a reward to maximize: name a reward model"
             if reward is None
             else f"{config.objective} learns from pairs and takes no reward: leave it out, or use objective='rloo'"
         )
@@ -177,7 +177,7 @@ def _check_sizes(network: PreTrainedModel, config: PolicyTrainConfig) -> None:
         raise RGTGError(f"max_length={config.max_length} exceeds the model's context: use at most {limit}")
     if config.kind.form is None and config.max_completion_length >= config.max_length:
         raise RGTGError(
-            f"max_completion_length={config.max_completion_length} leaves no room for a prompt: use at most "
+            f"max_completion_length={config.max_completion_length} leaves no tokens for a prompt: use at most "
             f"{config.max_length - 1}"
         )
 

@@ -22,7 +22,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.training.answer_scores import AnswerFile
 from rgtg_fast.training.checkpoints import CompleteCheckpoints
 from rgtg_fast.training.data import TokenizedPair
-from rgtg_fast.training.t_reg import adaptive_weight, regulariser
+from rgtg_fast.training.t_reg import adaptive_weight, regularizer
 
 FORMS = ("dpo", "simpo")
 _REWARDS = ("chosen_token_rewards", "rejected_token_rewards")
@@ -88,7 +88,7 @@ class _Recorder:
 
 
 class TRegTrainer(CompleteCheckpoints, DPOTrainer):
-    """TRL's DPOTrainer with token-level reward regularisation, in the form of DPO or of SimPO.
+    """TRL's DPOTrainer with token-level reward regularization, in the form of DPO or of SimPO.
 
     L = L_DPO + α w ( L_REG(x, y^w) + L_REG(x, y^l) ), L_REG(x, y) = − Σ_t β r̂(y_t) log π_θ(y_t | x, y_<t),
     w = σ( r_θ(x, y^l) − r_θ(x, y^w) ) without gradient (arXiv 2412.02685). The SimPO form (2405.14734) has SimPO's loss
@@ -128,7 +128,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
             if not 0 <= value < float("inf"):
                 raise RGTGError(f"{name}={value} is not a number from 0 up: use for example 0.25")
         if args.loss_type != ["sigmoid"]:
-            raise RGTGError(f"loss_type={args.loss_type} is not ['sigmoid']: T-REG regularises DPO and SimPO")
+            raise RGTGError(f"loss_type={args.loss_type} is not ['sigmoid']: T-REG regularizes DPO and SimPO")
         self.alpha, self.form, self.margin = alpha, form, margin
         for data in filter(None, (train_dataset, eval_dataset)):
             wanted = (*(_REFERENCE if form == "dpo" else ()), *(_REWARDS if alpha > 0 else ()))
@@ -169,7 +169,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
         lengths = mask.sum(1).clamp(min=1)
         pairs = len(mask) // 2
         if self.form == "simpo":
-            # TRL's length-normalised loss, −log σ of the difference of β (log π − ref)/|y|, equals SimPO's with the
+            # TRL's length-normalized loss, −log σ of the difference of β (log π − ref)/|y|, equals SimPO's with the
             # "reference" |y| γ/β for the chosen answer and 0 for the rejected one.
             inputs[_REFERENCE[0]] = lengths[:pairs] * (self.margin / self.beta)
             inputs[_REFERENCE[1]] = torch.zeros_like(inputs[_REFERENCE[0]])
@@ -190,7 +190,7 @@ class TRegTrainer(CompleteCheckpoints, DPOTrainer):
         if rewards is not None and self.alpha > 0:
             margin = self.margin if self.form == "simpo" else 0.0
             weight = adaptive_weight(chosen, rejected, margin)
-            first, second = regulariser(logprobs, rewards[:, 1:], scale.to(logprobs)).chunk(2)
+            first, second = regularizer(logprobs, rewards[:, 1:], scale.to(logprobs)).chunk(2)
             penalty = (weight * (first + second)).mean()
             loss = loss + self.alpha * penalty
             self._record("t_reg/regularisation", penalty.detach())
