@@ -220,7 +220,7 @@ METHODS = (
         "TextReward",
         "text:PATH",
         "",
-        "r(text of x, y_<i ∘ v), tokenised again",
+        "r(text of x, y_<i ∘ v), tokenized again",
         _LM,
         Cost(reward_candidates=1, whole_texts=True),
     ),
@@ -236,7 +236,7 @@ METHODS = (
     ),
     Method(
         "mixture",
-        "Several guides with weights per request",
+        "Several rewards with weights per request",
         "MixtureReward",
         "mixture:W*GUIDE+W*GUIDE",
         "",
@@ -283,7 +283,7 @@ STRATEGIES = (
         "BestOfN",
         "best_of_n:n=4,temperature=1",
         "",
-        "n answers of the base model, the one with the highest reward of the whole answer is kept",
+        "N answers of the base model, the one with the highest reward of the whole answer is kept",
         "N·n",
         "N·(prompt + n), one forward an answer",
         "any",
@@ -303,7 +303,7 @@ STRATEGIES = (
         "Blocks",
         "blockwise:k=4,length=16",
         "arXiv 2310.17022",
-        "k blocks of samples, the best one is kept and all go on from there",
+        "K blocks of samples; the best one is kept and all continue from there",
         "K·n",
         "K·n to (K + 1)·n, one forward a block",
         "SequenceReward, RADReward",
@@ -421,7 +421,7 @@ def methods_markdown() -> str:
 
 def strategies_markdown() -> str:
     """The table of strategies for docs/methods/README.md."""
-    head = "strategy | what it does | LM tokens | RM tokens | guides | `--strategy` | class | source"
+    head = "strategy | what it does | LM tokens | RM tokens | rewards | `--strategy` | class | source"
     rows = (
         (
             f"[{each.name}]({each.page.rsplit('/')[-1]})",
