@@ -86,6 +86,12 @@ def test_commands_and_options_exist(page: Path) -> None:
             assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known, line
 
 
+def test_every_command_has_a_section() -> None:
+    sections = re.findall(r"^## (\S+)$", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
+    commands = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    assert not set(commands) - set(sections)
+
+
 def test_readme_starts_with_the_two_commands() -> None:
     lines = "".join(blocks(PAGES[0], "sh")).splitlines()
     assert lines[0].startswith("pip install")

@@ -33,7 +33,6 @@ ALLOWED = {
     "rewards": REWARDS,
     "engine": ENGINE,
     "decoder": DECODER,
-    "integrations": DECODER | {"integrations"},
     "training": TRAINING,
     "bench": EVALUATION,
     "evaluation": EVALUATION,

@@ -1,4 +1,4 @@
-"""One decoding step: the algorithm of the paper.
+"""One decoding step: the algorithm of PARGS (arXiv 2406.07780).
 
 Shapes: B rows, C contexts of the reward in the base model's batch, V vocabulary, K candidates. `step_variants.py` holds
 what differs for other supports, fused sampling and gates, and the timing of the parts.
@@ -46,7 +46,10 @@ class DecodeStep:
         self.lm, self.reward, self.eos = lm, reward, eos
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, StepTensors]:
-        """The decision [5, B] of `finish_step`, and what led to it."""
+        """The decision [5, B] and what led to it.
+
+        The rows of the decision: token, log π, reward, log-probability after guidance, error code.
+        """
         logits, context_logits = self.forward(batch)  # [B, V], [B, C, V]
         self.begin_reward(context_logits)
         logprobs, candidates, entropy = self.select(batch, logits)  # [B, K], [B, K], [B]
@@ -97,7 +100,10 @@ class DecodeStep:
         choice: torch.Tensor,
         chosen_logprob: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the chosen tokens into the slots; the decision [5, B] and the accepted candidates [B]."""
+        """Writes the chosen tokens into the slots.
+
+        Returns the decision [5, B] and the accepted candidates [B], -1 where the row has ended.
+        """
         slots = batch.now.tokens, batch.now.position, batch.now.limit
         return finish_step(
             logprobs, rewards, candidates, choice, chosen_logprob, *slots, batch.widths, self.eos
