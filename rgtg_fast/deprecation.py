@@ -42,6 +42,17 @@ def renamed_keywords(**names: str) -> Callable[[Function], Function]:
     return decorate
 
 
+def renamed_method(old: str, new: str, method: Function) -> Function:
+    """A method under its old name, which calls that very method and not what a subclass puts in its place."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **given: Any) -> Any:
+        warn_renamed(old, new)
+        return method(*args, **given)
+
+    return call  # pyright: ignore[reportReturnType]
+
+
 class RenamedAttribute:
     """The old name of an attribute: reads and writes the new one.
 

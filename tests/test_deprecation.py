@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rgtg_fast
-from rgtg_fast import ContrastiveReward, Guidance, Reward, RewardGuidedDecoder, RGTGError, Segments
+from rgtg_fast import ContrastiveReward, Guidance, RewardGuidedDecoder, RGTGError, Segments
 from rgtg_fast.engine.strategies import named_strategy
 from tests.conftest import make_lm, make_tokenizer
 
@@ -88,12 +88,37 @@ def test_hooks_of_a_reward_class() -> None:
         assert reward.contexts == 2
 
 
+def test_an_old_hook_calls_that_of_its_parent() -> None:
+    called: list[str] = []
+
+    class Parent(ContrastiveReward):
+        def begin_step(self, context_logits: torch.Tensor) -> None:
+            called.append("parent")
+
+    with renamed("Older.observe", "begin_step"):
+
+        class Older(Parent):
+            def observe(self, context_logits: torch.Tensor) -> None:
+                called.append("older")
+                super().observe(context_logits)  # type: ignore[misc]
+
+    class Newest(Older):
+        def begin_step(self, context_logits: torch.Tensor) -> None:
+            called.append("newest")
+            super().begin_step(context_logits)
+
+    with renamed("Parent.observe", "begin_step"):
+        Newest("w1", "w2").begin_step(torch.zeros(1))
+    assert called == ["newest", "older", "parent"]
+
+
 def test_a_fused_draw_of_a_reward_class() -> None:
     calls = []
 
     def choose(self: Any, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         calls.append(len(arguments))
-        return Reward.sample(self, *arguments)
+        with renamed("Reward.choose", "sample"):
+            return super(old, self).choose(*arguments)
 
     with renamed("Mine.choose", "sample"):
         old = old_class(choose=choose, fused=True)

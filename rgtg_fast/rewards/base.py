@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rgtg_fast.deprecation import RenamedAttribute, warn_renamed
+from rgtg_fast.deprecation import RenamedAttribute, renamed_method, warn_renamed
 from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
@@ -43,12 +44,8 @@ class Prefix:
 
 
 # Members of users' subclasses that were renamed: old -> new.
-_RENAMED = {
-    "wide": "scores_vocabulary",
-    "contexts": "prompt_contexts",
-    "observe": "begin_step",
-    "choose": "sample",
-}
+_RENAMED_ATTRIBUTES = {"wide": "scores_vocabulary", "contexts": "prompt_contexts"}
+_RENAMED_METHODS = {"observe": "begin_step", "choose": "sample"}
 
 
 class Reward(ABC):
@@ -93,11 +90,12 @@ class Reward(ABC):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        for old, new in _RENAMED.items():
+        for old, new in (_RENAMED_ATTRIBUTES | _RENAMED_METHODS).items():
             if old in vars(cls):
                 warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=4)
                 setattr(cls, new, vars(cls)[old])
                 delattr(cls, old)
+        _keep_old_methods(cls)
         if "bind" in vars(cls):
             cls.bind = _noting(cls.bind)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -272,6 +270,16 @@ class Reward(ABC):
         Returns:
             For i = 1..n the reward of the prefix y_{1:i}, or that of token i alone where the reward is `additive`.
         """
+
+
+def _keep_old_methods(cls: type[Reward]) -> None:
+    """Gives the methods that a class defines their old names too, so that `super().observe(...)` finds its parent's."""
+    for old, new in _RENAMED_METHODS.items():
+        if inspect.isfunction(method := vars(cls).get(new)):
+            setattr(cls, old, renamed_method(f"{cls.__name__}.{old}", new, method))
+
+
+_keep_old_methods(Reward)
 
 
 def _noting(bind: Callable[..., None]) -> Callable[..., None]:
