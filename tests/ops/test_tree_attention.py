@@ -15,7 +15,18 @@ BACKENDS = ["reference"] if _extension.missing_reason() else ["reference", "cpp"
 SPEC = SPECS["tree_attention"]
 
 
-def visible(s: int, j: int, b: int, ancestors: torch.Tensor | None, causal: bool) -> bool:
+def position(s: int, b: int, ancestors: torch.Tensor | None, causal: bool) -> int:
+    """Of new token s, counted from the end of the prefix."""
+    if causal:
+        return s
+    if ancestors is None:
+        return 0
+    return max(bin(int(ancestors[b, s]) % 2**64).count("1") - 1, 0)
+
+
+def visible(s: int, j: int, b: int, ancestors: torch.Tensor | None, causal: bool, window: int) -> bool:
+    if window and position(j, b, ancestors, causal) <= position(s, b, ancestors, causal) - window:
+        return False
     if causal:
         return j <= s
     if ancestors is None:
@@ -23,7 +34,9 @@ def visible(s: int, j: int, b: int, ancestors: torch.Tensor | None, causal: bool
     return bool(int(ancestors[b, s]) >> j & 1)
 
 
-def naive(q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal):
+def naive(
+    q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal, window=None, softcap=None, sinks=None
+):
     """One query at a time, in float64, over exactly what it sees."""
     B, H, S, D = q.shape
     group = H // k.shape[1]
@@ -33,11 +46,18 @@ def naive(q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal):
         for h in range(H):
             g = h // group
             for s in range(S):
-                seen = [j for j in range(S) if visible(s, j, b, ancestors, causal)]
-                keys = torch.cat([k_cache[b, g, :T], k[b, g, seen]]).double()
-                values = torch.cat([v_cache[b, g, :T], v[b, g, seen]]).double()
-                if len(keys):
-                    out[b, h, s] = (keys @ q[b, h, s].double() * scale).softmax(0) @ values
+                seen = [j for j in range(S) if visible(s, j, b, ancestors, causal, window)]
+                first = max(0, T + position(s, b, ancestors, causal) - window + 1) if window else 0
+                keys = torch.cat([k_cache[b, g, first:T], k[b, g, seen]]).double()
+                values = torch.cat([v_cache[b, g, first:T], v[b, g, seen]]).double()
+                scores = keys @ q[b, h, s].double() * scale
+                if softcap:
+                    scores = softcap * (scores / softcap).tanh()
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[h : h + 1].double()])
+                    values = torch.cat([values, values.new_zeros(1, D)])
+                if len(scores):
+                    out[b, h, s] = scores.softmax(0) @ values
     return out
 
 
@@ -52,6 +72,9 @@ def problems(draw):
         "T": draw(st.integers(0, 70)),
         "D": draw(st.integers(1, 36)),
         "mask": draw(st.sampled_from([None, "causal", "chain", "tree"])),
+        "window": draw(st.sampled_from([None, 1, 2, 5, 40, 100])),
+        "softcap": draw(st.sampled_from([None, None, 0.5, 30.0])),
+        "sinks": draw(st.booleans()),
     }
     shape["lengths"] = draw(st.lists(st.integers(0, shape["T"]), min_size=shape["B"], max_size=shape["B"]))
     return shape
@@ -186,6 +209,14 @@ def test_inputs_are_left_alone():
             {"ancestors": torch.zeros(2, 4, dtype=torch.int64)},
             r"ancestors has shape \[2, 4\]: use \[B, S\] = \[2, 5\]",
         ),
+        ({"window": -1}, "window=-1: use a whole number of positions >= 1, or None"),
+        ({"window": 2.0}, "window=2.0: use a whole number"),
+        ({"window": True}, "window=True: use a whole number"),
+        ({"softcap": -5.0}, "softcap=-5.0: use 1e-30 to 1e30, or None"),
+        ({"softcap": float("nan")}, "softcap=nan: use 1e-30"),
+        ({"softcap": "50"}, "softcap='50': use 1e-30"),
+        ({"sinks": torch.zeros(5)}, r"sinks has shape \[5\]: use \[H\] = \[4\]"),
+        ({"sinks": torch.zeros(4).half()}, "sinks has dtype torch.float16: use torch.float32"),
     ],
 )
 def test_bad_input_is_one_line(backend, change, message):

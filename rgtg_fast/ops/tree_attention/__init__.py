@@ -15,6 +15,8 @@ __all__ = ["reference", "tree_attention"]
 
 # Bits of a mask.
 MAX_MASKED = 64
+# Larger windows are cut to this; no cache is as long.
+MAX_WINDOW = 2**31 - 1
 # The largest head that the Triton kernels take.
 MAX_D = 256
 
@@ -29,6 +31,9 @@ def reference(
     ancestors: torch.Tensor | None,
     scale: float,
     causal: bool,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     B, H, S, D = q.shape
     G, T = k_cache.shape[1:3]
@@ -36,34 +41,63 @@ def reference(
     grouped = q.to(dtype).view(B, G, H // G, S, D)
     k, v = k.to(dtype)[:, :, None], v.to(dtype)[:, :, None]  # [B, G, 1, S, D]
 
-    # Slots past a row's length may hold anything, NaN included: they are cleared, not only masked.
-    filled = torch.arange(T, device=q.device) < lengths[:, None]  # [B, T]
+    # Slots that no token of a row sees may hold anything, NaN included: they are cleared, not only masked.
+    slot = torch.arange(T, device=q.device)
+    filled = slot < lengths[:, None]  # [B, T]
+    if window:
+        filled = filled & (slot > lengths[:, None] - window)
     slots = filled[:, None, :, None]
     k_cache = torch.where(slots, k_cache.to(dtype), 0)[:, :, None]  # [B, G, 1, T, D]
     v_cache = torch.where(slots, v_cache.to(dtype), 0)[:, :, None]
-    prefix = (grouped @ k_cache.mT * scale).masked_fill(~filled[:, None, None, None, :], float("-inf"))
+    seen = filled[:, None]  # [B, 1 or S, T]
+    depth = _depth(q, ancestors, causal) if window else None
+    if depth is not None:
+        seen = seen & (slot > (lengths[:, None] + depth - window)[..., None])
+    prefix = _capped(grouped @ k_cache.mT * scale, softcap).masked_fill(~seen[:, None, None], float("-inf"))
 
     independent = ancestors is None and not causal
     if independent:
         # A new token attends to no new token but itself, so that a NaN in one candidate stays there.
-        new = (grouped * k).sum(-1, keepdim=True) * scale  # [B, G, H/G, S, 1]
+        new = _capped((grouped * k).sum(-1, keepdim=True) * scale, softcap)  # [B, G, H/G, S, 1]
     else:
         index = torch.arange(S, device=q.device)
         if ancestors is None:
             visible = (index <= index[:, None]).expand(B, S, S)
         else:
             visible = (ancestors[..., None] >> index) & 1 == 1  # [B, S, S]
-        new = (grouped @ k.mT * scale).masked_fill(~visible[:, None, None], float("-inf"))
+        if depth is not None:
+            visible = visible & (depth[:, None, :] > depth[..., None] - window)
+        new = _capped(grouped @ k.mT * scale, softcap).masked_fill(~visible[:, None, None], float("-inf"))
 
     scores = torch.cat([prefix, new], -1)
     # A token without anything to attend to (an empty prefix and an empty mask) gives 0, not NaN.
     m = scores.amax(-1, keepdim=True)
-    weights = (scores - m.masked_fill(m == float("-inf"), 0)).exp()
+    sink = None if sinks is None else sinks.to(dtype).view(G, H // G, 1, 1)
+    if sink is not None:
+        m = torch.maximum(m, sink)
+    m = m.masked_fill(m == float("-inf"), 0)
+    weights = (scores - m).exp()
     l_sum = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        l_sum = l_sum + (sink - m).exp()
     weights = weights / l_sum.masked_fill(l_sum == 0, 1)
     out = weights[..., :T] @ v_cache + (weights[..., T:] * v if independent else weights[..., T:] @ v)
     # In memory [B, S, H, D]: what the output projection reads next.
     return out.reshape(B, H, S, D).transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2)
+
+
+def _capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _depth(q: torch.Tensor, ancestors: torch.Tensor | None, causal: bool) -> torch.Tensor | None:
+    """Tokens between a row's prefix and each new token, [1 or B, S]; None: none, for all."""
+    if causal:
+        return torch.arange(q.shape[2], device=q.device)[None]
+    if ancestors is None:
+        return None
+    bits = ancestors[..., None] >> torch.arange(MAX_MASKED, device=q.device) & 1
+    return (bits.sum(-1) - 1).clamp(min=0)
 
 
 def outputs(q: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -87,6 +121,13 @@ def triton_limit(D: int = 1) -> str:
     return f"its Triton kernel takes D <= {MAX_D}, not {D}" if D > MAX_D else ""
 
 
+def _cpp_arguments(*every: Any) -> tuple[Any, ...]:
+    *arguments, window, softcap, sinks = every
+    if window or softcap or sinks is not None:
+        raise ValueError("its C++ kernel takes no window, softcap or sinks yet")
+    return tuple(arguments)
+
+
 register(
     reference,
     outputs,
@@ -96,6 +137,7 @@ register(
     triton_dtypes=frozenset(DTYPE_CODES),
     triton_limit=triton_limit,
     sizes=lambda q, *_: {"D": q.shape[-1]},
+    cpp_arguments=_cpp_arguments,
 )
 
 
@@ -109,6 +151,9 @@ def tree_attention(
     ancestors: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of S new tokens to their row's prefix and to the new tokens that a mask names.
 
@@ -118,6 +163,11 @@ def tree_attention(
     s alone (no mask: k candidates for one position), tokens 0 to s (`causal`: a prompt), or the tokens whose bit is set
     (`ancestors`: a tree). Head h reads the keys and values of head h // (H/G). The prefix is read once for all new
     tokens and all heads of a group; accumulation is in float32.
+
+    New token s stands at position p = lengths[b] + depth: depth 0 without a mask, s with `causal`, else the number of
+    bits of its mask − 1 (0 for an empty mask). With a `window` it sees only what stands at positions above
+    p − window, of the prefix and of the new tokens. With a `softcap` c a score x becomes c · tanh(x / c). With `sinks`
+    the softmax of head h has one more term, e^sinks[h], that has no value.
 
     Of every tensor only the last dimension need be contiguous.
 
@@ -133,16 +183,21 @@ def tree_attention(
             token to which nothing is visible yields zeros.
         scale: factor of the scores; 1/√D where None.
         causal: new tokens 0 to s are visible to s.
+        window: positions that a token sees, its own included; None or 0: all. Slots at or below
+            lengths[b] − window are never read, whatever they contain.
+        softcap: bound of the scaled scores, 1e-30 to 1e30; None or 0: none.
+        sinks: `[H]`, logits without a value, same dtype as q and never capped; or None.
 
     Returns:
         `[B, H, S, D]` of q's dtype, a view of memory laid out `[B, S, H, D]`.
 
     Raises:
-        RGTGError: shapes, dtypes, lengths or masks do not fit.
+        RGTGError: shapes, dtypes, lengths or masks do not fit, or window or softcap is out of range.
 
     Source:
         Tree attention: SpecInfer (arXiv 2305.09781), §4; split softmax merged by log-sum-exp: FlashAttention-2
-        (arXiv 2307.08691), §3.1.
+        (arXiv 2307.08691), §3.1; window: Longformer (arXiv 2004.05150), §3.1; softcap: Gemma 2 (arXiv 2408.00118),
+        §2; sinks: gpt-oss (arXiv 2508.10925).
 
     Example:
         >>> import torch
@@ -184,7 +239,38 @@ def tree_attention(
         _checks.shaped(op, "ancestors", ancestors, "[B, S]", (B, S))
         _checks.of_dtype(op, "ancestors", ancestors, torch.int64)
         ancestors = ancestors.contiguous()
-    _checks.together(op, q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, lengths=lengths, ancestors=ancestors)
+    if sinks is not None:
+        _checks.shaped(op, "sinks", sinks, "[H]", (H,))
+        _checks.of_dtype(op, "sinks", sinks, q.dtype)
+        sinks = sinks.contiguous()
+    _checks.together(
+        op, q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, lengths=lengths, ancestors=ancestors, sinks=sinks
+    )
     if scale is None:
         scale = D**-0.5
-    return torch.ops.rgtg_fast.tree_attention(q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal)
+    return torch.ops.rgtg_fast.tree_attention(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        lengths,
+        ancestors,
+        scale,
+        causal,
+        0 if window is None else _window(window),
+        0.0 if softcap is None else _softcap(softcap),
+        sinks,
+    )
+
+
+def _window(window: int) -> int:
+    if not isinstance(window, int) or isinstance(window, bool) or window < 0:
+        raise RGTGError(f"tree_attention: window={window!r}: use a whole number of positions >= 1, or None")
+    return min(window, MAX_WINDOW)
+
+
+def _softcap(softcap: float) -> float:
+    if not isinstance(softcap, (int, float)) or (softcap != 0 and not 1e-30 <= softcap <= 1e30):
+        raise RGTGError(f"tree_attention: softcap={softcap!r}: use 1e-30 to 1e30, or None")
+    return float(softcap)

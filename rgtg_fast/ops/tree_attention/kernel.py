@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...errors import RGTGError
 from .._extension import dense
 from .._triton import architecture, multiprocessors, on_device, power_of_two, tickets
 from . import outputs
@@ -424,7 +425,12 @@ def launch(
     ancestors: torch.Tensor | None,
     scale: float,
     causal: bool,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
+    if window or softcap or sinks is not None:
+        raise RGTGError("tree_attention: its Triton kernel takes no window, softcap or sinks yet")
     B, H, S, D = q.shape
     G, T = k_cache.shape[1:3]
     R = H // G

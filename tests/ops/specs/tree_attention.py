@@ -50,6 +50,9 @@ def make_inputs(
         "ancestors": None if ancestors is None else ancestors.to(device),
         "scale": D**-0.5,
         "causal": mask == "causal",
+        "window": shape.get("window", 0),
+        "softcap": shape.get("softcap", 0.0),
+        "sinks": normal(H).to(dtype) if shape.get("sinks") else None,
     }
 
 
