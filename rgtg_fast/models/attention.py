@@ -1,13 +1,15 @@
 """The attention function that transformers' blocks call: our tree_attention over a PrefixCache.
 
 Registered under `NAME`. A model that uses it still works outside the decoder: without a PrefixCache the call is passed
-to transformers' own SDPA attention and mask. Training's packed rows have such a function too (`PACKED`). Each passes
-the other's calls on, so that one loaded model can be used by both.
+to transformers' own SDPA attention and mask, or to the model's own attention where SDPA cannot compute it. Training's
+packed rows have such a function too (`PACKED`). Each passes the other's calls on, so that one loaded model can be used
+by both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -21,9 +23,9 @@ from rgtg_fast.errors import RGTGError
 
 NAME, PACKED = "rgtg_prefix", "rgtg_packed"
 
-# Arguments of a model's attention that change nothing in eval mode over a prefix cache; a window is compared with the
-# cache. Any other number or tensor means attention that is not plain softmax(QK^T)V over the whole prefix.
-_HARMLESS = frozenset({"position_ids", "cache_position", "dropout", "sliding_window"})
+# Arguments of a model's attention that change nothing in eval mode over a prefix cache. Any other number or tensor that
+# is not a parameter of `prefix_attention` means attention that the cache does not compute.
+_HARMLESS = frozenset({"position_ids", "cache_position", "dropout"})
 
 
 def prefix_attention(
@@ -34,26 +36,54 @@ def prefix_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     prefix_cache: Any = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # [H], attention sinks
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attends the new tokens to their row's prefix and to the new tokens they may see. Returns [B, S, H, D]."""
-    if kwargs.get("packing") is not None:
-        packed = ALL_ATTENTION_FUNCTIONS[PACKED]
-        return packed(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if prefix_cache is None:
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        special = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        kwargs |= {name: asked for name, asked in special.items() if asked is not None}
+        attend, mask = _without_cache(module, query, key, attention_mask, kwargs)
+        return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
     if attention_mask is not None:
         _refuse(module, "a mask or bias of its own")
     for name, asked in kwargs.items():
         if isinstance(asked, (torch.Tensor, float)) and name not in _HARMLESS:
             _refuse(module, name)
-    window = kwargs.get("sliding_window")
-    if window is not None and window < prefix_cache.max_length:
-        _refuse(module, f"a sliding window of {window} tokens")
+    if sliding_window is not None and not prefix_cache.windows and sliding_window < prefix_cache.max_length:
+        _refuse(
+            module, f"a sliding window of {sliding_window} tokens that was not checked when it was loaded"
+        )
+    layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = prefix_cache.attend(int(module.layer_idx), query, key, value, scale)  # pyright: ignore[reportArgumentType]
+    out = prefix_cache.attend(int(layer), query, key, value, scale, sliding_window, softcap, s_aux)
     return out.transpose(1, 2), None
+
+
+def _without_cache(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    asked: dict[str, Any],
+) -> tuple[Callable[..., Any], torch.Tensor | None]:
+    """The attention function of a call without a prefix cache, and its mask; `asked` are the call's arguments."""
+    if asked.get("packing") is not None:
+        return ALL_ATTENTION_FUNCTIONS[PACKED], mask
+    if asked.get("softcap") is None and asked.get("s_aux") is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"], mask
+    # SDPA has no caps, and leaves sinks out without a word. The mask was made for it: none where all is causal.
+    if mask is None:
+        queries, keys = query.shape[2], key.shape[2]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[
+            None, None
+        ]
+    if mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
+    return vars(sys.modules[type(module).__module__])["eager_attention_forward"], mask
 
 
 def _refuse(module: nn.Module, what: str) -> NoReturn:

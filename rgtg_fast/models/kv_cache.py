@@ -14,6 +14,9 @@ from transformers import Cache
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops import commit, tree_attention
 
+# Queries of a long text that attend together where a window is shorter.
+_BLOCK = 512
+
 
 @memoized
 def cache_keyword(kind: type[nn.Module]) -> str:
@@ -41,13 +44,20 @@ class PrefixCache(Cache):
     (`k_new`, `v_new`: [L, n, G, S, D]); `commit` moves the chosen one to the prefix's end. The prefix is never copied
     per candidate and never computed again.
 
+    A layer with a sliding window stores the whole prefix too, so that a slot can be cut back to any length.
+
     Args:
         layers: L.
         kv_heads: G.
         head_dim: D.
         dtype: dtype of the buffers.
         device: device of the buffers.
+
+    Attributes:
+        windows: whether layers may have sliding windows shorter than a row: those of the model have been verified.
     """
+
+    windows = False
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers=[])
@@ -170,14 +180,30 @@ class PrefixCache(Cache):
         return key_states, value_states
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention [B, H, S, D] of the new tokens over their prefix and the new tokens they may see."""
-        if self._causal and self._empty_prefix:
-            grouped = query.shape[1] != key.shape[1]
-            return functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
-            )
+        """Attention [B, H, S, D] of the new tokens over their prefix and the new tokens they may see.
+
+        Args:
+            layer: the layer, whose keys and values `update` has stored.
+            query: [B, H, S, D].
+            key: [B, G, S, D], of the new tokens.
+            value: [B, G, S, D].
+            scale: factor of the scores.
+            window: tokens that each token sees, itself included; None for its whole prefix.
+            softcap: c of scores c·tanh(score/c), None for plain ones.
+            sinks: [H], a further logit in the denominator of each head's softmax.
+        """
+        if self._causal and self._empty_prefix and softcap is None and sinks is None:
+            return _causal_attention(query, key, value, scale, window)
         keys, values, lengths = self.active
         return tree_attention(
             query,
@@ -189,6 +215,9 @@ class PrefixCache(Cache):
             self._ancestors,
             scale,
             causal=self._causal,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -224,7 +253,12 @@ class ForkedCache(Cache):
         device: device of the buffers.
         fork: the first layer with a row for each branch, 0 to L-1.
         branches: rows of a slot from there on.
+
+    Attributes:
+        windows: as in `PrefixCache`.
     """
+
+    windows = False
 
     def __init__(
         self,
@@ -248,6 +282,11 @@ class ForkedCache(Cache):
         """Tokens of each slot's prefix [slots]."""
         part = self.parts[0]
         return part.cache.lengths[:: part.branches]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit in a slot."""
+        return self.parts[-1].cache.max_length
 
     @property
     def causal(self) -> bool:
@@ -307,11 +346,19 @@ class ForkedCache(Cache):
         return part.cache.update(key_states, value_states, layer_idx - part.first)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `PrefixCache.attend`."""
         part = self._part_of(layer)
-        return part.cache.attend(layer - part.first, query, key, value, scale)
+        return part.cache.attend(layer - part.first, query, key, value, scale, window, softcap, sinks)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are always passed explicitly, since rows differ in length."""
@@ -325,3 +372,33 @@ class ForkedCache(Cache):
     def is_compileable(self) -> bool:
         """False: transformers must not wrap this cache in its own compilation."""
         return False
+
+
+def _causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Attention [B, H, S, D] of a whole text in which each token sees the last `window`, or all before it."""
+
+    def attend(first: int, last: int, seen: int, mask: torch.Tensor | None) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(
+            query[:, :, first:last],
+            key[:, :, seen:last],
+            value[:, :, seen:last],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    length = query.shape[2]
+    if window is None or length <= window:
+        return attend(0, length, 0, None)
+    # A block of queries sees its own keys and those of a window before: a mask of all pairs could be very large.
+    size = max(window, _BLOCK)
+    blocks = []
+    for first in range(0, length, size):
+        last, seen = min(first + size, length), max(first - window + 1, 0)
+        queries = torch.arange(first, last, device=query.device)[:, None]
+        keys = torch.arange(seen, last, device=query.device)
+        blocks.append(attend(first, last, seen, (keys <= queries) & (keys > queries - window)))
+    return torch.cat(blocks, 2)

@@ -50,6 +50,8 @@ class ModelRunner:
         limit: tokens that the model's context holds.
 
     Attributes:
+        logit_cap: c, where a language model's own logits are c·tanh(output of the head / c); None for plain ones.
+        windows: whether layers have sliding windows shorter than a row, which `verify` has compared.
         shared_forward: whether steps of this run execute the candidates themselves, because an attached adapter scores
             them. The state after the chosen one then gives the next token's logits, and no token is run again.
         prompt_contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached
@@ -65,6 +67,8 @@ class ModelRunner:
         if self.engine == "native" or self.device.type != "cpu":
             self._snapshot.pin()
         config: Any = model.config.get_text_config()
+        language = head is model.get_output_embeddings()
+        self.logit_cap = getattr(config, "final_logit_softcapping", None) if language else None
         heads = config.num_attention_heads
         self.geometry = (
             int(config.num_hidden_layers),
@@ -72,7 +76,7 @@ class ModelRunner:
             int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         )
         self.counter = Counter()
-        self.shared_forward = self.compiled = False
+        self.shared_forward = self.compiled = self.windows = False
         self.prompt_contexts = 1
         self._adapters: list[Adapter] = []
         self.cache = self.new_cache(self.dtype)
@@ -145,8 +149,11 @@ class ModelRunner:
     def new_cache(self, dtype: torch.dtype) -> PrefixCache | ForkedCache:
         """An empty cache for the model's layers and the attached adapters'."""
         if self.branches == 1:
-            return PrefixCache(*self.geometry, dtype, self.device)
-        return ForkedCache(*self.geometry, dtype, self.device, self.fork, self.branches)
+            cache = PrefixCache(*self.geometry, dtype, self.device)
+        else:
+            cache = ForkedCache(*self.geometry, dtype, self.device, self.fork, self.branches)
+        cache.windows = self.windows
+        return cache
 
     @property
     def stepped(self) -> torch.Tensor:
@@ -367,9 +374,10 @@ class ModelRunner:
         self._lengths[target] = self._lengths[source]
         self._prompts[target] = self._prompts[source]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head's output [B, V] for hidden states [B, E]."""
-        return self.layers.logits(hidden, self.head)
+    def logits(self, hidden: torch.Tensor, head: nn.Linear | None = None) -> torch.Tensor:
+        """The model's logits [B, V] for hidden states [B, E], with another vocabulary head in its own's place."""
+        logits = self.layers.logits(hidden, self.head if head is None else head)
+        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """The one-label head's output [B, S] in at least float32 for hidden states [B, S, E]."""

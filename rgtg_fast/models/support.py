@@ -54,9 +54,14 @@ def refusal(model: PreTrainedModel, length: int | None) -> str | None:
     nearest = exceeded_limit(model.config.get_text_config(), length)
     if nearest is None:
         return reason
-    cache = "its whole context" if length is None else f"{length} tokens"
     way_out = f"max_length={nearest.tokens} works" if reason is None else f"besides, {reason}"
-    return f"it {nearest.beyond}, the cache is for {cache} ({way_out})"
+    return beyond(nearest, length, way_out)
+
+
+def beyond(limit: Limit, length: int | None, way_out: str) -> str:
+    """What is wrong with a cache of `length` tokens, None for the whole context, beyond a limit."""
+    cache = "its whole context" if length is None else f"{length} tokens"
+    return f"it {limit.beyond}, the cache is for {cache} ({way_out})"
 
 
 def unsupported_architecture(model: PreTrainedModel) -> str | None:
@@ -71,8 +76,6 @@ def unsupported_architecture(model: PreTrainedModel) -> str | None:
         return "its trunk cannot be told from its head"
     if not model._supports_attention_backend:
         return "its attention cannot be replaced"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it caps its attention logits"
     if getattr(config, "kv_lora_rank", None) is not None:
         return "its keys and values are compressed (multi-head latent attention)"
     if _head_sizes_differ(config):
@@ -88,16 +91,29 @@ def unsupported_architecture(model: PreTrainedModel) -> str | None:
 
 def exceeded_limit(config: Any, length: int | None) -> Limit | None:
     """The lowest of a text model's limits where a cache of `length` tokens exceeds it, else None."""
+    return _exceeded(min(_limits(config), default=None), config, length)
+
+
+def exceeded_window(config: Any, length: int | None) -> Limit | None:
+    """A text model's sliding window where a cache of `length` tokens exceeds it, else None.
+
+    Beyond it a cached forward is exact where `verification` has found that the windows are the model's own.
+    """
+    window = sliding_window(config)
+    limit = None if window is None else Limit(window, f"attends a sliding window of {window} tokens")
+    return _exceeded(limit, config, length)
+
+
+def _exceeded(limit: Limit | None, config: Any, length: int | None) -> Limit | None:
     reach = min((tokens for tokens in (length, _context(config)) if tokens is not None), default=None)
-    nearest = min(_limits(config), default=None)
-    return None if nearest is None or (reach is not None and reach <= nearest.tokens) else nearest
+    return None if limit is None or (reach is not None and reach <= limit.tokens) else limit
 
 
 def _limits(config: Any) -> Iterator[Limit]:
     """Every sequence length beyond which a text model computes something that a prefix cache does not."""
-    window = _window(config)
-    if window is not None:
-        yield Limit(window, f"attends a sliding window of {window} tokens")
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and "chunked_attention" in _layer_types(config):
+        yield Limit(int(chunk), f"attends in chunks of {chunk} tokens")
     for rope in _ropes(config):
         kind = _rope_type(rope)
         if kind in _STATIC_UP_TO_A_LENGTH:
@@ -180,12 +196,12 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return nested or [found]
 
 
-def _window(config: Any) -> int | None:
-    """Tokens of the shortest attention window, None where all layers attend the whole prefix."""
+def sliding_window(config: Any) -> int | None:
+    """Tokens of a text model's sliding window, None where every layer attends the whole prefix."""
     kinds = _layer_types(config)
-    if (kinds and not kinds & _WINDOWED_ATTENTION) or (
+    if (kinds and "sliding_attention" not in kinds) or (
         not kinds and getattr(config, "use_sliding_window", True) is False
     ):
         return None
-    names = ("sliding_window", "attention_chunk_size") if kinds else ("sliding_window",)
-    return min((int(size) for name in names if (size := getattr(config, name, None))), default=None)
+    size = getattr(config, "sliding_window", None)
+    return int(size) if size else None

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.attention import own_attention
-from rgtg_fast.models.support import TESTED_FAMILIES, original_length
+from rgtg_fast.models.support import TESTED_FAMILIES, beyond, exceeded_window, original_length
 
 if TYPE_CHECKING:
     from rgtg_fast.models.runner import ModelRunner
@@ -36,6 +37,8 @@ _HALF = (torch.float16, torch.bfloat16)
 _HEAD = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Two correct forwards of one model have errors of similar size against the same forward in a wider dtype.
 _SIMILAR = 4.0
+# Smallest difference that short windows must make in a model's own states, larger than what a comparison may miss.
+_VISIBLE = 2 * _WIDENED
 # An output far beyond the caps that models put on logits.
 _LARGE = 1000.0
 # Longest text tried beyond a model's original context.
@@ -46,13 +49,30 @@ _SCALES = ("softcap", "soft_cap", "logit_scale", "logits_scal", "output_multipli
 def verify(runner: ModelRunner) -> None:
     """Compares cached steps and the head with the model's own uncached forward and attention.
 
+    Where the model has sliding windows that are shorter than a row, `runner.windows` is set.
+
     Args:
         runner: the model with its cache, which is empty afterwards.
 
     Raises:
-        RGTGError: they differ by more than rounding.
+        RGTGError: they differ by more than rounding, or the windows cannot be compared.
     """
-    ids = probe(runner)
+    ids, name = probe(runner), type(runner.model).__name__
+    window = exceeded_window(runner.model.config.get_text_config(), runner.limit)
+    _check(runner, ids if window is None else ids[: window.tokens])
+    if window is None:
+        return
+    runner.windows = True
+    runner.cache = runner.new_cache(runner.dtype)
+    if not _windows_agree(runner, ids):
+        way_out = f"max_length={window.tokens} works"
+        raise RGTGError(
+            f"{name} cannot be served: {beyond(window, runner.limit, way_out)}, and its windows could not be compared "
+            "with its own forward"
+        )
+
+
+def _check(runner: ModelRunner, ids: list[int]) -> None:
     name = type(runner.model).__name__
     with own_attention(runner.model):
         own = _check_head(runner, ids)
@@ -95,6 +115,53 @@ def probe(runner: ModelRunner) -> list[int]:
     pad, count = getattr(config, "pad_token_id", None), runner.embeddings
     numbers = ((3 + 7 * index) % count for index in range(min(length, runner.limit)))
     return [number if number != pad else (number + 1) % count for number in numbers]
+
+
+# ---- sliding windows -------------------------------------------------------------------------------------------------
+
+
+def _windows_agree(runner: ModelRunner, ids: list[int]) -> bool:
+    """Whether cached steps attend the windows of the model's own forward.
+
+    A window is usually longer than any text that can be tried at load time. For the comparison all windows are a few
+    tokens long: in the configs, from which the model's own masks are made, and in the modules, which pass them to the
+    attention function.
+    """
+    kept = [
+        (holder, window)
+        for holder in _configs_and_modules(runner.model)
+        if (window := getattr(holder, "sliding_window", None))
+    ]
+    try:
+        whole = _uncached_with_windows(runner, ids, kept, len(ids))
+        own = _uncached_with_windows(runner, ids, kept, max(1, len(ids) // 3))
+        # Where short windows leave the model's own forward as it is, an agreement would show nothing.
+        visible = len({window for _, window in kept}) == 1 and _difference(own, whole) > _VISIBLE
+        return visible and _states_error(runner, ids, own, 0) is None
+    finally:
+        for holder, window in kept:
+            holder.sliding_window = window
+        runner.layers.refresh()
+
+
+def _configs_and_modules(model: PreTrainedModel) -> list[Any]:
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    texts = [config.get_text_config() for config in configs]
+    return list({id(holder): holder for holder in (*configs, *texts, *model.modules())}.values())
+
+
+def _uncached_with_windows(
+    runner: ModelRunner, ids: list[int], holders: list[tuple[Any, int]], size: int
+) -> torch.Tensor:
+    """States [T, E] of the model's own forward with windows of `size` tokens, which are left set."""
+    for holder, _ in holders:
+        holder.sliding_window = size
+    runner.layers.refresh()
+    with own_attention(runner.model):
+        return runner.hidden_uncached(ids)
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
 
 
 def _states_error(runner: ModelRunner, ids: list[int], own: torch.Tensor, variant: int) -> float | None:

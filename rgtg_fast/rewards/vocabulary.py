@@ -164,7 +164,7 @@ class CausalScorer:
         assert self._bound is not None
         lm, runtime = self._bound
         # Another part of a mixture may have lowered the vocabulary after this one was bound.
-        return Scores(runtime.runner.layers.logits(states, runtime.head)[:, : lm.vocabulary])
+        return Scores(runtime.runner.logits(states, runtime.head)[:, : lm.vocabulary])
 
 
 class VocabularyScorer(Reward):

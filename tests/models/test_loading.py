@@ -9,9 +9,11 @@ import torch
 import transformers as tf
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
-from rgtg_fast.models.loading import refusal, resolve_device, resolve_dtype, reward_runner
+from rgtg_fast.models.loading import language_runner, refusal, resolve_device, resolve_dtype, reward_runner
+from rgtg_fast.models.support import exceeded_window
 from rgtg_fast.models.verification import probe
 from tests.conftest import make_lm, make_rm, make_tokenizer, tiny_config
+from tests.models.tiny_families import tiny_model
 
 BASE = {
     "vocab_size": 40,
@@ -34,14 +36,33 @@ def refused(lm: object, **settings: object) -> str:
     return one_line(error)
 
 
-def test_sliding_windows_are_refused_unless_rows_stay_inside() -> None:
-    config = tf.MistralConfig(**BASE, num_key_value_heads=1, sliding_window=8, max_position_embeddings=64)
+def test_windows_that_the_attention_is_not_told_are_refused_unless_rows_stay_inside() -> None:
+    """Its masks have the window, its modules pass none."""
+    settings = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}
+    config = tf.Qwen2MoeConfig(
+        **BASE,
+        **settings,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        num_experts=2,
+        num_experts_per_tok=1,
+    )
     model = tf.AutoModelForCausalLM.from_config(config)
     message = refused(model)
-    assert "MistralForCausalLM" in message
+    assert "Qwen2MoeForCausalLM" in message
     assert "sliding window of 8 tokens" in message
     assert "max_length=8 works" in message
     assert RewardGuidedDecoder.from_pretrained((model, None), max_length=8).max_length == 8
+
+
+def test_chunks_are_refused_by_name() -> None:
+    config = tf.Llama4TextConfig(
+        **BASE, intermediate_size_mlp=16, num_key_value_heads=1, head_dim=8, num_local_experts=2
+    )
+    config.attention_chunk_size, config.max_position_embeddings = 8, 64
+    message = str(refusal(tf.AutoModelForCausalLM.from_config(config), None))
+    assert "attends in chunks of 8 tokens" in message
+    assert "chunks" not in str(refusal(tf.AutoModelForCausalLM.from_config(config), 8))
 
 
 @pytest.mark.parametrize("length", [2, 4])
@@ -58,17 +79,19 @@ def test_any_padding_token_is_accepted(pad: int) -> None:
     assert decoder.generate([[5, 6]], 2)[0].rewards
 
 
-def test_layers_with_a_window_are_refused() -> None:
-    config = tf.Gemma2Config(**BASE, num_key_value_heads=1, head_dim=8, sliding_window=8)
-    assert "sliding window" in refused(tf.AutoModelForCausalLM.from_config(config))
+def test_a_window_that_no_layer_uses_is_none() -> None:
     config = tf.Qwen2Config(**BASE, num_key_value_heads=1, use_sliding_window=False, sliding_window=4)
-    assert refusal(tf.AutoModelForCausalLM.from_config(config), None) is None
+    model = tf.AutoModelForCausalLM.from_config(config)
+    assert exceeded_window(model.config, None) is None
+    assert not language_runner(model, "auto", None).windows
 
 
-def test_capped_attention_is_refused() -> None:
-    config = tf.Gemma2Config(**BASE, num_key_value_heads=1, head_dim=8, sliding_window=64)
-    message = refused(tf.AutoModelForCausalLM.from_config(config), max_length=32)
-    assert "caps its attention logits" in message
+def test_linear_attention_hybrids_are_refused_by_name() -> None:
+    for config in (tf.Qwen3NextConfig, tf.Qwen3_5TextConfig):
+        model = tiny_model("lm", config.__name__)
+        message = refused(model)
+        assert type(model).__name__ in message
+        assert "recurrent state" in message
 
 
 def test_recurrent_state_is_refused() -> None:

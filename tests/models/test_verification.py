@@ -44,7 +44,9 @@ def refused(load: Callable[[], object]) -> str:
 def test_an_attention_of_another_scale(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     attend = PrefixCache.attend
     monkeypatch.setattr(
-        PrefixCache, "attend", lambda self, layer, q, k, v, scale: attend(self, layer, q, k, v, 1.02 * scale)
+        PrefixCache,
+        "attend",
+        lambda self, layer, q, k, v, scale, *how: attend(self, layer, q, k, v, 1.02 * scale, *how),
     )
     model = tiny_model("lm", "Qwen2Config", dtype)
     assert "cached forward differs" in refused(lambda: language_runner(model, "transformers", None))
@@ -56,15 +58,23 @@ def test_an_attention_of_another_scale(dtype: torch.dtype, monkeypatch: pytest.M
     [
         ("GraniteConfig", {"logits_scaling": 1.02}, "logits_scaling=1.02"),
         ("CohereConfig", {"logit_scale": 0.98}, "logit_scale=0.98"),
-        ("NanoChatConfig", {"final_logit_softcapping": 50.0}, "final_logit_softcapping=50.0"),
     ],
 )
-def test_logits_that_are_scaled_or_capped(
+def test_logits_that_are_scaled(
     family: str, settings: dict[str, float], named: str, dtype: torch.dtype
 ) -> None:
     model = tiny_model("lm", family, dtype, **settings)
-    model.get_output_embeddings().weight.data *= 0.1  # logits so small that no cap changes them
     assert named in refused(lambda: language_runner(model, "auto", None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cap_of_the_logits_is_the_models_own(dtype: torch.dtype) -> None:
+    model = tiny_model("lm", "NanoChatConfig", dtype, final_logit_softcapping=50.0)
+    model.get_output_embeddings().weight.data *= 0.1  # logits so small that no cap changes them
+    runner = language_runner(model, "auto", None)
+    for wrong in (None, 40.0):
+        runner.logit_cap = wrong
+        assert "final_logit_softcapping=50.0" in refused(runner.verify)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
