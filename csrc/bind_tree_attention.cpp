@@ -1,4 +1,5 @@
-// Python's tree_attention(threads, q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal, out).
+// Python's tree_attention(threads, q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal, window, softcap, sinks,
+// out).
 #include <optional>
 
 #include "arguments.hpp"
@@ -12,7 +13,8 @@ namespace {
 HeadsView view(const Array& x) { return {memory<void>(x), stride(x, 0), stride(x, 1), stride(x, 2)}; }
 
 void call(int threads, const Array& q, const Array& k, const Array& v, const Array& k_cache, const Array& v_cache,
-          const Array& lengths, const std::optional<Array>& ancestors, double scale, bool causal, const Array& out) {
+          const Array& lengths, const std::optional<Array>& ancestors, double scale, bool causal, int64_t window,
+          double softcap, const std::optional<Array>& sinks, const Array& out) {
   expect_rank(q, "q", 4);
   expect_rank(k_cache, "k_cache", 4);
   expect_float(q, "q", true);
@@ -35,6 +37,14 @@ void call(int threads, const Array& q, const Array& k, const Array& v, const Arr
     expect_contiguous(*ancestors, "ancestors", kInt64, {B, S});
     if (causal || S > kMaskBits) refuse("ancestors want causal=False and S <= " + std::to_string(kMaskBits));
   }
+  if (window < 0) refuse("window=" + std::to_string(window) + ": use at least 1, or 0 for none");
+  // Others are none, or no number, in float.
+  if (softcap != 0 && !(softcap >= 1e-30 && softcap <= 1e30)) {
+    refuse("softcap=" + std::to_string(softcap) + ": use 1e-30 to 1e30, or 0 for none");
+  }
+  if (sinks) expect_contiguous(*sinks, "sinks", code, {H});
+  // Differences of positions stay in range.
+  const int64_t most = int64_t{1} << 40;
   TreeAttention a = {code,
                      B,
                      H,
@@ -53,13 +63,16 @@ void call(int threads, const Array& q, const Array& k, const Array& v, const Arr
                      static_cast<float>(scale),
                      causal,
                      0,
-                     B * S};
+                     B * S,
+                     window < most ? window : most,
+                     static_cast<float>(softcap),
+                     sinks ? memory<void>(*sinks) : nullptr};
   for (int64_t b = 0; b < B; ++b) {
     if (a.lengths[b] < 0 || a.lengths[b] > T) refuse("a length is outside the cache");
   }
   if (B * S == 0) return;
   int64_t items = 0;
-  for (int64_t b = 0; b < B; ++b) items += attention::row_blocks(a) * G * attention::splits(a.lengths[b]);
+  for (int64_t b = 0; b < B; ++b) items += attention::row_blocks(a) * G * attention::splits(a, b);
   if (threads > items) threads = static_cast<int>(items);
   if (threads < 1) threads = 1;
 

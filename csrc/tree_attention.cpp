@@ -186,6 +186,9 @@ class Item {
       pack_query(at<T>(a_.q, b_, head(r), token(r)), s_.q + r * width_, static_cast<const P*>(nullptr));
     }
     const bool independent = a_.ancestors == nullptr && !a_.causal;
+    // Positions after the prefix that all query rows have left behind; negative: before its end. A block of these would
+    // change no bit, so it is left out.
+    const int64_t length = a_.lengths[b_], unseen = a_.causal && a_.window > 0 ? token(0) - a_.window + 1 : -length;
     if (split_ == 0 && independent) {
       start_with_itself();
     } else {
@@ -197,22 +200,22 @@ class Item {
     }
     if (split_ == 0 && !independent) {
       const int64_t visible = a_.causal ? token(rows_ - 1) + 1 : a_.S;
-      for (int64_t j = 0; j < visible; j += kBlock) {
+      for (int64_t j = whole_blocks(unseen); j < visible; j += kBlock) {
         block<true>(at<T>(a_.k, b_, g_, j), a_.k.token, at<T>(a_.v, b_, g_, j), a_.v.token,
                     visible - j < kBlock ? visible - j : kBlock, j);
       }
     }
-    const int64_t length = a_.lengths[b_];
-    const int64_t end = length < (split_ + 1) * kSplit ? length : (split_ + 1) * kSplit;
-    for (int64_t t = split_ * kSplit; t < end; t += kBlock) {
+    const int64_t begin = attention::first_slot(a_, b_) + split_ * kSplit;
+    const int64_t end = length < begin + kSplit ? length : begin + kSplit;
+    for (int64_t t = begin + whole_blocks(length + unseen - begin); t < end; t += kBlock) {
       block<false>(at<T>(a_.k_cache, b_, g_, t), a_.k_cache.token, at<T>(a_.v_cache, b_, g_, t), a_.v_cache.token,
-                   end - t < kBlock ? end - t : kBlock, 0);
+                   end - t < kBlock ? end - t : kBlock, t);
     }
   }
 
   // The result, where the row has one item only.
   void finish() {
-    for (int64_t r = 0; r < rows_; ++r) write(r, s_.acc + r * width_, s_.l[r]);
+    for (int64_t r = 0; r < rows_; ++r) write(r, s_.acc + r * width_, s_.m[r], s_.l[r]);
   }
 
   void save(float* partial) {
@@ -245,11 +248,12 @@ class Item {
           store(acc + d, fma(w, load(partial + r * width_ + d), load(acc + d)));
         }
       }
-      write(r, acc, l);
+      write(r, acc, m, l);
     }
   }
 
  private:
+  static int64_t whole_blocks(int64_t n) { return n > 0 ? n / kBlock * kBlock : 0; }
   int64_t token(int64_t r) const { return (first_ + r) / group_; }
   int64_t head(int64_t r) const { return g_ * group_ + (first_ + r) % group_; }
 
@@ -279,9 +283,38 @@ class Item {
           store(acc + d, load(v + d));
         }
       }
-      s_.m[r] = sum(dot) * a_.scale;
-      s_.l[r] = 1;
+      const float own = sum(dot) * a_.scale;
+      s_.m[r] = a_.softcap > 0 ? largest(capped(set1(own))) : own;
+      s_.l[r] = s_.m[r] == -kInf ? 0.0f : 1.0f;
+      if (s_.l[r] == 0) {
+        for (int64_t d = 0; d < width_; d += kWidth) store(acc + d, load(acc + d) * zero());
+      }
     }
+  }
+
+  Vec capped(Vec x) const { return tanh(x / set1(a_.softcap)) * set1(a_.softcap); }
+
+  // Positions between the row's prefix and a new token.
+  int64_t depth(int64_t token) const {
+    if (a_.causal) return token;
+    if (a_.ancestors == nullptr) return 0;
+    const int64_t bits = __builtin_popcountll(static_cast<uint64_t>(a_.ancestors[b_ * a_.S + token]));
+    return bits > 0 ? bits - 1 : 0;
+  }
+
+  // Clears the scores x of those of n new tokens or slots, from number first_key on, that query row r's window has left
+  // behind.
+  template <bool kNew>
+  void clear_unseen(int64_t r, float* x, int64_t n, int64_t first_key) const {
+    const int64_t least = depth(token(r)) - a_.window + 1;
+    if (kNew && a_.ancestors != nullptr) {
+      for (int64_t t = 0; t < n; ++t) {
+        if (depth(first_key + t) < least) x[t] = -kInf;
+      }
+      return;
+    }
+    const int64_t seen = (kNew ? least : a_.lengths[b_] + least) - first_key;
+    for (int64_t t = 0; t < n && t < seen; ++t) x[t] = -kInf;
   }
 
   // Values as floats, padded with zeros to a whole number of vectors: in place where they already are.
@@ -298,8 +331,8 @@ class Item {
     return s_.values;
   }
 
-  // Adds n keys, of which `first_key` is the number of the first among the new tokens.
-  template <bool kMasked>
+  // Adds n keys, of which `first_key` is the number of the first among the new tokens, or its slot.
+  template <bool kNew>
   void block(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t n, int64_t first_key) {
     pack_keys<T, P>(k, k_stride, n, units_, s_.keys);
     for (int64_t r = 0; r < rows_; r += kTile) {
@@ -309,10 +342,13 @@ class Item {
       }
     }
     const int64_t end = (n + kWidth - 1) / kWidth * kWidth;
+    if (a_.softcap > 0) cap_scores(end);
+    const bool windowed = a_.window > 0;
     for (int64_t r = 0; r < rows_; ++r) {
       float* x = s_.scores + r * kBlock;
       for (int64_t t = n; t < end; ++t) x[t] = -kInf;
-      if (kMasked) {
+      if (windowed) clear_unseen<kNew>(r, x, n, first_key);
+      if (kNew) {
         if (a_.causal) {
           for (int64_t t = token(r) - first_key + 1 < 0 ? 0 : token(r) - first_key + 1; t < n; ++t) x[t] = -kInf;
         } else {
@@ -357,9 +393,24 @@ class Item {
     }
   }
 
-  void write(int64_t r, const float* acc, float l) const {
+  void cap_scores(int64_t n) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* x = s_.scores + r * kBlock;
+      for (int64_t t = 0; t < n; t += kWidth) store(x + t, capped(load(x + t)));
+    }
+  }
+
+  // What the sum of weighted values is multiplied with, given the maximum m of its scores and the sum l of its weights.
+  float inverse(int64_t r, float m, float l) const {
     // A token to which nothing is visible gives zeros.
-    const float inverse = l == 0 ? 0.0f : 1 / l;
+    if (a_.sinks == nullptr) return l == 0 ? 0.0f : 1 / l;
+    const float sink = to_float(static_cast<const T*>(a_.sinks)[head(r)]), top = sink > m ? sink : m;
+    const float base = top == -kInf ? 0.0f : top, weight = exp1(m - base), total = l * weight + exp1(sink - base);
+    return total == 0 ? 0.0f : weight / total;
+  }
+
+  void write(int64_t r, const float* acc, float m, float l) const {
+    const float inverse = this->inverse(r, m, l);
     T* out = const_cast<T*>(at<T>(a_.out, b_, head(r), token(r)));
     int64_t d = 0;
     for (; d + kWidth <= a_.D; d += kWidth) store(out + d, load(acc + d) * set1(inverse));
@@ -393,7 +444,7 @@ void work(const TreeAttention& a, char* workspace, int thread, int threads) {
   for (int64_t b = 0; b < a.B; ++b) {
     const Range tokens = attention::tokens_of_row(a, b);
     const int64_t rows = (tokens.end - tokens.begin) * group, blocks = (rows + kRows - 1) / kRows;
-    const int64_t splits = attention::splits(a.lengths[b]), items = blocks * a.G * splits;
+    const int64_t splits = attention::splits(a, b), items = blocks * a.G * splits;
     while (item < before + items) {
       const int64_t i = item - before, split = i % splits, g = i / splits % a.G;
       // The last query rows of a prompt see the most keys, so they are computed first.

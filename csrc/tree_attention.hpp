@@ -6,9 +6,10 @@
 //         RGTG_DISPATCH(isa, tree_attention(a, workspace, thread, threads));    or without, in an ISA's own namespace
 //         barrier(...);                                before any thread reads a.out or calls again
 //
-// Between the calls of one preparation only pointers, strides, first and count may change. The order of additions
-// of one new token depends on its own row's length, on its own index in the row and on its mask alone: its result has the
-// same bits in any batch, any range and on any number of threads.
+// Between the calls of one preparation only pointers, strides, first, count, window, softcap and sinks may change; where
+// the window does, tree_attention_workspace() wants a window of 0, which needs the most. The order of additions of one new
+// token depends on the window, on its own row's length, on its own index in the row and on its mask alone: its result has
+// the same bits in any batch, any range and on any number of threads.
 #pragma once
 
 #include <cstring>
@@ -37,6 +38,11 @@ struct TreeAttention {
   bool causal;
   // The new tokens that are computed: count of all B * S (token s of row b is number b * S + s), beginning with first.
   int64_t first, count;
+  // Positions that a new token sees, its own included; 0: all. Its own is its row's length plus its depth: 0 without a
+  // mask, its index with `causal`, else the bits of its mask - 1 (0 for an empty mask).
+  int64_t window = 0;
+  float softcap = 0;            // c: a scaled score x becomes c tanh(x / c); 0: it stays
+  const void* sinks = nullptr;  // [H] of dtype: logits of the softmax without a value, or null
 };
 
 // Bytes of memory that the threads share while they work.
@@ -48,7 +54,8 @@ namespace attention {
 
 // Query rows (a new token of a query head) of one work item.
 constexpr int64_t kRows = 120;
-// Slots of the prefix of one work item. Fixed, so that the order of additions depends on the row's own length only.
+// Slots of the prefix of one work item. Fixed, so that the order of additions depends on the row's own length (and the
+// window) only.
 constexpr int64_t kSplit = 128;
 
 struct Header {
@@ -64,7 +71,14 @@ struct Layout {
 };
 
 static inline int64_t row_blocks(const TreeAttention& a) { return (a.S * (a.H / a.G) + kRows - 1) / kRows; }
-static inline int64_t splits(int64_t length) { return length <= kSplit ? 1 : (length + kSplit - 1) / kSplit; }
+// The first slot that a new token of row b sees. Those before it are not read: splits are counted from here.
+static inline int64_t first_slot(const TreeAttention& a, int64_t b) {
+  return a.window > 0 && a.lengths[b] >= a.window ? a.lengths[b] - a.window + 1 : 0;
+}
+static inline int64_t splits(const TreeAttention& a, int64_t b) {
+  const int64_t slots = a.lengths[b] - first_slot(a, b);
+  return slots <= kSplit ? 1 : (slots + kSplit - 1) / kSplit;
+}
 static inline int64_t padded(int64_t d) { return (d + 15) / 16 * 16; }
 // Query rows of the largest work item.
 static inline int64_t item_rows(const TreeAttention& a) {
@@ -107,7 +121,7 @@ static inline Range tokens_of_row(const TreeAttention& a, int64_t b) {
 static inline size_t tree_attention_workspace(const TreeAttention& a, int threads) {
   int64_t items = 0;
   for (int64_t b = 0; b < a.B; ++b) {
-    const int64_t splits = attention::splits(a.lengths[b]);
+    const int64_t splits = attention::splits(a, b);
     if (splits > 1) items += attention::row_blocks(a) * a.G * splits;
   }
   const attention::Layout l = attention::layout(a, nullptr, threads);

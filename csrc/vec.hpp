@@ -398,6 +398,18 @@ inline Vec exp(Vec x) {
   return p * pow2(half) * pow2(n - half);
 }
 
+// tanh x to about two units in the last place; NaN for NaN.
+inline Vec tanh(Vec x) {
+  const Vec size = max(x, zero() - x), s = size * size, one = set1(1.0f), limit = set1(0.75f);
+  // Up to 3/4 a convergent of the continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))); beyond it (1 - e) / (1 + e)
+  // with e = e^(-2x), which loses digits near 0.
+  const Vec e = exp(size * set1(-2.0f)), top = max(size, limit);
+  const Vec p = size * fma(s, s + set1(105.0f), set1(945.0f));
+  const Vec q = fma(s, fma(s, set1(15.0f), set1(420.0f)), set1(945.0f));
+  const Vec t = where_equal(top, limit, p, one - e) / where_equal(top, limit, q, one + e);
+  return where_equal(size, x, t, zero() - t);
+}
+
 // ln x to about one unit in the last place, for positive normal x (zero, infinity and NaN are not handled).
 inline Vec log(Vec x) {
   Vec m;

@@ -11,7 +11,7 @@ import torch
 
 from rgtg_fast import ops
 from rgtg_fast.ops import backend_of, tree_attention, use_backend
-from tests.ops.specs import SPECS, call, in_double
+from tests.ops.specs import SPECS, call, in_double, row_of
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels are NOT run on a GPU"
@@ -24,8 +24,6 @@ CASES = [
     for dtype in DTYPES
     if shape.get("k", 0) <= 256
 ]
-# Weights that belong to no row.
-SHARED = ("norm", "head", "bias", "eos")
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
@@ -102,11 +100,7 @@ def test_a_row_has_the_same_bits_in_any_batch(name, dtype):
         arguments = moved(SPECS[name].make_inputs(shape, dtype))
         whole = call(name, arguments)
         for row in range(shape["B"]):
-            alone = {
-                key: x[row : row + 1] if isinstance(x, torch.Tensor) and key not in SHARED else x
-                for key, x in arguments.items()
-            }
-            for a, b in zip(call(name, alone), whole, strict=True):
+            for a, b in zip(call(name, row_of(arguments, row)), whole, strict=True):
                 torch.testing.assert_close(a, b[row : row + 1], **EXACT)
 
 

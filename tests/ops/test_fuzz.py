@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rgtg_fast import RGTGError, ops
 from rgtg_fast.ops import _extension, use_backend
-from tests.ops.specs import SPECS, call
+from tests.ops.specs import SHARED, SPECS, call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHER_DTYPES = (*DTYPES, torch.int64, torch.int32, torch.bool, torch.complex64)
@@ -27,7 +27,7 @@ OPTIONS = {
 }
 # Dimensions of rows, so that there may be none: the first but where it is said.
 ROWS = {"commit": {"k_new": 1, "v_new": 1, "k_cache": 1, "v_cache": 1}}
-WITHOUT_ROWS = {"norm", "head", "bias", "eos", "offsets", "normalizer"}
+WITHOUT_ROWS = {*SHARED, "offsets", "normalizer"}
 
 
 def _shape(name: str, data: st.DataObject) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def test_attention_compiles_with_a_changing_number_of_tokens():
     arguments = SPECS["tree_attention"].make_inputs
     compiled = torch.compile(tree_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     for S in (3, 4, 7):
-        case = arguments({"B": 2, "H": 4, "G": 2, "S": S, "T": 20, "D": 16}, torch.float32)
+        shape = {"B": 2, "H": 4, "G": 2, "S": S, "T": 20, "D": 16, "window": 5, "softcap": 2.0, "sinks": True}
+        case = arguments(shape, torch.float32)
         assert torch.equal(compiled(**case), tree_attention(**case))
 
 

@@ -12,15 +12,16 @@ import torch
 from rgtg_fast import ops
 from rgtg_fast.ops import use_backend
 from tests.covering import daily
-from tests.ops.specs import SPECS, call, in_double
+from tests.ops.specs import SPECS, call, in_double, row_of
 from tests.ops.support import cases_of, shape_and_dtype
 
 CASES = daily(cases_of({name: spec.shapes for name, spec in SPECS.items() if spec.has_cpp}), shape_and_dtype)
 
 
 def small(dtypes: tuple[torch.dtype, ...], names: Iterable[str] = SPECS) -> list[Any]:
-    """The first shapes of every op in these dtypes."""
-    cases = cases_of({name: SPECS[name].shapes[:6] for name in names}, dtypes)
+    """The first shapes of every op in these dtypes, and those of attention with a window."""
+    windows = {name: [shape for shape in SPECS[name].shapes[6:] if "window" in shape] for name in names}
+    cases = cases_of({name: (*SPECS[name].shapes[:6], *windows[name]) for name in names}, dtypes)
     return daily(cases, shape_and_dtype)
 
 
@@ -78,8 +79,7 @@ def test_a_row_has_the_same_bits_in_any_batch(name, shape, dtype):
     arguments = SPECS[name].make_inputs(shape, dtype)
     whole = call(name, arguments)
     for row in range(shape["B"]):
-        alone = {key: x[row : row + 1] if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
-        for a, b in zip(call(name, alone), whole, strict=True):
+        for a, b in zip(call(name, row_of(arguments, row)), whole, strict=True):
             torch.testing.assert_close(a, b[row : row + 1], rtol=0, atol=0, equal_nan=True)
 
 

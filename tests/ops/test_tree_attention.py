@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from rgtg_fast import RGTGError
 from rgtg_fast.ops import _extension, tree_attention, use_backend
@@ -142,8 +145,9 @@ def test_extreme_scores(backend, factor):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masks_chain_and_causal_agree(backend):
-    shape = {"B": 2, "H": 6, "G": 2, "S": 64, "T": 90, "D": 32}
+@pytest.mark.parametrize("window", [0, 1, 20, 100])
+def test_masks_chain_and_causal_agree(backend, window):
+    shape = {"B": 2, "H": 6, "G": 2, "S": 64, "T": 90, "D": 32, "window": window}
     with use_backend(backend):
         chain = tree_attention(**SPEC.make_inputs({**shape, "mask": "chain"}, torch.float32))
         causal = tree_attention(**SPEC.make_inputs({**shape, "mask": "causal"}, torch.float32))
@@ -152,10 +156,11 @@ def test_masks_chain_and_causal_agree(backend):
 
 @pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mask", [None, "causal"])
-def test_more_new_tokens_change_no_bit_of_the_first(dtype, mask):
+@pytest.mark.parametrize(("mask", "window"), [(None, 0), ("causal", 0), (None, 170), ("causal", 50)])
+def test_more_new_tokens_change_no_bit_of_the_first(dtype, mask, window):
     """A short prompt has the same bits when it is padded to the length of a longer one in its batch."""
-    arguments = SPEC.make_inputs({"B": 1, "H": 6, "G": 2, "S": 150, "T": 300, "D": 32, "mask": mask}, dtype)
+    shape = {"B": 1, "H": 6, "G": 2, "S": 150, "T": 300, "D": 32, "mask": mask, "window": window}
+    arguments = SPEC.make_inputs(shape, dtype)
     whole = tree_attention(**arguments)
     for S in (1, 7, 41, 100):
         short = {**arguments, **{name: arguments[name][:, :, :S] for name in ("q", "k", "v")}}
@@ -173,6 +178,103 @@ def test_more_room_in_the_cache_changes_no_bit():
         arguments["v_cache"][:, :, :300],
     )
     assert torch.equal(tree_attention(**arguments), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", [None, "causal", "tree"])
+@pytest.mark.parametrize("window", [241, 2**31 - 1, 2**80])
+def test_a_window_that_nothing_leaves_changes_no_bit(backend, mask, window):
+    shape = {"B": 2, "H": 6, "G": 2, "S": 9, "T": 232, "D": 20, "mask": mask, "lengths": [232, 0]}
+    arguments = SPEC.make_inputs(shape, torch.float32)
+    with use_backend(backend):
+        assert torch.equal(tree_attention(**{**arguments, "window": window}), tree_attention(**arguments))
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, 2, 64, 129, 300])
+def test_a_window_is_a_prefix_that_begins_later(dtype, window):
+    """Bit for bit: what lies before it does not even change how the sums are split."""
+    arguments = SPEC.make_inputs(
+        {"B": 1, "H": 6, "G": 2, "S": 4, "T": 700, "D": 32, "lengths": [600], "window": window}, dtype
+    )
+    first = 600 - window + 1
+    later = {name: arguments[name][:, :, first:] for name in ("k_cache", "v_cache")}
+    later |= {"lengths": torch.tensor([window - 1]), "window": None}
+    assert torch.equal(tree_attention(**arguments), tree_attention(**{**arguments, **later}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sinks_that_take_all_leave_zeros(backend, softcap):
+    shape = {"B": 2, "H": 2, "G": 1, "S": 2, "T": 4, "D": 8, "mask": "tree", "lengths": [0, 4], "sinks": True}
+    arguments = {**SPEC.make_inputs(shape, torch.float32), "softcap": softcap}
+    with use_backend(backend):
+        got = tree_attention(**arguments)
+        assert (got[0, :, 1] == 0).all(), "only its sink is visible to this token"
+        assert (got[0, :, 0] != 0).all()
+        arguments["sinks"] = torch.tensor([1e30, float("-inf")])
+        got = tree_attention(**arguments)
+        arguments["sinks"] = None
+        want = tree_attention(**arguments)
+    assert (got[:, 0] == 0).all()
+    torch.testing.assert_close(got[:, 1], want[:, 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_a_token_whose_own_score_is_minus_infinity_sees_its_prefix_alone(backend, prefix):
+    arguments = SPEC.make_inputs({"B": 1, "H": 1, "G": 1, "S": 1, "T": prefix, "D": 4}, torch.float32)
+    arguments["q"][...], arguments["k"][...] = 1.0, float("-inf")
+    with use_backend(backend):
+        got = tree_attention(**arguments)
+    keys, values = arguments["k_cache"][0, 0], arguments["v_cache"][0, 0]
+    want = (keys.sum(-1) * arguments["scale"]).softmax(0) @ values if prefix else torch.zeros(4)
+    torch.testing.assert_close(got[0, 0, 0], want)
+
+
+def whole(arguments, window):
+    """The prompt of one row as a model without a cache sees it: queries, keys, values, and what the mask adds."""
+    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    keys, values = torch.cat([arguments["k_cache"], k], 2), torch.cat([arguments["v_cache"], v], 2)
+    S, N = arguments["q"].shape[2], keys.shape[2]
+    at, key = torch.arange(N - S, N)[:, None], torch.arange(N)
+    seen = (key <= at) & (key > at - window)
+    return q, keys, values, seen
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("T", "window"), [(0, 7), (40, 7), (200, 150), (3, 64)])
+def test_equals_torch_attention_with_an_explicit_mask(backend, T, window):
+    shape = {"B": 2, "H": 4, "G": 2, "S": 20, "T": T, "D": 16, "mask": "causal", "lengths": [T, T]}
+    arguments = SPEC.make_inputs(shape, torch.float32)
+    q, keys, values, seen = whole(arguments, window)
+    want = functional.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
+    with use_backend(backend):
+        torch.testing.assert_close(tree_attention(**{**arguments, "window": window}), want, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_equals_the_attention_of_transformers(backend, family):
+    """Their eager attention with a softcap, and with sinks, over their sliding window."""
+    from transformers.masking_utils import sliding_window_overlay
+
+    shape = {"B": 2, "H": 4, "G": 2, "S": 20, "T": 50, "D": 16, "mask": "causal", "lengths": [50, 50]}
+    arguments = SPEC.make_inputs({**shape, "sinks": family == "gpt_oss"}, torch.float32)
+    arguments |= {"window": 12, "softcap": 1.5 if family == "gemma2" else None}
+    q, keys, values, _ = whole(arguments, 12)
+    inside = sliding_window_overlay(12)
+    seen = [[j <= i and inside(0, 0, i, j) for j in range(70)] for i in range(50, 70)]
+    mask = torch.zeros(20, 70).masked_fill(~torch.tensor(seen), float("-inf"))
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups, module.sinks = 2, arguments["sinks"]
+    own = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    more = {"softcap": 1.5} if family == "gemma2" else {}
+    want, _ = own.eager_attention_forward(module, q, keys, values, mask, scaling=arguments["scale"], **more)
+    with use_backend(backend):
+        got = tree_attention(**arguments)
+    torch.testing.assert_close(got.transpose(1, 2), want, rtol=0, atol=4e-6)
 
 
 def test_inputs_are_left_alone():

@@ -24,7 +24,7 @@ from tests.covering import daily, each
 from tests.engine.support import prompts_of
 from tests.engine.test_ahead import as_numbers, make_decoder
 from tests.ops.interpreted import interpreted, missing_reason
-from tests.ops.specs import SPECS, Tolerance, call, in_double
+from tests.ops.specs import SPECS, Tolerance, call, in_double, row_of
 from tests.ops.support import cases_of, compare, shape_and_dtype
 
 pytestmark = pytest.mark.triton
@@ -96,8 +96,7 @@ def test_a_row_has_the_same_bits_in_any_batch(name):
     arguments = SPECS[name].make_inputs(shape, torch.float32)
     whole = call(name, arguments)
     for row in range(shape["B"]):
-        alone = {key: x[row : row + 1] if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
-        for a, b in zip(call(name, alone), whole, strict=True):
+        for a, b in zip(call(name, row_of(arguments, row)), whole, strict=True):
             torch.testing.assert_close(a, b[row : row + 1], rtol=0, atol=0, equal_nan=True)
 
 

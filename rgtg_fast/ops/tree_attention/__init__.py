@@ -121,13 +121,6 @@ def triton_limit(D: int = 1) -> str:
     return f"its Triton kernel takes D <= {MAX_D}, not {D}" if D > MAX_D else ""
 
 
-def _cpp_arguments(*every: Any) -> tuple[Any, ...]:
-    *arguments, window, softcap, sinks = every
-    if window or softcap or sinks is not None:
-        raise ValueError("its C++ kernel takes no window, softcap or sinks yet")
-    return tuple(arguments)
-
-
 register(
     reference,
     outputs,
@@ -137,7 +130,6 @@ register(
     triton_dtypes=frozenset(DTYPE_CODES),
     triton_limit=triton_limit,
     sizes=lambda q, *_: {"D": q.shape[-1]},
-    cpp_arguments=_cpp_arguments,
 )
 
 

@@ -26,6 +26,8 @@ TYPES = {
 }
 # Arguments that the references keep in float32 when the others are float64.
 FLOAT32 = ("beta", "temperature", "guidance")
+# Weights that belong to no row.
+SHARED = ("norm", "head", "bias", "eos", "sinks")
 
 
 class Tolerance(NamedTuple):
@@ -114,6 +116,14 @@ def call(name: str, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     result = getattr(ops, name)(**arguments)
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     return (*results, *(arguments[argument] for argument in OPS[name].writes))
+
+
+def row_of(arguments: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """The arguments of one row of the batch."""
+    return {
+        name: x[row : row + 1] if isinstance(x, torch.Tensor) and name not in SHARED else x
+        for name, x in arguments.items()
+    }
 
 
 def in_double(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.ops.specs import TYPES, KernelSpec, OpSpec, Tolerance, signature
 def make_inputs(
     shape: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """Ragged prefixes from T down to about T/2 (`lengths` overrides); slots past a row's length hold NaN.
+    """Ragged prefixes from T down to about T/2 (`lengths` overrides); slots that no token sees hold NaN.
 
     Generated on the device, so the numbers of a seed depend on the device.
     """
@@ -25,7 +25,10 @@ def make_inputs(
 
     lengths = torch.tensor(shape.get("lengths", [T - b * T // (2 * B) for b in range(B)]), dtype=torch.int64)
     lengths = lengths.to(device)
-    empty = (torch.arange(T, device=device) >= lengths[:, None])[:, None, :, None]
+    slot = torch.arange(T, device=device)
+    window = shape.get("window", 0)
+    seen = (slot < lengths[:, None]) & (slot > lengths[:, None] - (window or 1 << 40))
+    empty = ~seen[:, None, :, None]
     k_cache = normal(B, G, T, D).masked_fill(empty, float("nan"))
     v_cache = normal(B, G, T, D).masked_fill(empty, float("nan"))
     mask = shape.get("mask")
@@ -50,7 +53,7 @@ def make_inputs(
         "ancestors": None if ancestors is None else ancestors.to(device),
         "scale": D**-0.5,
         "causal": mask == "causal",
-        "window": shape.get("window", 0),
+        "window": window,
         "softcap": shape.get("softcap", 0.0),
         "sinks": normal(H).to(dtype) if shape.get("sinks") else None,
     }
@@ -136,6 +139,15 @@ SPEC = OpSpec(
         _shape(1, 9, 3, 300, 0, 64, mask="causal"),
         _shape(3, 4, 2, 37, 90, 48, mask="causal", lengths=[0, 90, 41]),
         _shape(2, 3, 3, 70, 5, 20, mask="causal"),
+        _shape(3, 4, 2, 5, 700, 64, lengths=[700, 0, 90], window=200),
+        _shape(2, 8, 2, 3, 300, 128, softcap=30.0),
+        _shape(2, 6, 3, 4, 200, 32, sinks=True, lengths=[200, 0]),
+        _shape(2, 2, 1, 3, 130, 16, window=1, sinks=True),
+        _shape(2, 4, 2, 70, 300, 48, mask="causal", lengths=[300, 17], window=90, softcap=4.0, sinks=True),
+        _shape(1, 3, 1, 300, 0, 20, mask="causal", window=33),
+        _shape(2, 4, 2, 64, 140, 24, mask="tree", lengths=[140, 1], window=3, softcap=2.0),
+        _shape(2, 4, 1, 9, 60, 16, mask="chain", lengths=[60, 4], window=5, sinks=True),
+        _shape(1, 2, 1, 2, 5000, 16, window=4500, sinks=True),
     ),
     # 16-bit inputs are rounded before the comparison; the output is rounded once more.
     tolerances={
