@@ -30,7 +30,8 @@ int64_t decoder_chunk(const DecoderCall& call) {
 int64_t decoder_scratch_bytes(const DecoderShape& s, const DecoderCall& call, int threads) {
   const int64_t chunk = decoder_chunk(call);
   const int64_t per_row = (s.heads + 2 * s.groups) * s.head_dim + 3 * s.inner + 2 * s.heads * s.head_dim;
-  return 4 * chunk * (per_row + threads * s.hidden + 3 * call.rank) + 64 * (9 + threads);
+  const int64_t norms = (threads + (s.out_norms ? 1 : 0)) * s.hidden;
+  return 4 * chunk * (per_row + norms + 3 * call.rank) + 64 * (10 + threads);
 }
 
 TreeAttention decoder_attention(const DecoderShape& s, const DecoderCall& call) {
@@ -40,6 +41,7 @@ TreeAttention decoder_attention(const DecoderShape& s, const DecoderCall& call) 
   a.lengths = call.lengths;
   a.ancestors = call.ancestors;
   a.scale = s.scale;
+  a.softcap = s.softcap;
   a.causal = call.causal;
   a.count = call.batch * call.tokens;
   return a;
@@ -50,7 +52,8 @@ namespace {
 using Optional = std::optional<Array>;
 
 constexpr const char* kMatrixNames[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
-constexpr size_t kVectors = kMatrices + 4;  // of a layer: the matrices' biases, then the norms
+constexpr size_t kNorms = 6;
+constexpr size_t kVectors = kMatrices + kNorms;  // of a layer: the matrices' biases, then the norms
 
 const float* floats(const Optional& a) { return a ? memory<float>(*a) : nullptr; }
 
@@ -62,10 +65,10 @@ int64_t at_least_one(int64_t n, const char* name) {
 // The model's weights as a table of addresses, and the scratch that its calls share.
 class DecoderLayers {
  public:
-  // Of each layer: its matrices, then its vectors.
-  DecoderLayers(const std::vector<std::vector<Optional>>& layers, const Array& final_norm, const Array& embedding,
-                float embedding_scale, int64_t heads, int64_t groups, int64_t head_dim, int64_t rotary, float eps,
-                float scale, int activation)
+  // Of each layer: its matrices, then its vectors; and in `ropes` the number of its tables of cos and sin.
+  DecoderLayers(const std::vector<std::vector<Optional>>& layers, const std::vector<int64_t>& ropes,
+                const Array& final_norm, const Array& embedding, float embedding_scale, int64_t heads, int64_t groups,
+                int64_t head_dim, int64_t rotary, float eps, float scale, float softcap, int activation)
       : embedding_(embedding), embedding_scale_(embedding_scale) {
     expect_rank(embedding, "the embedding", 2);
     expect_float(embedding, "the embedding", false);
@@ -85,11 +88,13 @@ class DecoderLayers {
     if (gate == nullptr || !*gate) refuse("a layer has no gate_proj");
     expect_rank(**gate, "gate_proj", 2);
     const int64_t inner = at_least_one(size(**gate, 0), "intermediate_size");
-    shape_ = {hidden,          heads, groups, head_dim, inner, rotary, eps, scale, static_cast<Activation>(activation),
-              dtype(embedding)};
+    if (ropes.size() != layers.size()) refuse("a layer has no rope");
+    shape_ = {hidden,           heads, groups, head_dim, inner,
+              rotary,           eps,   scale,  softcap,  static_cast<Activation>(activation),
+              dtype(embedding), false};
     expect_contiguous(final_norm, "the final norm", kFloat32, {hidden});
     final_norm_ = memory<float>(final_norm);
-    for (const std::vector<Optional>& layer : layers) add(layer);
+    for (size_t i = 0; i < layers.size(); ++i) add(layers[i], ropes[i]);
   }
 
   // The low-rank factors a and b, or nothing, of every layer's matrices for every adapter, in this order. An empty table
@@ -122,25 +127,30 @@ class DecoderLayers {
 
   // Layers first to last - 1 over x [B, S, hidden]; the last of all is followed by the final norm. Without ids [B, S], x
   // contains the input states. kv: k_cache, v_cache [last - first, B, G, T, D], k_new, v_new [last - first, B, G, S, D].
-  // False, with nothing computed, where an id is outside the vocabulary.
+  // windows: of each of these layers, 0 for none; empty: none in any. False, with nothing computed, where an id is
+  // outside the vocabulary.
   bool forward(int64_t first, int64_t last, int64_t variants, const Optional& ids, const Array& x, const Array& cos,
                const Array& sin, const Array& positions, const std::vector<Array>& kv, const Array& lengths,
-               const Optional& ancestors, bool causal, int threads) {
+               const Optional& ancestors, const std::vector<int64_t>& windows, bool causal, int threads) {
     if (first < 0 || first >= last || last > static_cast<int64_t>(layers_.size())) refuse("no such layers");
     if (kv.size() != 4) refuse("keys and values are k_cache, v_cache, k_new and v_new");
     expect_rank(positions, "positions", 2);
     expect_rank(kv[0], "k_cache", 5);
-    expect_rank(cos, "cos", 2);
-    const int64_t B = size(positions, 0), S = size(positions, 1), T = size(kv[0], 3), P = size(cos, 0);
+    expect_rank(cos, "cos", 3);
+    const int64_t B = size(positions, 0), S = size(positions, 1), T = size(kv[0], 3), P = size(cos, 1);
     expect_contiguous(positions, "positions", kInt64, {B, S});
     expect_contiguous(x, "x", kFloat32, {B, S, shape_.hidden});
-    expect_contiguous(cos, "cos", kFloat32, {P, shape_.rotary});
-    expect_contiguous(sin, "sin", kFloat32, {P, shape_.rotary});
+    expect_contiguous(cos, "cos", kFloat32, {ropes_, P, shape_.rotary});
+    expect_contiguous(sin, "sin", kFloat32, {ropes_, P, shape_.rotary});
     expect_contiguous(lengths, "lengths", kInt64, {B});
     if (ids) expect_contiguous(*ids, "ids", kInt64, {B, S});
     if (ids && first != 0) refuse("ids enter layer 0");
     if (ancestors) expect_contiguous(*ancestors, "ancestors", kInt64, {B, S});
     if (ancestors && (causal || S > kMaskBits)) refuse("ancestors want causal=False and S <= 64");
+    if (!windows.empty() && static_cast<int64_t>(windows.size()) != last - first) refuse("a layer has no window");
+    for (int64_t window : windows) {
+      if (window < 0) refuse("a window is negative");
+    }
     for (size_t i = 0; i < kv.size(); ++i) {
       expect(kv[i], "keys or values", shape_.dtype, {last - first, B, shape_.groups, i < 2 ? T : S, shape_.head_dim});
       expect_dense(kv[i], "keys or values");
@@ -177,6 +187,7 @@ class DecoderLayers {
                            memory<float>(x),
                            memory<float>(cos),
                            memory<float>(sin),
+                           P * shape_.rotary,
                            memory<int64_t>(positions),
                            key_values(0),
                            key_values(1),
@@ -184,6 +195,7 @@ class DecoderLayers {
                            key_values(3),
                            memory<int64_t>(lengths),
                            ancestors ? memory<int64_t>(*ancestors) : nullptr,
+                           windows.empty() ? nullptr : windows.data(),
                            causal,
                            B,
                            S,
@@ -211,8 +223,10 @@ class DecoderLayers {
     }
   }
 
-  void add(const std::vector<Optional>& layer) {
-    if (layer.size() != kMatrices + kVectors) refuse("a layer has 18 tensors");
+  void add(const std::vector<Optional>& layer, int64_t rope) {
+    if (layer.size() != kMatrices + kVectors) refuse("a layer has 20 tensors");
+    if (rope < 0 || rope > kMost) refuse("a rope is negative");
+    if (rope >= ropes_) ropes_ = rope + 1;
     for (int i = 0; i < kMatrices; ++i) {
       const auto [outer, inner] = matrix_shape(i);
       if (!layer[i]) refuse(std::string("a layer has no ") + kMatrixNames[i]);
@@ -221,15 +235,21 @@ class DecoderLayers {
       if (bias) expect_contiguous(*bias, kMatrixNames[i], kFloat32, {outer});
     }
     const Optional* const norms = layer.data() + 2 * kMatrices;
-    for (int i = 0; i < 4; ++i) {
+    for (size_t i = 0; i < kNorms; ++i) {
       if (i < 2 && !norms[i]) refuse("a layer has no norm");
-      if (norms[i]) expect_contiguous(*norms[i], "a norm", kFloat32, {i < 2 ? shape_.hidden : shape_.head_dim});
+      const bool of_head = i == 2 || i == 3;
+      if (norms[i]) expect_contiguous(*norms[i], "a norm", kFloat32, {of_head ? shape_.head_dim : shape_.hidden});
     }
+    if (norms[4] || norms[5]) shape_.out_norms = true;
     auto matrix = [&](int i) { return memory<const void>(*layer[i]); };
     auto bias = [&](int i) { return floats(layer[kMatrices + i]); };
-    layers_.push_back({matrix(0), matrix(1), matrix(2), matrix(3), matrix(4), matrix(5), matrix(6), bias(0), bias(1),
-                       bias(2), bias(3), bias(4), bias(5), bias(6), floats(norms[0]), floats(norms[1]),
-                       floats(norms[2]), floats(norms[3])});
+    layers_.push_back({matrix(0),        matrix(1),        matrix(2),
+                       matrix(3),        matrix(4),        matrix(5),
+                       matrix(6),        bias(0),          bias(1),
+                       bias(2),          bias(3),          bias(4),
+                       bias(5),          bias(6),          floats(norms[0]),
+                       floats(norms[1]), floats(norms[2]), floats(norms[3]),
+                       floats(norms[4]), floats(norms[5]), rope});
   }
 
   void run(const DecoderCall& call, int threads) {
@@ -256,6 +276,7 @@ class DecoderLayers {
   Array embedding_;
   float embedding_scale_;
   std::vector<LayerWeights> layers_;
+  int64_t ropes_ = 1;  // tables of cos and sin
   std::vector<LowRank> low_rank_;
   int64_t rank_ = 0;
   std::unique_ptr<char, Free> scratch_;
@@ -269,8 +290,8 @@ void bind_decoder_layers(pybind11::module_& m) {
   using Layers = std::vector<std::vector<Optional>>;
   using Guard = pybind11::call_guard<pybind11::gil_scoped_release>;
   pybind11::class_<DecoderLayers>(m, "DecoderLayers")
-      .def(pybind11::init<const Layers&, const Array&, const Array&, float, int64_t, int64_t, int64_t, int64_t, float,
-                          float, int>())
+      .def(pybind11::init<const Layers&, const std::vector<int64_t>&, const Array&, const Array&, float, int64_t,
+                          int64_t, int64_t, int64_t, float, float, float, int>())
       .def("adapt", &DecoderLayers::adapt, Guard())
       .def("forward", &DecoderLayers::forward, Guard());
 }

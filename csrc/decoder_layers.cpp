@@ -122,7 +122,7 @@ struct Worker {
   const int64_t chunk;
   static constexpr int64_t kBytes = sizeof(T);
   T *norm, *q, *mixed, *hidden;
-  float *qkv, *gate, *up, *low;
+  float *qkv, *gate, *up, *low, *added;
 
   Worker(const DecoderShape& shape, const DecoderCall& call, char* scratch, void* attention_workspace,
          BarrierState* barrier_state, int index, int count)
@@ -139,6 +139,7 @@ struct Worker {
     take(mixed, chunk * s.heads * s.head_dim);
     take(hidden, chunk * s.inner);
     take(low, chunk * 3 * c.rank);
+    take(added, s.out_norms ? chunk * s.hidden : 0);
     for (int i = 0; i <= (private_norm() ? thread : 0); ++i) take(norm, chunk * s.hidden);
   }
 
@@ -241,6 +242,20 @@ struct Worker {
     if (!private_norm()) wait();
   }
 
+  // x += the norm of y, which is overwritten; the other rows of the chunk are other threads'.
+  void add_normalized(float* y, const float* weight, float* x, int64_t rows) {
+    const Range mine = share(rows, thread, threads);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      float *from = y + r * s.hidden, *to = x + r * s.hidden;
+      rms_norm(from, weight, from, s.hidden, s.eps);
+      for (int64_t i = 0; i < s.hidden; i += kWidth) {
+        const int count = static_cast<int>(s.hidden - i < kWidth ? s.hidden - i : kWidth);
+        store_n(to + i, load_n(to + i, count) + load_n(from + i, count), count);
+      }
+    }
+    wait();
+  }
+
   void project_qkv(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
     const int64_t nq = s.heads * s.head_dim, nk = s.groups * s.head_dim, all = nq + 2 * nk;
     const Range mine = columns(all);
@@ -267,7 +282,8 @@ struct Worker {
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const int64_t r = i / all, head = i % all, n = first + r, b = n / c.tokens, token = n % c.tokens;
       float* x = qkv + i * s.head_dim;
-      const float *cos = c.cos + c.positions[n] * s.rotary, *sin = c.sin + c.positions[n] * s.rotary;
+      const int64_t angles = w.rope * c.table + c.positions[n] * s.rotary;
+      const float *cos = c.cos + angles, *sin = c.sin + angles;
       if (head < s.heads) {
         if (w.q_norm != nullptr) rms_norm(x, w.q_norm, x, s.head_dim, s.eps);
         rotate(x, cos, sin, q + (r * s.heads + head) * s.head_dim, s.rotary, s.head_dim);
@@ -293,6 +309,7 @@ struct Worker {
     attention.v_cache = heads(c.v_cache);
     attention.first = first;
     attention.count = rows;
+    attention.window = c.windows == nullptr ? 0 : c.windows[layer];
     tree_attention(attention, workspace, thread, threads);
   }
 
@@ -338,10 +355,12 @@ struct Worker {
         attend(layer, first, rows);
         wait();
         lora_down(layer, kO, 1, mixed, mixed_width, first, rows);
-        linear(product(mixed, w.o, w.o_bias, x, rows, mixed_width, s.hidden, true), out.begin, out.end,
-               prefetch(w.gate, s.inner, s.hidden));
-        lora_up(layer, kO, 0, x, s.hidden, first, rows, out.begin, out.end);
+        float* mixed_out = w.attention_out_norm == nullptr ? x : added;
+        linear(product(mixed, w.o, w.o_bias, mixed_out, rows, mixed_width, s.hidden, mixed_out == x), out.begin,
+               out.end, prefetch(w.gate, s.inner, s.hidden));
+        lora_up(layer, kO, 0, mixed_out, s.hidden, first, rows, out.begin, out.end);
         wait();
+        if (mixed_out != x) add_normalized(mixed_out, w.attention_out_norm, x, rows);
         normalize(x, w.mlp_norm, rows);
         lora_down(layer, kGate, 2, norm, s.hidden, first, rows);
         mlp(w, layer, first, rows);
@@ -351,9 +370,12 @@ struct Worker {
         const Prefetch next = again                       ? prefetch_qkv(w)
                               : layer + 1 < c.layer_count ? prefetch_qkv(c.layers[layer + 1])
                                                           : Prefetch{nullptr, 0};
-        linear(product(hidden, w.down, w.down_bias, x, rows, s.inner, s.hidden, true), out.begin, out.end, next);
-        lora_up(layer, kDown, 0, x, s.hidden, first, rows, out.begin, out.end);
+        float* mlp_out = w.mlp_out_norm == nullptr ? x : added;
+        linear(product(hidden, w.down, w.down_bias, mlp_out, rows, s.inner, s.hidden, mlp_out == x), out.begin, out.end,
+               next);
+        lora_up(layer, kDown, 0, mlp_out, s.hidden, first, rows, out.begin, out.end);
         wait();
+        if (mlp_out != x) add_normalized(mlp_out, w.mlp_out_norm, x, rows);
       }
     }
     if (c.final_norm == nullptr) return;

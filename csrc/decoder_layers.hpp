@@ -14,6 +14,8 @@ struct LayerWeights {
   const void *q, *k, *v, *o, *gate, *up, *down;
   const float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
   const float *input_norm, *mlp_norm, *q_norm, *k_norm;
+  const float *attention_out_norm, *mlp_out_norm;  // of what is added to the residual stream
+  int64_t rope;                                    // which of the tables of cos and sin
 };
 
 // The matrices of a layer in the order of LayerWeights.
@@ -30,9 +32,10 @@ struct LowRank {
 
 struct DecoderShape {
   int64_t hidden, heads, groups, head_dim, inner, rotary;
-  float eps, scale;
+  float eps, scale, softcap;  // softcap: as in TreeAttention
   Activation activation;
   int dtype;
+  bool out_norms;  // whether layers have the norms of what is added to the residual stream
 };
 
 // Keys or values [layers, batch, groups, tokens, head_dim]: strides in elements, the last dimension contiguous.
@@ -53,11 +56,13 @@ struct DecoderCall {
   float embedding_scale;     // factor of its rows, rounded to that dtype
   const int64_t* ids;        // [N], or nullptr where x contains the input states
   float* x;                  // [N, hidden]: the residual stream, and the result
-  const float *cos, *sin;    // [positions, rotary]
+  const float *cos, *sin;    // [tables, positions, rotary]
+  int64_t table;             // numbers of one table
   const int64_t* positions;  // [N]
   KeyValues k_cache, v_cache, k_new, v_new;
   const int64_t* lengths;    // [batch]: tokens in the cache
   const int64_t* ancestors;  // [batch, tokens] bit masks or nullptr
+  const int64_t* windows;  // [layer_count]: positions that a new token sees, 0 for all; or nullptr: all in every layer
   bool causal;
   int64_t batch, tokens, cache_tokens;
 };

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.support import TESTED_FAMILIES
 
 NAME, PACKED = "rgtg_prefix", "rgtg_packed"
 
@@ -89,7 +90,7 @@ def _without_cache(
 def _refuse(module: nn.Module, what: str) -> NoReturn:
     raise RGTGError(
         f"{type(module).__name__} asks for {what} in its attention, which the prefix cache does not compute: "
-        "use a model with plain attention (Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2)"
+        f"use a tested family ({TESTED_FAMILIES})"
     )
 
 

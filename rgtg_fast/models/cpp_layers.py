@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,75 +10,20 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.models.support import STATIC_ROPE
+from rgtg_fast.models.native_families import (
+    ACTIVATIONS,
+    FAMILIES,
+    MATRICES,
+    Family,
+    linears,
+    norms,
+    unsupported,
+    window,
+)
 from rgtg_fast.ops import _extension
-
-ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
-
-
-@dataclass(frozen=True)
-class Family:
-    """The differences of a family's decoder from Llama's.
-
-    Attributes:
-        package: the module of transformers that defines it.
-        head_norm: queries and keys are normalized per head (Qwen3).
-        norm_offset: added to every norm's weight (Gemma: 1).
-        scaled_embedding: embeddings are multiplied by sqrt(E) (Gemma).
-    """
-
-    package: str
-    head_norm: bool = False
-    norm_offset: float = 0.0
-    scaled_embedding: bool = False
-
-
-FAMILIES = {
-    "LlamaModel": Family("llama"),
-    "MistralModel": Family("mistral"),
-    "Qwen2Model": Family("qwen2"),
-    "Qwen3Model": Family("qwen3", head_norm=True),
-    "GemmaModel": Family("gemma", norm_offset=1.0, scaled_embedding=True),
-}
 
 # Outputs of a low-rank factor that are stored next to each other; csrc/decoder_layers.hpp has the same number.
 _PANEL = 16
-
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def _linears(layer: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a decoder layer by name."""
-    parts: Any = layer
-    return {name: getattr(parts.self_attn if name[0] in "qkvo" else parts.mlp, name) for name in MATRICES}
-
-
-def _shapes(decoder: Any) -> tuple[dict[str, tuple[int, int]], str]:
-    """The matrices' shapes by the configuration, and why the extension cannot execute it, empty where it can."""
-    config, layers = decoder.config, decoder.layers
-    sizes = {
-        name: int(getattr(config, name))
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    }
-    sizes["num_hidden_layers"] = min(int(config.num_hidden_layers), len(layers))
-    sizes["head_dim"] = int(layers[0].self_attn.head_dim) if len(layers) else 0
-    for name, value in sizes.items():
-        if value < 1:
-            return {}, f"its {name} is {value}"
-    hidden, inner, heads, groups, _, width = sizes.values()
-    if heads % groups:
-        return {}, f"{heads} attention heads cannot share {groups} key-value heads"
-    if width % 2:
-        return {}, f"its head_dim is {width}, which is odd"
-    embedding = tuple(decoder.embed_tokens.weight.shape)
-    if embedding[1:] != (hidden,):
-        return {}, f"its embedding is {embedding}, where the configuration says {hidden} columns"
-    if not decoder.embed_tokens.weight.is_contiguous():
-        return {}, "its embedding is not contiguous"
-    outer = dict.fromkeys(MATRICES, hidden) | {"q_proj": heads * width, "gate_proj": inner, "up_proj": inner}
-    outer |= dict.fromkeys(("k_proj", "v_proj"), groups * width)
-    columns = dict.fromkeys(MATRICES, hidden) | {"o_proj": heads * width, "down_proj": inner}
-    return {name: (outer[name], columns[name]) for name in MATRICES}, ""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -141,7 +85,7 @@ class NativeLayers:
     bit-identical in any batch and with any number of threads.
 
     Args:
-        model: the decoder without its head: LlamaModel, MistralModel, Qwen2Model, Qwen3Model or GemmaModel.
+        model: the decoder without its head, of one of `FAMILIES`.
 
     Raises:
         RGTGError: the model cannot run here (`NativeLayers.supported` gives the reason beforehand).
@@ -157,7 +101,7 @@ class NativeLayers:
         config = decoder.config
         family = FAMILIES[type(model).__name__]
         layers = list(decoder.layers)[: config.num_hidden_layers]
-        first = _linears(layers[0])
+        first = linears(layers[0])
         attention = layers[0].self_attn
         self.dtype: torch.dtype = first["q_proj"].weight.dtype  # type: ignore[assignment]
         self.head_dim = int(attention.head_dim)
@@ -170,28 +114,37 @@ class NativeLayers:
         # The scale is rounded to the model's dtype, as transformers does.
         scale = torch.tensor(self.hidden**0.5 if family.scaled_embedding else 1.0, dtype=self.dtype)
         self.rotary = decoder.rotary_emb
-        self._cos = self._sin = torch.empty(0, 0)
+        # The kinds of layers that differ in their rope, and each layer's.
+        kinds = config.layer_types[: self.layers] if family.rope_by_kind else [None] * self.layers
+        self._kinds = list(dict.fromkeys(kinds))
+        self._cos = self._sin = torch.empty(0, 0, 0)
         # Tensors whose addresses the extension stores.
         self._tensors: list[torch.Tensor] = []
         # The copies among them: source, offset and copy.
         self._copies: list[tuple[torch.Tensor, float, torch.Tensor]] = []
         self._factors: list[torch.Tensor] = []
 
+        self._attentions = [layer.self_attn for layer in layers] if family.windows else []
+        self._windows: list[int] = []
+
         table = [self._weights(layer, family) for layer in layers]
         self._grow_tables(64)
+        self._read_windows()
         try:
             self._native = _extension.kernels().DecoderLayers(
                 table,
+                [self._kinds.index(kind) for kind in kinds],
                 self._vector(decoder.norm.weight, family.norm_offset),
                 self._array(embedding),
                 float(scale),
                 self.heads,
                 self.kv_heads,
                 self.head_dim,
-                self._cos.shape[1],
+                self._cos.shape[2],
                 float(config.rms_norm_eps),
                 float(attention.scaling),
-                ACTIVATIONS[config.hidden_act],
+                float(attention.attn_logit_softcapping or 0) if family.softcap else 0.0,
+                ACTIVATIONS[getattr(config, family.activation)],
             )
         except ValueError as error:
             raise RGTGError(
@@ -213,70 +166,28 @@ class NativeLayers:
 
     def _weights(self, layer: Any, family: Family) -> list[_extension.Array | None]:
         """A layer's matrices, biases and norms in the extension's order."""
-        linears: dict[str, Any] = _linears(layer)
-        attention = layer.self_attn
+        matrices: dict[str, Any] = linears(layer)
         return [
-            *(self._array(linears[name].weight.detach()) for name in MATRICES),
-            *(self._vector(linears[name].bias) for name in MATRICES),
-            self._vector(layer.input_layernorm.weight, family.norm_offset),
-            self._vector(layer.post_attention_layernorm.weight, family.norm_offset),
-            self._vector(attention.q_norm.weight if family.head_norm else None),
-            self._vector(attention.k_norm.weight if family.head_norm else None),
+            *(self._array(matrices[name].weight.detach()) for name in MATRICES),
+            *(self._vector(matrices[name].bias) for name in MATRICES),
+            *(self._vector(norm and norm.weight, family.norm_offset) for norm in norms(layer, family)),
         ]
 
     @staticmethod
     def supported(model: nn.Module) -> str | None:
         """Why a model cannot run natively, in words; None where it can."""
-        missing = _extension.missing_reason()
-        if missing:
-            return missing
-        family = FAMILIES.get(type(model).__name__)
-        if family is None or not type(model).__module__.startswith(f"transformers.models.{family.package}."):
-            return f"{type(model).__name__} is not one of {', '.join(FAMILIES)}"
-        decoder: Any = model
-        config = decoder.config
-        if config.hidden_act not in ACTIVATIONS:
-            return f"activation {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}"
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        windowed = family.package == "mistral" and config.sliding_window is not None
-        if windowed or kinds != {"full_attention"}:
-            return "it attends over a sliding window"
-        if getattr(config, "use_bidirectional_attention", False):
-            return "its attention is bidirectional"
-        rope = decoder.rotary_emb.rope_type
-        if rope not in STATIC_ROPE:
-            return f"rope type {rope!r} depends on the longest row of the batch"
-        if (
-            decoder.rotary_emb.inv_freq.device.type != "cpu"
-            or decoder.embed_tokens.weight.device.type != "cpu"
-        ):
-            return f"its weights are on {decoder.embed_tokens.weight.device}, not on the CPU"
-        dtype = decoder.embed_tokens.weight.dtype
-        if dtype not in (torch.float32, torch.bfloat16):
-            return f"its weights are {dtype}, neither float32 nor bfloat16"
-        shapes, reason = _shapes(decoder)
-        if reason:
-            return reason
-        for index, layer in enumerate(decoder.layers):
-            for name, linear in _linears(layer).items():
-                where = f"layers.{index}.{name}"
-                if type(linear) is not nn.Linear:
-                    return f"{where} is a {type(linear).__name__}, not a plain Linear"
-                weight = linear.weight
-                if weight.dtype != dtype:
-                    return f"{where} is {weight.dtype} while the embedding is {dtype}"
-                if weight.device.type != "cpu":
-                    return f"{where} is on {weight.device}, not on the CPU"
-                if not weight.is_contiguous():
-                    return f"{where} is not contiguous"
-                if tuple(weight.shape) != shapes[name]:
-                    return f"{where} is {tuple(weight.shape)}, where the configuration says {shapes[name]}"
-        return None
+        return unsupported(model)
 
     def refresh(self) -> None:
-        """Takes over changes of biases and norm weights; matrices are read in place."""
+        """Takes over changes of biases, norm weights and windows; matrices are read in place."""
         for source, offset, copy in self._copies:
             copy.copy_(source).add_(offset)
+        self._read_windows()
+
+    def _read_windows(self) -> None:
+        """Each layer's window as its module passes it to its attention, 0 for none; empty where no layer has one."""
+        windows = [window(attention) for attention in self._attentions]
+        self._windows = windows if any(windows) else []
 
     def adapt(self, adapters: Sequence[Adapter]) -> None:
         """Sets the adapters of further forwards: see `branches` of `forward`.
@@ -313,10 +224,15 @@ class NativeLayers:
         self._factors = factors
 
     def _grow_tables(self, length: int) -> None:
-        """Tables of cos and sin [length, rotary D] by the model's own rotary embedding, in float32."""
-        positions = torch.arange(length).unsqueeze(0)
-        cos, sin = self.rotary(torch.empty(0, dtype=torch.float32), position_ids=positions)
-        self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+        """Tables of cos and sin [kinds, length, rotary D] by the model's own rotary embedding, in float32."""
+        positions, like = torch.arange(length).unsqueeze(0), torch.empty(0, dtype=torch.float32)
+        tables = [
+            self.rotary(like, position_ids=positions, **({} if kind is None else {"layer_type": kind}))
+            for kind in self._kinds
+        ]
+        self._cos, self._sin = (
+            torch.cat([table[index] for table in tables]).contiguous() for index in (0, 1)
+        )
 
     def _check(
         self, cache: torch.Tensor, name: str, layers: int, rows: int, tokens: int | None
@@ -433,8 +349,9 @@ class NativeLayers:
         furthest = int(positions.max())
         if int(positions.min()) < 0:
             raise RGTGError(f"position_ids begin at {int(positions.min())}: they must not be negative")
-        if furthest >= len(self._cos):
-            self._grow_tables(max(2 * len(self._cos), furthest + 1))
+        length = self._cos.shape[1]
+        if furthest >= length:
+            self._grow_tables(max(2 * length, furthest + 1))
         # Local references, since a concurrent call may replace the tables by longer ones.
         cos, sin = self._cos, self._sin
         # The extension looks the embeddings up itself: torch's threads would keep spinning on the cores it needs.
@@ -450,6 +367,7 @@ class NativeLayers:
             kv,
             _extension.array(lengths),
             _extension.optional_array(ancestors),
+            self._windows[first:last],
             causal,
             torch.get_num_threads(),
         )

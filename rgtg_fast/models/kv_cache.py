@@ -377,10 +377,22 @@ class ForkedCache(Cache):
 def _causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
-    """Attention [B, H, S, D] of a whole text in which each token sees the last `window`, or all before it."""
+    """Attention [B, H, S, D] of a whole text in which each token sees the last `window`, or all before it.
 
-    def attend(first: int, last: int, seen: int, mask: torch.Tensor | None) -> torch.Tensor:
-        return functional.scaled_dot_product_attention(
+    In memory [B, S, H, D], like the result of `tree_attention`.
+    """
+    length = query.shape[2]
+    # A block of queries sees its own keys and those of a window before: a mask of all pairs could be very large.
+    size = length if window is None or length <= window else max(window, _BLOCK)
+    blocks = []
+    for first in range(0, length, size):
+        last, seen, mask = min(first + size, length), 0, None
+        if window is not None and last > window:
+            seen = max(first - window + 1, 0)
+            queries = torch.arange(first, last, device=query.device)[:, None]
+            keys = torch.arange(seen, last, device=query.device)
+            mask = (keys <= queries) & (keys > queries - window)
+        block = functional.scaled_dot_product_attention(
             query[:, :, first:last],
             key[:, :, seen:last],
             value[:, :, seen:last],
@@ -389,16 +401,5 @@ def _causal_attention(
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-
-    length = query.shape[2]
-    if window is None or length <= window:
-        return attend(0, length, 0, None)
-    # A block of queries sees its own keys and those of a window before: a mask of all pairs could be very large.
-    size = max(window, _BLOCK)
-    blocks = []
-    for first in range(0, length, size):
-        last, seen = min(first + size, length), max(first - window + 1, 0)
-        queries = torch.arange(first, last, device=query.device)[:, None]
-        keys = torch.arange(seen, last, device=query.device)
-        blocks.append(attend(first, last, seen, (keys <= queries) & (keys > queries - window)))
-    return torch.cat(blocks, 2)
+        blocks.append(block.transpose(1, 2))
+    return (torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0].contiguous()).transpose(1, 2)

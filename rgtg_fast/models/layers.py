@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
-from rgtg_fast.models.cpp_layers import FAMILIES, NativeLayers
+from rgtg_fast.models.cpp_layers import NativeLayers
 from rgtg_fast.models.fused_projections import refresh_products
 from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
 from rgtg_fast.models.lora import LowRankRows
+from rgtg_fast.models.native_families import FAMILIES
 from rgtg_fast.models.verification import OUTPUTS
 
 ENGINES = ("auto", "native", "transformers")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 
-TESTED_FAMILIES = "Llama, Qwen2, Qwen3, Mistral, Gemma, Phi, GPT-NeoX, OPT, GPT-2"
+TESTED_FAMILIES = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, gpt-oss, GPT-NeoX, OPT, GPT-2"
 # Rope types whose frequencies depend on the position only; the others also depend on the longest row of a batch.
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 # Rope types that are static up to a length.
@@ -70,8 +70,9 @@ def unsupported_architecture(model: PreTrainedModel) -> str | None:
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     recurrent = any(name in str(config.model_type) for name in _RECURRENT_MODELS)
-    if recurrent or model._is_stateful or _layer_types(config) & _RECURRENT_LAYERS:
-        return "it keeps a recurrent state"
+    stateful = _layer_types(config) & _RECURRENT_LAYERS
+    if recurrent or model._is_stateful or stateful:
+        return "it keeps a recurrent state" + (f" in its {min(stateful)!r} layers" if stateful else "")
     if model.base_model is model:
         return "its trunk cannot be told from its head"
     if not model._supports_attention_backend:

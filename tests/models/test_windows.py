@@ -12,7 +12,7 @@ import transformers as tf
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
-from rgtg_fast.models import attention, kv_cache, verification
+from rgtg_fast.models import attention, cpp_layers, kv_cache, verification
 from rgtg_fast.models.loading import language_runner, reward_runner
 from tests.engine import naive
 from tests.models.adapters import write_adapter
@@ -188,7 +188,7 @@ def test_every_family_is_proved_in_every_dtype(family: str, dtype: torch.dtype, 
 def test_a_wrong_window_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     """Windows that begin a token too early or too late, or that are not there."""
     model = language_model("gemma3", sliding_window=64).to(dtype)
-    attend = kv_cache.PrefixCache.attend
+    attend, window = kv_cache.PrefixCache.attend, cpp_layers.window
     for wrong in (lambda w: w + 1, lambda w: w - 1, lambda w: None):
 
         def changed(self: Any, *args: Any, wrong: Any = wrong) -> torch.Tensor:
@@ -196,6 +196,9 @@ def test_a_wrong_window_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
             return attend(self, *first, window and wrong(window), softcap, sinks)
 
         monkeypatch.setattr(kv_cache.PrefixCache, "attend", changed)
+        monkeypatch.setattr(
+            cpp_layers, "window", lambda module, wrong=wrong: (window(module) and wrong(window(module))) or 0
+        )
         line = refused(lambda: language_runner(model, engine, None))
         assert "Gemma3ForCausalLM" in line
         assert "sliding window of 64 tokens" in line

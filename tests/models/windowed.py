@@ -43,7 +43,7 @@ FAMILIES: dict[str, Any] = {
     "olmo3": lambda: tf.Olmo3Config(**SMALL, layer_types=[SLIDING, FULL, SLIDING]),
 }
 # Those whose layers the C++ extension runs.
-NATIVE = ("mistral", "qwen2", "qwen3")
+NATIVE = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3")
 
 
 def windowed(auto: type, family: str, seed: int = 0, **settings: object) -> Any:
