@@ -13,9 +13,11 @@ from rgtg_fast.models.loading import reward_runner
 from rgtg_fast.rewards.runtime import OwnModel
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.engine.support import prompts_of
-from tests.models.test_families import FAMILIES
+from tests.models.test_families import FAMILIES as PLAIN
+from tests.models.windowed import FAMILIES as WINDOWED
 
-NORMED = ("llama-gqa", "qwen2", "qwen3", "mistral", "gemma")
+FAMILIES = {**WINDOWED, **PLAIN}
+NORMED = ("llama-gqa", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3")
 
 
 def reward_model(family: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:

@@ -11,12 +11,21 @@ import torch
 import transformers as tf
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward
+from rgtg_fast import (
+    AutoregressiveReward,
+    Guidance,
+    RewardGuidedDecoder,
+    RGTGError,
+    SequenceReward,
+    VocabularyReward,
+)
 from rgtg_fast.models import attention, cpp_layers, kv_cache, verification
 from rgtg_fast.models.loading import language_runner, reward_runner
-from tests.engine import naive
+from tests.engine.naive import guided_greedy
+from tests.engine.test_ahead import recorded
 from tests.models.adapters import write_adapter
-from tests.models.windowed import FAMILIES, NATIVE, SMALL, WINDOW, language_model, reward_model, windowed
+from tests.models.windowed import FAMILIES, NATIVE, SMALL, WINDOW, language_model, reward_model
+from tests.rewards import naive
 
 # Ragged: far beyond the window, at its edge, inside it, and a single token.
 LENGTHS = (23, WINDOW, WINDOW + 1, WINDOW - 2, 1)
@@ -124,20 +133,49 @@ GREEDY = Guidance(k=5, beta=1.5, temperature=0)
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3"])
 def test_greedy_tokens_equal_the_published_algorithm(family: str, engine: str) -> None:
     lm, rm = language_model(family), reward_model(family)
-    expected = [naive.guided_greedy(lm, rm, ids, 5, 1.5, 9, eos=1) for ids in texts()]
+    expected = [guided_greedy(lm, rm, ids, 5, 1.5, 9, eos=1) for ids in texts()]
     decoder = RewardGuidedDecoder.from_pretrained(
         (lm, None), reward=SequenceReward((rm, None)), engine=engine
     )
     rows = decoder.generate(texts(), 9, guidance=GREEDY)
     assert [[t for t in row.tokens if t != 1] for row in rows] == expected
-    answer = rows[0].tokens
-    with torch.inference_mode():
-        text = torch.tensor([[*texts()[0], *answer]])
-        states = windowed(tf.AutoModelForSequenceClassification, family, 1, num_labels=1).base_model(
-            text, use_cache=False
-        )
-        own = rm.score(states.last_hidden_state)[0, len(texts()[0]) :, 0].tolist()
-    assert rows[0].rewards == pytest.approx(own, abs=1e-4)
+    scored, formula = decoder.score(texts(), [row.tokens for row in rows]), naive.sequence(rm)
+    for ids, row, found in zip(texts(), rows, scored, strict=True):
+        own = [formula(ids, row.tokens[:i], token) for i, token in enumerate(row.tokens)]
+        assert row.rewards == pytest.approx(own, abs=1e-4)
+        assert found == pytest.approx(own, abs=1e-4)
+
+
+@pytest.mark.parametrize("scorer", ["farma", "genarm"])
+def test_capped_logits_as_rewards(scorer: str, engine: str) -> None:
+    lm, scored = language_model("gemma2"), language_model("gemma2", seed=2)
+    formula = {"farma": naive.farma, "genarm": naive.genarm}[scorer](scored)
+    reward = {"farma": VocabularyReward, "genarm": AutoregressiveReward}[scorer]
+    expected = [naive.guided(lm, formula, ids, 5, 1.5, "all", 6, 1) for ids in texts()]
+    decoder = RewardGuidedDecoder.from_pretrained(
+        (copy.deepcopy(lm), None), reward=reward((copy.deepcopy(scored), None)), engine=engine
+    )
+    guidance = Guidance(k=5, beta=1.5, temperature=0, support="all")
+    for row, (tokens, rewards) in zip(decoder.generate(texts(), 6, guidance=guidance), expected, strict=True):
+        assert [token for token in row.tokens if token != 1] == tokens
+        assert row.rewards == pytest.approx(rewards, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt-oss"])
+def test_recorded_steps(family: str) -> None:
+    """Steps as CUDA graphs run them: rows come and go, and are moved."""
+
+    def made() -> RewardGuidedDecoder:
+        models = (language_model(family), None), SequenceReward((reward_model("gemma3"), None))
+        return RewardGuidedDecoder.from_pretrained(*models, engine="transformers", max_batch=2)
+
+    plain, replayed = made(), made()
+    recorded(replayed)
+    seeds = list(range(len(LENGTHS)))
+    for new_tokens in (9, 3):
+        want = plain.generate(texts(), new_tokens, Guidance(k=5), seeds)
+        got = replayed.generate(texts(), new_tokens, Guidance(k=5), seeds)
+        assert [row.tokens for row in got] == [row.tokens for row in want]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])

@@ -46,7 +46,7 @@ FAMILIES: dict[str, Any] = {
 NATIVE = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3")
 
 
-def windowed(auto: type, family: str, seed: int = 0, **settings: object) -> Any:
+def _windowed(auto: type, family: str, seed: int = 0, **settings: object) -> Any:
     """A model of a family with random weights, norms, biases and sinks among them."""
     torch.manual_seed(seed)
     config = FAMILIES[family]()
@@ -60,9 +60,9 @@ def windowed(auto: type, family: str, seed: int = 0, **settings: object) -> Any:
 
 def language_model(family: str, seed: int = 0, **settings: object) -> Any:
     """A causal language model of a family."""
-    return windowed(tf.AutoModelForCausalLM, family, seed, **settings)
+    return _windowed(tf.AutoModelForCausalLM, family, seed, **settings)
 
 
 def reward_model(family: str, seed: int = 1, **settings: object) -> Any:
     """A reward model with one label of a family."""
-    return windowed(tf.AutoModelForSequenceClassification, family, seed, num_labels=1, **settings)
+    return _windowed(tf.AutoModelForSequenceClassification, family, seed, num_labels=1, **settings)
