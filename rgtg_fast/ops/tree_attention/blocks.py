@@ -122,7 +122,7 @@ def split_prefix(programs: int, rows: int, T: int, least: int, multiprocessors: 
     Args:
         programs: programs per split: B · G · blocks of query rows.
         rows: query rows: new tokens times heads of the group.
-        T: slots of the cache.
+        T: the largest number of slots that a row reads.
         least: slots of the smallest leaf.
         multiprocessors: multiprocessors of the device.
     """
