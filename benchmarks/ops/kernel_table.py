@@ -29,6 +29,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Launch options, which are not arguments of the kernel.
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+# Arguments that are compiled away where they are None.
+OPTIONAL = ("p_guidance", "p_normalizer", "window", "softcap", "p_sinks")
 # Instructions of the tensor cores in PTX, by generation.
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
@@ -59,11 +61,7 @@ def label(signature: Mapping[str, str]) -> str:
     constants = [
         f"{name}={t}" for name, t in signature.items() if _constant(name, t) and name != "enable_fp_fusion"
     ]
-    optional = [
-        name.removeprefix("p_")
-        for name, t in signature.items()
-        if name in ("p_guidance", "p_normalizer") and t != "None"
-    ]
+    optional = [name.removeprefix("p_") for name, t in signature.items() if name in OPTIONAL and t != "None"]
     return " ".join([pointer, *optional, *constants])
 
 

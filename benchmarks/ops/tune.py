@@ -4,7 +4,7 @@
     python -m benchmarks.ops.tune --list           # prints the block shapes; needs none
 
 For each shape the block shapes are compiled, compared with the reference, timed as in `gpu_ops`, and printed from the
-fastest on. The fastest at several shapes belong in `TILES` of rgtg_fast/ops/tree_attention/kernel.py; nothing is
+fastest on. The fastest at several shapes belong in `TILES` of rgtg_fast/ops/tree_attention/blocks.py; nothing is
 chosen at run time, so that a row's bits never depend on timing.
 """
 

@@ -106,10 +106,13 @@ def test_a_row_has_the_same_bits_in_any_batch(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("S", [1, 10, 40])
-def test_the_cut_of_the_prefix_changes_no_bit(dtype, S, monkeypatch):
+@pytest.mark.parametrize("window", [0, 600])
+def test_the_cut_of_the_prefix_changes_no_bit(dtype, S, window, monkeypatch):
     kernel = SPECS["tree_attention"].kernel
     T = 2 * kernel.SPAN + 300
     shape = {"B": 2, "H": 8, "G": 2, "S": S, "T": T, "D": 128, "lengths": [T - 10, 700]}
+    if window:
+        shape |= {"window": window, "softcap": 3.0, "sinks": True}
     arguments = moved(SPECS["tree_attention"].make_inputs(shape, dtype))
     results = []
     for programs in (1, 1000):
@@ -118,6 +121,16 @@ def test_the_cut_of_the_prefix_changes_no_bit(dtype, S, monkeypatch):
         results.append(tree_attention(**arguments))
         monkeypatch.undo()
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 300, 2200])
+def test_a_window_is_a_prefix_that_begins_later(dtype, window):
+    shape = {"B": 1, "H": 8, "G": 2, "S": 10, "T": 5000, "D": 128, "lengths": [4900], "window": window}
+    arguments = moved(SPECS["tree_attention"].make_inputs({**shape, "mask": "causal"}, dtype))
+    later = {name: arguments[name][:, :, 4900 - window + 1 :] for name in ("k_cache", "v_cache")}
+    later["lengths"] = torch.tensor([window - 1], device="cuda")
+    assert torch.equal(tree_attention(**arguments), tree_attention(**{**arguments, **later}))
 
 
 @pytest.mark.parametrize("S", [1, 10, 40])
@@ -171,14 +184,17 @@ def test_offsets_pass_31_bits(compare):
     small = SPECS["tree_attention"].make_inputs(
         {"B": 2, "H": 4, "G": 2, "S": 3, "T": 300, "D": 64}, torch.bfloat16
     )
+    windowed = {**small, "window": 100}
     with use_backend("reference"):
-        want = call("tree_attention", in_double(small))[0]
+        want, of_window = (call("tree_attention", in_double(case))[0] for case in (small, windowed))
     arguments = moved(small)
     far = (1 << 31) + 64
     for name in ("k_cache", "v_cache"):
         buffer = torch.empty(far + 2 * 300 * 64, dtype=torch.bfloat16, device="cuda")
         arguments[name] = buffer.as_strided((2, 2, 300, 64), (far, 300 * 64, 64, 1)).copy_(arguments[name])
-    compare(tree_attention(**arguments).cpu(), want, SPECS["tree_attention"].tolerances[torch.bfloat16])
+    tolerance = SPECS["tree_attention"].tolerances[torch.bfloat16]
+    compare(tree_attention(**arguments).cpu(), want, tolerance)
+    compare(tree_attention(**{**arguments, "window": 100}).cpu(), of_window, tolerance)
     one, zero = (
         torch.ones(2, dtype=torch.int64, device="cuda"),
         torch.zeros(2, dtype=torch.int64, device="cuda"),

@@ -13,7 +13,7 @@ import torch
 from rgtg_fast.ops import tree_attention, use_backend
 from rgtg_fast.ops._triton import _tickets, tickets
 from tests.ops.interpreted import interpreted, missing_reason
-from tests.ops.specs import SPECS, in_double
+from tests.ops.specs import SPECS, in_double, row_of
 from tests.ops.support import compare
 
 pytestmark = pytest.mark.triton
@@ -23,7 +23,9 @@ SPAN = SPECS["tree_attention"].kernel.SPAN
 NAN = math.nan
 
 
-@pytest.mark.parametrize("mask", [None, "causal", "tree"])
+@pytest.mark.parametrize(
+    ("mask", "window"), [(None, 0), ("causal", 0), ("tree", 0), (None, 650), ("causal", 650), ("tree", 3)]
+)
 @pytest.mark.parametrize(
     ("T", "lengths"),
     [
@@ -35,9 +37,11 @@ NAN = math.nan
 )
 @interpreted
 @use_backend("triton")
-def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask):
+def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask, window):
     """A program per leaf and a program per span are the same sums in the same order; tickets are taken back."""
     shape = {"B": len(lengths), "H": 2, "G": 1, "S": 3, "T": T, "D": 16, "mask": mask}
+    if window:
+        shape |= {"window": window, "softcap": 3.0, "sinks": True}
     arguments = SPECS["tree_attention"].make_inputs({**shape, "lengths": lengths}, torch.float32)
     kernel = SPECS["tree_attention"].kernel
     results = []
@@ -53,11 +57,7 @@ def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask):
     row = lengths.index(700)
     for name in ("k_cache", "v_cache"):
         arguments[name] = arguments[name][:, :, :700]
-    short = {
-        key: x[row : row + 1] if isinstance(x, torch.Tensor) and x.shape[0] == len(lengths) else x
-        for key, x in arguments.items()
-    }
-    assert torch.equal(tree_attention(**short), results[0][row : row + 1])
+    assert torch.equal(tree_attention(**row_of(arguments, row)), results[0][row : row + 1])
 
 
 def test_tickets_that_graphs_have_recorded_stay_when_more_are_needed():
@@ -137,6 +137,56 @@ def test_an_empty_prefix_and_a_token_that_sees_nothing():
     got = tree_attention(**blind)
     assert (got[:, :, 1] == 0).all()
     assert got[:, :, 0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("window", "mask"), [(1, None), (64, None), (300, None), (130, "causal"), (2200, "causal")]
+)
+@interpreted
+@use_backend("triton")
+def test_a_window_is_a_prefix_that_begins_later(window, mask):
+    """Bit for bit: what lies before it does not even change how the sums are split."""
+    shape = {"B": 1, "H": 4, "G": 2, "S": 2, "T": 5000, "D": 16, "lengths": [4900], "mask": mask}
+    arguments = SPECS["tree_attention"].make_inputs({**shape, "window": window, "sinks": True}, torch.float32)
+    first = 4900 - window + 1
+    later = {name: arguments[name][:, :, first:] for name in ("k_cache", "v_cache")}
+    later |= {"lengths": torch.tensor([window - 1]), "window": window if mask else None}
+    assert torch.equal(tree_attention(**arguments), tree_attention(**{**arguments, **later}))
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "tree"])
+@interpreted
+@use_backend("triton")
+def test_a_window_that_nothing_leaves_changes_no_bit(mask):
+    shape = {"B": 2, "H": 6, "G": 2, "S": 9, "T": 232, "D": 20, "mask": mask, "lengths": [232, 0]}
+    arguments = SPECS["tree_attention"].make_inputs(shape, torch.float32)
+    want = tree_attention(**arguments)
+    for window in (241, 2**31 - 1, 2**80):
+        assert torch.equal(tree_attention(**{**arguments, "window": window}), want)
+
+
+@interpreted
+@use_backend("triton")
+def test_many_rows_leave_what_none_of_them_sees():
+    """Whole leaves of the prefix, and blocks of the new tokens."""
+    shape = {"B": 2, "H": 2, "G": 1, "S": 512, "T": 700, "D": 16, "mask": "causal", "lengths": [30, 700]}
+    arguments = SPECS["tree_attention"].make_inputs({**shape, "window": 400, "sinks": True}, torch.float32)
+    with use_backend("reference"):
+        want = tree_attention(**in_double(arguments))
+    compare(tree_attention(**arguments), want, SPECS["tree_attention"].tolerances[torch.float32])
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("sinks", [False, True])
+@interpreted
+@use_backend("triton")
+def test_an_own_score_of_minus_infinity_weighs_nothing(prefix, sinks):
+    shape = {"B": 1, "H": 1, "G": 1, "S": 1, "T": prefix, "D": 4, "sinks": sinks}
+    arguments = SPECS["tree_attention"].make_inputs(shape, torch.float32)
+    arguments["q"][...], arguments["k"][...] = 1.0, -math.inf
+    with use_backend("reference"):
+        want = tree_attention(**arguments)
+    torch.testing.assert_close(tree_attention(**arguments), want)
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e-30, 0.0])

@@ -92,12 +92,13 @@ def test_opcheck(name):
 @interpreted
 @use_backend("triton")
 def test_a_row_has_the_same_bits_in_any_batch(name):
-    shape = next(shape for shape in SHAPES[name] if shape["B"] > 1)
-    arguments = SPECS[name].make_inputs(shape, torch.float32)
-    whole = call(name, arguments)
-    for row in range(shape["B"]):
-        for a, b in zip(call(name, row_of(arguments, row)), whole, strict=True):
-            torch.testing.assert_close(a, b[row : row + 1], rtol=0, atol=0, equal_nan=True)
+    several = [shape for shape in SHAPES[name] if shape["B"] > 1]
+    for shape in several[:1] + [shape for shape in several if "window" in shape][:1]:
+        arguments = SPECS[name].make_inputs(shape, torch.float32)
+        whole = call(name, arguments)
+        for row in range(shape["B"]):
+            for a, b in zip(call(name, row_of(arguments, row)), whole, strict=True):
+                torch.testing.assert_close(a, b[row : row + 1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", SPECS)

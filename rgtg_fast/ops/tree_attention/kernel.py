@@ -6,139 +6,26 @@ import torch
 import triton
 import triton.language as tl
 
-from ...errors import RGTGError
 from .._extension import dense
-from .._triton import architecture, multiprocessors, on_device, power_of_two, tickets
+from .._triton import architecture, multiprocessors, on_device, tickets
 from . import outputs
 
-# A row's prefix is summed leaf by leaf. Leaves are folded within a span of slots, then span by span, whichever programs
-# do it, so the split never changes a bit. A leaf of a short row is a half or a quarter of `LEAF` where at most
-# `MAX_PARTS` leaves cover the row, and at least twice a block's query rows: partial sums would have more bytes than the
-# prefix.
-LEAF = 256
-MAX_PARTS = 8
-SPAN = LEAF * MAX_PARTS
-
-
-def leaf_of(length: int, least: int) -> int:
-    """Slots of a leaf in a row of `length`; the kernels compute the same."""
-    return max(least, next((n for n in (LEAF // 4, LEAF // 2) if length <= n * MAX_PARTS), LEAF))
-
-
-def least_leaf(block_m: int) -> int:
-    """Slots of the smallest leaf for a block of query rows."""
-    return min(max(2 * block_m, LEAF // 4), LEAF)
-
-
-# New tokens that are visible to a new token: itself, those of its mask, or itself and those before it.
-MODES = ALONE, MASKED, CAUSAL = 0, 1, 2
-
-
-# By architecture, bytes of a number and largest D: BLOCK_M with its BLOCK_N, warps and stages. Chosen so that the
-# accumulators and a block of scores stay in registers (docs/kernels.md) while the next blocks of keys and values load.
-# 4-byte numbers are split in two for the tensor cores and need twice the registers.
-_BY_D_64 = {16: (64, 4, 3), 64: (64, 4, 3), 128: (32, 8, 4)}
-_BY_D_256 = {16: (32, 8, 2), 32: (32, 8, 2)}
-_FLOAT32 = {64: {16: (32, 4, 2), 32: (32, 4, 2)}, 128: {16: (32, 4, 2)}, 256: {16: (16, 8, 1)}}
-TILES = {
-    80: {
-        2: {
-            64: _BY_D_64,
-            128: {16: (64, 4, 3), 64: (64, 8, 3), 128: (32, 8, 3)},
-            256: _BY_D_256,
-        },
-        4: _FLOAT32,
-    },
-    # With four warps, two programs share a multiprocessor, and no two warps compute the same scores.
-    90: {
-        2: {
-            64: _BY_D_64,
-            # Masks of a padded head need registers.
-            127: {16: (64, 4, 3), 64: (64, 8, 3)},
-            128: {16: (64, 4, 3), 64: (32, 4, 3), 128: (64, 8, 3)},
-            256: _BY_D_256,
-        },
-        4: _FLOAT32,
-    },
-    # Here the accumulators are in tensor memory and pass through registers to be scaled: four warps would spill them.
-    100: {
-        2: {
-            64: _BY_D_64,
-            127: {16: (64, 4, 3), 64: (32, 8, 3)},
-            128: {16: (64, 4, 3), 64: (64, 8, 3)},
-            256: _BY_D_256,
-        },
-        4: _FLOAT32,
-    },
-}
-
-
-def configuration(D: int, rows: int, mode: int, dtype: torch.dtype, arch: int = 90) -> dict[str, object]:
-    """Block shapes for a head of `D` numbers.
-
-    Args:
-        D: numbers of a head.
-        rows: query rows: new tokens times heads of the group.
-        mode: which new tokens are visible, of `MODES`.
-        dtype: dtype of queries, keys and values.
-        arch: compute capability, such as 90; one that is not in `TILES` takes the blocks of the next lower.
-    """
-    table = TILES[max((known for known in TILES if known <= arch), default=min(TILES))]
-    tiles = next(tiles for width, tiles in table[dtype.itemsize].items() if width >= D)
-    block = next((m for m in tiles if m >= rows), max(tiles))
-    block_n, warps, stages = tiles[block]
-    return {
-        "MODE": mode,
-        "D": D,
-        "BLOCK_D": power_of_two(D, 16),
-        "BLOCK_M": block,
-        "BLOCK_N": block_n,
-        "num_warps": warps,
-        "num_stages": stages,
-        "enable_fp_fusion": True,
-    }
-
-
-def merge_configuration(D: int, leaves: int) -> dict[str, object]:
-    """Block shapes of the merge: one program per query row.
-
-    Args:
-        D: numbers of a head.
-        leaves: 1 where a partial sum is over a leaf, 0 where it is over a span.
-    """
-    return {
-        "D": D,
-        "BLOCK_D": power_of_two(D, 16),
-        "LEAVES": leaves,
-        "num_warps": 1,
-        "enable_fp_fusion": True,
-    }
-
-
-# From this many query rows on, their blocks alone fill the device, and partial sums would take most of the memory.
-MANY_ROWS = 1024
-
-
-def split_prefix(programs: int, rows: int, T: int, least: int, multiprocessors: int) -> tuple[int, int]:
-    """Slots of the prefix that one program reads (0: a leaf of its row), and the number of such splits.
-
-    A program reads a span where spans fill the device, else a leaf, and all slots for many query rows.
-
-    Args:
-        programs: programs per split: B · G · blocks of query rows.
-        rows: query rows: new tokens times heads of the group.
-        T: slots of the cache.
-        least: slots of the smallest leaf.
-        multiprocessors: multiprocessors of the device.
-    """
-    if rows >= MANY_ROWS:
-        return SPAN * max(1, -(-T // SPAN)), 1
-    spans = max(1, -(-T // SPAN))
-    if 4 * programs * spans >= 3 * multiprocessors:
-        return SPAN, spans
-    # The largest number of leaves that a row of up to T slots can have.
-    return 0, max(min(MAX_PARTS, -(-T // least)), -(-T // LEAF), 1)
-
+# Tests and tune.py reach all of these through this module.
+from .blocks import (  # noqa: F401
+    ALONE,
+    CAUSAL,
+    LEAF,
+    MASKED,
+    MAX_PARTS,
+    MODES,
+    SPAN,
+    TILES,
+    configuration,
+    leaf_of,
+    least_leaf,
+    merge_configuration,
+    split_prefix,
+)
 
 # The same as constants of the kernels.
 _ALONE, _MASKED, _CAUSAL = (tl.constexpr(mode) for mode in MODES)
@@ -172,9 +59,43 @@ def _quotient(b_acc, b_l):
 
 
 @triton.jit
-def _block(b_q, b_k, b_v, m_mn, factor, b_m, b_l, b_acc):
+def _capped(x, softcap):
+    """c · tanh(x / c) as a base-2 logarithm."""
+    y = x * (1.0 / softcap)
+    size = tl.abs(y)
+    s = size * size
+    # Up to 3/4 a convergent of the continued fraction y / (1 + y² / (3 + y² / (5 + ...))); beyond it (1 − e) / (1 + e)
+    # with e = e^(−2y), which loses digits near 0.
+    few = size <= 0.75
+    e = tl.exp2(size * (-2.0 * LOG2_E))
+    p = tl.where(few, size * (s * (s + 105.0) + 945.0), 1.0 - e)
+    q = tl.where(few, s * (s * 15.0 + 420.0) + 945.0, 1.0 + e)
+    t = p / q * (softcap * LOG2_E)
+    return tl.where(y < 0, -t, t)
+
+
+@triton.jit
+def _sunk(b_m, b_l, b_acc, b_sink, ROWS: tl.constexpr):
+    """Adds the weight of a sink, whose value is 0, to a softmax sum."""
+    b_sink = b_sink.to(tl.float32) * LOG2_E
+    return _fold(b_m, b_l, b_acc, b_sink, tl.zeros_like(b_l) + 1.0, tl.zeros_like(b_acc), ROWS)
+
+
+@triton.jit
+def _depth(b_mask):
+    """Positions between the prefix and a token of this mask: its bits − 1, and 0 for an empty mask."""
+    b_mask = b_mask - ((b_mask >> 1) & 0x5555555555555555)
+    b_mask = (b_mask & 0x3333333333333333) + ((b_mask >> 2) & 0x3333333333333333)
+    b_mask = (b_mask + (b_mask >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return tl.maximum(((b_mask * 0x0101010101010101) >> 56).to(tl.int32) - 1, 0)
+
+
+@triton.jit
+def _block(b_q, b_k, b_v, m_mn, factor, softcap, b_m, b_l, b_acc):
     """Adds a block of keys and values to the running softmax."""
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * factor
+    if softcap is not None:
+        b_score = _capped(b_score, softcap)
     b_score = tl.where(m_mn, b_score, -float("inf"))
     b_high = tl.maximum(b_m, tl.max(b_score, 1))
     b_old = _weight(b_high, b_m)
@@ -196,7 +117,7 @@ def _leaf(length, least):
 
 
 # Without this, sizes that happen to be 1 or a multiple of 16 would compile the kernel again.
-@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "least"])
+@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "least", "window"])
 def tree_attention_kernel(
     p_q,
     p_k,
@@ -210,6 +131,7 @@ def tree_attention_kernel(
     p_tickets,
     p_lengths,
     p_ancestors,
+    p_sinks,
     scale,
     G,
     S,
@@ -217,6 +139,8 @@ def tree_attention_kernel(
     R,
     span,
     least,
+    window,
+    softcap,
     q_b,
     q_h,
     q_s,
@@ -248,13 +172,19 @@ def tree_attention_kernel(
     splits = tl.num_programs(1)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    if window is not None:
+        # From here on slots are counted from the first that the window of a token of depth 0 reaches.
+        unseen = length - window + 1
+        begin = tl.maximum(unseen, 0)
+        length -= begin
+        unseen -= begin
     leaf = _leaf(length, least)
     if LEAVES:
         span = leaf
     start = i_t * span
     # The first split includes the new tokens, so it runs for every row.
     if (start < length) | (i_t == 0):
-        factor = scale * LOG2_E
+        factor = scale * LOG2_E if softcap is None else scale
 
         # Row m of the block is query head g · R + m % R of new token m // R.
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -266,6 +196,11 @@ def tree_attention_kernel(
         m_md = m_m[:, None] & m_d[None, :]
         o_q = i_b * q_b + (i_g * R + o_r) * q_h + o_s64 * q_s
         b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
+        if window is not None:
+            if MODE == _MASKED:
+                b_depth = _depth(tl.load(p_ancestors + i_b * S + o_s, mask=m_m, other=0))
+            else:
+                b_depth = o_s
 
         b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
         b_l = tl.zeros([BLOCK_M], tl.float32)
@@ -278,15 +213,20 @@ def tree_attention_kernel(
                 o_k, o_v = o_s64[:, None] * k_s + o_d[None, :], o_s64[:, None] * v_s + o_d[None, :]
                 b_own = tl.load(p_k + o_k, mask=m_md, other=0.0).to(tl.float32)
                 b_m = tl.sum(b_q.to(tl.float32) * b_own, 1) * factor
+                if softcap is not None:
+                    b_m = _capped(b_m, softcap)
                 b_l += 1.0
                 b_acc = tl.load(p_v + o_v, mask=m_md, other=0.0).to(tl.float32)
             else:
+                oldest = 0
                 if MODE == _MASKED:
                     b_mask = tl.load(p_ancestors + i_b * S + o_s, mask=m_m, other=0)
                     last = S
                 else:
                     last = tl.minimum(S, (i_m * BLOCK_M + BLOCK_M - 1) // R + 1)
-                for first in range(0, last, BLOCK_N):
+                    if window is not None:
+                        oldest = tl.maximum(i_m * BLOCK_M // R - window + 1, 0) // BLOCK_N * BLOCK_N
+                for first in range(oldest, last, BLOCK_N):
                     o_j = first + o_n
                     m_nd = (o_j < S)[:, None] & m_d[None, :]
                     o_j64 = o_j.to(tl.int64)[:, None]
@@ -297,15 +237,27 @@ def tree_attention_kernel(
                         m_mn = m_mn & (o_j < S)[None, :]
                     else:
                         m_mn = (o_j[None, :] <= o_s[:, None]) & (o_j < S)[None, :]
-                    b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_mn, factor, b_m, b_l, b_acc)
+                    if window is not None:
+                        b_key = o_j
+                        if MODE == _MASKED:
+                            b_key = _depth(tl.load(p_ancestors + i_b * S + o_j, mask=o_j < S, other=0))
+                        m_mn = m_mn & (b_key[None, :] > (b_depth - window)[:, None])
+                    b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_mn, factor, softcap, b_m, b_l, b_acc)
 
         p_k_cache += i_b * k_cache_b + i_g * k_cache_h
         p_v_cache += i_b * v_cache_b + i_g * v_cache_h
+        lowest = start
+        if window is not None:
+            p_k_cache += begin.to(tl.int64) * k_cache_s
+            p_v_cache += begin.to(tl.int64) * v_cache_s
+            if MODE == _CAUSAL:
+                # Leaves that no row of the block sees change no bit.
+                lowest = tl.maximum(start, (i_m * BLOCK_M // R + unseen) // leaf * leaf)
         if not LEAVES:
             b_m_all = tl.full([BLOCK_M], -float("inf"), tl.float32)
             b_l_all = tl.zeros([BLOCK_M], tl.float32)
             b_acc_all = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for first in range(start, tl.minimum(start + span, length), BLOCK_N):
+        for first in range(lowest, tl.minimum(start + span, length), BLOCK_N):
             # Two nested ifs: LEAVES is resolved at compile time.
             if not LEAVES:  # noqa: SIM102
                 if (first > start) & (first % leaf == 0):
@@ -320,12 +272,21 @@ def tree_attention_kernel(
             o_t64 = o_t.to(tl.int64)[:, None]
             b_k = tl.load(p_k_cache + o_t64 * k_cache_s + o_d[None, :], mask=m_td, other=0.0)
             b_v = tl.load(p_v_cache + o_t64 * v_cache_s + o_d[None, :], mask=m_td, other=0.0)
-            b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_t[None, :], factor, b_m, b_l, b_acc)
+            m_mt = m_t[None, :]
+            if window is not None and MODE != _ALONE:
+                m_mt = m_mt & (o_t[None, :] >= (b_depth + unseen)[:, None])
+            b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_mt, factor, softcap, b_m, b_l, b_acc)
         if not LEAVES:
             b_m, b_l, b_acc = _fold(b_m_all, b_l_all, b_acc_all, b_m, b_l, b_acc, True)
 
         o_out = i_b * out_b + (i_g * R + o_r) * out_h + o_s64 * out_s
         if splits == 1:
+            if p_sinks is not None:
+                b_sink = tl.load(p_sinks + i_g * R + o_r, mask=m_m, other=0.0)
+                b_m, b_l, b_acc = _sunk(b_m, b_l, b_acc, b_sink, True)
+            elif LEAVES and MODE == _ALONE:
+                # Not folded into anything yet: an own score of −inf still counts.
+                b_acc *= tl.where(b_m == -float("inf"), 0.0, 1.0)[:, None]
             b_out = _quotient(b_acc, b_l[:, None])
             tl.store(p_out + o_out[:, None] + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_md)
         else:
@@ -350,18 +311,22 @@ def tree_attention_kernel(
                         b_m_part = tl.load(p_m + o_row + i, mask=m_m, other=0.0, cache_modifier=".cg")
                         b_l_part = tl.load(p_l + o_row + i, mask=m_m, other=0.0, cache_modifier=".cg")
                         b_m, b_l, b_acc = _fold(b_m, b_l, b_acc, b_m_part, b_l_part, b_part, True)
+                    if p_sinks is not None:
+                        b_sink = tl.load(p_sinks + i_g * R + o_r, mask=m_m, other=0.0)
+                        b_m, b_l, b_acc = _sunk(b_m, b_l, b_acc, b_sink, True)
                     b_out = _quotient(b_acc, b_l[:, None])
                     tl.store(
                         p_out + o_out[:, None] + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_md
                     )
 
 
-@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "least", "splits"])
+@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "least", "window", "splits"])
 def tree_attention_merge_kernel(
     p_acc,
     p_m,
     p_l,
     p_lengths,
+    p_sinks,
     p_out,
     G,
     S,
@@ -369,6 +334,7 @@ def tree_attention_merge_kernel(
     R,
     span,
     least,
+    window,
     splits,
     out_b,
     out_h,
@@ -380,6 +346,8 @@ def tree_attention_merge_kernel(
     i_m, i_bg = tl.program_id(0) % (S * R), tl.program_id(0) // (S * R)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    if window is not None:
+        length = tl.minimum(length, window - 1)
     if LEAVES:
         span = _leaf(length, least)
     o_d = tl.arange(0, BLOCK_D)
@@ -410,6 +378,8 @@ def tree_attention_merge_kernel(
         if LEAVES:
             m_all, l_all, b_acc_all = _fold(m_all, l_all, b_acc_all, m_span, l_span, b_acc, False)
     o_s, o_r = (i_m // R).to(tl.int64), (i_m % R).to(tl.int64)
+    if p_sinks is not None:
+        m_all, l_all, b_acc_all = _sunk(m_all, l_all, b_acc_all, tl.load(p_sinks + i_g * R + o_r), False)
     o_out = i_b * out_b + (i_g * R + o_r) * out_h + o_s * out_s
     b_out = _quotient(b_acc_all, l_all)
     tl.store(p_out + o_out + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
@@ -429,8 +399,6 @@ def launch(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    if window or softcap or sinks is not None:
-        raise RGTGError("tree_attention: its Triton kernel takes no window, softcap or sinks yet")
     B, H, S, D = q.shape
     G, T = k_cache.shape[1:3]
     R = H // G
@@ -440,10 +408,15 @@ def launch(
     q, k, v, k_cache, v_cache = dense(q), dense(k), dense(v), dense(k_cache), dense(v_cache)
     lengths = lengths.contiguous()
     mode = CAUSAL if causal else ALONE if ancestors is None else MASKED
+    # None is resolved at compile time. Positions are 32-bit integers.
+    limit = min(window, 2**31 - 1) or None
+    cap = softcap or None
     settings = configuration(D, S * R, mode, q.dtype, architecture(q.device))
     programs = B * G * triton.cdiv(S * R, settings["BLOCK_M"])
     least = least_leaf(settings["BLOCK_M"])
-    span, splits = split_prefix(programs, S * R, T, least, multiprocessors(q.device))
+    # The largest number of slots that a row reads.
+    slots = T if limit is None else min(T, limit - 1)
+    span, splits = split_prefix(programs, S * R, slots, least, multiprocessors(q.device))
     leaves = int(span == 0)
     # A single split writes the result itself.
     parts = (B * G * S * R, splits) if splits > 1 else (0, 0)
@@ -463,6 +436,7 @@ def launch(
             tickets(q.device, programs),
             lengths,
             ancestors,
+            sinks,
             scale,
             G,
             S,
@@ -470,6 +444,8 @@ def launch(
             R,
             span,
             least,
+            limit,
+            cap,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -485,6 +461,7 @@ def launch(
                 m_parts,
                 l_parts,
                 lengths,
+                sinks,
                 out,
                 G,
                 S,
@@ -492,6 +469,7 @@ def launch(
                 R,
                 span,
                 least,
+                limit,
                 splits,
                 *out.stride()[:3],
                 **merge_configuration(D, leaves),

@@ -67,26 +67,50 @@ STRIDED = ("q", "k", "v", "k_cache", "v_cache", "out")
 
 
 def _attention(
-    kernel: Any, dtype: torch.dtype, D: int, rows: int, mode: int, leaves: int = 1, arch: int = 90
+    kernel: Any,
+    dtype: torch.dtype,
+    D: int,
+    rows: int,
+    mode: int,
+    leaves: int = 1,
+    arch: int = 90,
+    variant: tuple[str, ...] = (),
 ) -> dict[str, str]:
     pointer = f"*{TYPES[dtype]}:16"
     arguments = {f"p_{name}": pointer for name in STRIDED}
     arguments |= {"p_acc": "*fp32:16", "p_m": "*fp32:16", "p_l": "*fp32:16"}
     arguments |= {"p_tickets": "*i32:16", "p_lengths": "*i64:16"}
     arguments["p_ancestors"] = "*i64:16" if mode == kernel.MASKED else "None"
+    arguments["p_sinks"] = pointer if "sinks" in variant else "None"
     arguments |= {"scale": "fp32", "G": "i32", "S": "i32", "T": "i32", "R": "i32", "span": "i32"}
     arguments["least"] = "i32"
+    arguments["window"] = "i32" if "window" in variant else "None"
+    arguments["softcap"] = "fp32" if "softcap" in variant else "None"
     for name in STRIDED:
         arguments |= {f"{name}_{letter}": "i64:16" for letter in ("b", "h", "s")}
     return signature(arguments, {**kernel.configuration(D, rows, mode, dtype, arch), "LEAVES": leaves})
 
 
-def _merge(kernel: Any, dtype: torch.dtype, D: int, leaves: int = 1) -> dict[str, str]:
+def _merge(
+    kernel: Any, dtype: torch.dtype, D: int, leaves: int = 1, variant: tuple[str, ...] = ()
+) -> dict[str, str]:
     arguments = {"p_acc": "*fp32:16", "p_m": "*fp32:16", "p_l": "*fp32:16", "p_lengths": "*i64:16"}
+    arguments["p_sinks"] = f"*{TYPES[dtype]}:16" if "sinks" in variant else "None"
     arguments |= {"p_out": f"*{TYPES[dtype]}:16", "G": "i32", "S": "i32", "T": "i32", "R": "i32"}
     arguments |= {"span": "i32", "least": "i32", "splits": "i32"}
+    arguments["window"] = "i32" if "window" in variant else "None"
     arguments |= {f"out_{letter}": "i64:16" for letter in ("b", "h", "s")}
     return signature(arguments, kernel.merge_configuration(D, leaves))
+
+
+# By head, what models with a window, a softcap or sinks add to the kernel (64: gpt-oss; 128: Mistral, Gemma 2 27B; 256:
+# Gemma 2), in which modes, and over a leaf (1) or a span (0).
+_ALL = ((0, 1), (0, 0), (1, 0), (2, 0))
+VARIANTS = {
+    64: ((("window", "sinks"), _ALL), (("sinks",), ((0, 0),))),
+    128: ((("window",), _ALL), (("window", "softcap"), ((0, 0), (2, 0)))),
+    256: ((("window", "softcap"), _ALL), (("softcap",), ((0, 0),))),
+}
 
 
 def _signatures(kernel: Any, arch: int) -> tuple[dict[str, str], ...]:
@@ -99,6 +123,12 @@ def _signatures(kernel: Any, arch: int) -> tuple[dict[str, str], ...]:
         *(_attention(kernel, bf16, D, rows, mode, 0, arch) for D, rows in half for mode in (masked, causal)),
         *(_attention(kernel, bf16, D, 64, alone, 0, arch) for D in (80, 96)),
         *(_attention(kernel, fp16, 128, rows, alone, 0, arch) for rows in (16, 64)),
+        *(
+            _attention(kernel, bf16, D, rows, mode, leaves, arch, variant)
+            for D, rows in half
+            for variant, launches in VARIANTS[D]
+            for mode, leaves in launches
+        ),
         *(_attention(kernel, fp32, 64, rows, alone, 0, arch) for rows in (16, 32)),
         *(_attention(kernel, fp32, 128, 16, mode, 0, arch) for mode in (alone, causal)),
         _attention(kernel, fp32, 256, 16, alone, 0, arch),
@@ -109,6 +139,8 @@ def compiled(kernel: Any) -> tuple[KernelSpec, ...]:
     merges = (
         *(_merge(kernel, torch.bfloat16, D) for D in (64, 80, 128, 256)),
         _merge(kernel, torch.bfloat16, 128, 0),
+        _merge(kernel, torch.bfloat16, 64, 1, ("window", "sinks")),
+        _merge(kernel, torch.bfloat16, 128, 0, ("window",)),
     )
     return (
         *(
