@@ -57,9 +57,10 @@ def prefix_attention(
         _refuse(
             module, f"a sliding window of {sliding_window} tokens that was not checked when it was loaded"
         )
+    sinks = None if s_aux is None else s_aux.to(query.dtype)
     layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = prefix_cache.attend(int(layer), query, key, value, scale, sliding_window, softcap, s_aux)
+    out = prefix_cache.attend(int(layer), query, key, value, scale, sliding_window, softcap, sinks)
     return out.transpose(1, 2), None
 
 

@@ -130,7 +130,7 @@ def _windows_agree(runner: ModelRunner, ids: list[int]) -> bool:
     kept = [
         (holder, window)
         for holder in _configs_and_modules(runner.model)
-        if (window := getattr(holder, "sliding_window", None))
+        if isinstance(window := getattr(holder, "sliding_window", None), int) and window
     ]
     try:
         whole = _uncached_with_windows(runner, ids, kept, len(ids))

@@ -274,7 +274,8 @@ def test_a_window_larger_than_the_context_is_harmless(family: str, engine: str) 
     assert (runner.limit, runner.windows) == (128, False)
 
 
-def test_a_wrong_cap_of_the_scores_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_cap_of_the_scores_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     attend = kv_cache.PrefixCache.attend
 
     def uncapped(self: Any, *args: Any) -> torch.Tensor:
@@ -283,15 +284,16 @@ def test_a_wrong_cap_of_the_scores_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(kv_cache.PrefixCache, "attend", uncapped)
     assert "cached forward differs" in refused(
-        lambda: language_runner(language_model("gemma2"), "transformers", None)
+        lambda: language_runner(language_model("gemma2").to(dtype), "transformers", None)
     )
 
 
-def test_sinks_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_that_are_left_out_are_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     attend = kv_cache.PrefixCache.attend
     monkeypatch.setattr(kv_cache.PrefixCache, "attend", lambda self, *args: attend(self, *args[:-1], None))
     assert "cached forward differs" in refused(
-        lambda: language_runner(language_model("gpt-oss"), "transformers", None)
+        lambda: language_runner(language_model("gpt-oss").to(dtype), "transformers", None)
     )
 
 
