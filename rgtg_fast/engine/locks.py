@@ -19,7 +19,7 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.language_model import LanguageModel
-from rgtg_fast.models.model_state import InferenceState
+from rgtg_fast.models.model_state import InferenceState, lock_of
 from rgtg_fast.rewards.base import Reward
 
 Item = TypeVar("Item")
@@ -28,14 +28,14 @@ Item = TypeVar("Item")
 class _Turn:
     """An object's lock, whether a thread is using it, and the run that its state belongs to."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, lock: threading.RLock):
         self.number = number
-        self.lock = threading.RLock()
+        self.lock = lock
         self.busy = False
         self.run: Callable[[], object] = lambda: None
 
 
-# By the objects' identities: a model with a lock among its attributes could not be copied.
+# By the objects' identities, like their locks.
 _turns: dict[int, _Turn] = {}
 _numbers = itertools.count()
 _making = threading.Lock()
@@ -45,7 +45,7 @@ def _turn(resource: object) -> _Turn:
     with _making:
         found = _turns.get(id(resource))
         if found is None:
-            found = _turns[id(resource)] = _Turn(next(_numbers))
+            found = _turns[id(resource)] = _Turn(next(_numbers), lock_of(resource))
             weakref.finalize(resource, _turns.pop, id(resource), None).atexit = False
         return found
 

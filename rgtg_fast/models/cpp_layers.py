@@ -12,8 +12,8 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.native_families import (
     ACTIVATIONS,
-    FAMILIES,
     MATRICES,
+    NATIVE_FAMILIES,
     Family,
     linears,
     norms,
@@ -85,7 +85,7 @@ class NativeLayers:
     bit-identical in any batch and with any number of threads.
 
     Args:
-        model: the decoder without its head, of one of `FAMILIES`.
+        model: the decoder without its head, of one of `NATIVE_FAMILIES`.
 
     Raises:
         RGTGError: the model cannot run here (`NativeLayers.supported` gives the reason beforehand).
@@ -99,7 +99,7 @@ class NativeLayers:
             )
         decoder: Any = model
         config = decoder.config
-        family = FAMILIES[type(model).__name__]
+        family = NATIVE_FAMILIES[type(model).__name__]
         layers = list(decoder.layers)[: config.num_hidden_layers]
         first = linears(layers[0])
         attention = layers[0].self_attn

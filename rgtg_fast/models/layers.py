@@ -18,7 +18,7 @@ from rgtg_fast.models.cpp_layers import NativeLayers
 from rgtg_fast.models.fused_projections import refresh_products
 from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
 from rgtg_fast.models.lora import LowRankRows
-from rgtg_fast.models.native_families import FAMILIES
+from rgtg_fast.models.native_families import NATIVE_FAMILIES
 from rgtg_fast.models.verification import OUTPUTS
 
 ENGINES = ("auto", "native", "transformers")
@@ -197,7 +197,7 @@ class FinalNorm:
     @classmethod
     def of(cls, trunk: nn.Module) -> FinalNorm | None:
         """The final norm of a model without its head; None for families whose norm is another, or not known."""
-        family = FAMILIES.get(type(trunk).__name__)
+        family = NATIVE_FAMILIES.get(type(trunk).__name__)
         if family is None or not type(trunk).__module__.startswith(f"transformers.models.{family.package}."):
             return None
         decoder: Any = trunk

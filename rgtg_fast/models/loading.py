@@ -21,6 +21,7 @@ from rgtg_fast.errors import RGTGError, one_line, shown
 from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
 from rgtg_fast.models.attention import attentions, restore_attentions
 from rgtg_fast.models.device import fits_in_memory, resolve_device, resolve_dtype
+from rgtg_fast.models.model_state import lock_of
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
 from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.models.support import (
@@ -303,6 +304,13 @@ def _runner(
     model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str
 ) -> ModelRunner:
     """A verified ModelRunner; a model that is refused gets its own attention back."""
+    with lock_of(model):
+        return _locked_runner(model, head, engine, max_length, role)
+
+
+def _locked_runner(
+    model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str
+) -> ModelRunner:
     cannot = f"{title(model)} cannot serve as {role}"
     attention = attentions(model)
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +15,34 @@ from transformers import PreTrainedModel
 
 from rgtg_fast.models.attention import NAME, PACKED
 from rgtg_fast.models.device import without_autocast
+
+# By the objects' identities: a model with a lock among its attributes could not be copied.
+_locks: dict[int, threading.RLock] = {}
+_finding = threading.Lock()
+
+
+def lock_of(resource: object) -> threading.RLock:
+    """The lock of an object that several decoders may share: held while it is used, and while it is verified.
+
+    The verification of a model changes its attention and its windows for the length of a few forwards.
+    """
+    with _finding:
+        found = _locks.get(id(resource))
+        if found is None:
+            found = _locks[id(resource)] = threading.RLock()
+            weakref.finalize(resource, _locks.pop, id(resource), None).atexit = False
+        return found
+
+
+def _after_fork() -> None:
+    """In a child process no other thread is left to release a lock."""
+    global _finding
+    _finding = threading.Lock()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class ModelSnapshot:

@@ -43,12 +43,17 @@ class Family:
 
 _GEMMA = Family("gemma", norm_offset=1.0, scaled_embedding=True)
 _GEMMA_2 = replace(_GEMMA, package="gemma2", windows=True, out_norms=True, activation="hidden_activation")
+# Decoders whose layers have the order of Llama's.
 FAMILIES = {
     "LlamaModel": Family("llama"),
     "MistralModel": Family("mistral", windows=True),
     "Qwen2Model": Family("qwen2", windows=True),
     "Qwen3Model": Family("qwen3", head_norm=True, windows=True),
     "GemmaModel": _GEMMA,
+}
+# Those whose layers have further norms, too: all that the C++ layers run.
+NATIVE_FAMILIES = {
+    **FAMILIES,
     "Gemma2Model": replace(_GEMMA_2, softcap=True),
     "Gemma3TextModel": replace(_GEMMA_2, package="gemma3", head_norm=True, rope_by_kind=True),
 }
@@ -116,9 +121,9 @@ def unsupported(model: nn.Module) -> str | None:
     missing = _extension.missing_reason()
     if missing:
         return missing
-    family = FAMILIES.get(type(model).__name__)
+    family = NATIVE_FAMILIES.get(type(model).__name__)
     if family is None or not type(model).__module__.startswith(f"transformers.models.{family.package}."):
-        return f"{type(model).__name__} is not one of {', '.join(FAMILIES)}"
+        return f"{type(model).__name__} is not one of {', '.join(NATIVE_FAMILIES)}"
     decoder: Any = model
     config = decoder.config
     activation = getattr(config, family.activation)

@@ -7,6 +7,7 @@ import torch
 
 from rgtg_fast import ContrastiveReward, Guidance, RewardGuidedDecoder, SequenceReward
 from tests.conftest import make_lm, make_rm, make_tokenizer
+from tests.models.windowed import language_model, reward_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15]]
@@ -46,3 +47,25 @@ def test_bfloat16_decodes_and_its_rewards_are_those_of_scoring(reward: str) -> N
     for row, score in zip(rows, scores, strict=True):
         if row.tokens:
             assert row.rewards == pytest.approx(score, abs=0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt-oss"])
+def test_windows_caps_and_sinks_give_the_tokens_of_the_cpu(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    prompts = [[2 + (7 * i + 3 * row) % 60 for i in range(count)] for row, count in enumerate((30, 5, 6, 1))]
+    rows = {}
+    for device in ("cpu", "cuda"):
+        decoder = RewardGuidedDecoder.from_pretrained(
+            (language_model(family), None),
+            reward=SequenceReward((reward_model(family), None)),
+            device=device,
+            dtype="float32",
+            max_batch=3,
+        )
+        assert decoder.lm.runner.windows
+        rows[device] = [
+            row.tokens for row in decoder.generate(prompts, 12, Guidance(k=6, beta=1.0, temperature=0))
+        ]
+    assert rows["cuda"] == rows["cpu"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +308,30 @@ def test_a_head_that_is_not_capped_like_its_config_is_refused(monkeypatch: pytes
     assert "final_logit_softcapping=3.0" in refused(runner.verify)
     assert reward_runner(reward_model("gemma2"), "auto", None).logit_cap is None
     assert model.lm_head is head
+
+
+def test_loading_a_model_again_waits_for_its_forwards(engine: str) -> None:
+    """The comparison sets the windows of a model that another decoder may be using."""
+    model = language_model("mistral")
+    decoder = RewardGuidedDecoder.from_pretrained((model, None), engine=engine)
+    expected, decoded = decoder.generate(texts(), 6, guidance=GREEDY)[0].tokens, threading.Event()
+
+    def load() -> int:
+        count = 0
+        while not decoded.is_set() or count == 0:
+            assert language_runner(model, engine, None).windows
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(2) as threads:
+        loads = [threads.submit(load) for _ in range(2)]
+        try:
+            found = [decoder.generate(texts(), 6, guidance=GREEDY)[0].tokens for _ in range(12)]
+        finally:
+            decoded.set()
+        assert all(each.result() > 0 for each in loads)
+    assert found == 12 * [expected]
+    assert model.config.sliding_window == WINDOW
 
 
 # ---- outside the decoder ---------------------------------------------------------------------------------------------
