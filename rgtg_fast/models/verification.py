@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.attention import own_attention
+from rgtg_fast.models.model_state import lock_of
 from rgtg_fast.models.support import TESTED_FAMILIES, beyond, exceeded_window, original_length
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
         RGTGError: they differ by more than rounding.
     """
     ids = probe(runner)
-    with own_attention(runner.model):
+    with lock_of(runner.model), own_attention(runner.model):
         own = runner.hidden_uncached(ids, variant)
     error = _states_error(runner, ids, own, variant)
     if error is not None:
