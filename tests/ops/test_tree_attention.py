@@ -28,7 +28,7 @@ def position(s: int, b: int, ancestors: torch.Tensor | None, causal: bool) -> in
     return max(bin(int(ancestors[b, s]) % 2**64).count("1") - 1, 0)
 
 
-def visible(s: int, j: int, b: int, ancestors: torch.Tensor | None, causal: bool, window: int) -> bool:
+def visible(s: int, j: int, b: int, ancestors: torch.Tensor | None, causal: bool, window: int | None) -> bool:
     if window and position(j, b, ancestors, causal) <= position(s, b, ancestors, causal) - window:
         return False
     if causal:
