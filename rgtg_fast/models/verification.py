@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,11 +52,14 @@ def verify(runner: ModelRunner) -> None:
     Raises:
         RGTGError: they differ by more than rounding.
     """
-    ids = probe(runner)
     name = type(runner.model).__name__
-    with own_attention(runner.model):
-        own = _check_head(runner, ids)
-    error = _states_error(runner, ids, own, 0)
+    with _short_original(runner):
+        ids = probe(runner)
+        with own_attention(runner.model):
+            own = _check_head(runner, ids)
+            if runner.rope is not None:
+                own = runner.hidden_uncached(ids)  # each prefix by its own length
+        error = _states_error(runner, ids, own, 0)
     if error is not None:
         raise RGTGError(
             f"{name} cannot be served: its cached forward differs from its own by {error:.1%}, more than "
@@ -75,10 +78,11 @@ def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
     Raises:
         RGTGError: they differ by more than rounding.
     """
-    ids = probe(runner)
-    with own_attention(runner.model):
-        own = runner.hidden_uncached(ids, variant)
-    error = _states_error(runner, ids, own, variant)
+    with _short_original(runner):
+        ids = probe(runner)
+        with own_attention(runner.model):
+            own = runner.hidden_uncached(ids, variant)
+        error = _states_error(runner, ids, own, variant)
     if error is not None:
         raise RGTGError(
             f"{name} cannot share the forward of {type(runner.model).__name__}: cached and uncached differ by "
@@ -95,6 +99,14 @@ def probe(runner: ModelRunner) -> list[int]:
     pad, count = getattr(config, "pad_token_id", None), runner.embeddings
     numbers = ((3 + 7 * index) % count for index in range(min(length, runner.limit)))
     return [number if number != pad else (number + 1) % count for number in numbers]
+
+
+def _short_original(runner: ModelRunner) -> AbstractContextManager[None]:
+    """A context in which a longrope changes its frequencies within a short text, where it does so far beyond one."""
+    rope = runner.rope
+    if rope is None or rope.original + 2 <= _LONGEST_PROBE:
+        return nullcontext()
+    return rope.shortened(4)
 
 
 def _states_error(runner: ModelRunner, ids: list[int], own: torch.Tensor, variant: int) -> float | None:
