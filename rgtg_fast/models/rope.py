@@ -33,12 +33,14 @@ class RowRope:
         original: as given.
         ids: [slots, tokens + 1] int64, the tokens of each slot's prefix, on the model's device.
         long: for each slot, whether its keys in the cache are those of the long set.
+        room: tokens that a row of this run may reach.
     """
 
     def __init__(self, rotary: nn.Module, original: int):
         self.original = original
         self.ids = torch.zeros(0, 0, dtype=torch.int64)
         self.long: list[bool] = []
+        self.room = 0
         self._rotary, self._own = rotary, rotary.forward
         # The same objects in every forward: compiled blocks are compiled again where a function is another.
         self._forwards: dict[bool | None, Callable[..., Any]] = {
@@ -55,7 +57,7 @@ class RowRope:
             RGTGError: its config asks for longrope and its modules do not have transformers' rotary embedding.
         """
         config: Any = trunk.config
-        original = longrope_length(config)
+        original = longrope_length(config.get_text_config())
         if original is None or original >= limit:
             return None
         found = [module for module in trunk.modules() if getattr(module, "rope_type", None) == "longrope"]
@@ -116,7 +118,7 @@ class RowRope:
         if len(self.ids) < slots or self.ids.shape[1] <= length:
             # One more column: a row that has ended writes behind its last token.
             self.ids = torch.zeros(slots, length + 1, dtype=torch.int64, device=device)
-        self.long = [False] * slots
+        self.long, self.room = [False] * slots, length
 
     def write(self, slot: int, start: int, tokens: torch.Tensor) -> None:
         """Tokens [S] follow the first `start` of a slot."""

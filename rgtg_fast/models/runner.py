@@ -328,7 +328,7 @@ class ModelRunner:
             return
         rope.long[slot] = rope.is_long(length)
         # The host's count of a slot without a row goes on.
-        if 0 < prefix < rope.ids.shape[1]:
+        if 0 < prefix <= rope.room:
             self.cache.roll_back(slot, 0)
             self._run_causal(slot, 0, rope.ids[slot : slot + 1, :prefix])
 

@@ -152,7 +152,8 @@ class Classifier:
                     "use another reward model"
                 )
         # Longrope would compute all texts of a batch by the length of the longest.
-        if longrope_length(self.model.config.get_text_config()) is not None:
+        original = longrope_length(self.model.config.get_text_config())
+        if original is not None and (self.max_length is None or self.max_length > original):
             self._together = False
 
     def _plain_probe(self, tokens: Tokens) -> Tokens:

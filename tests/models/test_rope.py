@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,12 @@ from rgtg_fast.models.rope import RowRope
 from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.rewards.base import Prefix
 from tests.conftest import make_lm, make_tokenizer
+from tests.engine.host_reads import Guard
 from tests.engine.naive import guided_greedy
-from tests.engine.test_ahead import recorded
+from tests.engine.test_ahead import guard, recorded
 from tests.models.adapters import write_adapter
 
+__all__ = ["guard"]
 ORIGINAL, CONTEXT = 16, 64
 SHORT, LONG = [1.0, 1.1, 1.2, 1.3], [2.0, 5.0, 0.3, 9.0]
 FAMILIES = ("Phi3Config", "LlamaConfig", "PhimoeConfig")
@@ -143,7 +147,7 @@ def test_ragged_rows_of_candidates_equal_uncached_forwards(family: str, kind: st
 
 
 @torch.inference_mode()
-def test_a_rows_bits_do_not_depend_on_its_batch() -> None:
+def test_a_row_is_the_same_in_any_batch() -> None:
     runner = runner_of("lm")
     rows, found = [text(length) for length in LENGTHS], []
     for batch in (rows, *([ids] for ids in rows)):
@@ -184,6 +188,45 @@ def test_a_row_that_is_cut_back_follows_its_length() -> None:
         equal(runner.step(torch.tensor([[9]]))[0, 0], alone(runner, [*ids[:length], 9]))
     runner.move(0, 1)
     equal(runner.step(torch.tensor([[8], [9]]))[1, 0], alone(runner, [*ids[:24], 9]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.inference_mode()
+def test_any_order_of_operations(seed: int) -> None:
+    """Rows begin, grow token by token and in chunks, are cut back, moved and copied in a random order."""
+    runner, rng, slots = runner_of("lm", FAMILIES[seed % 3]), random.Random(seed), 3
+    prompts = [text(length, seed) for length in (5, 14, 15, 16, 20)]
+    runner.reserve(slots, 40)
+    rows: list[list[int]] = []
+    for slot in range(slots):
+        rows.append(list(rng.choice(prompts)))
+        runner.begin(slot, rows[slot])
+    for number in range(40):
+        slot, other = rng.randrange(slots), rng.randrange(slots)
+        kind = rng.choice(["step", "step", "begin", "prefill", "roll_back", "move"])
+        if kind == "step" and max(map(len, rows)) < 40:
+            candidates = torch.tensor([text(2, 1000 * seed + 10 * number + b) for b in range(slots)])
+            hidden, choice = runner.step(candidates), torch.tensor([rng.randrange(2) for _ in range(slots)])
+            runner.commit(choice)
+            for b, chosen in enumerate(choice.tolist()):
+                rows[b] = [*rows[b], int(candidates[b, chosen])]
+                equal(hidden[b, chosen], alone(runner, rows[b]))
+        elif kind == "begin":
+            rows[slot] = list(rng.choice(prompts))
+            runner.begin(slot, rows[slot])
+        elif kind == "prefill" and len(rows[slot]) < 34:
+            start = len(rows[slot])
+            rows[slot] = [*rows[slot], *text(6, number)]
+            for i, state in enumerate(runner.prefill(slot, rows[slot][start:]), start + 1):
+                equal(state, alone(runner, rows[slot][:i]))
+        elif kind == "roll_back":
+            rows[slot] = rows[slot][: rng.randrange(1, len(rows[slot]) + 1)]
+            runner.roll_back(slot, len(rows[slot]))
+        elif kind == "move":
+            rows[other] = list(rows[slot])
+            if slot != other:
+                runner.move(slot, other)
+        assert runner.lengths == [len(row) for row in rows]
 
 
 @torch.inference_mode()
@@ -232,6 +275,11 @@ def test_who_has_no_longrope_pays_nothing() -> None:
     assert short.limit == ORIGINAL
     runner = runner_of("lm")
     assert "forward" not in vars(runner.model.base_model.rotary_emb)
+
+
+def test_the_native_engine_says_that_it_cannot() -> None:
+    with pytest.raises(RGTGError, match="rope type 'longrope'"):
+        language_runner(make("lm", "LlamaConfig"), "native", None)
 
 
 def test_a_longrope_of_unknown_code_is_refused_beyond_its_original_context() -> None:
@@ -327,16 +375,25 @@ def test_steps_that_are_replayed_ahead_of_the_host(reward: str, pad_batch: bool)
         assert row.rewards == pytest.approx(other.rewards, abs=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_compiled_blocks(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    from functools import partial
+def test_a_row_that_crosses_reads_nothing_on_the_host(guard: Guard) -> None:
+    decoder = decoder_of(REWARDS["sequence"]())
+    decoder.max_in_flight = 1
+    want = decoder.generate(PROMPTS, 12, GREEDY)
+    with guard.watched():
+        got = decoder.generate(PROMPTS, 12, GREEDY)
+    assert [row.tokens for row in got] == [row.tokens for row in want]
 
+
+def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as they would be compiled, and then run as they are."""
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    decoder = decoder_of(REWARDS["sequence"](), compile=compiled)
-    plain = decoder_of(REWARDS["sequence"]())
-    for row, other in zip(*(d.generate(PROMPTS[:3], 8, GREEDY) for d in (decoder, plain)), strict=True):
+    plain, compiled = (
+        decoder_of(None, make("lm", num_hidden_layers=1), compile=compiles) for compiles in (False, True)
+    )
+    for row, other in zip(*(d.generate(PROMPTS[:3], 8, GREEDY) for d in (plain, compiled)), strict=True):
         assert row.tokens == other.tokens
+        assert row.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     torch._dynamo.reset()
 
 
@@ -361,11 +418,12 @@ def test_strategies_score_the_answer_that_they_give(strategy: Any) -> None:
 @torch.inference_mode()
 def test_a_gate_that_keeps_the_reward_out_of_some_steps() -> None:
     decoder = decoder_of(REWARDS["sequence"]())
-    gated = Guidance(k=5, beta=1.0, temperature=0, gate_entropy=1.5)
+    gated = Guidance(k=5, beta=1.0, temperature=0, gate_entropy=2.8)
     rows = decoder.generate(PROMPTS, 16, gated)
     for prompt, row in zip(PROMPTS, rows, strict=True):
         scores = decoder.reward.score_answer(Prefix(Prompt(prompt), prompt), row.tokens)
         found = [(r, s) for r, s in zip(row.rewards, scores, strict=True) if r == r]
+        assert 0 < len(found) < len(scores)
         assert [r for r, _ in found] == pytest.approx([s for _, s in found], abs=1e-4)
         assert row.tokens == decoder.generate([prompt], 16, gated)[0].tokens
 
@@ -384,7 +442,13 @@ def test_texts_of_a_batch_do_not_change_one_another() -> None:
 
 def test_a_dynamic_rope_ends_with_its_context() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    decoder = decoder_of(None, make_lm(rope_parameters=rope, max_position_embeddings=32))
+    lm = make_lm(rope_parameters=rope, max_position_embeddings=32)
+    with pytest.raises(
+        RGTGError, match=r"dynamic rope, the cache is for 33 tokens \(max_length=32 works\)"
+    ) as error:
+        decoder_of(None, lm, max_length=33)
+    assert "\n" not in str(error.value)
+    decoder = decoder_of(None, lm, max_length=32)
     with pytest.raises(
         RGTGError, match=r"exceed its 32, beyond which every further token changes .* dynamic"
     ):
