@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,21 @@ _LONGEST_PROBE = 256
 _SCALES = ("softcap", "soft_cap", "logit_scale", "logits_scal", "output_multiplier", "mup_width_multiplier")
 
 
+def _within_short_texts(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of a runner in which a longrope changes its frequencies within a short text, where it does so later."""
+
+    @functools.wraps(check)
+    def checked(runner: ModelRunner, *args: Any) -> None:
+        rope = runner.rope
+        if rope is None or rope.original + 2 <= _LONGEST_PROBE:
+            return check(runner, *args)
+        with rope.shortened(4):
+            return check(runner, *args)
+
+    return checked
+
+
+@_within_short_texts
 def verify(runner: ModelRunner) -> None:
     """Compares cached steps and the head with the model's own uncached forward and attention.
 
@@ -52,14 +68,11 @@ def verify(runner: ModelRunner) -> None:
     Raises:
         RGTGError: they differ by more than rounding.
     """
+    ids = probe(runner)
     name = type(runner.model).__name__
-    with _short_original(runner):
-        ids = probe(runner)
-        with own_attention(runner.model):
-            own = _check_head(runner, ids)
-            if runner.rope is not None:
-                own = runner.hidden_uncached(ids)  # each prefix by its own length
-        error = _states_error(runner, ids, own, 0)
+    with own_attention(runner.model):
+        own = _check_head(runner, ids)
+    error = _states_error(runner, ids, own, 0)
     if error is not None:
         raise RGTGError(
             f"{name} cannot be served: its cached forward differs from its own by {error:.1%}, more than "
@@ -67,6 +80,7 @@ def verify(runner: ModelRunner) -> None:
         )
 
 
+@_within_short_texts
 def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
     """Compares cached and uncached states of the rows that run under an attached adapter.
 
@@ -78,11 +92,10 @@ def verify_variant(runner: ModelRunner, variant: int, name: str) -> None:
     Raises:
         RGTGError: they differ by more than rounding.
     """
-    with _short_original(runner):
-        ids = probe(runner)
-        with own_attention(runner.model):
-            own = runner.hidden_uncached(ids, variant)
-        error = _states_error(runner, ids, own, variant)
+    ids = probe(runner)
+    with own_attention(runner.model):
+        own = runner.hidden_uncached(ids, variant)
+    error = _states_error(runner, ids, own, variant)
     if error is not None:
         raise RGTGError(
             f"{name} cannot share the forward of {type(runner.model).__name__}: cached and uncached differ by "
@@ -99,14 +112,6 @@ def probe(runner: ModelRunner) -> list[int]:
     pad, count = getattr(config, "pad_token_id", None), runner.embeddings
     numbers = ((3 + 7 * index) % count for index in range(min(length, runner.limit)))
     return [number if number != pad else (number + 1) % count for number in numbers]
-
-
-def _short_original(runner: ModelRunner) -> AbstractContextManager[None]:
-    """A context in which a longrope changes its frequencies within a short text, where it does so far beyond one."""
-    rope = runner.rope
-    if rope is None or rope.original + 2 <= _LONGEST_PROBE:
-        return nullcontext()
-    return rope.shortened(4)
 
 
 def _states_error(runner: ModelRunner, ids: list[int], own: torch.Tensor, variant: int) -> float | None:
@@ -185,7 +190,8 @@ def _check_head(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
         large = own + _large_state(runner.head).to(own.dtype)
         recorder.replacement = large
         _check_logits(runner, large[-1:], _own_logits(runner, ids))
-    return own
+    # The longrope of the recorded forward is that of the whole text in every prefix.
+    return own if runner.rope is None else runner.hidden_uncached(ids)
 
 
 def _own_logits(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
