@@ -33,12 +33,13 @@ class RowRope:
         original: as given.
         ids: [slots, tokens + 1] int64, the tokens of each slot's prefix, on the model's device.
         long: for each slot, whether its keys in the cache are those of the long set.
+        stepped: [B, S] int64, the tokens of the last step.
         room: tokens that a row of this run may reach.
     """
 
     def __init__(self, rotary: nn.Module, original: int):
         self.original = original
-        self.ids = torch.zeros(0, 0, dtype=torch.int64)
+        self.ids = self.stepped = torch.zeros(0, 0, dtype=torch.int64)
         self.long: list[bool] = []
         self.room = 0
         self._rotary, self._own = rotary, rotary.forward
@@ -124,10 +125,10 @@ class RowRope:
         """Tokens [S] follow the first `start` of a slot."""
         self.ids[slot, start : start + len(tokens)] = tokens
 
-    def commit(self, tokens: torch.Tensor, choice: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Token `choice[b]` of `tokens` [B, S] follows the `lengths[b]` tokens of row b; -1 adds none."""
+    def commit(self, choice: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Token `choice[b]` of the last step follows the `lengths[b]` tokens of row b; -1 adds none."""
         rows = self.ids[: len(choice)]
-        chosen = tokens.gather(1, choice.clamp_min(0).unsqueeze(1))
+        chosen = self.stepped.gather(1, choice.clamp_min(0).unsqueeze(1))
         rows.scatter_(1, lengths[: len(choice)].unsqueeze(1), chosen)
 
     def move(self, source: int, target: int) -> None:

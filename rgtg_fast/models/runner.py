@@ -83,8 +83,6 @@ class ModelRunner:
         self._rows: LowRankRows | None = None
         # States [B, branches, S, E] of the last step's tokens; with shared_forward, [slots, branches, E] of the newest.
         self._stepped = self._states = self._newest = torch.empty(0)
-        # The tokens [B, S] of the last step, where the model's rope needs them.
-        self._tokens = torch.empty(0)
         # The host's copy of cache.lengths, so that the host never waits for the device.
         self._lengths: list[int] = []
         # The prompt that each slot's prefix begins with (`begin`).
@@ -289,10 +287,8 @@ class ModelRunner:
         start = self._lengths[slot]
         if self.rope is None or not start < self.rope.original < start + len(ids):
             return self._extend(slot, ids, start + len(ids))
-        short, long = ids[: self.rope.original - start], ids[self.rope.original - start :]
-        return torch.cat(
-            [self._extend(slot, short, self.rope.original), self._extend(slot, long, start + len(ids))]
-        )
+        short = self._extend(slot, ids[: self.rope.original - start], self.rope.original)
+        return torch.cat([short, self._extend(slot, ids[len(short) :], start + len(ids))])
 
     def _extend(self, slot: int, ids: Sequence[int], length: int) -> torch.Tensor:
         """Appends tokens by the frequencies of a text of `length` tokens; returns their hidden states [S, E]."""
@@ -361,7 +357,7 @@ class ModelRunner:
         rows, new_tokens = tokens.shape
         if self.rope is not None:
             self.follow_lengths(rows)
-            self._tokens = tokens
+            self.rope.stepped = tokens
         self.cache.begin_step(rows, new_tokens)
         positions = self.cache.lengths[:rows, None].expand(rows, new_tokens)
         self.counter.calls += 1
@@ -378,7 +374,7 @@ class ModelRunner:
     def commit(self, choice: torch.Tensor) -> None:
         """Appends undecided token `choice[b]` [B] to each row's prefix."""
         if self.rope is not None:
-            self.rope.commit(self._tokens, choice, self.cache.lengths)
+            self.rope.commit(choice, self.cache.lengths)
         self.cache.commit(choice)
         if self.shared_forward:
             rows = torch.arange(len(choice), device=self.device)
