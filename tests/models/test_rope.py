@@ -37,7 +37,7 @@ from rgtg_fast.rewards.base import Prefix
 from tests.conftest import make_lm, make_tokenizer
 from tests.engine.host_reads import Guard
 from tests.engine.naive import guided_greedy
-from tests.engine.test_ahead import guard, recorded
+from tests.engine.test_ahead import EagerRecorder, guard, recorded
 from tests.models.adapters import write_adapter
 
 __all__ = ["guard"]
@@ -358,14 +358,47 @@ def test_decoded_rewards_are_those_of_the_answer(reward: str) -> None:
         assert row.tokens == decoder.generate([prompt], 16, GREEDY)[0].tokens
 
 
+class StepsOnly(EagerRecorder):
+    """Refuses a prefill within a recorded step, whose Python code a graph does not run."""
+
+    def __init__(self, decoder: RewardGuidedDecoder, monkeypatch: pytest.MonkeyPatch):
+        super().__init__(decoder)
+        self.inside, run_causal = False, ModelRunner._run_causal
+
+        def checked(runner: ModelRunner, *args: Any) -> torch.Tensor:
+            assert not self.inside, "a prefill within a recorded step"
+            return run_causal(runner, *args)
+
+        monkeypatch.setattr(ModelRunner, "_run_causal", checked)
+
+    def _within(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def within(*args: Any) -> Any:
+            self.inside = True
+            try:
+                return run(*args)
+            finally:
+                self.inside = False
+
+        return within
+
+    def warm_up(self, step: Callable[[], object]) -> None:
+        self._within(super().warm_up)(step)
+
+    def record(self, *args: Any) -> Callable[[], Any]:
+        return self._within(self._within(super().record)(*args))
+
+
 @pytest.mark.parametrize("pad_batch", [False, True])
 @pytest.mark.parametrize("reward", ["sequence", "genarm"])
-def test_steps_that_are_replayed_ahead_of_the_host(reward: str, pad_batch: bool) -> None:
+def test_steps_that_are_replayed_ahead_of_the_host(
+    reward: str, pad_batch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     guidance = Guidance(k=5, beta=1.0, temperature=0.9)
     decoders = [decoder_of(REWARDS[reward](), pad_batch=pad_batch and i == 1) for i in range(2)]
     for decoder in decoders:
         decoder.lm.runner.model.generation_config.eos_token_id = [1, *range(8, 64, 9)]
     graphs = recorded(decoders[1])
+    graphs.recorder = StepsOnly(decoders[1], monkeypatch)
     prompts = [text(length, seed) for seed, length in enumerate((4, 13, 16, 17, 25, 14, 15, 2, 11))]
     want, got = (d.generate(prompts, 20, guidance, seed=list(range(9))) for d in decoders)
     assert [row.tokens for row in got] == [row.tokens for row in want]
@@ -373,6 +406,15 @@ def test_steps_that_are_replayed_ahead_of_the_host(reward: str, pad_batch: bool)
     assert len(graphs) > 0
     for row, other in zip(got, want, strict=True):
         assert row.rewards == pytest.approx(other.rewards, abs=1e-5)
+
+
+def test_a_slot_without_a_row_never_crosses() -> None:
+    """Two rows end after 14 tokens; one slot stays empty, and the host counts on to 26 of a cache of 14."""
+    decoder = decoder_of(REWARDS["sequence"](), max_batch=2, pad_batch=True)
+    prompts = [text(2, seed) for seed in range(3)]
+    rows = decoder.generate(prompts, 12, GREEDY)
+    assert rows[2].tokens == decoder.generate([prompts[2]], 12, GREEDY)[0].tokens
+    assert rows.stats.prompt_tokens_reward == 6
 
 
 def test_a_row_that_crosses_reads_nothing_on_the_host(guard: Guard) -> None:
