@@ -135,6 +135,8 @@ class StepGraphs:
         self._failed = False
         self._layout: Hashable = None
         self._state: Tensors = []
+        # Models whose prefixes the host may have to change before a step.
+        self._changing: list[ModelRunner] = []
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -147,6 +149,7 @@ class StepGraphs:
     def begin(self, slots: SlotState) -> None:
         """A call begins, with all memory reserved. Drops graphs whose memory has been replaced since."""
         self.seconds = 0.0
+        self._changing = [model for model in self._models() if model.rope is not None]
         of_models = (x for model in self._models() for x in model.step_state())
         self._state = [*slots.tensors(), *of_models, *self.reward.step_state()]
         buffers = [x for model in self._models() for x in model.buffers()]
@@ -157,6 +160,8 @@ class StepGraphs:
 
     def __call__(self, batch: Batch, trace: bool) -> Tensors:
         """The step's tensors for this batch; valid until the next call."""
+        for model in self._changing:
+            model.follow_lengths(batch.width * model.prompt_contexts)
         shape = (batch.shape, trace)
         if shape not in self._recorded and not self._failed:
             self._try_to_record(batch, trace, shape)

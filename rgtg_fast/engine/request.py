@@ -14,6 +14,8 @@ from rgtg_fast.engine.stopping import StoppingCriteria, as_stops
 from rgtg_fast.errors import MemoryTooSmallError, RGTGError, shown
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt, PromptLike, as_prompts, check_known
+from rgtg_fast.models.runner import ModelRunner
+from rgtg_fast.models.support import changes_beyond
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards.base import Reward
 
@@ -156,9 +158,16 @@ def encoded_row(
         if length + new_tokens > limit:
             raise RGTGError(
                 f"prompt {prompt.index} has {length} tokens for the {role}; {new_tokens} new ones exceed its "
-                f"{limit}: shorten the prompt or use max_new_tokens <= {max(limit - length, 0)}"
+                f"{limit}{_beyond(limit, [lm.runner, *reward.models()])}: shorten the prompt or use "
+                f"max_new_tokens <= {max(limit - length, 0)}"
             )
     return row
+
+
+def _beyond(limit: int, models: list[ModelRunner]) -> str:
+    """What a model does beyond a context of `limit` tokens, where that is why it has no more."""
+    dynamic = any(changes_beyond(model.model.config.get_text_config(), limit) for model in models)
+    return ", beyond which every further token changes all frequencies of its dynamic rope" if dynamic else ""
 
 
 def check_guidance(guidance: Guidance, lm: LanguageModel, reward: Reward) -> None:

@@ -26,6 +26,7 @@ from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
 from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.models.support import (
     TESTED_FAMILIES,
+    changes_beyond,
     context_length,
     exceeded_limit,
     refusal,
@@ -333,8 +334,9 @@ def _verified_runner(
     model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, cannot: str
 ) -> ModelRunner:
     """A ModelRunner whose cached forward equals the model's own, up to the requested length."""
+    config = model.config.get_text_config()
     reason = refusal(model, max_length)
-    nearest = exceeded_limit(model.config.get_text_config(), max_length)
+    nearest = exceeded_limit(config, max_length)
     refused = None if reason is None else RGTGError(f"{cannot}: {reason}; tested families: {TESTED_FAMILIES}")
     if refused is not None and (nearest is None or unsupported_architecture(model) is not None):
         raise refused
@@ -342,6 +344,11 @@ def _verified_runner(
     # The message of `refused` offers a shorter length: verify that the model works with it.
     runner = ModelRunner(model, head, engine, limit if nearest is None else min(limit, nearest.tokens))
     runner.verify()
+    if refused is None and max_length is not None and max_length > limit and changes_beyond(config, limit):
+        refused = RGTGError(
+            f"{cannot}: beyond its context every further token changes all frequencies of its dynamic rope, the cache "
+            f"is for {max_length} tokens (max_length={limit} works)"
+        )
     if refused is not None:
         raise refused
     return runner

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.models.attached import Attached
 from rgtg_fast.models.cpp_layers import linear
 from rgtg_fast.models.device import to_device
 from rgtg_fast.models.fused_projections import fuse_projections
@@ -21,6 +22,7 @@ from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache
 from rgtg_fast.models.layers import choose_layers
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.model_state import ModelSnapshot
+from rgtg_fast.models.rope import RowRope
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
 from rgtg_fast.ops import _extension
 
@@ -57,12 +59,14 @@ class ModelRunner:
         prompt_contexts: rows of this model for each prompt, the prompt's own first (contrastive prompts: 3). Attached
             adapters read the first alone.
         compiled: whether steps run compiled blocks.
+        rope: frequencies that depend on a row's length; None where they do not.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear, engine: str, limit: int):
         self.model, self.head, self.limit = model, head, limit
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self.engine, self.layers = choose_layers(model, engine)
+        self.rope = RowRope.of(model.base_model, limit)
         self._snapshot = ModelSnapshot(model, head)
         if self.engine == "native" or self.device.type != "cpu":
             self._snapshot.pin()
@@ -233,6 +237,8 @@ class ModelRunner:
         self.cache.reserve(slots, length)
         self._lengths = [0] * slots
         self._prompts, self._encoded = [()] * slots, [0] * slots
+        if self.rope is not None:
+            self.rope.reserve(slots, length, self.device)
         self.counter = Counter() if counter is None else counter
         if self.shared_forward:
             width = self.head.in_features
@@ -249,10 +255,12 @@ class ModelRunner:
         source = self._slot_with(ids)
         if source is None:
             self.roll_back(slot, 0)
-            self.prefill(slot, ids)
+            self._extend(slot, ids, self._length_after(ids))
         else:
             if source != slot:
                 self.cache.move(source, slot, len(ids))
+                if self.rope is not None:
+                    self.rope.move(source, slot)
                 if self.shared_forward:
                     self._states[slot] = self._states[source]
             self.roll_back(slot, len(ids))
@@ -266,25 +274,75 @@ class ModelRunner:
     def _slot_with(self, ids: Sequence[int]) -> int | None:
         """A slot whose prefix begins with a prompt; with shared_forward one that has no token after it."""
         slots = [slot for slot, prompt in enumerate(self._prompts) if ids and prompt == ids]
+        if self.rope is not None:
+            long = self.rope.is_long(self._length_after(ids))
+            slots = [slot for slot in slots if self.rope.long[slot] == long]
         return next(
             (slot for slot in slots if not self.shared_forward or self._lengths[slot] == len(ids)), None
         )
 
+    def _length_after(self, ids: Sequence[int]) -> int:
+        """Tokens of the first text whose state is read after a prompt: the prompt's own, or a step's."""
+        return len(ids) if self.shared_forward else len(ids) + 1
+
     def prefill(self, slot: int, ids: Sequence[int]) -> torch.Tensor:
-        """Appends tokens to a slot's prefix in one causal forward; returns their hidden states [S, E]."""
+        """Appends tokens to a slot's prefix in one causal forward; returns their hidden states [S, E].
+
+        Each state is that of the text which ends there: where frequencies change with its length, there are two
+        forwards.
+        """
+        start = self._lengths[slot]
+        if self.rope is None or not start < self.rope.original < start + len(ids):
+            return self._extend(slot, ids, start + len(ids))
+        short = self._extend(slot, ids[: self.rope.original - start], self.rope.original)
+        return torch.cat([short, self._extend(slot, ids[len(short) :], start + len(ids))])
+
+    def _extend(self, slot: int, ids: Sequence[int], length: int) -> torch.Tensor:
+        """Appends tokens by the frequencies of a text of `length` tokens; returns their hidden states [S, E]."""
         if not ids:
             return torch.empty(0)
         start, count = self._lengths[slot], len(ids)
         tokens = to_device([ids], torch.int64, self.device)
-        positions = torch.arange(start, start + count, device=self.device).unsqueeze(0)
-        self.cache.begin_prefill(slot, start, count)
-        hidden = self.layers.forward(tokens, positions, self.cache)
-        self.cache.end_prefill(count)
+        if self.rope is not None:
+            self._follow(slot, length)
+            self.rope.write(slot, start, tokens[0])
+        hidden = self._run_causal(slot, start, tokens)
         if self.shared_forward:
             self._states[slot] = hidden[:, -1]
         self._lengths[slot] += count
-        self.counter.prompt_tokens += count
         return hidden[0]
+
+    def _run_causal(self, slot: int, start: int, tokens: torch.Tensor) -> torch.Tensor:
+        """States [branches, S, E] of tokens [1, S] that follow the first `start` of a slot's prefix."""
+        count = tokens.shape[1]
+        positions = torch.arange(start, start + count, device=self.device).unsqueeze(0)
+        self.cache.begin_prefill(slot, start, count)
+        with nullcontext() if self.rope is None else self.rope.chosen(self.rope.long[slot]):
+            hidden = self.layers.forward(tokens, positions, self.cache)
+        self.cache.end_prefill(count)
+        self.counter.prompt_tokens += count
+        return hidden
+
+    def _follow(self, slot: int, length: int) -> None:
+        """Makes a slot's prefix what it is in a text of `length` tokens, by computing it again where that changes."""
+        rope, prefix = self.rope, self._lengths[slot]
+        assert rope is not None
+        if rope.long[slot] == rope.is_long(length):
+            return
+        rope.long[slot] = rope.is_long(length)
+        # The host's count of a slot without a row goes on.
+        if 0 < prefix <= rope.room:
+            self.cache.roll_back(slot, 0)
+            self._run_causal(slot, 0, rope.ids[slot : slot + 1, :prefix])
+
+    def follow_lengths(self, rows: int) -> None:
+        """Prepares the first `rows` slots for a step, whose tokens may make their texts too long for their keys.
+
+        `step` does so itself. A step that is replayed without the host needs it before.
+        """
+        if self.rope is not None:
+            for slot in range(rows):
+                self._follow(slot, self._lengths[slot] + 1)
 
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens; nothing is copied or computed."""
@@ -304,18 +362,26 @@ class ModelRunner:
             normed: whether the final norm is part of the forward; False only where `layers.final_norm` is known.
         """
         rows, new_tokens = tokens.shape
+        if self.rope is not None:
+            self.follow_lengths(rows)
+            self.rope.stepped = tokens
         self.cache.begin_step(rows, new_tokens)
         positions = self.cache.lengths[:rows, None].expand(rows, new_tokens)
         self.counter.calls += 1
         self.counter.tokens += rows * new_tokens
         norm = None if normed else self.layers.final_norm
-        with nullcontext() if norm is None else norm.skipped():
+        with (
+            nullcontext() if norm is None else norm.skipped(),
+            nullcontext() if self.rope is None else self.rope.chosen(None),
+        ):
             hidden = self.layers.forward(tokens, positions, self.cache)
         self._stepped = hidden.unflatten(0, (rows, -1))
         return self._stepped[:, 0]
 
     def commit(self, choice: torch.Tensor) -> None:
         """Appends undecided token `choice[b]` [B] to each row's prefix."""
+        if self.rope is not None:
+            self.rope.commit(choice, self.cache.lengths)
         self.cache.commit(choice)
         if self.shared_forward:
             rows = torch.arange(len(choice), device=self.device)
@@ -364,11 +430,14 @@ class ModelRunner:
 
     def buffers(self) -> list[torch.Tensor]:
         """The memory of the prefixes, at the addresses that a captured step will use."""
-        return [x for part in self.cache.parts for x in part.cache.buffers()]
+        kept = [x for part in self.cache.parts for x in part.cache.buffers()]
+        return kept if self.rope is None else [*kept, self.rope.ids]
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""
         self.cache.move(source, target, self._lengths[source])
+        if self.rope is not None:
+            self.rope.move(source, target)
         if self.shared_forward:
             self._states[target] = self._states[source]
         self._lengths[target] = self._lengths[source]
@@ -403,40 +472,17 @@ class ModelRunner:
         return int(weight.shape[0])
 
     def hidden_uncached(self, ids: Sequence[int], branch: int = 0) -> torch.Tensor:
-        """States [T, E] of a whole text by the model's own uncached forward; `branch` as in `newest`."""
+        """States [T, E] of a whole text's prefixes by the model's own uncached forward; `branch` as in `newest`."""
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
         with nullcontext() if self._rows is None else self._rows.only(branch):
-            out = self.model.base_model(input_ids=tokens, use_cache=False, **OUTPUTS)
-        return out.last_hidden_state[0]
+            states = self._uncached(tokens)
+            if self.rope is None or not self.rope.is_long(len(ids)):
+                return states
+            original = self.rope.original
+            return torch.cat([self._uncached(tokens[:, :original]), states[original:]])
 
-
-@dataclass(frozen=True)
-class Attached:
-    """An adapter's part in the base model's forward.
-
-    Attributes:
-        runner: the base model.
-        branch: which rows are the adapter's, 0 where they are the base model's own.
-    """
-
-    runner: ModelRunner
-    branch: int
-
-    def encoded(self, row: int) -> int:
-        """Prompt tokens that a row's own context cost when it was admitted."""
-        return self.runner.encoded(row * self.runner.prompt_contexts)
-
-    def newest(self) -> torch.Tensor:
-        """States [B, E] of each row's newest token under the adapter, for the step that has begun."""
-        return self.runner.newest(self.branch)
-
-    def candidates(self) -> torch.Tensor:
-        """States [B, K, E] after each candidate of this step under the adapter."""
-        return self.runner.candidates(self.branch)
-
-    def hidden_uncached(self, ids: Sequence[int]) -> torch.Tensor:
-        """States [T, E] of a whole text under the adapter."""
-        return self.runner.hidden_uncached(ids, self.branch)
+    def _uncached(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.base_model(input_ids=tokens, use_cache=False, **OUTPUTS).last_hidden_state[0]
 
 
 def scores_of(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:

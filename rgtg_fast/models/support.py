@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.rope import longrope_length
 
 TESTED_FAMILIES = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, gpt-oss, GPT-NeoX, OPT, GPT-2"
 # Rope types whose frequencies depend on the position only; the others also depend on the longest row of a batch.
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
-# Rope types that are static up to a length.
+# Rope types that are static up to a length; `models.rope` computes longrope beyond it.
 _STATIC_UP_TO_A_LENGTH = frozenset({"dynamic", "longrope"})
 _FULL_ATTENTION = frozenset({"full_attention", "attention"})
 _WINDOWED_ATTENTION = frozenset({"sliding_attention", "chunked_attention"})
@@ -117,7 +118,7 @@ def _limits(config: Any) -> Iterator[Limit]:
         yield Limit(int(chunk), f"attends in chunks of {chunk} tokens")
     for rope in _ropes(config):
         kind = _rope_type(rope)
-        if kind in _STATIC_UP_TO_A_LENGTH:
+        if kind in _STATIC_UP_TO_A_LENGTH and longrope_length(config) is None:
             tokens = int(config.max_position_embeddings if kind == "dynamic" else _original(config, rope))
             yield Limit(
                 tokens, f"chooses the frequencies of its {kind} rope by the length beyond {tokens} tokens"
@@ -140,6 +141,11 @@ def context_length(model: PreTrainedModel) -> int:
             f"{title(model)} has a context of {limit} tokens by its config.json: restore the right one"
         )
     return limit
+
+
+def changes_beyond(config: Any, tokens: int) -> bool:
+    """Whether a text model's rope changes with every token after these, the end of its context (dynamic scaling)."""
+    return tokens == _context(config) and any(_rope_type(rope) == "dynamic" for rope in _ropes(config))
 
 
 def _rope_type(rope: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.rope import longrope_length
 from rgtg_fast.models.runner import Counter
 
 # Two texts of different lengths, to verify that padding changes nothing.
@@ -30,7 +31,7 @@ class Classifier:
 
     Texts are padded on the right and masked, whatever the tokenizer and the configuration say. A causal model with a
     `score` head is read at a text's last token. Any other model pools by itself; where a padded batch changes its
-    rewards, texts are evaluated one by one.
+    rewards, and where its rope depends on the longest text of a batch, texts are evaluated one by one.
 
     Args:
         model: the classifier.
@@ -150,6 +151,10 @@ class Classifier:
                     f"{self.title} does not read a text at its last token by its `score` head: "
                     "use another reward model"
                 )
+        # Longrope would compute all texts of a batch by the length of the longest.
+        original = longrope_length(self.model.config.get_text_config())
+        if original is not None and (self.max_length is None or self.max_length > original):
+            self._together = False
 
     def _plain_probe(self, tokens: Tokens) -> Tokens:
         """A causal model's probe without the padding token, by which the model's own forward finds the last token."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.attention import NAME as PREFIX
 from rgtg_fast.models.attention import PACKED
+from rgtg_fast.models.rope import longrope_length
 from rgtg_fast.training.data import TokenizedPair
 from rgtg_fast.training.packed_attention import Packing
 
@@ -248,15 +249,26 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def forward_arguments(trunk: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments of a trunk's forward over a packed batch, except `input_ids` or `inputs_embeds`."""
+    """Keyword arguments of a trunk's forward over a packed batch, except `input_ids` or `inputs_embeds`.
+
+    Raises:
+        RGTGError: a text is so long that longrope computes all texts of the batch by its frequencies.
+    """
     # The model's owner may have set another attention since, which would ignore the pairs' boundaries.
     if trunk.config._attn_implementation not in (PACKED, PREFIX):
         use_packed_attention(trunk)
+    packing = Packing(batch.spans, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
+    original = longrope_length(trunk.config.get_text_config())
+    if original is not None and packing.longest > original:
+        raise RGTGError(
+            f"a prompt with its answer has {packing.longest} tokens and the longrope of {type(trunk).__name__} changes "
+            f"its frequencies beyond {original}, for all texts of a packed batch: use max_length={original}"
+        )
     return {
         "position_ids": batch.position_ids,
         # transformers takes any 4-D mask as final and builds no [S, S] mask; packed_attention does not read it.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=trunk.dtype, device=batch.input_ids.device),
-        "packing": Packing(batch.spans, (batch.input_ids.shape[0], batch.input_ids.shape[1])),
+        "packing": packing,
         "use_cache": False,
     }
 

@@ -69,3 +69,32 @@ def test_windows_caps_and_sinks_give_the_tokens_of_the_cpu(
             row.tokens for row in decoder.generate(prompts, 12, Guidance(k=6, beta=1.0, temperature=0))
         ]
     assert rows["cuda"] == rows["cpu"]
+
+
+@pytest.mark.parametrize("graphs", [None, False])
+def test_longrope_gives_the_tokens_of_the_cpu(graphs: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that cross the original context while steps are replayed ahead of the host."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    tokenizer, guidance = make_tokenizer(), Guidance(k=6, beta=1.0, temperature=0.9)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 5.0, 0.3, 9.0],
+        "factor": 8.0,
+        "original_max_position_embeddings": 16,
+    }
+    rows = {}
+    for device in ("cpu", "cuda"):
+        lm, rm = (make(rope_parameters=dict(rope)) for make in (make_lm, make_rm))
+        lm.generation_config.eos_token_id = [1, *range(8, 64, 9)]
+        decoder = RewardGuidedDecoder.from_pretrained(
+            (lm, tokenizer),
+            reward=SequenceReward((rm, tokenizer)),
+            device=device,
+            max_batch=3,
+            graphs=graphs if device == "cuda" else None,
+        )
+        prompts = [list(range(20, 20 + length)) for length in (4, 14, 15, 16, 25)]
+        rows[device] = [row.tokens for row in decoder.generate(prompts, 20, guidance, seed=[1, 2, 3, 4, 5])]
+    assert rows["cuda"] == rows["cpu"]

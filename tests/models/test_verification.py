@@ -110,18 +110,14 @@ def test_a_score_head_with_a_bias_is_served(engine: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("kind", ["lm", "reward"])
 @pytest.mark.parametrize("rope", ROPES)
-def test_ropes_are_served_up_to_the_length_where_they_change(rope: str, kind: str) -> None:
+def test_ropes_are_served_for_the_whole_context(rope: str, kind: str) -> None:
     settings = {"rope_parameters": ROPES[rope], "max_position_embeddings": 64}
     model = tiny_model(kind, "LlamaConfig", **settings)
     for engine in ("auto", "transformers"):
-        assert outcome(kind, model, engine) == "served"  # up to the length that a refusal names
+        assert outcome(kind, model, engine) == "served"
     load = language_runner if kind == "lm" else reward_runner
-    if rope == "longrope":
-        assert "max_length=16 works" in refused(lambda: load(model, "auto", None))
-        assert "longrope" in refused(lambda: load(model, "auto", 17))
-        assert load(model, "auto", 16).limit == 16
-    else:
-        assert load(model, "auto", None).limit == 64
+    assert load(model, "auto", None).limit == 64
+    assert load(model, "auto", 16).limit == 16
 
 
 def test_an_unknown_rope_is_named() -> None:

@@ -419,6 +419,23 @@ def test_a_sliding_window_shorter_than_a_pair_is_refused() -> None:
         packed_rewards(model, collate(pairs, [[0, 1]], PAD))
 
 
+def test_a_pair_beyond_the_original_context_of_a_longrope_is_refused() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 5.0, 0.3, 9.0],
+        "factor": 8.0,
+        "original_max_position_embeddings": 8,
+    }
+    model = make_rm(rope_parameters=rope)
+    use_packed_attention(model)
+    pairs = [TokenizedPair([3, 4, 5], [6, 7, EOS], [8, EOS], 0), TokenizedPair([3] * 5, [6] * 4, [7] * 2, 1)]
+    packed_rewards(model, collate(pairs, [[0]], PAD))
+    with pytest.raises(RGTGError, match=r"has 9 tokens and the longrope .* beyond 8, .*: use max_length=8"):
+        packed_rewards(model, collate(pairs, [[0, 1]], PAD))
+
+
 def hh_data() -> Path:
     folder = Path(
         os.environ.get("RGTG_DATA") or Path(__file__).parents[2].parent / "shared" / "data"
