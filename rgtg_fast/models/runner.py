@@ -8,21 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.models.cpp_layers import linear
 from rgtg_fast.models.device import to_device
 from rgtg_fast.models.fused_projections import fuse_projections
+from rgtg_fast.models.heads import Head, RewardHead, scores_of
 from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache
 from rgtg_fast.models.layers import choose_layers
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.model_state import ModelSnapshot
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
-from rgtg_fast.ops import _extension
 
 
 @dataclass
@@ -45,7 +42,7 @@ class ModelRunner:
 
     Args:
         model: a causal model with a head: `lm_head` (language model) or `score` (reward model).
-        head: the head's linear layer.
+        head: the head's linear layer, or a reward model's head of another kind.
         engine: `"auto"`, `"native"` or `"transformers"`.
         limit: tokens that the model's context holds.
 
@@ -57,9 +54,12 @@ class ModelRunner:
         compiled: whether steps run compiled blocks.
     """
 
-    def __init__(self, model: PreTrainedModel, head: nn.Linear, engine: str, limit: int):
-        self.model, self.head, self.limit = model, head, limit
-        self.device, self.dtype = head.weight.device, head.weight.dtype
+    def __init__(self, model: PreTrainedModel, head: Head, engine: str, limit: int):
+        self.model, self.limit = model, limit
+        self.head: Any = head
+        # A RewardHead keeps a dtype of its own.
+        weight: Any = model.get_input_embeddings().weight if isinstance(head, RewardHead) else head.weight
+        self.device, self.dtype = weight.device, weight.dtype
         self.engine, self.layers = choose_layers(model, engine)
         self._snapshot = ModelSnapshot(model, head)
         if self.engine == "native" or self.device.type != "cpu":
@@ -369,6 +369,8 @@ class ModelRunner:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's output [B, V] for hidden states [B, E]."""
+        if isinstance(self.head, RewardHead):
+            return scores_of(hidden, self.head).unsqueeze(-1)
         return self.layers.logits(hidden, self.head)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -429,16 +431,3 @@ class Attached:
     def hidden_uncached(self, ids: Sequence[int]) -> torch.Tensor:
         """States [T, E] of a whole text under the adapter."""
         return self.runner.hidden_uncached(ids, self.branch)
-
-
-def scores_of(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-    """A one-label head's output [...] in at least float32 for states [..., E], on a CPU by the native engine's product.
-
-    A library's product may add a row up in another order when there are more rows.
-    """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    weight = head.weight.detach().to(dtype)
-    if hidden.device.type == "cpu" and dtype == torch.float32 and not _extension.missing_reason():
-        return linear(hidden.flatten(0, -2), weight.contiguous(), head.bias).view(hidden.shape[:-1])
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return functional.linear(hidden.to(dtype), weight, bias).squeeze(-1)

@@ -24,6 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import publish, reason
 from rgtg_fast.models.checkpoint import names, safetensors_header
+from rgtg_fast.models.head_files import normalization
+from rgtg_fast.models.heads import activation_of
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
 from rgtg_fast.training.config import Lora
 from rgtg_fast.training.packing import (
@@ -67,6 +69,11 @@ def load_base(
         return model, tokenizer
 
     def one_label(config: Any) -> None:
+        if normalization(config, source) is not None or activation_of(config, source) is not None:
+            raise RGTGError(
+                f"{source} normalizes or bounds its score, and training begins with a linear head: start from its base "
+                "model"
+            )
         config.num_labels = 1
 
     model, tokenizer, headless = read_pretrained(

@@ -1,0 +1,260 @@
+"""Reward heads: what turns a state of a causal trunk into one reward.
+
+Most reward models have a linear layer with one output, which stays as it is. Every other head becomes a `RewardHead`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.models.cpp_layers import linear
+from rgtg_fast.ops import _extension
+
+# The module of a sequence classifier over a causal trunk that gives its scores.
+SCORE = "score"
+# Modules that change every number on its own, or nothing at all where no model is trained.
+_ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Dropout, nn.Identity)
+# Names under which cross-encoders' configurations have the function of their scores (sentence-transformers).
+_ACTIVATIONS: dict[str, nn.Module | None] = {
+    "torch.nn.modules.linear.Identity": None,
+    "torch.nn.modules.activation.Sigmoid": nn.Sigmoid(),
+    "torch.nn.modules.activation.Tanh": nn.Tanh(),
+}
+
+
+class RewardHead(nn.Module):
+    """A head that is more than a linear layer with one output: an MLP, one label of several, a bounded score.
+
+    Its weights keep their dtype where the trunk's changes, and rewards are computed in at least float32.
+
+    Args:
+        layers: linear layers and elementwise functions, in the order of their execution.
+        label: the output of the last linear layer that is the reward; None where it has one.
+
+    Raises:
+        RGTGError: a layer of another kind, or widths that do not follow each other.
+    """
+
+    out_features = 1
+
+    def __init__(self, layers: Sequence[nn.Module], label: int | None = None):
+        super().__init__()
+        self.layers, self.label = nn.ModuleList(layers), label
+        linears = self.linears()
+        other = [x for x in layers if not isinstance(x, (nn.Linear, *_ELEMENTWISE))]
+        if other or not linears:
+            kind = type(other[0]).__name__ if other else "no linear layer"
+            raise RGTGError(
+                f"its reward head holds {kind}: only linear layers and elementwise functions are served, use "
+                "TextReward(f) with a function f that calls the model's own code"
+            )
+        widths = [(x.in_features, x.out_features) for x in linears]
+        outputs = 1 if label is None else linears[-1].out_features
+        fit = all(one[1] == other[0] for one, other in pairwise(widths))
+        if not fit or widths[-1][1] != outputs or not 0 <= (label or 0) < outputs:
+            raise RGTGError(
+                f"its reward head has layers of (inputs, outputs) {widths}, of which output {label or 0} is no reward: "
+                "use a reward model with one score"
+            )
+
+    def linears(self) -> list[nn.Linear]:
+        """The linear layers."""
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
+    @property
+    def in_features(self) -> int:
+        """The width of a state."""
+        return self.linears()[0].in_features
+
+    def parts(self, layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of a linear layer; of the last one those of the label."""
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        if self.label is None or layer is not self.linears()[-1]:
+            return weight, bias
+        row = slice(self.label, self.label + 1)
+        return weight[row], None if bias is None else bias[row]
+
+    def scores(self, states: torch.Tensor, product: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Rewards [...] for states [..., E].
+
+        Args:
+            states: any floating dtype.
+            product: computes x weightᵀ + bias of x [N, inner].
+        """
+        x = states.to(torch.promote_types(states.dtype, torch.float32)).flatten(0, -2)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                weight, bias = (part if part is None else part.to(x.dtype) for part in self.parts(layer))
+                x = product(x, weight.contiguous(), bias)  # pyright: ignore[reportOptionalMemberAccess]
+            elif isinstance(layer, nn.ReLU):
+                x = x.relu()
+            elif not isinstance(layer, (nn.Dropout, nn.Identity)):
+                # torch computes the end of a tensor by other instructions, whose float32 results may differ.
+                x = layer(x.double()).to(x.dtype)
+        return x.view(states.shape[:-1])
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Rewards [..., 1] for states [..., E]."""
+        return self.scores(states, functional.linear).unsqueeze(-1)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RewardHead:
+        def keeping_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(keeping_dtype, recurse)
+
+
+Head: TypeAlias = nn.Linear | RewardHead
+
+
+def scores_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """A one-label head's output [...] in at least float32 for states [..., E], on a CPU by the native engine's product.
+
+    A library's product may add a row up in another order when there are more rows.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    native = hidden.device.type == "cpu" and dtype == torch.float32 and not _extension.missing_reason()
+    if isinstance(head, RewardHead):
+        return head.scores(hidden, linear if native else functional.linear)
+    weight = head.weight.detach().to(dtype)
+    if native:
+        return linear(hidden.flatten(0, -2), weight.contiguous(), head.bias).view(hidden.shape[:-1])
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return functional.linear(hidden.to(dtype), weight, bias).squeeze(-1)
+
+
+def linear_part(head: Head) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight [E] and bias [1] of a head that is one linear function of the state; None for another head."""
+    if isinstance(head, RewardHead):
+        if len(head.layers) > 1:
+            return None
+        weight, bias = head.parts(head.linears()[0])
+        return weight[0], bias
+    return head.weight[0].detach(), None if head.bias is None else head.bias.detach()
+
+
+def describe(head: Head) -> str:
+    """A head in a few words.
+
+    Example:
+        >>> describe(RewardHead([nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2), nn.Sigmoid()], label=1))
+        'MLP 8-4-1, label 1 of 2, Sigmoid'
+    """
+    if isinstance(head, nn.Linear):
+        return "linear" if head.bias is None else "linear with bias"
+    linears = head.linears()
+    widths = "-".join(map(str, [head.in_features, *(x.out_features for x in linears[:-1]), 1]))
+    said = [f"MLP {widths}" if len(linears) > 1 else "linear"]
+    if len(linears) == 1 and linears[0].bias is not None:
+        said[0] = "linear with bias"
+    if head.label is not None:
+        said.append(f"label {head.label} of {linears[-1].out_features}")
+    last = head.layers[-1]
+    return ", ".join([*said, *([] if isinstance(last, nn.Linear) else [type(last).__name__])])
+
+
+# ---- what a configuration says of a head -----------------------------------------------------------------------------
+
+
+def label_index(config: Any, label: str | int | None, name: object) -> int | None:
+    """The index of a label among a classifier's; None where it has one label.
+
+    Args:
+        config: the model's configuration.
+        label: a label's name (`id2label`) or index, None for the only one.
+        name: the model, for messages.
+
+    Raises:
+        RGTGError: no such label, or several and none chosen.
+    """
+    names = {int(index): str(text) for index, text in (config.id2label or {}).items()}
+    count = int(config.num_labels)
+    listed = ", ".join(repr(names.get(index, str(index))) for index in range(min(count, 12)))
+    listed += ", …" if count > 12 else ""
+    if label is None:
+        if count == 1:
+            return None
+        raise RGTGError(
+            f"{name} has {count} labels ({listed}) and a reward model needs 1: choose one with label=NAME "
+            "(--reward-label NAME), or use a model with num_labels=1"
+        )
+    found = next((index for index, text in names.items() if text == str(label)), None)
+    if found is None and not isinstance(label, bool) and str(label).isdecimal():
+        found = int(label)
+    if found is None or not 0 <= found < count:
+        raise RGTGError(f"{name} has no label {shown(label)}: choose one of {listed}, or an index")
+    return None if count == 1 else found
+
+
+def activation_of(config: Any, name: object) -> nn.Module | None:
+    """The function of a classifier's score that its configuration names, as cross-encoders' do; None for none.
+
+    Raises:
+        RGTGError: a function that is not served.
+    """
+    saved = getattr(config, "sentence_transformers", None)
+    named = saved.get("activation_fn") if isinstance(saved, dict) else None
+    named = named or getattr(config, "sbert_ce_default_activation_function", None)
+    if named is None:
+        return None
+    if named not in _ACTIVATIONS:
+        known = ", ".join(key.rpartition(".")[2] for key in _ACTIVATIONS)
+        raise RGTGError(
+            f"{name} names {shown(named)} as the function of its scores and {known} are served: use TextReward(f) with "
+            "a function f that calls the model's own code"
+        )
+    return copy.deepcopy(_ACTIVATIONS[named])
+
+
+def with_reward_head(model: PreTrainedModel, label: str | int | None, name: object) -> PreTrainedModel:
+    """A sequence classifier whose `score` gives one reward.
+
+    Args:
+        model: a loaded classifier, which does not change.
+        label: as in `label_index`.
+        name: the model, for messages.
+
+    Returns:
+        The model itself where its head is linear with one label, or where it has no `score`. Else a model that shares
+        its modules and weights and has another head.
+
+    Raises:
+        RGTGError: as in `label_index`, or a head that is not served.
+    """
+    config: Any = model.config
+    score = dict(model.named_children()).get(SCORE)
+    if isinstance(score, RewardHead):
+        if label is not None:
+            label_index(config, label, name)
+        return model
+    index, activation = label_index(config, label, name), activation_of(config, name)
+    if score is None or config.is_encoder_decoder:
+        return model
+    plain = isinstance(score, nn.Linear) and index is None and activation is None
+    if plain or not isinstance(score, (nn.Linear, nn.Sequential)):
+        return model
+    layers = [
+        *(score if isinstance(score, nn.Sequential) else [score]),
+        *([activation] if activation else []),
+    ]
+    try:
+        return sharing(model, RewardHead(layers, index))
+    except RGTGError as error:
+        raise RGTGError(f"{name} cannot serve as reward model: {error}") from error
+
+
+def sharing(model: PreTrainedModel, head: RewardHead) -> PreTrainedModel:
+    """A model with another `score` that shares everything else with the given one, which does not change."""
+    made = copy.copy(model)
+    made._modules = {**model._modules, SCORE: head}
+    return made
