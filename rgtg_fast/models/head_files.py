@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rgtg_fast.errors import RGTGError, shown
-from rgtg_fast.models.checkpoint import weight_shapes
+from rgtg_fast.models.checkpoint import names, weight_shapes
 from rgtg_fast.models.heads import SCORE, RewardHead, label_index, sharing, with_reward_head
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -85,7 +85,7 @@ class FileHead:
             name: the model, for messages.
 
         Raises:
-            RGTGError: an MLP whose function between the layers is not known.
+            RGTGError: an MLP whose functions between the layers are not known, or weights that are neither.
         """
         own = getattr(config, "value_head_prefix", None)
         prefixes = [*([f"{own}."] if isinstance(own, str) else []), *_PREFIXES]
@@ -94,13 +94,19 @@ class FileHead:
             return None
         parts = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         found = [_PART.fullmatch(part) for part in parts]
+        irregular = (
+            f"{name} has the weights {names(prefix + part for part in parts)}, which are neither a linear head nor an "
+            f"MLP: {_OWN_CODE}"
+        )
         if any(match is None for match in found):
-            return None
+            if prefix == f"{SCORE}.":  # a family's own head, as T5Gemma's
+                return None
+            raise RGTGError(irregular)
         places = sorted({match[1] or "" for match in found if match is not None}, key=lambda x: (len(x), x))
         steps = [f"{place}." if place else "" for place in places]
         weights = [parts.get(f"{step}weight", ()) for step in steps]
         if any(len(weight) != 2 for weight in weights) or ("" in places and len(places) > 1):
-            return None
+            raise RGTGError(irregular)
         head = cls(
             prefix,
             tuple((weight[0], weight[1]) for weight in weights),
@@ -110,9 +116,10 @@ class FileHead:
         regular = not head.numbered or [int(place) for place in places] == [2 * i for i in range(len(places))]
         if not regular or (len(places) > 1 and not _has_relu(prefix, config)):
             made_as = (getattr(config, "architectures", None) or ["unknown"])[0]
+            layers = ", ".join(prefix + place for place in places)
             raise RGTGError(
-                f"{name} ({made_as}) has an MLP as its head ({prefix}{', '.join(places)}) and its files do not say "
-                f"which functions are between its layers: {_OWN_CODE}"
+                f"{name} ({made_as}) has an MLP as its head ({layers}) and its files do not say which functions are "
+                f"between its layers: {_OWN_CODE}"
             )
         return head
 
