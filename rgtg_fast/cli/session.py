@@ -22,6 +22,7 @@ CONTRASTIVE, NONE = "contrastive", "none"
 BUNDLED = "bundled:pargs"
 # Texts of options that several dataclasses have.
 BETA_HELP = "Weight of the reward; 0 is the base model."
+LABEL_HELP = "The label whose score is the reward, by name or index, where the reward model has several."
 PAIRS_HELP = "Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a data set of Hugging Face"
 Progress = Callable[[str], None]
 
@@ -42,11 +43,7 @@ class Setup:
         MODELS,
         shown="bundled:pargs for the default model, else contrastive",
     )
-    reward_label: str | None = option(
-        "The label whose score is the reward, by name or index, where the reward model has several.",
-        None,
-        MODELS,
-    )
+    reward_label: str | None = option(LABEL_HELP, None, MODELS)
     better: str | None = option("System prompt to move towards (contrastive).", None, MODELS)
     worse: str | None = option("System prompt to move away from (contrastive).", None, MODELS)
     dtype: str | None = option(
