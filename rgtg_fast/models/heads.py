@@ -50,11 +50,11 @@ class RewardHead(nn.Module):
         super().__init__()
         self.layers, self.label = nn.ModuleList(layers), label
         linears = self.linears()
-        other = [x for x in layers if not isinstance(x, (nn.Linear, *_ELEMENTWISE))]
+        other = [x for x in layers if not isinstance(x, _ELEMENTWISE) and not _readable(x)]
         if other or not linears:
             kind = type(other[0]).__name__ if other else "no linear layer"
             raise RGTGError(
-                f"its reward head holds {kind}: only linear layers and elementwise functions are served, use "
+                f"its reward head holds {kind}: unquantized linear layers and elementwise functions are served, use "
                 "TextReward(f) with a function f that calls the model's own code"
             )
         widths = [(x.in_features, x.out_features) for x in linears]
@@ -112,6 +112,14 @@ class RewardHead(nn.Module):
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
         return super()._apply(keeping_dtype, recurse)
+
+
+def _readable(layer: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight can be read; a quantized one's has other shapes or integers."""
+    if not isinstance(layer, nn.Linear):
+        return False
+    shape = (layer.out_features, layer.in_features)
+    return layer.weight.is_floating_point() and tuple(layer.weight.shape) == shape
 
 
 Head: TypeAlias = nn.Linear | RewardHead

@@ -242,6 +242,30 @@ def test_linear_heads_go_through_the_fused_tail(
         assert rewards == pytest.approx(close_to, abs=1e-4)
 
 
+def test_a_cap_behind_a_head_is_noticed_at_load_time(folders: dict[str, Path]) -> None:
+    model, _ = load_sequence_classifier(folders["GRM"], make_lm(), None)
+    forward = model.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        found = forward(*args, **kwargs)
+        found.logits = 30 * torch.tanh(found.logits / 30)
+        return found
+
+    model.forward = capped
+    assert "its logits differ" in message_of(
+        lambda: RewardGuidedDecoder.from_pretrained((make_lm(), None), (model, None))
+    )
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_a_trunk_that_changes_its_dtype_is_noticed(engine: str, folders: dict[str, Path]) -> None:
+    decoder = decoder_of(folders["GRM"], SAVED["GRM"], engine=engine)
+    decoder.generate(PROMPTS, 2)
+    assert decoder.reward is not None
+    decoder.reward.models()[0].model.half()
+    assert "float32 on cpu became torch.float16" in message_of(lambda: decoder.generate(PROMPTS, 2))
+
+
 def test_which_heads_are_linear(folders: dict[str, Path]) -> None:
     found = {}
     for name, saved in SAVED.items():
@@ -450,6 +474,19 @@ def test_a_pickled_checkpoint(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     decoder, reference = decoder_of(folder, SAVED["UltraRM"]), Reference("UltraRM")
     found = decoder.score(PROMPTS[:1], ANSWERS[:1])[0]
+    assert close(found[-1], reference([*PROMPTS[0], *ANSWERS[0]]))
+
+
+def test_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head is recognized in the files of the hub's cache."""
+    cache, revision = tmp_path / "hub", "a" * 40
+    folder = cache / "models--some--rm"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    SAVED["INF-ORM"].save(folder / "snapshots" / revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    decoder = RewardGuidedDecoder.from_pretrained((make_lm(), make_tokenizer()), "some/rm")
+    found, reference = decoder.score(PROMPTS[:1], ANSWERS[:1])[0], Reference("INF-ORM")
     assert close(found[-1], reference([*PROMPTS[0], *ANSWERS[0]]))
 
 
