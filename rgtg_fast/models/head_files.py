@@ -14,19 +14,17 @@ All of them are read at a text's last token.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import names, weight_shapes
-from rgtg_fast.models.heads import SCORE, RewardHead, label_index, sharing, with_reward_head
+from rgtg_fast.models.heads import SCORE, activation_of, label_index, normalization, with_reward_head
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -159,7 +157,6 @@ class ClassifierLoader:
         self._loader, self._source, self._label = loader, source, label
         self._raw = _raw_config(source)
         self._head: FileHead | None = None
-        self._normal: tuple[float, float] | None = None
         # An architecture whose configuration needs code is refused here by its name.
         _refuse_architectures(self._raw, source)
 
@@ -172,7 +169,9 @@ class ClassifierLoader:
         shapes = weight_shapes(self._source) or {}
         _refuse_weights(shapes, config, self._source)
         head = FileHead.of(shapes, config, self._source)
-        self._normal = normalization(config, self._source)
+        # Before the weights are read.
+        normalization(config, self._source)
+        activation_of(config, self._source)
         if head is None:
             check_labels(config, self._label, self._source)
             return
@@ -210,12 +209,6 @@ class ClassifierLoader:
 
     def finished(self, model: PreTrainedModel) -> PreTrainedModel:
         """The loaded model with the head that gives its rewards."""
-        score: Any = dict(model.named_children()).get(SCORE)
-        if self._normal is not None and isinstance(score, (nn.Linear, nn.Sequential)):
-            layers: list[Any] = list(score) if isinstance(score, nn.Sequential) else [score]
-            layers[-1] = _normalized(layers[-1], *self._normal)
-            index = label_index(model.config, self._label, self._source)
-            model = sharing(model, RewardHead(layers, index))
         return with_reward_head(model, self._label, self._source)
 
     def _check_width(self, head: FileHead, config: Any) -> None:
@@ -249,37 +242,6 @@ def check_labels(config: Any, label: str | int | None, name: object) -> None:
             "num_labels=1"
         )
     label_index(config, label, name)
-
-
-def normalization(config: Any, name: object) -> tuple[float, float] | None:
-    """(mean, std) by which OpenRLHF's models normalize their rewards; None where they do not.
-
-    Raises:
-        RGTGError: numbers that cannot be.
-    """
-    if not getattr(config, "normalize_reward", False) or not hasattr(config, "mean"):
-        return None
-    mean, std = getattr(config, "mean", None), getattr(config, "std", None)
-    for key, value in (("mean", mean), ("std", std)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (key == "std" and value <= 0):  # pyright: ignore[reportOptionalOperand]
-            raise RGTGError(
-                f"{name} normalizes its rewards (normalize_reward) and its config.json has {key}={shown(value)}: put "
-                f"{'a finite number' if key == 'mean' else 'a positive number'} there, or normalize_reward=false"
-            )
-    return float(mean), float(std)  # pyright: ignore[reportArgumentType]
-
-
-def _normalized(layer: nn.Linear, mean: float, std: float) -> nn.Linear:
-    """The layer after which x becomes (x − mean) / std, in at least float32."""
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
-    made = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    made.weight = nn.Parameter((layer.weight.detach().double() / std).to(dtype), requires_grad=False)
-    made.bias = nn.Parameter(
-        ((bias.double() - mean) / std).to(layer.weight.device, dtype), requires_grad=False
-    )
-    return made
 
 
 def _with_head(kind: Any, head: FileHead, source: object) -> Any:

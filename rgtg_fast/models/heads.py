@@ -6,6 +6,7 @@ Most reward models have a linear layer with one output, which stays as it is. Ev
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -32,13 +33,14 @@ _ACTIVATIONS: dict[str, nn.Module | None] = {
 
 
 class RewardHead(nn.Module):
-    """A head that is more than a linear layer with one output: an MLP, one label of several, a bounded score.
+    """A head that is more than a linear layer with one output: an MLP, one label of several, a scaled or bounded score.
 
     Its weights keep their dtype where the trunk's changes, and rewards are computed in at least float32.
 
     Args:
         layers: linear layers and elementwise functions, in the order of their execution.
         label: the output of the last linear layer that is the reward; None where it has one.
+        normal: (mean, std) by which that output x becomes (x − mean) / std; None for x itself.
 
     Raises:
         RGTGError: a layer of another kind, or widths that do not follow each other.
@@ -46,9 +48,14 @@ class RewardHead(nn.Module):
 
     out_features = 1
 
-    def __init__(self, layers: Sequence[nn.Module], label: int | None = None):
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        label: int | None = None,
+        normal: tuple[float, float] | None = None,
+    ):
         super().__init__()
-        self.layers, self.label = nn.ModuleList(layers), label
+        self.layers, self.label, self.normal = nn.ModuleList(layers), label, normal
         linears = self.linears()
         other = [x for x in layers if not isinstance(x, _ELEMENTWISE) and not _readable(x)]
         if other or not linears:
@@ -76,12 +83,21 @@ class RewardHead(nn.Module):
         return self.linears()[0].in_features
 
     def parts(self, layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of a linear layer; of the last one those of the label."""
+        """Weight and bias of a linear layer; of the last one those of the label, normalized.
+
+        They are made from the layer at every call, since its owner may change it.
+        """
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-        if self.label is None or layer is not self.linears()[-1]:
+        if layer is not self.linears()[-1]:
             return weight, bias
-        row = slice(self.label, self.label + 1)
-        return weight[row], None if bias is None else bias[row]
+        if self.label is not None:
+            row = slice(self.label, self.label + 1)
+            weight, bias = weight[row], None if bias is None else bias[row]
+        if self.normal is not None:
+            (mean, std), dtype = self.normal, torch.promote_types(weight.dtype, torch.float32)
+            bias = weight.new_zeros(1) if bias is None else bias
+            weight, bias = (weight.double() / std).to(dtype), ((bias.double() - mean) / std).to(dtype)
+        return weight, bias
 
     def scores(self, states: torch.Tensor, product: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Rewards [...] for states [..., E].
@@ -90,7 +106,7 @@ class RewardHead(nn.Module):
             states: any floating dtype.
             product: computes x weightᵀ + bias of x [N, inner].
         """
-        x = states.to(torch.promote_types(states.dtype, torch.float32)).flatten(0, -2)
+        x = states.to(torch.promote_types(states.dtype, torch.float32)).reshape(-1, states.shape[-1])
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
                 weight, bias = (part if part is None else part.to(x.dtype) for part in self.parts(layer))
@@ -167,6 +183,8 @@ def describe(head: Head) -> str:
         said[0] = "linear with bias"
     if head.label is not None:
         said.append(f"label {head.label} of {linears[-1].out_features}")
+    if head.normal is not None:
+        said.append(f"normalized by mean {head.normal[0]:g} and std {head.normal[1]:g}")
     last = head.layers[-1]
     return ", ".join([*said, *([] if isinstance(last, nn.Linear) else [type(last).__name__])])
 
@@ -187,7 +205,7 @@ def label_index(config: Any, label: str | int | None, name: object) -> int | Non
     """
     names = {int(index): str(text) for index, text in (config.id2label or {}).items()}
     count = int(config.num_labels)
-    listed = ", ".join(repr(names.get(index, str(index))) for index in range(min(count, 12)))
+    listed = ", ".join(repr(names.get(index, str(index))[:40]) for index in range(min(count, 12)))
     listed += ", …" if count > 12 else ""
     if label is None:
         if count == 1:
@@ -197,11 +215,30 @@ def label_index(config: Any, label: str | int | None, name: object) -> int | Non
             "(--reward-label NAME), or use a model with num_labels=1"
         )
     found = next((index for index, text in names.items() if text == str(label)), None)
-    if found is None and not isinstance(label, bool) and str(label).isdecimal():
+    if found is None and not isinstance(label, bool) and str(label).isdecimal() and len(str(label)) < 10:
         found = int(label)
     if found is None or not 0 <= found < count:
         raise RGTGError(f"{name} has no label {shown(label)}: choose one of {listed}, or an index")
     return None if count == 1 else found
+
+
+def normalization(config: Any, name: object) -> tuple[float, float] | None:
+    """(mean, std) by which OpenRLHF's models normalize their rewards; None where they do not.
+
+    Raises:
+        RGTGError: numbers that cannot be.
+    """
+    if not getattr(config, "normalize_reward", False) or not hasattr(config, "mean"):
+        return None
+    mean, std = getattr(config, "mean", None), getattr(config, "std", None)
+    for key, value in (("mean", mean), ("std", std)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (key == "std" and value <= 0):  # pyright: ignore[reportOptionalOperand]
+            raise RGTGError(
+                f"{name} normalizes its rewards (normalize_reward) and its config.json has {key}={shown(value)}: put "
+                f"{'a finite number' if key == 'mean' else 'a positive number'} there, or normalize_reward=false"
+            )
+    return float(mean), float(std)  # pyright: ignore[reportArgumentType]
 
 
 def activation_of(config: Any, name: object) -> nn.Module | None:
@@ -237,7 +274,7 @@ def with_reward_head(model: PreTrainedModel, label: str | int | None, name: obje
         its modules and weights and has another head.
 
     Raises:
-        RGTGError: as in `label_index`, or a head that is not served.
+        RGTGError: as in `label_index`, `activation_of` and `normalization`, or a head that is not served.
     """
     config: Any = model.config
     score = dict(model.named_children()).get(SCORE)
@@ -246,23 +283,24 @@ def with_reward_head(model: PreTrainedModel, label: str | int | None, name: obje
             label_index(config, label, name)
         return model
     index, activation = label_index(config, label, name), activation_of(config, name)
-    if score is None or config.is_encoder_decoder:
+    normal = normalization(config, name)
+    if not isinstance(score, (nn.Linear, nn.Sequential)) or config.is_encoder_decoder:
+        if normal is not None:
+            raise RGTGError(
+                f"{name} normalizes its rewards (normalize_reward) and has no `score` head over a causal trunk: use "
+                "TextReward(f) with a function f that calls the model's own code"
+            )
         return model
-    plain = isinstance(score, nn.Linear) and index is None and activation is None
-    if plain or not isinstance(score, (nn.Linear, nn.Sequential)):
+    if isinstance(score, nn.Linear) and index is None and activation is None and normal is None:
         return model
     layers = [
         *(score if isinstance(score, nn.Sequential) else [score]),
         *([activation] if activation else []),
     ]
     try:
-        return sharing(model, RewardHead(layers, index))
+        head = RewardHead(layers, index, normal)
     except RGTGError as error:
         raise RGTGError(f"{name} cannot serve as reward model: {error}") from error
-
-
-def sharing(model: PreTrainedModel, head: RewardHead) -> PreTrainedModel:
-    """A model with another `score` that shares everything else with the given one, which does not change."""
     made = copy.copy(model)
     made._modules = {**model._modules, SCORE: head}
     return made

@@ -198,9 +198,7 @@ def test_a_head_is_not_rounded_to_the_trunks_dtype(
     if name == "GRM":
         assert torch.equal(head.linears()[0].weight, tensors["v_head.summary.0.weight"])
     else:
-        torch.testing.assert_close(
-            head.linears()[0].weight, tensors["value_head.weight"] / 2.5, rtol=1e-6, atol=0
-        )
+        assert torch.equal(head.linears()[0].weight, tensors["value_head.weight"])
     decoder = decoder_of(folders[name], SAVED[name], dtype=dtype)
     assert decoder.reward is not None
     assert decoder.reward.models()[0].dtype == dtype
@@ -281,6 +279,8 @@ def test_a_head_in_words() -> None:
     assert describe(nn.Linear(4, 1)) == "linear with bias"
     assert describe(RewardHead([nn.Linear(4, 2)], 0)) == "linear with bias, label 0 of 2"
     assert describe(RewardHead([nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)])) == "MLP 4-3-1"
+    scaled = RewardHead([nn.Linear(4, 1, bias=False)], normal=(0.5, 2))
+    assert describe(scaled) == "linear, normalized by mean 0.5 and std 2"
 
 
 def test_heads_that_cannot_be() -> None:
@@ -310,7 +310,7 @@ def test_a_label_by_name_or_index_and_the_refusal_without_one(folders: dict[str,
     without = message_of(lambda: scores(None))
     assert "2 labels ('rejected', 'chosen')" in without
     assert "--reward-label" in without
-    for wrong in ("better", 2, -1, "²", True):
+    for wrong in ("better", 2, -1, "²", True, "9" * 5000):
         assert "choose one of 'rejected', 'chosen'" in message_of(lambda wrong=wrong: scores(wrong))
     one = str(folders["INF-ORM"])
     assert RewardGuidedDecoder.from_pretrained(lm, one, label="LABEL_0").score(
@@ -356,6 +356,18 @@ def test_a_loaded_pair_with_two_labels_does_not_change(kind: Any) -> None:
     with torch.no_grad():
         score.weight *= 2
     assert decoder.score(prompts, answers)[1][-1] == pytest.approx(2 * found[1][-1], rel=1e-5)
+
+
+def test_a_loaded_pair_is_normalized_as_its_configuration_says() -> None:
+    model: Any = make_rm()
+    plain = RewardGuidedDecoder.from_pretrained((make_lm(), None), (model, None)).score(PROMPTS, ANSWERS)
+    model.config.normalize_reward, model.config.mean, model.config.std = True, 0.5, 2.0
+    decoder = RewardGuidedDecoder.from_pretrained((make_lm(), None), (model, None))
+    for raw, found in zip(plain, decoder.score(PROMPTS, ANSWERS), strict=True):
+        assert found == pytest.approx([(value - 0.5) / 2 for value in raw], abs=1e-5)
+    with torch.no_grad():
+        model.score.weight.zero_()
+    assert decoder.score(PROMPTS, ANSWERS)[0] == [-0.25] * 4
 
 
 def test_a_pair_whose_score_is_a_sequential_of_its_owner() -> None:
