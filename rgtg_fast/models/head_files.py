@@ -31,12 +31,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 _OWN_CODE = "use another reward model, or TextReward(f) with a function f that calls its own code"
 _STEPS = "is a process reward model: it scores the ends of steps, not every token"
 _GATING = (
-    "weighs several scores by a gating network (as ArmoRM and QRM do), and a plain head gives other rewards"
+    "weighs several scores by a network (as ArmoRM, QRM and URM do), and a plain head gives other rewards"
 )
 _OWN_TOKEN = "has a reward that is read at a token of its own (as InternLM2-reward and Athene do)"
 # By architectures: parts of their names.
 _REFUSED_ARCHITECTURES = {
     "WithGating": _GATING,
+    "WithNormal_Weights": _GATING,
     "InternLM2ForRewardModel": _OWN_TOKEN,
     "AtheneFor": _OWN_TOKEN,
     "ProcessRewardModel": _STEPS,

@@ -194,16 +194,23 @@ REFUSED: dict[str, tuple[Saved, str]] = {
             {"regression_layer.weight": (19, WIDTH), "gating.layers.0.weight": (8, WIDTH)},
             _made_as("LlamaForRewardModelWithGating", **REMOTE),
         ),
-        "gating network",
+        "by a network",
     ),
     "QRM": (
         Saved(
             {"score.weight": (1, WIDTH), "reward_transform_matrix": (19, 19), "gating.layers.0.weight": (8, WIDTH)},
             {**CLASSIFIER, **ONE},
         ),
-        "gating network",
+        "by a network",
     ),
-    "URM (several attributes)": (
+    "URM": (
+        Saved(
+            {"score.weight": (10, WIDTH), "weights.0.weight": (5, WIDTH)},
+            _made_as("LlamaForSequenceClassificationWithNormal_Weights"),
+        ),
+        "by a network",
+    ),
+    "several attributes": (
         Saved({"score.weight": (10, WIDTH)}, {**CLASSIFIER, **labels(*(f"LABEL_{i}" for i in range(10)))}),
         "has 10 labels",
     ),
