@@ -87,7 +87,7 @@ def check_same_tokenizer(
     """
     if lm is None or rm is None or lm is rm:
         return
-    way_out = f"use a reward model over the same tokenizer, or 'text:{rm_name}' (TextReward), which reads whole texts"
+    way_out = "use a reward model over the same tokenizer, or reward=TextReward(...)"
     theirs = rm.get_vocab()
     for token, index in sorted(lm.get_vocab().items(), key=lambda item: item[1]):
         if theirs.get(token) != index:
