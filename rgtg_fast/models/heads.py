@@ -122,6 +122,9 @@ class RewardHead(nn.Module):
         """Rewards [..., 1] for states [..., E]."""
         return self.scores(states, functional.linear).unsqueeze(-1)
 
+    def __repr__(self) -> str:
+        return f"RewardHead({describe(self)})"
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RewardHead:
         def keeping_dtype(tensor: torch.Tensor) -> torch.Tensor:
             found = fn(tensor)
