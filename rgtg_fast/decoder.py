@@ -94,6 +94,7 @@ class RewardGuidedDecoder:
         compile: bool | Mapping[str, Any] = False,
         pad_batch: bool = False,
         fuse_projections: bool | None = None,
+        label: str | int | None = None,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its reward.
 
@@ -117,6 +118,8 @@ class RewardGuidedDecoder:
             fuse_projections: whether linear layers that read the same input (q, k, v; gate, up) run as one product
                 (engine "transformers"). Their weights are then stored in one tensor, a loaded model's too. None: on
                 CUDA.
+            label: name or index of the label whose score is the reward, where `reward` is a name or a pair of a model
+                with several (as in `SequenceReward`).
 
         Raises:
             RGTGError: an argument or model that cannot work, in one line.
@@ -126,7 +129,7 @@ class RewardGuidedDecoder:
             max_length = whole("max_length", max_length, 2, 512)
         if not isinstance(compile, (bool, Mapping)):
             raise RGTGError(f"compile={shown(compile)} is neither True, False nor torch.compile's options")
-        own = _as_reward(reward)
+        own = _as_reward(reward, label)
         model, tokenizer = load_causal_lm(lm, device, dtype)
         runner = language_runner(model, engine, max_length)
         vocabulary = min(runner.head.out_features, runner.embeddings)
@@ -340,11 +343,16 @@ class RewardGuidedDecoder:
         return run_strategy(chosen, run, self._scheduler)
 
 
-def _as_reward(reward: RewardLike) -> Reward | None:
+def _as_reward(reward: RewardLike, label: str | int | None) -> Reward | None:
+    if isinstance(reward, str):
+        return named_guide(reward, label)
+    if isinstance(reward, (os.PathLike, tuple, list)):
+        return SequenceReward(reward, label=label)  # pyright: ignore[reportArgumentType]
+    if label is not None:
+        raise RGTGError(
+            f"label={label!r} and reward={shown(reward)}: a label belongs to the path or pair of a reward model, or to "
+            "SequenceReward(..., label=...)"
+        )
     if reward is None or isinstance(reward, Reward):
         return reward
-    if isinstance(reward, str):
-        return named_guide(reward)
-    if isinstance(reward, (os.PathLike, tuple, list)):
-        return SequenceReward(reward)  # pyright: ignore[reportArgumentType]
     return FunctionReward(reward)

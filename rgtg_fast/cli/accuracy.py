@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rgtg_fast.cli.options import include, json_option
-from rgtg_fast.cli.session import NONE, PAIRS_HELP, Progress, Setup, quiet
+from rgtg_fast.cli.session import LABEL_HELP, NONE, PAIRS_HELP, Progress, Setup, quiet
 from rgtg_fast.cli.terminal import console, note, print_json, status
 from rgtg_fast.config import DATA, MODELS, OUTPUT, option
 from rgtg_fast.errors import RGTGError
@@ -26,6 +26,7 @@ class Accuracy:
         "`contrastive`, … (repeatable, to compare several).",
         panel=MODELS,
     )
+    reward_label: str | None = option(LABEL_HELP, None, MODELS)
     data: str = option(f"{PAIRS_HELP}.", panel=DATA)
     fractions: str = option("Shares of each answer to judge by, separated by commas.", "0.1,0.25,0.5,0.75,1")
     layout: str = option("plain, dialogue, tldr, or auto by the fields.", "auto", DATA)
@@ -88,7 +89,9 @@ class Accuracy:
             self.answers_ended,
         )
         models = {"lm": self.setup.lm, "device": self.setup.device, "dtype": self.setup.dtype}
-        return compare_rewards(self.reward, data, fractions, **models, progress=progress)
+        return compare_rewards(
+            self.reward, data, fractions, **models, label=self.reward_label, progress=progress
+        )
 
 
 def parse_fractions(text: str) -> list[float]:

@@ -22,6 +22,7 @@ CONTRASTIVE, NONE = "contrastive", "none"
 BUNDLED = "bundled:pargs"
 # Texts of options that several dataclasses have.
 BETA_HELP = "Weight of the reward; 0 is the base model."
+LABEL_HELP = "The label whose score is the reward, by name or index, where the reward model has several."
 PAIRS_HELP = "Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a data set of Hugging Face"
 Progress = Callable[[str], None]
 
@@ -42,6 +43,7 @@ class Setup:
         MODELS,
         shown="bundled:pargs for the default model, else contrastive",
     )
+    reward_label: str | None = option(LABEL_HELP, None, MODELS)
     better: str | None = option("System prompt to move towards (contrastive).", None, MODELS)
     worse: str | None = option("System prompt to move away from (contrastive).", None, MODELS)
     dtype: str | None = option(
@@ -77,6 +79,11 @@ class Setup:
                 f"--better and --worse belong to --reward {CONTRASTIVE}, not to --reward {self.reward}"
             )
 
+        if self.reward_label is not None and self.reward in (None, CONTRASTIVE, NONE):
+            raise RGTGError(
+                "--reward-label belongs to a reward model with several labels: name it with --reward"
+            )
+
     def with_reward(self, support: str = "lm") -> "Setup":
         """A copy with a reward: where none is named the bundled one if it fits the models, else the contrastive one.
 
@@ -91,6 +98,8 @@ class Setup:
     def names(self) -> dict[str, Any]:
         """The names of the models; every row of the output has them."""
         names: dict[str, Any] = {"lm": self.lm or embedded.NAME, "reward_model": self.reward}
+        if self.reward_label is not None:
+            names["reward_label"] = self.reward_label
         if self.better is not None or self.worse is not None:
             names |= {"better": self.better, "worse": self.worse}
         return names
@@ -129,6 +138,7 @@ class Setup:
         return RewardGuidedDecoder.from_pretrained(
             source,
             reward=reward,
+            label=self.reward_label,
             device=self.device,
             dtype=self.dtype,
             max_batch=max_batch,

@@ -12,6 +12,7 @@ from typing import Any
 
 from rgtg_fast.bundled import embedded
 from rgtg_fast.decoder import RewardGuidedDecoder
+from rgtg_fast.errors import RGTGError
 from rgtg_fast.evaluation.accuracy import (
     FRACTIONS,
     PairScores,
@@ -92,6 +93,7 @@ def compare_rewards(
     lm: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    label: str | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[dict[str, Any], DataReport]:
     """Scores preference pairs with reward models and compares their accuracies.
@@ -103,6 +105,7 @@ def compare_rewards(
         lm: base model, path or hub id; None for the embedded one, or for an adapter's own.
         device: as in `RewardGuidedDecoder.from_pretrained`.
         dtype: as in `RewardGuidedDecoder.from_pretrained`.
+        label: of the only reward model, as in `RewardGuidedDecoder.from_pretrained`.
         progress: receives lines about the progress.
 
     Returns:
@@ -113,7 +116,11 @@ def compare_rewards(
     """
     # Before any model is loaded, so that an error in the data is reported at once.
     loaded = data.load()
-    scoring = _Scoring(data, lm, device, dtype, progress)
+    if label is not None and len(rewards) > 1:
+        raise RGTGError(
+            f"label={label!r} chooses a label of one reward model and there are {len(rewards)}: score one"
+        )
+    scoring = _Scoring(data, lm, device, dtype, label, progress)
     with nullcontext() if data.keep is None else JsonlWriter(data.keep, _KEPT) as kept:
         scored = [scoring.score(name, loaded, kept) for name in rewards]
     return _report(scored, fractions, data), scored[0].report
@@ -128,9 +135,11 @@ class _Scoring:
         lm: str | None,
         device: str | None,
         dtype: str | None,
+        label: str | None,
         progress: Callable[[str], None],
     ):
         self.data, self.lm, self.device, self.dtype, self.progress = data, lm, device, dtype, progress
+        self.label = label
         self._bases: dict[str | None, ModelAndTokenizer] = {}
 
     def _base(self, lm: str | None) -> ModelAndTokenizer:
@@ -143,9 +152,9 @@ class _Scoring:
         """A model that scores packed rows, or a reward bound to the base model; and the tokenizer."""
         named = named_guide(reward)
         if type(named) is SequenceReward:
-            return load_classifier(str(named.source), self._base, self.lm)
+            return load_classifier(str(named.source), self._base, self.lm, self.label)
         decoder = RewardGuidedDecoder.from_pretrained(
-            self._base(self.lm), reward=reward, device=self.device, dtype=self.dtype
+            self._base(self.lm), reward=reward, label=self.label, device=self.device, dtype=self.dtype
         )
         return decoder.reward, decoder.tokenizer
 
@@ -198,7 +207,8 @@ class _Scoring:
         """What the scores of a reward model depend on besides the pair, as kept rows name it."""
         base = str(self.lm or embedded.NAME)
         weights = [*weights_of(reward).values(), *weights_of(base).values()]
-        return {"reward": reward, "lm": base, "weights": sorted(weights), "dtype": self.dtype}
+        found = {"reward": reward, "lm": base, "weights": sorted(weights), "dtype": self.dtype}
+        return found if self.label is None else {**found, "label": self.label}
 
 
 def _identity(pair: TokenizedPair) -> str:

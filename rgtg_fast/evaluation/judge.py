@@ -40,7 +40,10 @@ _TERMS = re.compile(r"\+(?=\s*[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?\s*\*)")
 
 
 def load_classifier(
-    source: str, base: Callable[[str | None], ModelAndTokenizer], given: str | None = None
+    source: str,
+    base: Callable[[str | None], ModelAndTokenizer],
+    given: str | None = None,
+    label: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal reward model for packed rows, an adapter merged into its base, and its tokenizer.
 
@@ -48,19 +51,22 @@ def load_classifier(
         source: folder, hub id or `bundled:NAME`.
         base: loads a base model by name, None for the default one.
         given: the base model that the user named; by default, an adapter's own is loaded.
+        label: as in `SequenceReward`.
 
     Raises:
-        RGTGError: no causal reward model there.
+        RGTGError: no causal reward model there, or several labels and none chosen.
     """
     folder = resolve(source)
     if is_adapter(folder):
         adapter = Adapter.load(folder)
         adapter.reward_head()
+        if label is not None:
+            raise RGTGError(f"{source} is an adapter, which has one label, and label={label!r}: leave it out")
         own = given is None and adapter.base_name and Path(adapter.base_name).is_dir()
         model, tokenizer = adapter_model(adapter, base(adapter.base_name if own else given), None)
         tokenizer = adapter_tokenizer(folder) or tokenizer
     else:
-        model, tokenizer = load_sequence_classifier(folder, base(given)[0], None)
+        model, tokenizer = load_sequence_classifier(folder, base(given)[0], None, label)
     if "score" not in dict(model.named_children()):
         raise RGTGError(
             f"{source} ({type(model).__name__}) has no `score` head over a causal trunk: use --reward text:{source}"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.utils import cached_file
 
 from rgtg_fast.errors import RGTGError, one_line
 from rgtg_fast.files import reason
@@ -167,6 +168,46 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             f"off; {_AGAIN}"
         )
     return header
+
+
+def weight_shapes(source: Any) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the weights in a model's files, by name, without reading the weights.
+
+    Args:
+        source: folder or hub id, whose files are downloaded where they are not in the cache.
+
+    Returns:
+        None where the files cannot be read, which loading them reports.
+    """
+    try:
+        folder = Path(source)
+        if folder.is_dir():
+            files = _weight_files(folder, read_json(folder / CONFIG))
+        else:
+            files = [] if folder.exists() else _hub_weight_files(str(source))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            if file.suffix == ".safetensors":
+                shapes |= {key: tuple(entry["shape"]) for key, entry in safetensors_header(file).items()}
+            else:
+                tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+                shapes |= {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        return shapes or None
+    except Exception:  # noqa: BLE001 - the hub and damaged files raise anything
+        return None
+
+
+def _hub_weight_files(name: str) -> list[Path]:
+    """The weight files of a model on the hub, in the cache."""
+    for candidate in _WEIGHTS:
+        found = cached_file(name, candidate, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            continue
+        if not candidate.endswith(".json"):
+            return [Path(found)]
+        shards = sorted(set(read_json(Path(found))["weight_map"].values()))
+        return [Path(str(cached_file(name, shard))) for shard in shards]
+    return []
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

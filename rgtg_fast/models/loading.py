@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from rgtg_fast.errors import RGTGError, one_line, shown
 from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
 from rgtg_fast.models.attention import attentions, restore_attentions
 from rgtg_fast.models.device import fits_in_memory, resolve_device, resolve_dtype
+from rgtg_fast.models.head_files import ClassifierLoader, check_labels
+from rgtg_fast.models.heads import SCORE, Head, RewardHead, with_reward_head
 from rgtg_fast.models.model_state import lock_of
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
 from rgtg_fast.models.runner import ModelRunner
@@ -71,22 +72,33 @@ def load_causal_lm(
 
 
 def load_sequence_classifier(
-    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None
+    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None, label: str | int | None = None
 ) -> ModelAndTokenizer:
-    """Loads a reward model with one label, and its tokenizer.
+    """Loads a reward model that gives one score, and its tokenizer.
+
+    Over a causal trunk the model's `score` is linear with one output, or a `RewardHead`.
 
     Args:
         source: a path or hub id, or a loaded pair.
         lm: the base model, whose device it shares.
         dtype: None keeps a loaded pair's, and takes the base model's otherwise.
+        label: name or index of the label that is the reward, where there are several.
 
     Raises:
-        RGTGError: nothing there, several labels, or no trained head in the files.
+        RGTGError: nothing there, several labels and none chosen, no trained head in the files, or a head that is not
+            served.
     """
     source = _as_source(source, "reward model")
     if isinstance(source, tuple):
-        _check_one_label(source[0].config, type(source[0]).__name__)
-    return _load_beside(AutoModelForSequenceClassification, source, lm, dtype, _check_one_label)
+        model, tokenizer = source
+        name = type(model).__name__
+        check_labels(model.config, label, name)
+        return _place(with_reward_head(model, label, name), lm.device, dtype or model.dtype), tokenizer
+    loader, kind = ClassifierLoader(AutoModelForSequenceClassification, source, label), dtype or lm.dtype
+    model, tokenizer, _ = read_pretrained(
+        loader, source, "reward model", kind, lm.device, configure=loader.configure
+    )
+    return _place(loader.finished(model), lm.device, kind), tokenizer
 
 
 def load_vocabulary_model(
@@ -98,27 +110,16 @@ def load_vocabulary_model(
         RGTGError: nothing there, or no vocabulary head in the files.
     """
     source = _as_source(source, "reward model")
-    return _load_beside(AutoModelForCausalLM, source, lm, dtype, _check_vocabulary_head)
-
-
-def _load_beside(
-    kind: Any,
-    source: Source,
-    lm: PreTrainedModel,
-    dtype: torch.dtype | None,
-    check: Callable[[Any, object], None],
-) -> ModelAndTokenizer:
-    """A reward model on the base model's device; `check(config, name)` may refuse it before weights are read."""
     if isinstance(source, tuple):
         model, tokenizer = source
         return _place(model, lm.device, dtype or model.dtype), tokenizer
     model, tokenizer, _ = read_pretrained(
-        kind,
+        AutoModelForCausalLM,
         source,
         "reward model",
         dtype or lm.dtype,
         lm.device,
-        configure=lambda config: check(config, source),
+        configure=lambda config: _check_vocabulary_head(config, source),
     )
     return _place(model, lm.device, dtype or lm.dtype), tokenizer
 
@@ -149,16 +150,6 @@ def _as_source(source: Any, role: str) -> Source:
             f"the {role}'s tokenizer is {shown(tokenizer)}: pass a transformers tokenizer, or None for prompts of ids"
         )
     return model, tokenizer
-
-
-def _check_one_label(config: Any, name: object) -> None:
-    if config.num_labels != 1:
-        made_as = (config.architectures or [""])[0]
-        causal = f" (it was saved as {made_as}, which has no reward head)" if "Classif" not in made_as else ""
-        raise RGTGError(
-            f"{name} has {config.num_labels} labels and a reward model needs 1{causal if made_as else ''}: use a model "
-            "with num_labels=1"
-        )
 
 
 def _check_vocabulary_head(config: Any, name: object) -> None:
@@ -291,9 +282,9 @@ def language_runner(model: PreTrainedModel, engine: str, max_length: int | None)
 
 
 def reward_runner(model: PreTrainedModel, engine: str, max_length: int | None) -> ModelRunner:
-    """Makes a ModelRunner of a causal reward model with one label; arguments and errors as in `language_runner`."""
-    head = dict(model.named_children()).get("score")
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
+    """Makes a ModelRunner of a causal reward model with one score; arguments and errors as in `language_runner`."""
+    head = dict(model.named_children()).get(SCORE)
+    if not isinstance(head, (nn.Linear, RewardHead)) or head.out_features != 1:
         raise RGTGError(
             f"{title(model)} has no one-label `score` head over a causal trunk: for an encoder or another tokenizer "
             "use reward=TextReward(...)"
@@ -302,7 +293,7 @@ def reward_runner(model: PreTrainedModel, engine: str, max_length: int | None) -
 
 
 def _runner(
-    model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str
+    model: PreTrainedModel, head: Head, engine: str, max_length: int | None, role: str
 ) -> ModelRunner:
     """A verified ModelRunner; a model that is refused gets its own attention back."""
     with lock_of(model):
@@ -310,7 +301,7 @@ def _runner(
 
 
 def _locked_runner(
-    model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, role: str
+    model: PreTrainedModel, head: Head, engine: str, max_length: int | None, role: str
 ) -> ModelRunner:
     cannot = f"{title(model)} cannot serve as {role}"
     attention = attentions(model)
@@ -331,7 +322,7 @@ def _locked_runner(
 
 
 def _verified_runner(
-    model: PreTrainedModel, head: nn.Linear, engine: str, max_length: int | None, cannot: str
+    model: PreTrainedModel, head: Head, engine: str, max_length: int | None, cannot: str
 ) -> ModelRunner:
     """A ModelRunner whose cached forward equals the model's own, up to the requested length."""
     config = model.config.get_text_config()

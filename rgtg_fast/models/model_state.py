@@ -55,7 +55,7 @@ class ModelSnapshot:
 
     def __init__(self, model: PreTrainedModel, head: nn.Module):
         self._model, self._trunk, self._head = model, model.base_model, head
-        self._kind = _kind(head)
+        self._kinds = _kind(head), _kind(self._trunk)
         self._modules: list[nn.Module] | None = None
         self._addresses: list[int] = []
         self._hooks = 0
@@ -69,9 +69,11 @@ class ModelSnapshot:
 
     def change(self) -> str | None:
         """A change that a forward would not take into account, in words; None for none."""
-        kind, modules = _kind(self._head), _modules(self._model)
-        if kind != self._kind:
-            return f"{self._kind[0]} on {self._kind[1]} became {kind[0]} on {kind[1]}"
+        modules = _modules(self._model)
+        # A reward model's head may keep its dtype where the trunk's changes.
+        for kind, now in zip(self._kinds, (_kind(self._head), _kind(self._model.base_model)), strict=True):
+            if kind != now:
+                return f"{kind[0]} on {kind[1]} became {now[0]} on {now[1]}"
         if self._model.base_model is not self._trunk:
             return "it has another trunk"
         if not any(module is self._head for module in modules):

@@ -9,22 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attached import Attached
-from rgtg_fast.models.cpp_layers import linear
 from rgtg_fast.models.device import to_device
 from rgtg_fast.models.fused_projections import fuse_projections
+from rgtg_fast.models.heads import Head, RewardHead, scores_of
 from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache
 from rgtg_fast.models.layers import choose_layers
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.model_state import ModelSnapshot
 from rgtg_fast.models.rope import RowRope
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
-from rgtg_fast.ops import _extension
 
 
 @dataclass
@@ -47,7 +45,7 @@ class ModelRunner:
 
     Args:
         model: a causal model with a head: `lm_head` (language model) or `score` (reward model).
-        head: the head's linear layer.
+        head: the head's linear layer, or a reward model's head of another kind.
         engine: `"auto"`, `"native"` or `"transformers"`.
         limit: tokens that the model's context holds.
 
@@ -62,9 +60,12 @@ class ModelRunner:
         rope: frequencies that depend on a row's length; None where they do not.
     """
 
-    def __init__(self, model: PreTrainedModel, head: nn.Linear, engine: str, limit: int):
-        self.model, self.head, self.limit = model, head, limit
-        self.device, self.dtype = head.weight.device, head.weight.dtype
+    def __init__(self, model: PreTrainedModel, head: Head, engine: str, limit: int):
+        self.model, self.limit = model, limit
+        self.head: Any = head
+        # A RewardHead keeps a dtype of its own.
+        weight: Any = model.get_input_embeddings().weight if isinstance(head, RewardHead) else head.weight
+        self.device, self.dtype = weight.device, weight.dtype
         self.engine, self.layers = choose_layers(model, engine)
         self.rope = RowRope.of(model.base_model, limit)
         self._snapshot = ModelSnapshot(model, head)
@@ -445,6 +446,8 @@ class ModelRunner:
 
     def logits(self, hidden: torch.Tensor, head: nn.Linear | None = None) -> torch.Tensor:
         """The model's logits [B, V] for hidden states [B, E], with another vocabulary head in its own's place."""
+        if head is None and isinstance(self.head, RewardHead):
+            return scores_of(hidden, self.head).unsqueeze(-1)
         logits = self.layers.logits(hidden, self.head if head is None else head)
         return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
 
@@ -483,16 +486,3 @@ class ModelRunner:
 
     def _uncached(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.base_model(input_ids=tokens, use_cache=False, **OUTPUTS).last_hidden_state[0]
-
-
-def scores_of(hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-    """A one-label head's output [...] in at least float32 for states [..., E], on a CPU by the native engine's product.
-
-    A library's product may add a row up in another order when there are more rows.
-    """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    weight = head.weight.detach().to(dtype)
-    if hidden.device.type == "cpu" and dtype == torch.float32 and not _extension.missing_reason():
-        return linear(hidden.flatten(0, -2), weight.contiguous(), head.bias).view(hidden.shape[:-1])
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return functional.linear(hidden.to(dtype), weight, bias).squeeze(-1)

@@ -34,7 +34,15 @@ _QUANTIZED = re.compile(
 _NESTED = {"state_dict", "model_state_dict", "model", "module"}
 _LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_REWARD_HEADS = ("score.", "classifier.", "v_head.", "value_head.", "reward_head.", "regression_layer.")
+_REWARD_HEADS = (
+    "score.",
+    "classifier.",
+    "v_head.",
+    "value_head.",
+    "reward_head.",
+    "regression_head.",
+    "regression_layer.",
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,13 @@ class StateDictMismatch:
                 f".{name}".endswith(f".{key}") for name in buffers
             )
 
+        unexpected = frozenset(filter(matters, info["unexpected_keys"]))
+        if unexpected and "score" in dict(model.named_children()):
+            # Many reward models are saved with their language model's vocabulary head, which is no part of the score.
+            unexpected -= _vocabulary_head(model)
         return cls(
             frozenset(key for key in info["missing_keys"] if _COMPUTED.search(key) is None),
-            frozenset(filter(matters, info["unexpected_keys"])),
+            unexpected,
             {key: (tuple(held), tuple(wanted)) for key, held, wanted in info["mismatched_keys"]},
         )
 
@@ -152,27 +164,16 @@ class StateDictMismatch:
                     "name a model saved with its head (AutoModelForCausalLM)",
                 )
             return None
-        if any(key == head + "bias" for key in self.unexpected):
+        # A new head replaces what is missing.
+        if theirs and (headless or not self.missing):
             return (
-                f"has a head with a bias, which {type(model).__name__} would leave out",
-                "fold the bias away (rewards only shift by it) and delete it from the file",
-            )
-        if headless and any(key.startswith("value_head.") for key in theirs):
-            return (
-                "calls its reward head value_head, as OpenRLHF does",
-                "pass the pair (AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, "
-                "key_mapping={'^value_head': 'score'}), tokenizer)",
+                f"has another reward head ({theirs[0]!r}) than {type(model).__name__}",
+                "name a model whose head is `score`, linear with one label and without a bias, or its base model",
             )
         if headless:
-            named = f" but {theirs[0]!r}" if theirs else ""
             return (
-                f"has no trained reward head{named}",
+                "has no trained reward head",
                 "name a reward model saved with its head (AutoModelForSequenceClassification, num_labels=1)",
-            )
-        if self.unexpected and self.unexpected <= _vocabulary_head(model):
-            return (
-                "has a vocabulary head beside its reward head",
-                "save it from AutoModelForSequenceClassification, which has the reward head alone",
             )
         return None
 

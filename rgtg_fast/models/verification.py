@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.attention import own_attention
+from rgtg_fast.models.heads import Head
 from rgtg_fast.models.model_state import lock_of
 from rgtg_fast.models.support import TESTED_FAMILIES, beyond, exceeded_window, original_length
 
@@ -274,7 +275,9 @@ def _check_logits(runner: ModelRunner, state: torch.Tensor, own: torch.Tensor) -
     head = runner.head
     found = runner.logits(state.float() if runner.engine == "native" else state).double()
     # A single reward may be near 0 by chance: the error is relative to the head's typical output for such a state.
-    typical = head.weight.double().norm() * state.double().norm() / state.shape[-1] ** 0.5
+    typical = state.double().norm()
+    for layer in [head] if isinstance(head, nn.Linear) else head.linears():
+        typical = layer.weight.double().norm() * typical / layer.in_features**0.5
     size = own.norm() if own.shape[-1] > 1 else torch.maximum(own.norm(), typical)
     error = float((found - own).norm() / size.clamp_min(torch.finfo(torch.float64).tiny))
     if error <= _HEAD[runner.dtype]:
@@ -291,9 +294,9 @@ def _check_logits(runner: ModelRunner, state: torch.Tensor, own: torch.Tensor) -
     )
 
 
-def _large_state(head: nn.Linear) -> torch.Tensor:
-    """A state [E] for which one of the head's outputs is `_LARGE`, or as large as half precision can hold."""
-    weight = head.weight.detach().double()
+def _large_state(head: Head) -> torch.Tensor:
+    """A state [E] for which an output of the head's first layer is `_LARGE`, or as large as half precision can hold."""
+    weight = (head if isinstance(head, nn.Linear) else head.linears()[0]).weight.detach().double()
     row = weight[weight.norm(dim=1).argmax()]
     square = row.square().sum()
     if not square > 0:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.heads import SCORE, RewardHead, activation_of, label_index
 from rgtg_fast.models.rope import longrope_length
 from rgtg_fast.models.runner import Counter
 
@@ -27,7 +28,7 @@ Tokens = dict[str, list[int]]
 
 
 class Classifier:
-    """Rewards of texts under a sequence classifier with one label.
+    """Rewards of texts under a sequence classifier.
 
     Texts are padded on the right and masked, whatever the tokenizer and the configuration say. A causal model with a
     `score` head is read at a text's last token. Any other model pools by itself; where a padded batch changes its
@@ -38,21 +39,32 @@ class Classifier:
         tokenizer: the classifier's.
         title: its name in errors.
         max_length: tokens that a text keeps, its end; None for as many as the model has positions.
+        label: name or index of the label whose score is the reward, where the model has several.
 
     Raises:
-        RGTGError: a `max_length` beyond the model's positions, or a model that cannot be read.
+        RGTGError: several labels and none chosen, a `max_length` beyond the model's positions, or a model that cannot
+            be read.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, title: str, max_length: int | None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        title: str,
+        max_length: int | None,
+        label: str | int | None = None,
     ):
         self.model, self.title = model, title
         # The caller's tokenizer is not changed.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
         self.max_length = self._checked(max_length, usable_positions(model))
-        head = dict(model.named_children()).get("score")
+        head = dict(model.named_children()).get(SCORE)
         self._head = None if model.config.is_encoder_decoder else head
+        # A RewardHead gives the label's score by itself.
+        own = isinstance(head, RewardHead)
+        self._label = None if own else label_index(model.config, label, title)
+        self._activation = None if own else activation_of(model.config, title)
         self._pad = self._padding_id()
         self._types = self._reads_types()
         self._cut = self._together = True
@@ -109,11 +121,15 @@ class Classifier:
                 f"{self.title} cannot read a text of {int(last.max()) + 1} tokens ({reason}): "
                 "set a smaller max_length, or use another reward model"
             ) from error
+        if self._label is not None and logits.ndim == 2:
+            logits = logits[:, self._label : self._label + 1]
         if logits.shape != (len(rows), 1):
             raise RGTGError(
                 f"{self.title} gives scores of shape {tuple(logits.shape)} for {len(rows)} texts: use a reward model "
                 "with one score for a text"
             )
+        if self._activation is not None:
+            logits = self._activation(logits.double())
         return logits.squeeze(-1).float()
 
     def _padded(self, rows: Sequence[Tokens]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -53,15 +53,16 @@ PREFIXES: dict[str, Callable[[str], Reward]] = {
 }
 
 
-def named_guide(name: str) -> Reward:
+def named_guide(name: str, label: str | int | None = None) -> Reward:
     """The reward that a name on the command line or in `from_pretrained(reward=...)` means.
 
     Args:
         name: `contrastive`; a method's prefix, a colon and what it needs (`farma:PATH`, `eft:TUNED,UNTUNED`,
             `mixture:0.7*pargs:PATH+0.3*contrastive`); or a path or hub id alone, a `SequenceReward`.
+        label: as in `SequenceReward` and `TextReward`.
 
     Raises:
-        RGTGError: nothing behind the colon, or a mixture or pair that cannot be read.
+        RGTGError: a label for another reward, nothing behind the colon, or a mixture or pair that cannot be read.
 
     Example:
         >>> type(named_guide("farma:some/folder")).__name__
@@ -69,6 +70,15 @@ def named_guide(name: str) -> Reward:
         >>> named_guide("mixture: 0.7*pargs:a + 0.3*contrastive").weights
         (0.7, 0.3)
     """
+    if label is not None:
+        reward = named_guide(name)
+        if not isinstance(reward, (SequenceReward, TextReward)):
+            raise RGTGError(
+                f"label={label!r} chooses a label of one reward model and {name!r} is a {type(reward).__name__}: leave "
+                "it out"
+            )
+        reward.label = label
+        return reward
     if name == CONTRASTIVE:
         return ContrastiveReward()
     prefix, colon, rest = name.partition(":")

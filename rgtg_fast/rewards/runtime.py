@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.models.heads import Head
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.layers import FinalNorm
 from rgtg_fast.models.prompts import Prompt, check_known
@@ -26,7 +28,7 @@ class RewardRuntime(ABC):
 
     Attributes:
         runner: the model that is executed.
-        head: the reward's linear layer on its states.
+        head: the reward's head on its states.
         tokenizer: the reward model's own, None where it came without one.
         name: the model's path or hub id, or the adapter's folder.
         trunk: in words: whose weights compute the states.
@@ -42,12 +44,13 @@ class RewardRuntime(ABC):
     def __init__(
         self,
         runner: ModelRunner,
-        head: nn.Linear,
+        head: Head,
         tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         trunk: str,
     ):
-        self.runner, self.head, self.tokenizer = runner, head, tokenizer
+        self.runner, self.tokenizer = runner, tokenizer
+        self.head: Any = head
         self.name, self.trunk = name, trunk
         self.counter = Counter()
 

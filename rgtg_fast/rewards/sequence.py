@@ -11,6 +11,7 @@ import torch
 from rgtg_fast.bundled import resolve
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter, is_adapter
+from rgtg_fast.models.heads import linear_part, scores_of
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
     ModelAndTokenizer,
@@ -19,7 +20,7 @@ from rgtg_fast.models.loading import (
     reward_runner,
 )
 from rgtg_fast.models.prompts import Prompt
-from rgtg_fast.models.runner import ModelRunner, scores_of
+from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.ops import score_and_sample
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.rewards.compatibility import check_same_tokenizer, place_adapter, unbound
@@ -34,16 +35,18 @@ class SequenceReward(Reward):
     model is an adapter on the base model itself, that forward is the base model's too: one forward a token for both.
 
     Args:
-        model: path or hub id of an `AutoModelForSequenceClassification` with one label, a folder with a LoRA adapter
-            and its score head in PEFT's format, `bundled:NAME`, a loaded `Adapter`, or a (model, tokenizer) pair.
+        model: path or hub id of a causal reward model with one score (transformers' `score`, or another head that
+            docs/rewards.md lists), a folder with a LoRA adapter and its score head in PEFT's format, `bundled:NAME`,
+            a loaded `Adapter`, or a (model, tokenizer) pair.
         chat_template: Jinja chat template for the reward model's prompts; by default its own tokenizer's, and
             where that has none the base model's prompt ids. Answer ids are shared with the base model.
         share_trunk: whether an adapter runs in the base model's own forward. None: where its base is this model and
             its prompts read the same; True: refuse otherwise; False: a copy of the base model with the adapter merged.
+        label: name or index of the label whose score is the reward, where the model has several.
 
     Raises:
-        RGTGError: at binding: several labels, no trained head, another tokenizer, a model that cannot be cached, an
-            adapter that cannot be served or, with `share_trunk=True`, not be shared.
+        RGTGError: at binding: several labels and none chosen, no trained head, another tokenizer, a model that cannot
+            be cached, an adapter that cannot be served or, with `share_trunk=True`, not be shared.
 
     Example:
         >>> SequenceReward("adapter-folder", share_trunk=False).share_trunk
@@ -57,9 +60,11 @@ class SequenceReward(Reward):
         model: str | os.PathLike[str] | ModelAndTokenizer | Adapter,
         chat_template: str | None = None,
         share_trunk: bool | None = None,
+        label: str | int | None = None,
     ):
         super().__init__()
         self.source, self.chat_template, self.share_trunk = model, chat_template, share_trunk
+        self.label = label
         self._bound: RewardRuntime | None = None
 
     def bind(
@@ -71,6 +76,10 @@ class SequenceReward(Reward):
             source = Adapter.load(source)
         if isinstance(source, Adapter):
             head = source.reward_head()
+            if self.label is not None:
+                raise RGTGError(
+                    f"label={self.label!r} and {source.name} is an adapter, which has one label: leave it out"
+                )
             tokenizer, why = place_adapter(source, lm, self.chat_template, self.share_trunk)
             if why is None:
                 self._bound = self._shared(source, head, lm, tokenizer)
@@ -82,7 +91,7 @@ class SequenceReward(Reward):
                 f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
             )
         else:
-            model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype)
+            model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype, self.label)
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk = "a model of its own"
         runner = reward_runner(model, engine, max_length)
@@ -148,7 +157,9 @@ class SequenceReward(Reward):
 
     def loaded(self) -> list[object]:
         tokenizer = None if self._bound is None else self._bound.tokenizer
-        return [*super().loaded(), *([] if tokenizer is None else [tokenizer])]
+        # Models that differ in their heads alone may share a trunk.
+        trunks = [model.model.base_model for model in self.models()]
+        return [*super().loaded(), *trunks, *([] if tokenizer is None else [tokenizer])]
 
     def _copy(self) -> Reward:
         made: Any = super()._copy()
@@ -176,7 +187,8 @@ class SequenceReward(Reward):
     def fused(self) -> bool:
         # On a CPU the native engine computes the final norm within its one call.
         runtime = self._runtime
-        return runtime.final_norm is not None and runtime.runner.device.type == "cuda"
+        on_gpu = runtime.final_norm is not None and runtime.runner.device.type == "cuda"
+        return on_gpu and linear_part(runtime.head) is not None
 
     def sample(
         self,
@@ -187,14 +199,13 @@ class SequenceReward(Reward):
         seed: torch.Tensor,
         position: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        norm, head = self._runtime.final_norm, self._runtime.head
-        if norm is None:
+        norm, head = self._runtime.final_norm, linear_part(self._runtime.head)
+        if norm is None or head is None:
             return super().sample(candidates, logprobs, beta, temperature, seed, position)
         return score_and_sample(
             self._runtime.candidate_states(candidates, normed=False),
             norm.weight,
-            head.weight[0].detach(),
-            None if head.bias is None else head.bias.detach(),
+            *head,
             logprobs,
             beta,
             temperature,

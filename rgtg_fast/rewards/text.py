@@ -29,20 +29,22 @@ class TextReward(Reward):
     any causal reward model over the base model's tokenizer.
 
     Args:
-        model: path or hub id of a sequence classifier with one label (DeBERTa-like encoders too), a
-            (model, tokenizer) pair, or a function f(prompts, answers) -> rewards over lists of B·K strings.
+        model: path or hub id of a sequence classifier (DeBERTa-like encoders too), a (model, tokenizer) pair, or a
+            function f(prompts, answers) -> rewards over lists of B·K strings.
         template: how prompt and answer become one text, with `{prompt}` and `{answer}`; without it a chat goes through
             the reward model's own chat template where it has one, and everything else becomes the text pair
             (prompt, answer) of its tokenizer.
         batch_size: texts per forward.
         max_length: tokens per text, by default as many as the reward model has positions. Longer texts lose their
             beginning (of a pair, the longer text does), which a warning says once.
+        label: name or index of the label whose score is the reward, where the classifier has several.
 
     A causal model is read at a text's last token, whatever padding its tokenizer and configuration name; an encoder
     pools as it does alone.
 
     Raises:
-        RGTGError: at binding: several labels, no tokenizer, or a `max_length` beyond the model's positions.
+        RGTGError: at binding: several labels and none chosen, no tokenizer, or a `max_length` beyond the model's
+            positions.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class TextReward(Reward):
         template: str | None = None,
         batch_size: int = 32,
         max_length: int | None = None,
+        label: str | int | None = None,
     ):
         super().__init__()
         if template is not None and not ("{prompt}" in template and "{answer}" in template):
@@ -59,7 +62,11 @@ class TextReward(Reward):
             raise RGTGError(f"batch_size={batch_size} is below 1: use for example 32")
         if not isinstance(model, (str, os.PathLike, tuple, list)):
             check_function(model)
-        self.source, self.template = model, template
+            if label is not None:
+                raise RGTGError(
+                    f"label={label!r} and the reward is a function, which has no labels: leave it out"
+                )
+        self.source, self.template, self.label = model, template, label
         self.batch_size, self.max_length = batch_size, max_length
         self._function: TextFunction | None = None
         self._model: PreTrainedModel | None = None
@@ -75,11 +82,11 @@ class TextReward(Reward):
             self._function = self.source
             return
         source: Any = self.source
-        model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype)
+        model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype, self.label)
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
         self._model = model
-        self._classifier = Classifier(model, tokenizer, self.name, self.max_length)
+        self._classifier = Classifier(model, tokenizer, self.name, self.max_length, self.label)
         self.max_length = self._classifier.max_length
 
     @property
@@ -99,7 +106,8 @@ class TextReward(Reward):
         return []
 
     def loaded(self) -> list[object]:
-        return [] if self._model is None else [self._model]
+        # Models that differ in their heads alone may share a trunk.
+        return [] if self._model is None else [self._model, self._model.base_model]
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         self._rows[slot] = prefix

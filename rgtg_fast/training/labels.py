@@ -265,7 +265,7 @@ def reward_function(
             mask = torch.arange(padded.shape[1], device=network.device) < lengths[:, None]
             hidden = model.base_model(padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
             last = hidden[torch.arange(len(part)), lengths - 1]
-            rewards += head(last.to(head.weight.dtype))[:, 0].float().tolist()
+            rewards += head(last.to(next(head.parameters()).dtype))[:, 0].float().tolist()
         return rewards
 
     return reward

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import publish, reason
 from rgtg_fast.models.checkpoint import names, safetensors_header
+from rgtg_fast.models.heads import activation_of, normalization
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
 from rgtg_fast.training.config import Lora
 from rgtg_fast.training.packing import (
@@ -64,9 +65,11 @@ def load_base(
                 f"{type(model).__name__} has {model.config.num_labels} labels and a reward is 1: use num_labels=1"
             )
         _head(model)
+        _check_unscaled(model.config, type(model).__name__)
         return model, tokenizer
 
     def one_label(config: Any) -> None:
+        _check_unscaled(config, source)
         config.num_labels = 1
 
     model, tokenizer, headless = read_pretrained(
@@ -84,6 +87,14 @@ def load_base(
         progress(f"{source} has no reward head: a new one ({HEAD}) begins at 0")
     _pad_with_another_token_than_eos(model, tokenizer)
     return model, tokenizer
+
+
+def _check_unscaled(config: Any, name: object) -> None:
+    """Refuses a model whose configuration changes its score afterwards: the trained one would keep the change."""
+    if normalization(config, name) is not None or activation_of(config, name) is not None:
+        raise RGTGError(
+            f"{name} normalizes or bounds its score, and training begins with a linear head: start from its base model"
+        )
 
 
 def _pad_with_another_token_than_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

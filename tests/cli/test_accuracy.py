@@ -202,3 +202,25 @@ def test_an_encoder_is_told_how_to_be_named(run: Run, lm: str, data: Path, tmp_p
     line = run("accuracy", "--reward", folder, "--lm", lm, "--data", data).error
     assert f"no `score` head over a causal trunk: use --reward text:{folder}" in line
     assert run("accuracy", "--reward", f"text:{folder}", "--lm", lm, "--data", data, "--limit", 3).code == 0
+
+
+def test_one_label_of_several(run: Run, lm: str, data: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(
+        lm, num_labels=2, id2label={0: "worse", 1: "better"}, label2id={"worse": 0, "better": 1}
+    )
+    folder = save(model, tmp_path / "two")
+    arguments = ("accuracy", "--reward", folder, "--lm", lm, "--data", data, "--json")
+    assert "2 labels ('worse', 'better')" in run(*arguments).error
+    keep = ("--keep", tmp_path / "kept.jsonl")
+    (better,) = run(*arguments, "--reward-label", "better", *keep).rows
+    (worse,) = run(*arguments, "--reward-label", "worse", *keep).rows
+    one = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    for label, report in ((1, better), (0, worse)):
+        model = AutoModelForSequenceClassification.from_pretrained(lm, num_labels=1)
+        model.load_state_dict(
+            {**one.state_dict(), "score.weight": one.get_submodule("score").weight[label : label + 1]}
+        )
+        assert report["accuracy"] == expected(folder, data, model)
+    assert better["accuracy"] != worse["accuracy"]
+    several = run(*arguments, "--reward", "contrastive", "--reward-label", "better")
+    assert "score one" in several.error

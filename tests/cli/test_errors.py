@@ -65,7 +65,14 @@ def test_prompt_or_input(run: Callable, prompts_file: Callable, lm: str) -> None
 
 
 def test_reward_model_with_two_labels(run: Callable, lm: str, two_labels_rm: str) -> None:
-    assert "2 labels" in run("generate", "hello", "--lm", lm, "--reward", two_labels_rm, *SHORT).error
+    arguments = ("generate", "hello", "--lm", lm, "--reward", two_labels_rm, *SHORT, "--json")
+    assert "2 labels ('LABEL_0', 'LABEL_1')" in run(*arguments).error
+    assert "no label 'good'" in run(*arguments, "--reward-label", "good").error
+    (row,) = run(*arguments, "--reward-label", "LABEL_1").rows
+    assert row["reward_label"] == "LABEL_1"
+    for reward in ("contrastive", "none"):
+        refused = run("generate", "hello", "--lm", lm, "--reward", reward, "--reward-label", "good", *SHORT)
+        assert "--reward-label belongs to" in refused.error
 
 
 def test_folder_that_is_no_model(run: Callable, tmp_path: Path) -> None:

@@ -130,15 +130,9 @@ def test_keys_that_differ_are_refused_with_the_reason(case: str, saved: Path, tm
 REWARD_KEYS: dict[str, tuple[str, Callable[[Tensors], Tensors], str, str]] = {
     "a layer's part": ("rm", without("layers.1.mlp"), "model.layers.1.mlp", "lacks weights"),
     "another prefix": ("rm", renamed("model.", "base_model.model."), "base_model.", "'base_model.' before"),
-    "a bias": ("rm", added(score__bias=torch.ones(1)), "score.bias", "head with a bias"),
-    "OpenRLHF's": ("rm", renamed("score.", "value_head."), "value_head.weight", "key_mapping"),
+    "a bias": ("rm", added(score__bias=torch.ones(1)), "score.bias", "another reward head"),
+    "OpenRLHF's": ("rm", renamed("score.", "value_head."), "value_head.weight", "another reward head"),
     "two labels": ("rm", added(score__weight=torch.ones(2, 32)), "score.weight", "head of 2 labels"),
-    "two heads": (
-        "rm",
-        added(lm_head__weight=torch.ones(64, 32)),
-        "lm_head.weight",
-        "beside its reward head",
-    ),
     "a language model": ("lm", lambda tensors: tensors, "score.weight", "no trained reward head"),
 }
 
@@ -153,6 +147,14 @@ def test_a_reward_models_keys_that_differ(case: str, saved: Path, tmp_path: Path
     message = refusal(folder, tf.AutoModelForSequenceClassification)
     assert name in message
     assert reason in message
+
+
+def test_a_vocabulary_head_beside_a_reward_head_is_no_part_of_the_score(saved: Path, tmp_path: Path) -> None:
+    folder = edited(saved, "rm", tmp_path, added(lm_head__weight=torch.ones(64, 32)))
+    model, _, _ = read_pretrained(
+        tf.AutoModelForSequenceClassification, folder, "reward model", torch.float32
+    )
+    torch.testing.assert_close(model.get_submodule("score").weight, make_rm().score.weight, rtol=0, atol=0)
 
 
 def test_every_way_to_load_refuses_missing_weights(saved: Path, tmp_path: Path) -> None:
