@@ -26,6 +26,7 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
+from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 from rgtg_fast.rewards.base import NoReward
@@ -129,6 +130,7 @@ class RewardGuidedDecoder:
         own = _as_reward(reward)
         model, tokenizer = load_causal_lm(lm, device, dtype)
         runner = language_runner(model, engine, max_length)
+        warn_of_template(tokenizer, None, "language model", runner.name)
         vocabulary = min(runner.head.out_features, runner.embeddings)
         language_model = LanguageModel(runner, tokenizer, vocabulary)
         kind = None if dtype is None else resolve_dtype(dtype, model.device)
