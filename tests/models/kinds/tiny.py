@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 SPECIAL = ("<pad>", "<s>", "</s>")
-# As a config of any family takes them; a family's other sizes are its own.
+# Of every family that has them; its other sizes are its own.
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -72,7 +72,10 @@ def config(family: str, **changes: Any) -> Any:
         family: its `model_type`, such as "qwen2".
         changes: other settings.
     """
-    return AutoConfig.for_model(family, **{"vocab_size": VOCABULARY, **SIZES, **changes})
+    known = AutoConfig.for_model(family)
+    # A size that a family does not have would be kept and read, GPT-2's number of key-value heads for instance.
+    sizes = {name: size for name, size in SIZES.items() if hasattr(known, name)}
+    return AutoConfig.for_model(family, **{"vocab_size": VOCABULARY, **sizes, **changes})
 
 
 def language_model(family: str, seed: int = 0, **changes: Any) -> Any:
