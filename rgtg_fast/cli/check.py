@@ -71,19 +71,27 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The report as (name, value) pairs of text, in reading order."""
     for model in report["models"]:
         yield from _model_lines(model)
-    if report["reward"] is not None:
-        trunk = "" if report["reward_trunk"] is None else f", computed by {report['reward_trunk']}"
-        yield "reward", f"{report['reward']}{trunk}"
+    if len(report["rewards"]) > 1:
+        yield "mixture", report["reward"]
+    for reward in report["rewards"]:
+        yield "reward", reward["name"]
+        if reward["trunk"] is not None:
+            yield "  model", reward["trunk"]
+        if reward["heads"]:
+            yield "  head", "; ".join(reward["heads"])
+        every = "every token at once" if reward["scores_vocabulary"] else "the k candidates of a step"
+        yield "  scores", every
     yield "device", report["device"]
-    for prompt in report["prompts"]:
-        yield f"prompt ({prompt['tokens']} tokens)", f"{prompt['reader']} reads: {_shortened(prompt['text'])}"
+    prompts = {(each["reader"], each["text"]): each["tokens"] for each in report["prompts"]}
+    for (reader, text), tokens in prompts.items():
+        yield f"prompt ({tokens} tokens)", f"{reader} reads: {_shortened(text)}"
     for tokenizer in report["tokenizers"]:
         difference = tokenizer["difference"]
         same = "gives the same ids as the language model's"
         other = f"and the language model's {difference}: answers reach it as text"
         yield "tokenizer", f"that of {tokenizer['of']} {same if difference is None else other}"
     yield "cached vs uncached", _compared(report)
-    yield from _memory_lines(report["memory"])
+    yield from _memory_lines(report["memory"], report["max_batch"])
     for warning in report["warnings"]:
         yield "warning", warning
 
@@ -94,8 +102,6 @@ def _model_lines(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
     size = f"{model['parameters']:,} parameters, {model['dtype']}{quantized}, {_size(model['weight_bytes'])}"
     yield "  weights", size
     yield "  engine", f"{model['engine']}: {model['why']}"
-    if model["head"] is not None:
-        yield "  head", model["head"]
     limit = "" if model["limit"] in (None, model["context"]) else f", used up to {model['limit']:,}"
     if model["context"] is not None:
         yield "  context", f"{model['context']:,} tokens{limit}"
@@ -110,13 +116,16 @@ def _compared(report: dict[str, Any]) -> str:
     return f"log-probabilities differ by {found['logprob']:.1e}{reward} at most over {found['tokens']} tokens"
 
 
-def _memory_lines(memory: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _memory_lines(memory: dict[str, Any], max_batch: int) -> Iterator[tuple[str, str]]:
     yield "memory of the weights", _size(memory["weight_bytes"])
     row = f"{_size(memory['row_bytes'])} for {memory['row_tokens']:,} tokens in the caches"
     yield "memory of a row", f"{row}; --max-length sets their number"
     if memory["free_bytes"] is not None:
         fit = memory["rows_that_fit"]
-        yield "free memory", f"{_size(memory['free_bytes'])}, room for {fit:,} such rows (--max-batch)"
+        yield (
+            "free memory",
+            f"{_size(memory['free_bytes'])}, room for {fit:,} such rows (--max-batch {max_batch})",
+        )
 
 
 def _size(count: int) -> str:

@@ -18,9 +18,11 @@ from rgtg_fast.models.cpp_layers import NativeLayers
 from rgtg_fast.models.device import free_bytes, without_autocast
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.models.runner import ModelRunner
-from rgtg_fast.rewards import ContrastiveReward, Reward, TextReward
+from rgtg_fast.rewards import ContrastiveReward, Reward, SequenceReward, TextReward
 from rgtg_fast.rewards.base import Prefix
 from rgtg_fast.rewards.compatibility import tokenizer_difference
+from rgtg_fast.rewards.runtime import RewardRuntime
+from rgtg_fast.rewards.vocabulary import VocabularyScorer
 
 # Tokens of the probe's answer.
 PROBE_TOKENS = 8
@@ -40,7 +42,9 @@ def inspect_decoder(
 
     Returns:
         `RewardGuidedDecoder.describe()`'s entries without the bytes of the caches, and
-        `models`: role, architecture, parameters, dtype, engine and why, head, context, limit, window and bytes of each;
+        `models`: role, architecture, parameters, dtype, engine and why, context, limit, window and bytes of each;
+        `rewards`: the reward or the parts of a mixture: name, whose weights compute it, heads, and whether it scores
+        the whole vocabulary at once;
         `prompts`: the text that each model reads, special tokens included, and its number of tokens;
         `tokenizers`: for each reward model's own, how it differs from the base model's, None where it does not;
         `cached_vs_uncached`: the largest differences of the probe's log-probabilities and rewards (None without a
@@ -60,6 +64,7 @@ def inspect_decoder(
     return {
         **facts,
         "models": [_model_facts(*each) for each in _models(decoder)],
+        "rewards": [_reward_facts(part) for part in _parts(decoder)],
         "prompts": _prompts(decoder, prompt),
         "tokenizers": _tokenizers(decoder),
         "cached_vs_uncached": cached_difference(decoder, prompt, new_tokens),
@@ -101,11 +106,25 @@ def _model_facts(role: str, model: PreTrainedModel, runner: ModelRunner | None) 
         "weight_bytes": _bytes_of([model]),
         "engine": "none" if runner is None else runner.engine,
         "why": _engine_reason(model, runner),
-        "head": None if runner is None else _head(runner.head),
         "context": getattr(config, "max_position_embeddings", None),
         "limit": None if runner is None else runner.limit,
         "window": _window(config),
     }
+
+
+def _reward_facts(part: Reward) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "trunk": part.trunk,
+        "heads": [_head(runtime.head) for runtime in _runtimes(part)],
+        "scores_vocabulary": part.scores_vocabulary,
+    }
+
+
+def _runtimes(part: Reward) -> list[RewardRuntime]:
+    if isinstance(part, SequenceReward):
+        return [part._runtime]
+    return [scorer.runtime for scorer in part._scorers] if isinstance(part, VocabularyScorer) else []
 
 
 def _engine_reason(model: PreTrainedModel, runner: ModelRunner | None) -> str:

@@ -114,8 +114,8 @@ def tokenizer_difference(first: PreTrainedTokenizerBase, second: PreTrainedToken
         there = theirs.get(token)
         place = "is not in the second" if there is None else f"has id {there} in the second"
         return (
-            f"differ: token {index} is {token!r} in the first and {token!r} {place}, and {len(other)} of "
-            f"{len(ours)} tokens in all are other ones"
+            f"differ in {len(other)} of {len(ours)} tokens: token {index} is {token!r} in the first and {token!r} "
+            f"{place}"
         )
     if text_ids(first, _PROBE, "a probe") != text_ids(second, _PROBE, "a probe"):
         return "split the same text differently"

@@ -159,13 +159,14 @@ class OwnModel(RewardRuntime):
         """What a rendered prompt ends in, and what a whole chat has in its place; warns where it is not as simple.
 
         With the base model's template nothing is changed: there the base model writes itself what precedes an answer.
+        A template that the user wrote is used as it is.
         """
         tokenizer, base = self.tokenizer or self._lm.tokenizer, self._lm.tokenizer
         template = self._chat_template or (None if tokenizer is None else tokenizer.chat_template)
         if tokenizer is None or template is None or (base is not None and template == base.chat_template):
             return "", ""
         found = template_difference(tokenizer, self._chat_template)
-        if found is not None and whole_chats and found.known:
+        if found is not None and whole_chats and self._chat_template is None and found.known:
             return found.ends_in, found.replaced_by
         if found is not None:
             warnings.warn(found.message("reward model", self.name), stacklevel=2)

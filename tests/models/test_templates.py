@@ -133,8 +133,10 @@ def test_a_reward_model_with_the_base_models_template_reads_what_that_writes() -
     assert decoder.reward.encode(prompt) == [prompt.ids(decoder.tokenizer)]
 
 
-def test_a_reward_models_other_difference_is_a_warning() -> None:
-    reward = SequenceReward((reward_model("llama"), byte_tokenizer(CHANGES)))
+@pytest.mark.parametrize(("own", "given"), [(CHANGES, None), (None, THINKS)])
+def test_a_reward_models_other_difference_is_a_warning(own: str | None, given: str | None) -> None:
+    """A template that changes answers, and one that the user wrote."""
+    reward = SequenceReward((reward_model("llama"), byte_tokenizer(own)), chat_template=given)
     with pytest.warns(UserWarning, match="reward model LlamaForSequenceClassification"):
         RewardGuidedDecoder.from_pretrained((language_model("llama"), byte_tokenizer()), reward=reward)
 

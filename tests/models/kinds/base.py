@@ -113,7 +113,9 @@ KINDS = [
     Kind("a policy: LoRA adapter on a language model", LM, _trained_policy, "merged into a copy of its base"),
     Kind("Mamba", LM, _mamba, refused="it keeps a recurrent state"),
     Kind("T5 (encoder-decoder)", LM, _encoder_decoder, refused="is of a family that is not supported"),
-    Kind("a folder without a tokenizer", LM, _no_tokenizer, refused="tokenizer"),
+    Kind(
+        "a folder without a tokenizer", LM, _no_tokenizer, refused="it contains no tokenizer (tokenizer.json)"
+    ),
     Kind("no reward (`none`)", REWARD, _none, "the language model alone"),
     Kind("contrastive prompts", REWARD, _contrastive, "two more rows of the language model"),
     Kind("one label, `score` head", REWARD, rewarded("", lambda: reward_model("llama")), CACHED),
@@ -141,7 +143,8 @@ KINDS = [
         "another tokenizer",
         REWARD,
         rewarded("", lambda: reward_model("llama"), byte_tokenizer(shift=1)),
-        refused="use a reward model over the same tokenizer, or this one on texts: 'text:PATH'",
+        refused="differ in 256 of 259 tokens: token 3 is '!' in the first and '!' has id 258 in the second; use a "
+        "reward model over the same tokenizer, or this one on texts: 'text:PATH'",
     ),
     Kind(
         "another tokenizer, by `text:`",
