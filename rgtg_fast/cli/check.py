@@ -106,8 +106,12 @@ def _model_lines(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if model["context"] is not None:
         yield "  context", f"{model['context']:,} tokens{limit}"
     if model["window"] is not None:
-        window = model["window"]
-        yield "  window", f"{window['tokens']:,} tokens in {window['layers']} of {window['of']} layers"
+        window, reach = model["window"], model["limit"] or model["context"]
+        unused = ", longer than any row" if reach is not None and window["tokens"] >= reach else ""
+        yield (
+            "  window",
+            f"{window['tokens']:,} tokens in {window['layers']} of {window['of']} layers{unused}",
+        )
 
 
 def _compared(report: dict[str, Any]) -> str:
