@@ -92,7 +92,9 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tokenizer", f"that of {tokenizer['of']} {same if difference is None else other}"
     yield "cached vs uncached", _compared(report)
     yield from _memory_lines(report["memory"], report["max_batch"])
-    for warning in report["warnings"]:
+    # A difference that does not change what is decoded is no warning when the models are loaded.
+    template = [report["template"]] if report["template"] is not None else []
+    for warning in dict.fromkeys([*report["warnings"], *template]):
         yield "warning", warning
 
 

@@ -18,6 +18,7 @@ from rgtg_fast.models.cpp_layers import NativeLayers
 from rgtg_fast.models.device import free_bytes, without_autocast
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.models.runner import ModelRunner
+from rgtg_fast.models.templates import template_difference
 from rgtg_fast.rewards import ContrastiveReward, Reward, SequenceReward, TextReward
 from rgtg_fast.rewards.base import Prefix
 from rgtg_fast.rewards.compatibility import tokenizer_difference
@@ -46,6 +47,8 @@ def inspect_decoder(
         `rewards`: the reward or the parts of a mixture: name, whose weights compute it, heads, and whether it scores
         the whole vocabulary at once;
         `prompts`: the text that each model reads, special tokens included, and its number of tokens;
+        `template`: how the base model's chat template reads a prompt and its answer in another way than a whole chat, None
+        where it does not;
         `tokenizers`: for each reward model's own, how it differs from the base model's, None where it does not;
         `cached_vs_uncached`: the largest differences of the probe's log-probabilities and rewards (None without a
         reward) from those of the models' own uncached forwards;
@@ -66,6 +69,7 @@ def inspect_decoder(
         "models": [_model_facts(*each) for each in _models(decoder)],
         "rewards": [_reward_facts(part) for part in _parts(decoder)],
         "prompts": _prompts(decoder, prompt),
+        "template": _template(decoder),
         "tokenizers": _tokenizers(decoder),
         "cached_vs_uncached": cached_difference(decoder, prompt, new_tokens),
         "memory": _memory(decoder),
@@ -177,6 +181,11 @@ def _prompts(decoder: RewardGuidedDecoder, given: PromptLike) -> list[dict[str, 
         for index, own in enumerate(part.encode(prompt)):
             shown.append(_prompt(names[index] if names else part.name, tokenizer, own))
     return shown
+
+
+def _template(decoder: RewardGuidedDecoder) -> str | None:
+    found = None if decoder.tokenizer is None else template_difference(decoder.tokenizer)
+    return None if found is None else found.message("language model", decoder.lm.runner.name)
 
 
 def _prompt(reader: str, tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class TemplateDifference:
         replaced_by: what a whole chat has in its place.
         known: whether these two are all: a prompt that ends in the second reads as the whole chat.
         changed: whether the template does not repeat an answer as it is.
+        texts_only: whether decoding is the same, and only the tokens of an answer that is passed as text differ.
     """
 
     whole: str
@@ -47,6 +48,7 @@ class TemplateDifference:
     replaced_by: str = ""
     known: bool = False
     changed: bool = False
+    texts_only: bool = False
 
     def message(self, role: str, name: str) -> str:
         """What it means, in one line.
@@ -62,7 +64,7 @@ class TemplateDifference:
         if self.changed:
             return f"{found}: it does not repeat an answer as it is, so that rewards read another text"
         if self.replaced_by.isspace() and not self.ends_in:
-            return f"{found}: let an answer that is passed as text begin with {self.replaced_by!r}"
+            return f"{found}: let an answer that you pass as text begin with {self.replaced_by!r}"
         if self.replaced_by and not self.ends_in:
             return (
                 f"{found}: the prompt ends before {self.replaced_by!r}, so that the model has to write it and rewards "
@@ -71,6 +73,8 @@ class TemplateDifference:
         if self.ends_in:
             instead = f" and a whole chat has {self.replaced_by!r} there" if self.replaced_by else ""
             return f"{found}: only the prompt ends in {self.ends_in!r}{instead}; {_WAY_OUT}"
+        if self.texts_only:
+            return f"{found}: pass the token ids of an answer that was decoded, not its text"
         return f"{found}: tokens join across the end of the prompt; {_WAY_OUT}"
 
 
@@ -109,24 +113,33 @@ def template_difference(
     asked = _QUESTION in prompt and same >= end_of_question
     fitted = _ids(tokenizer, before, _ANSWER)
     # Space before an answer is what the answer's first token begins with.
-    known = asked and bool((ends_in + replaced_by).strip()) and whole[: len(fitted) - 1] == fitted[:-1]
-    return TemplateDifference(*shown, ends_in, replaced_by, known)
+    spaced = not (ends_in + replaced_by).strip()
+    known = asked and not spaced and whole[: len(fitted) - 1] == fitted[:-1]
+    begun = _ids(tokenizer, prompt)
+    texts_only = spaced and not ends_in and whole[: len(begun)] == begun
+    return TemplateDifference(*shown, ends_in, replaced_by, known, texts_only=texts_only)
 
 
 def warn_of_template(
-    tokenizer: PreTrainedTokenizerBase | None, template: str | None, role: str, name: str
+    tokenizer: PreTrainedTokenizerBase | None,
+    role: str,
+    name: str,
+    template: str | None = None,
+    *,
+    texts: bool,
 ) -> None:
     """Warns where a whole chat and its two pieces differ.
 
     Args:
         tokenizer: the model's, None where it came without one.
-        template: a Jinja chat template in place of the tokenizer's own.
         role: what the model is used as.
         name: the model's.
+        template: a Jinja chat template in place of the tokenizer's own.
+        texts: whether answers are passed as texts, or decoded.
     """
     found = None if tokenizer is None else template_difference(tokenizer, template)
-    if found is not None:
-        warnings.warn(found.message(role, name), stacklevel=2)
+    if found is not None and found.texts_only == texts:
+        warnings.warn(found.message(role, name), stacklevel=3)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, *texts: str) -> list[int]:

@@ -168,7 +168,7 @@ class OwnModel(RewardRuntime):
         found = template_difference(tokenizer, self._chat_template)
         if found is not None and whole_chats and self._chat_template is None and found.known:
             return found.ends_in, found.replaced_by
-        if found is not None:
+        if found is not None and not found.texts_only:
             warnings.warn(found.message("reward model", self.name), stacklevel=2)
         return "", ""
 

@@ -111,7 +111,20 @@ def test_a_template_that_differs_is_part_of_the_report(run: Callable, tmp_path: 
     (warning,) = report["warnings"]
     assert f"the chat template of the language model {lm} reads a whole chat as" in warning
     assert [prompt["text"].endswith("assistant: <t></t>") for prompt in report["prompts"]] == [False, True]
-    assert f"warning                 {warning}" in run("check", "--lm", lm, "--reward", rm).out
+    assert report["template"] == warning
+    lines = run("check", "--lm", lm, "--reward", rm).out.splitlines()
+    assert [line for line in lines if line.startswith("warning")] == [f"{'warning':<22}  {warning}"]
+
+
+def test_a_template_that_differs_for_texts_alone_is_shown_and_no_warning(
+    run: Callable, tmp_path: Path
+) -> None:
+    template = CHAT_TEMPLATE.replace("assistant: {%", "assistant:{%")
+    lm = save(language_model("llama"), tmp_path / "lm", byte_tokenizer(template))
+    (report,) = run("check", "--lm", lm, "--reward", "none", "--json").rows
+    assert report["warnings"] == []
+    assert "an answer that you pass as text" in report["template"]
+    assert report["template"] in run("check", "--lm", lm, "--reward", "none").out
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -42,7 +42,7 @@ def test_no_difference(template: str | None) -> None:
         (NO_HEADER, "", "<s>assistant: ", True, "the prompt ends before '<s>assistant: '"),
         (PROMPT_THINKS, "<t></t>", "", True, "only the prompt ends in '<t></t>'"),
         (OTHER_ENDING, " (thinks)", ": <t></t>", True, "and a whole chat has ': <t></t>' there"),
-        (NO_SPACE, "", " ", False, "let an answer that is passed as text begin with ' '"),
+        (NO_SPACE, "", " ", False, "let an answer that you pass as text begin with ' '"),
         (CHANGES, "", "", False, "it does not repeat an answer as it is"),
     ],
     ids=["thinks", "no header", "prompt thinks", "other ending", "no space", "changes"],
@@ -88,9 +88,39 @@ def test_tokens_that_join_across_the_end_of_the_prompt() -> None:
     assert found is not None
     assert not found.known
     assert "tokens join across the end of the prompt" in found.message("language model", "x")
+    assert not found.texts_only
     assert "| Yes|" in found.whole
     assert "| |Yes|" in found.pieces
-    assert template_difference(tokenizer, CHAT_TEMPLATE.replace("assistant: {%", "assistant:{%")) is not None
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space() -> None:
+    """As that of Llama 2: decoded tokens read as in a whole chat, and a text alone has other tokens."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "▁", "\n", *"Yes,itwuarnIl?mod:", "▁Yes", "▁it", "▁is"]
+    tokenizer = Tokenizer(
+        models.Unigram([(word, -len(words) + len(word)) for word in dict.fromkeys(words)], 3)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}model:\n{% endif %}"
+    ).replace("{{ m['role'] }}", "{{ 'model' if m['role'] == 'assistant' else 'user' }}")
+    found = template_difference(fast)
+    assert found is not None
+    assert found.texts_only
+    assert "pass the token ids of an answer" in found.message("language model", "x")
+    model = language_model("llama", vocab_size=len(fast))
+    reward = SequenceReward((reward_model("llama", vocab_size=len(fast)), fast))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder = RewardGuidedDecoder.from_pretrained((model, fast), reward=reward)
+        decoder.score([CHAT], [[10, 11]])
+        decoder.score(["Is it"], ["wet"])
+    with pytest.warns(UserWarning, match="not its text"):
+        decoder.score([CHAT], ["Yes, it is wet."])
 
 
 def test_the_language_models_difference_is_a_warning_with_both_renderings() -> None:
