@@ -47,8 +47,8 @@ def inspect_decoder(
         `rewards`: the reward or the parts of a mixture: name, whose weights compute it, heads, and whether it scores
         the whole vocabulary at once;
         `prompts`: the text that each model reads, special tokens included, and its number of tokens;
-        `template`: how the base model's chat template reads a prompt and its answer in another way than a whole chat, None
-        where it does not;
+        `template`: how the base model's chat template reads a prompt and its answer in another way than a whole chat,
+        None where it does not;
         `tokenizers`: for each reward model's own, how it differs from the base model's, None where it does not;
         `cached_vs_uncached`: the largest differences of the probe's log-probabilities and rewards (None without a
         reward) from those of the models' own uncached forwards;
