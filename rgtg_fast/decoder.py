@@ -302,7 +302,8 @@ class RewardGuidedDecoder:
         if reward is None:
             raise RGTGError("this decoder has no reward to score with: pass reward=... to from_pretrained")
         given, texts = as_prompts(prompts, self.tokenizer), as_answers(answers, self.tokenizer)
-        if any(prompt.messages is not None for prompt in given) and _has_text(answers):
+        as_text = isinstance(answers, str) or any(isinstance(answer, str) for answer in answers)
+        if as_text and any(prompt.messages is not None for prompt in given):
             warn_of_template(self.tokenizer, "language model", self.lm.runner.name, texts=True)
         if len(texts) != len(given):
             raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
@@ -342,10 +343,6 @@ class RewardGuidedDecoder:
             return self._scheduler.rows(run)
         check_strategy(chosen, self._scheduler.reward, run)
         return run_strategy(chosen, run, self._scheduler)
-
-
-def _has_text(answers: str | Sequence[str | Sequence[int]]) -> bool:
-    return isinstance(answers, str) or any(isinstance(answer, str) for answer in answers)
 
 
 def _as_reward(reward: RewardLike) -> Reward | None:

@@ -91,7 +91,7 @@ def check_same_tokenizer(
     if difference is not None:
         raise RGTGError(
             f"the tokenizers of {lm_name} and {rm_name} {difference}; use a reward model over the same tokenizer, or "
-            "this one on texts: 'text:PATH', TextReward(...)"
+            f"'text:{rm_name}' (TextReward), which reads whole texts"
         )
 
 
