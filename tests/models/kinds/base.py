@@ -144,7 +144,7 @@ KINDS = [
         REWARD,
         rewarded("", lambda: reward_model("llama"), byte_tokenizer(shift=1)),
         refused="differ in 256 of 259 tokens: token 3 is '!' in the first and '!' has id 258 in the second; use a "
-        "reward model over the same tokenizer, or 'text:",
+        "reward model over the same tokenizer",
     ),
     Kind(
         "another tokenizer, by `text:`",
