@@ -88,10 +88,15 @@ def _models(decoder: RewardGuidedDecoder) -> Iterator[tuple[str, PreTrainedModel
     """Role, model and runner of each model; a reward over texts has no runner."""
     yield "language model", decoder.lm.runner.model, decoder.lm.runner
     for part in _parts(decoder):
-        runners = {id(runner.model): runner for runner in part.models()}
-        for model in part.loaded():
-            if isinstance(model, PreTrainedModel):
-                yield "reward model", model, runners.get(id(model))
+        runners = part.models()
+        for runner in runners:
+            yield "reward model", runner.model, runner
+        loaded = [each for each in part.loaded() if isinstance(each, PreTrainedModel)]
+        # The trunk of another one is no model of its own.
+        trunks = {id(each.base_model) for each in loaded if each.base_model is not each}
+        for model in loaded if not runners else []:
+            if id(model) not in trunks:
+                yield "reward model", model, None
 
 
 def _model_facts(role: str, model: PreTrainedModel, runner: ModelRunner | None) -> dict[str, Any]:

@@ -29,13 +29,13 @@ SHORT = ("--max-new-tokens", 4, "--temperature", 0)
 KINDS = all_kinds()
 
 
-def test_names_are_unique() -> None:
-    names = [kind.name for kind in KINDS]
+def test_names_are_unique_in_their_table() -> None:
+    names = [(kind.group, kind.name) for kind in KINDS]
     assert len(set(names)) == len(names)
     assert all(bool(kind.served) != bool(kind.refused) for kind in KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.group}-{kind.name}")
 def test_check_and_generate_agree(run: Callable, tmp_path: Path, kind: Kind) -> None:
     if kind.needs and importlib.util.find_spec(kind.needs) is None:
         pytest.skip(f"{kind.needs} is not installed")

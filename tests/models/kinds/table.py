@@ -19,12 +19,13 @@ def write_row(path: Path, kind: Kind, report: dict[str, Any]) -> None:
         kind: the kind.
         report: what `rgtg-fast check --json` printed for it.
     """
-    rows = {row["name"]: row for row in read_rows(path)} if path.exists() else {}
-    rows[kind.name] = _row(kind, report)
+    rows = {(row["group"], row["name"]): row for row in read_rows(path)} if path.exists() else {}
+    rows[kind.group, kind.name] = _row(kind, report)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows[each.name] for each in all_kinds() if each.name in rows)
+        keys = [(each.group, each.name) for each in all_kinds()]
+        writer.writerows(rows[key] for key in keys if key in rows)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
