@@ -142,6 +142,26 @@ def warn_of_template(
         warnings.warn(found.message(role, name), stacklevel=3)
 
 
+def prompt_ending(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, name: str, whole_chats: bool
+) -> tuple[str, str]:
+    """What a reward model's rendered prompt ends in, and what a whole chat has in its place; empty texts for nothing.
+
+    Args:
+        tokenizer: the reward model's.
+        template: a Jinja chat template in place of the tokenizer's own.
+        name: the reward model's, for the warning where the two differ in another way.
+        whole_chats: whether it was trained on whole chats of this template; any difference is a warning otherwise.
+    """
+    found = template_difference(tokenizer, template)
+    if found is None or found.texts_only:
+        return "", ""
+    if whole_chats and found.known:
+        return found.ends_in, found.replaced_by
+    warnings.warn(found.message("reward model", name), stacklevel=3)
+    return "", ""
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, *texts: str) -> list[int]:
     return [token for text in texts for token in text_ids(tokenizer, text, "a probe")]
 

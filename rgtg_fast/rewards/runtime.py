@@ -6,7 +6,6 @@ methods in both places.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -19,7 +18,7 @@ from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.layers import FinalNorm
 from rgtg_fast.models.prompts import Prompt, check_known
 from rgtg_fast.models.runner import Counter, ModelRunner
-from rgtg_fast.models.templates import template_difference
+from rgtg_fast.models.templates import prompt_ending
 from rgtg_fast.rewards.base import Prefix
 
 
@@ -156,7 +155,7 @@ class OwnModel(RewardRuntime):
         return [self.runner]
 
     def _prompt_ending(self, whole_chats: bool) -> tuple[str, str]:
-        """What a rendered prompt ends in, and what a whole chat has in its place; warns where it is not as simple.
+        """What a rendered prompt ends in, and what a whole chat has in its place, as `prompt_ending`.
 
         With the base model's template nothing is changed: there the base model writes itself what precedes an answer.
         A template that the user wrote is used as it is.
@@ -165,12 +164,8 @@ class OwnModel(RewardRuntime):
         template = self._chat_template or (None if tokenizer is None else tokenizer.chat_template)
         if tokenizer is None or template is None or (base is not None and template == base.chat_template):
             return "", ""
-        found = template_difference(tokenizer, self._chat_template)
-        if found is not None and whole_chats and self._chat_template is None and found.known:
-            return found.ends_in, found.replaced_by
-        if found is not None and not found.texts_only:
-            warnings.warn(found.message("reward model", self.name), stacklevel=2)
-        return "", ""
+        as_written = self._chat_template is not None
+        return prompt_ending(tokenizer, self._chat_template, self.name, whole_chats and not as_written)
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
         own, base = self.tokenizer, self._lm.tokenizer
