@@ -98,7 +98,7 @@ class Judge:
         scorer: a causal model for packed rows, or a `Reward` that is bound to the base model.
         tokenizer: tokenizer of the scorer.
         template: chat template of the tokenizer, the base model's where it has none, None where neither has.
-        ending: what a rendered prompt ends in, and what the scorer's whole chats have in its place.
+        ending: what follows a rendered prompt in the scorer's whole chats, before the answer.
 
     Raises:
         RGTGError: nothing there, or no reward model.
@@ -118,7 +118,7 @@ class Judge:
             self.scorer, self.tokenizer = bound.reward, bound.tokenizer
         lent = None if lender is None else lender.chat_template
         self.template = cast("str | None", self.tokenizer.chat_template or lent)
-        self.ending = "", ""
+        self.ending = ""
         if type(reward) is SequenceReward:
             # The trainer of this package, which writes adapters, encodes prompt and answer apart.
             whole_chats = not is_adapter(resolve(str(reward.source)))

@@ -42,14 +42,14 @@ class Prompt:
         self,
         tokenizer: PreTrainedTokenizerBase | None,
         template: str | None = None,
-        ending: tuple[str, str] = ("", ""),
+        ending: str = "",
     ) -> list[int]:
         """Token ids for a model.
 
         Args:
             tokenizer: the model's tokenizer, None where prompts are ids.
             template: a Jinja chat template in place of the tokenizer's own.
-            ending: what a rendered chat ends in, and what to put in its place.
+            ending: text that follows a rendered chat.
 
         Raises:
             RGTGError: no tokenizer or chat template for this prompt, or a template that refuses it.
@@ -67,7 +67,7 @@ class Prompt:
                 "pass a plain string"
             )
         text = rendered(tokenizer, messages, what, template, answer_follows=True)
-        return text_ids(tokenizer, text.removesuffix(ending[0]) + ending[1], what)
+        return text_ids(tokenizer, text + ending, what)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, special: bool = False) -> list[int]:

@@ -37,7 +37,7 @@ class TemplateDifference:
         pieces: the prompt for an answer and the answer, around that point.
         ends_in: what the prompt ends in and a whole chat does not have before an answer.
         replaced_by: what a whole chat has in its place.
-        known: whether these two are all: a prompt that ends in the second reads as the whole chat.
+        known: whether a prompt with `replaced_by` behind it reads as the whole chat.
         changed: whether the template does not repeat an answer as it is.
         texts_only: whether decoding is the same, and only the tokens of an answer that is passed as text differ.
     """
@@ -114,7 +114,7 @@ def template_difference(
     fitted = _ids(tokenizer, before, _ANSWER)
     # Space before an answer is what the answer's first token begins with.
     spaced = not (ends_in + replaced_by).strip()
-    known = asked and not spaced and whole[: len(fitted) - 1] == fitted[:-1]
+    known = asked and not ends_in and not spaced and whole[: len(fitted) - 1] == fitted[:-1]
     begun = _ids(tokenizer, prompt)
     texts_only = spaced and not ends_in and whole[: len(begun)] == begun
     return TemplateDifference(*shown, ends_in, replaced_by, known, texts_only=texts_only)
@@ -144,8 +144,8 @@ def warn_of_template(
 
 def prompt_ending(
     tokenizer: PreTrainedTokenizerBase, template: str | None, name: str, whole_chats: bool
-) -> tuple[str, str]:
-    """What a reward model's rendered prompt ends in, and what a whole chat has in its place; empty texts for nothing.
+) -> str:
+    """What follows a reward model's rendered prompt in whole chats, before the answer; empty for nothing.
 
     Args:
         tokenizer: the reward model's.
@@ -155,11 +155,11 @@ def prompt_ending(
     """
     found = template_difference(tokenizer, template)
     if found is None or found.texts_only:
-        return "", ""
+        return ""
     if whole_chats and found.known:
-        return found.ends_in, found.replaced_by
+        return found.replaced_by
     warnings.warn(found.message("reward model", name), stacklevel=3)
-    return "", ""
+    return ""
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, *texts: str) -> list[int]:

@@ -154,8 +154,8 @@ class OwnModel(RewardRuntime):
     def models(self) -> list[ModelRunner]:
         return [self.runner]
 
-    def _prompt_ending(self, whole_chats: bool) -> tuple[str, str]:
-        """What a rendered prompt ends in, and what a whole chat has in its place, as `prompt_ending`.
+    def _prompt_ending(self, whole_chats: bool) -> str:
+        """What follows a rendered prompt in whole chats, before the answer, as `prompt_ending`.
 
         With the base model's template nothing is changed: there the base model writes itself what precedes an answer.
         A template that the user wrote is used as it is.
@@ -163,7 +163,7 @@ class OwnModel(RewardRuntime):
         tokenizer, base = self.tokenizer or self._lm.tokenizer, self._lm.tokenizer
         template = self._chat_template or (None if tokenizer is None else tokenizer.chat_template)
         if tokenizer is None or template is None or (base is not None and template == base.chat_template):
-            return "", ""
+            return ""
         as_written = self._chat_template is not None
         return prompt_ending(tokenizer, self._chat_template, self.name, whole_chats and not as_written)
 

@@ -40,8 +40,8 @@ def test_no_difference(template: str | None) -> None:
     [
         (THINKS, "", "<t></t>", True, "the prompt ends before '<t></t>'"),
         (NO_HEADER, "", "<s>assistant: ", True, "the prompt ends before '<s>assistant: '"),
-        (PROMPT_THINKS, "<t></t>", "", True, "only the prompt ends in '<t></t>'"),
-        (OTHER_ENDING, " (thinks)", ": <t></t>", True, "and a whole chat has ': <t></t>' there"),
+        (PROMPT_THINKS, "<t></t>", "", False, "only the prompt ends in '<t></t>'"),
+        (OTHER_ENDING, " (thinks)", ": <t></t>", False, "and a whole chat has ': <t></t>' there"),
         (NO_SPACE, "", " ", False, "let an answer that you pass as text begin with ' '"),
         (CHANGES, "", "", False, "it does not repeat an answer as it is"),
     ],
@@ -131,7 +131,7 @@ def test_the_language_models_difference_is_a_warning_with_both_renderings() -> N
     assert "Yes" in line
 
 
-@pytest.mark.parametrize("template", [THINKS, NO_HEADER, PROMPT_THINKS, OTHER_ENDING])
+@pytest.mark.parametrize("template", [THINKS, NO_HEADER])
 def test_a_reward_models_prompt_ends_as_its_whole_chats_do(template: str) -> None:
     """The rewards are those of the reward model's own forward over the rendered chat."""
     model, own = reward_model("llama"), byte_tokenizer(template)
@@ -163,9 +163,9 @@ def test_a_reward_model_with_the_base_models_template_reads_what_that_writes() -
     assert decoder.reward.encode(prompt) == [prompt.ids(decoder.tokenizer)]
 
 
-@pytest.mark.parametrize(("own", "given"), [(CHANGES, None), (None, THINKS)])
+@pytest.mark.parametrize(("own", "given"), [(CHANGES, None), (PROMPT_THINKS, None), (None, THINKS)])
 def test_a_reward_models_other_difference_is_a_warning(own: str | None, given: str | None) -> None:
-    """A template that changes answers, and one that the user wrote."""
+    """A template that changes answers, one whose prompts end in something of their own, and one that the user wrote."""
     reward = SequenceReward((reward_model("llama"), byte_tokenizer(own)), chat_template=given)
     with pytest.warns(UserWarning, match="reward model LlamaForSequenceClassification"):
         RewardGuidedDecoder.from_pretrained((language_model("llama"), byte_tokenizer()), reward=reward)
