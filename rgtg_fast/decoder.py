@@ -26,6 +26,7 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
+from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 from rgtg_fast.rewards.base import NoReward
@@ -132,6 +133,7 @@ class RewardGuidedDecoder:
         own = _as_reward(reward, label)
         model, tokenizer = load_causal_lm(lm, device, dtype)
         runner = language_runner(model, engine, max_length)
+        warn_of_template(tokenizer, "language model", runner.name, texts=False)
         vocabulary = min(runner.head.out_features, runner.embeddings)
         language_model = LanguageModel(runner, tokenizer, vocabulary)
         kind = None if dtype is None else resolve_dtype(dtype, model.device)
@@ -303,6 +305,9 @@ class RewardGuidedDecoder:
         if reward is None:
             raise RGTGError("this decoder has no reward to score with: pass reward=... to from_pretrained")
         given, texts = as_prompts(prompts, self.tokenizer), as_answers(answers, self.tokenizer)
+        as_text = isinstance(answers, str) or any(isinstance(answer, str) for answer in answers)
+        if as_text and any(prompt.messages is not None for prompt in given):
+            warn_of_template(self.tokenizer, "language model", self.lm.runner.name, texts=True)
         if len(texts) != len(given):
             raise RGTGError(f"{len(texts)} answers for {len(given)} prompts: pass one answer per prompt")
         with self._turns.taken():

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, read
-from benchmarks.report import decoding, gpu, methods, study, training
+from benchmarks.report import decoding, gpu, methods, models, study, training
 from benchmarks.report.pages import ROOT, Row
 from benchmarks.study.budgets import BUDGETS
 from rgtg_fast.evaluation.study.summary import PAIRWISE
@@ -25,6 +25,7 @@ PAGES = {
     "trunk": ROOT / "docs" / "shared-trunk.md",
     "methods": ROOT / "docs" / "methods" / "README.md",
     "evaluation": ROOT / "docs" / "evaluation.md",
+    "models": ROOT / "docs" / "models.md",
 }
 
 
@@ -109,4 +110,7 @@ BLOCKS = (
     ),
     Block("evaluation", "study-control", lambda data: study.study_block(read(CONTROL))),
     Block("evaluation", "study-headline", lambda data: study.headline_block(data.study, data.pairs)),
+    Block("models", "language-models", lambda data: models.kinds_block(table("models"), "language model")),
+    Block("models", "reward-models", lambda data: models.kinds_block(table("models"), "reward model")),
+    Block("models", "file-formats", lambda data: models.kinds_block(table("models"), "file format")),
 )

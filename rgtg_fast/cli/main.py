@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from rgtg_fast.cli.accuracy import Accuracy
 from rgtg_fast.cli.bench import Bench
+from rgtg_fast.cli.check import Check
 from rgtg_fast.cli.demo import Demo
 from rgtg_fast.cli.env import Env
 from rgtg_fast.cli.evaluate import Evaluate
@@ -34,6 +35,7 @@ INTERRUPTED = 130
 COMMANDS = (
     Demo,
     Generate,
+    Check,
     Explain,
     Bench,
     Methods,

@@ -99,6 +99,17 @@ class Scheduler:
         """Bytes of each model's prefix cache."""
         return {"lm": self.lm.runner.cache.nbytes(), "reward": self.reward.cache_bytes()}
 
+    def bytes_per_row(self, lm_length: int, reward_length: int) -> int:
+        """Bytes that a row takes in all caches.
+
+        Args:
+            lm_length: its tokens in each context of the base model.
+            reward_length: its tokens in the reward's own models.
+        """
+        contexts = 1 + self.reward.prompt_contexts
+        lm = self.lm.runner.cache_bytes_per_token * lm_length * contexts
+        return lm + self.reward.cache_bytes_per_token * reward_length
+
     # ---- results ----------------------------------------------------------------------------------------------------
 
     def rows(self, run: Run) -> Iterator[GeneratedRow]:
@@ -275,8 +286,7 @@ class Scheduler:
         lm_length = max(map(len, [*prompts, *contexts])) + run.max_new_tokens
         encoded = [ids for row in run.rows for ids in row.encoded]
         reward_length = max(map(len, encoded), default=0) + run.max_new_tokens
-        row_bytes = runner.cache_bytes_per_token * lm_length * (1 + reward.prompt_contexts)
-        row_bytes += reward.cache_bytes_per_token * reward_length
+        row_bytes = self.bytes_per_row(lm_length, reward_length)
         free = free_bytes(runner.device)
         held = sum(self.cache_bytes().values())
         check_fits(row_bytes, slots, max(lm_length, reward_length), None if free is None else free + held)

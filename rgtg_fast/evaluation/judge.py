@@ -27,6 +27,7 @@ from rgtg_fast.models.loading import (
     load_sequence_classifier,
 )
 from rgtg_fast.models.prompts import Prompt, PromptLike, text_ids
+from rgtg_fast.models.templates import prompt_ending
 from rgtg_fast.rewards import SequenceReward, named_guide
 from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.rewards.parse import CONTRASTIVE, PREFIXES
@@ -103,6 +104,7 @@ class Judge:
         scorer: a causal model for packed rows, or a `Reward` that is bound to the base model.
         tokenizer: tokenizer of the scorer.
         template: chat template of the tokenizer, the base model's where it has none, None where neither has.
+        ending: what follows a rendered prompt in the scorer's whole chats, before the answer.
 
     Raises:
         RGTGError: nothing there, or no reward model.
@@ -122,6 +124,11 @@ class Judge:
             self.scorer, self.tokenizer = bound.reward, bound.tokenizer
         lent = None if lender is None else lender.chat_template
         self.template = cast("str | None", self.tokenizer.chat_template or lent)
+        self.ending = ""
+        if type(reward) is SequenceReward:
+            # The trainer of this package, which writes adapters, encodes prompt and answer apart.
+            whole_chats = not is_adapter(resolve(str(reward.source)))
+            self.ending = prompt_ending(self.tokenizer, None, name, whole_chats)
 
     def rate(self, prompts: Sequence[PromptLike], answers: Sequence[str]) -> Iterator[tuple[int, Rating]]:
         """Index and rating of each answer, one after the other.
@@ -138,7 +145,8 @@ class Judge:
         """
         for index, (given, answer) in enumerate(zip(prompts, answers, strict=True)):
             prompt = Prompt(given, index)
-            prompt_ids, ids = prompt.ids(self.tokenizer, self.template), self._answer_ids(index, answer)
+            prompt_ids = prompt.ids(self.tokenizer, self.template, self.ending)
+            ids = self._answer_ids(index, answer)
             if isinstance(self.scorer, Reward):
                 rating = self._by_reward(self.scorer, Prefix(prompt, prompt_ids), ids)
             else:

@@ -38,12 +38,18 @@ class Prompt:
             return list(self.given)  # pyright: ignore[reportReturnType]
         return None
 
-    def ids(self, tokenizer: PreTrainedTokenizerBase | None, template: str | None = None) -> list[int]:
+    def ids(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        template: str | None = None,
+        ending: str = "",
+    ) -> list[int]:
         """Token ids for a model.
 
         Args:
             tokenizer: the model's tokenizer, None where prompts are ids.
             template: a Jinja chat template in place of the tokenizer's own.
+            ending: text that follows a rendered chat.
 
         Raises:
             RGTGError: no tokenizer or chat template for this prompt, or a template that refuses it.
@@ -60,7 +66,8 @@ class Prompt:
                 f"{what} is a chat and the tokenizer of {tokenizer.name_or_path} has no chat template: "
                 "pass a plain string"
             )
-        return text_ids(tokenizer, rendered(tokenizer, messages, what, template, answer_follows=True), what)
+        text = rendered(tokenizer, messages, what, template, answer_follows=True)
+        return text_ids(tokenizer, text + ending, what)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str, *, special: bool = False) -> list[int]:

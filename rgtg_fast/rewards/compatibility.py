@@ -83,19 +83,40 @@ def check_same_tokenizer(
     """Refuses a reward model whose tokenizer gives the base model's tokens other ids.
 
     Raises:
-        RGTGError: naming the first difference.
+        RGTGError: naming the first difference and how many there are.
     """
-    if lm is None or rm is None or lm is rm:
+    if lm is None or rm is None:
         return
-    way_out = "use a reward model over the same tokenizer, or reward=TextReward(...)"
-    theirs = rm.get_vocab()
-    for token, index in sorted(lm.get_vocab().items(), key=lambda item: item[1]):
-        if theirs.get(token) != index:
-            raise RGTGError(
-                f"the tokenizers of {lm_name} and {rm_name} differ: token {index} is {token!r} in the first and "
-                f"{token!r} has id {theirs.get(token)} in the second; {way_out}"
-            )
-    if text_ids(lm, _PROBE, lm_name) != text_ids(rm, _PROBE, rm_name):
+    difference = tokenizer_difference(lm, rm)
+    if difference is not None:
         raise RGTGError(
-            f"the tokenizers of {lm_name} and {rm_name} split the same text differently; {way_out}"
+            f"the tokenizers of {lm_name} and {rm_name} {difference}; use a reward model over the same tokenizer, or "
+            f"'text:{rm_name}' (TextReward), which reads whole texts"
         )
+
+
+def tokenizer_difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
+    """How the second tokenizer gives tokens of the first one other ids, in words that follow the names of the two.
+
+    Args:
+        first: the base model's.
+        second: the reward model's, which may have further tokens.
+
+    Returns:
+        None where every text has the same ids.
+    """
+    if first is second:
+        return None
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    other = [(index, token) for token, index in ours.items() if theirs.get(token) != index]
+    if other:
+        index, token = min(other)
+        there = theirs.get(token)
+        place = "is not in the second" if there is None else f"has id {there} in the second"
+        return (
+            f"differ in {len(other)} of {len(ours)} tokens: token {index} is {token!r} in the first and {token!r} "
+            f"{place}"
+        )
+    if text_ids(first, _PROBE, "a probe") != text_ids(second, _PROBE, "a probe"):
+        return "split the same text differently"
+    return None

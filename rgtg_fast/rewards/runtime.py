@@ -20,6 +20,7 @@ from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.layers import FinalNorm
 from rgtg_fast.models.prompts import Prompt, check_known
 from rgtg_fast.models.runner import Counter, ModelRunner
+from rgtg_fast.models.templates import prompt_ending
 from rgtg_fast.rewards.base import Prefix
 
 
@@ -121,7 +122,16 @@ class RewardRuntime(ABC):
 
 
 class OwnModel(RewardRuntime):
-    """A model of its own, with a prefix cache and a prompt format of its own."""
+    """A model of its own, with a prefix cache and a prompt format of its own.
+
+    Args:
+        runner: the model.
+        lm: the base model.
+        tokenizer: the reward model's own, None where it came without one.
+        chat_template: a Jinja chat template in place of the tokenizer's own.
+        trunk: in words: whose weights compute the states.
+        whole_chats: whether it was trained on whole chats of its template, so that its prompts end as those do.
+    """
 
     prompt_contexts, shared = 1, False
 
@@ -132,9 +142,11 @@ class OwnModel(RewardRuntime):
         tokenizer: PreTrainedTokenizerBase | None,
         chat_template: str | None,
         trunk: str,
+        whole_chats: bool = False,
     ):
         super().__init__(runner, runner.head, tokenizer, runner.name, trunk)
         self._lm, self._chat_template = lm, chat_template
+        self._ending = self._prompt_ending(whole_chats)
         # [slots], each row's newest token, not yet in the cache; -1 where there is no row.
         self._newest = torch.zeros(0, dtype=torch.int64, device=runner.device)
 
@@ -145,12 +157,25 @@ class OwnModel(RewardRuntime):
     def models(self) -> list[ModelRunner]:
         return [self.runner]
 
+    def _prompt_ending(self, whole_chats: bool) -> str:
+        """What follows a rendered prompt in whole chats, before the answer, as `prompt_ending`.
+
+        With the base model's template nothing is changed: there the base model writes itself what precedes an answer.
+        A template that the user wrote is used as it is.
+        """
+        tokenizer, base = self.tokenizer or self._lm.tokenizer, self._lm.tokenizer
+        template = self._chat_template or (None if tokenizer is None else tokenizer.chat_template)
+        if tokenizer is None or template is None or (base is not None and template == base.chat_template):
+            return ""
+        as_written = self._chat_template is not None
+        return prompt_ending(tokenizer, self._chat_template, self.name, whole_chats and not as_written)
+
     def encode(self, prompt: Prompt) -> list[list[int]]:
         own, base = self.tokenizer, self._lm.tokenizer
         # A chat reads as it does under the base model where the reward model has no template.
         if prompt.messages is not None and (own is None or not (self._chat_template or own.chat_template)):
             own = base
-        ids = prompt.ids(own or base, self._chat_template)
+        ids = prompt.ids(own or base, self._chat_template, self._ending)
         check_known(ids, self.runner.embeddings, f"prompt {prompt.index} for the reward model")
         return [ids]
 

@@ -86,6 +86,7 @@ class SequenceReward(Reward):
                 return
             model, _ = adapter_model(source, (lm.runner.model, lm.tokenizer), dtype)
             trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
+            whole_chats = False  # the trainer of this package encodes prompt and answer apart
         elif self.share_trunk:
             raise RGTGError(
                 f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
@@ -93,9 +94,9 @@ class SequenceReward(Reward):
         else:
             model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype, self.label)
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
-            trunk = "a model of its own"
+            trunk, whole_chats = "a model of its own", True
         runner = reward_runner(model, engine, max_length)
-        self._bound = OwnModel(runner, lm, tokenizer, self.chat_template, trunk)
+        self._bound = OwnModel(runner, lm, tokenizer, self.chat_template, trunk, whole_chats)
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)
         if runner.embeddings < used:
             raise RGTGError(

@@ -109,6 +109,19 @@ class TextReward(Reward):
         # Models that differ in their heads alone may share a trunk.
         return [] if self._model is None else [self._model, self._model.base_model]
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The reward model's; None for a function, and before it is bound."""
+        return None if self._classifier is None else self._classifier.tokenizer
+
+    def read_ids(self, prefix: Prefix, answer: str) -> list[int]:
+        """The token ids that the reward model reads for a prompt and an answer; none for a function."""
+        if self._classifier is None:
+            return []
+        texts, pairs = self._texts(self._classifier.tokenizer, [prefix], [answer])
+        special = pairs is not None or self.template is not None
+        return self._classifier.encode(texts, pairs, special)[0]["input_ids"]
+
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         self._rows[slot] = prefix
 

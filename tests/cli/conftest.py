@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -18,26 +17,13 @@ from transformers import (
 
 from rgtg_fast.cli import main as cli
 from tests.cli.support import CONTEXT, HANGS, Outcome, command, environment
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
+from tests.models.kinds import tiny
+from tests.models.kinds.tiny import save
 
 
 def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token a byte and three special ones: every text and every token sequence goes through it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    if chat:
-        fast.chat_template = CHAT_TEMPLATE
-    return fast
+    """One token a byte and three special ones, with or without a chat template."""
+    return tiny.byte_tokenizer(tiny.CHAT_TEMPLATE if chat else None)
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -54,12 +40,6 @@ def config(**changes: Any) -> LlamaConfig:
         "eos_token_id": 2,
     }
     return LlamaConfig(**(settings | changes))
-
-
-def save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
-    model.save_pretrained(folder)
-    (tokenizer or byte_tokenizer()).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

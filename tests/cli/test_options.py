@@ -82,6 +82,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], lis
     folder = str(tmp_path / "new")
     commands = {
         "generate": ["generate", "hi", "--lm", "some/model"],
+        "check": ["check", "--lm", "some/model"],
         "explain": ["explain", "hi", "--lm", "some/model"],
         "demo": ["demo", "--lm", "some/model"],
         "bench": ["bench", "--lm", "some/model"],

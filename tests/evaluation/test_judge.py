@@ -90,6 +90,26 @@ def test_a_judge_without_a_chat_template_reads_the_base_models(named: dict[str, 
     assert rated(Judge(str(folder), base)) == rated(Judge(named["judge"], base))
 
 
+def test_a_judge_reads_whole_chats_of_its_own_template(named: dict[str, str], tmp_path: Path) -> None:
+    """Where a template puts something else before an answer than after a prompt, as an empty think block."""
+    folder = tmp_path / "judge"
+    model = AutoModelForSequenceClassification.from_pretrained(named["judge"]).eval()
+    tokenizer = make_tokenizer()
+    header = "<{{ message.role }}> "
+    assert header in str(tokenizer.chat_template)
+    thinks = header + "{% if message.role == 'assistant' %}w50 w51 {% endif %}"
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(header, thinks)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ((_, found),) = Judge(str(folder), load_causal_lm(named["lm"], None, None)).rate(CHATS[:1], ["w7 w8"])
+    chat = [*CHATS[0], {"role": "assistant", "content": "w7 w8"}]
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
+    assert tokenizer.decode(ids) == "<user> w1 w2 <assistant> w50 w51 w7 w8"
+    with torch.inference_mode():
+        expected = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1])
+    assert found.unended == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_no_model_and_no_number(named: dict[str, str], tmp_path: Path) -> None:
     base = load_causal_lm(named["lm"], None, None)
     with pytest.raises(RGTGError, match="does not exist"):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+# The tables of docs/models.md.
+GROUPS = ("language model", "reward model", "file format")
 
 
 @dataclass(frozen=True)
@@ -41,3 +46,11 @@ class Kind:
     served: str = ""
     refused: str = ""
     needs: str = ""
+
+
+def all_kinds() -> list[Kind]:
+    """The kinds of all modules of this package, by group and then in the order of modules and lists."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    found = [kind for module in modules for kind in getattr(module, "KINDS", [])]
+    return sorted(found, key=lambda kind: GROUPS.index(kind.group))
