@@ -62,7 +62,7 @@ def label(signature: Mapping[str, str]) -> str:
     optional = [
         name.removeprefix("p_")
         for name, t in signature.items()
-        if name in ("p_guidance", "p_normalizer") and t != "None"
+        if name in ("p_guidance", "p_normalizer", "p_residual", "p_q_norm") and t != "None"
     ]
     return " ".join([pointer, *optional, *constants])
 
