@@ -274,7 +274,7 @@ def language_runner(model: PreTrainedModel, engine: str, max_length: int | None)
 
     Args:
         model: the model, whose attention implementation is replaced.
-        engine: `"auto"`, `"native"` or `"transformers"`.
+        engine: `"auto"`, `"native"`, `"triton"` or `"transformers"`.
         max_length: tokens of a row at most, None for the model's context.
 
     Raises:
@@ -332,8 +332,16 @@ def _verified_runner(
         raise refused
     limit = context_length(model) if max_length is None else min(context_length(model), max_length)
     # The message of `refused` offers a shorter length: verify that the model works with it.
-    runner = ModelRunner(model, head, engine, limit if nearest is None else min(limit, nearest.tokens))
-    runner.verify()
+    limit = limit if nearest is None else min(limit, nearest.tokens)
+    runner = ModelRunner(model, head, engine, limit)
+    try:
+        runner.verify()
+    except RGTGError:
+        if engine != "auto" or runner.engine != "triton":
+            raise
+        # A version of transformers may compute what our ops do not; its own blocks do.
+        runner = ModelRunner(model, head, "transformers", limit)
+        runner.verify()
     if refused is not None:
         raise refused
     return runner

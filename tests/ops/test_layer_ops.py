@@ -46,11 +46,10 @@ def test_rope_and_store_is_the_models_own(shape: dict[str, Any], dtype: torch.dt
     a = SPECS["rope_and_store"].make_inputs(shape, dtype)
     R = a["cos"].shape[-1]
     q, k = (
-        a[x] if a[f"{x}_norm"] is None else own_norm(a[f"{x}_norm"], a["eps"], a["offset"])(a[x]) for x in "qk"
+        a[x] if a[f"{x}_norm"] is None else own_norm(a[f"{x}_norm"], a["eps"], a["offset"])(a[x])
+        for x in "qk"
     )
-    turned = apply_rotary_pos_emb(
-        q.transpose(1, 2)[..., :R], k.transpose(1, 2)[..., :R], a["cos"], a["sin"]
-    )
+    turned = apply_rotary_pos_emb(q.transpose(1, 2)[..., :R], k.transpose(1, 2)[..., :R], a["cos"], a["sin"])
     want_q, want_k = (
         torch.cat([x, whole.transpose(1, 2)[..., R:]], -1) for x, whole in zip(turned, (q, k), strict=True)
     )

@@ -133,7 +133,7 @@ def rope_and_store(
         )
     _checks.floating(op, "q", q)
     _checks.floating(op, "cos", cos)
-    B, S, H, D = q.shape
+    B, S, _, D = q.shape
     G, R = k.shape[2], cos.shape[2]
     if not 0 < R <= D or R % 2:
         raise RGTGError(f"{op}: cos has {R} angles for heads of {D} numbers: use an even number up to {D}")
@@ -149,7 +149,14 @@ def rope_and_store(
     for name, x in (("q_norm", q_norm), ("k_norm", k_norm)):
         if x is not None:
             _checks.shaped(op, name, x, "[D]", (D,))
-    for name, x in (("k", k), ("v", v), ("k_new", k_new), ("v_new", v_new), ("q_norm", q_norm), ("k_norm", k_norm)):
+    for name, x in (
+        ("k", k),
+        ("v", v),
+        ("k_new", k_new),
+        ("v_new", v_new),
+        ("q_norm", q_norm),
+        ("k_norm", k_norm),
+    ):
         if x is not None:
             _checks.of_dtype(op, name, x, q.dtype)
     others = {"k": k, "v": v, "cos": cos, "sin": sin, "k_new": k_new, "v_new": v_new}

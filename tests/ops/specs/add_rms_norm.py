@@ -31,7 +31,13 @@ def make_inputs(
 def _signature(kernel: Any, dtype: torch.dtype, E: int, added: bool, offset: bool = False) -> dict[str, str]:
     pointer = f"*{TYPES[dtype]}:16"
     given = pointer if added else "None"
-    arguments = {"p_x": pointer, "p_residual": given, "p_weight": pointer, "p_normed": pointer, "p_total": given}
+    arguments = {
+        "p_x": pointer,
+        "p_residual": given,
+        "p_weight": pointer,
+        "p_normed": pointer,
+        "p_total": given,
+    }
     arguments |= {"S": "i32", "E": "i32:16"}
     arguments |= dict.fromkeys(("x_b", "x_s", "residual_b", "residual_s"), "i64:16")
     arguments |= {"eps": "fp32", "offset": "fp32", "OFFSET": str(int(offset))}

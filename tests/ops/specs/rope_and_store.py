@@ -38,12 +38,28 @@ def make_inputs(
     }
 
 
-def _signature(kernel: Any, dtype: torch.dtype, D: int, norms: bool = False, offset: bool = False) -> dict[str, str]:
+def _signature(
+    kernel: Any, dtype: torch.dtype, D: int, norms: bool = False, offset: bool = False
+) -> dict[str, str]:
     pointer = f"*{TYPES[dtype]}:16"
     arguments = dict.fromkeys(("p_q", "p_k", "p_v", "p_cos", "p_sin", "p_k_new", "p_v_new"), pointer)
     arguments |= dict.fromkeys(("p_q_norm", "p_k_norm"), pointer if norms else "None") | {"p_out": pointer}
     arguments |= dict.fromkeys("SHG", "i32") | dict.fromkeys("DR", "i32:16")
-    strides = ("q_b", "q_s", "q_h", "k_b", "k_s", "k_g", "v_b", "v_s", "v_g", "cos_b", "cos_s", "sin_b", "sin_s")
+    strides = (
+        "q_b",
+        "q_s",
+        "q_h",
+        "k_b",
+        "k_s",
+        "k_g",
+        "v_b",
+        "v_s",
+        "v_g",
+        "cos_b",
+        "cos_s",
+        "sin_b",
+        "sin_s",
+    )
     new = [f"{name}_new_{size}" for name in "kv" for size in "bgs"]
     arguments |= dict.fromkeys((*strides, *new), "i64:16")
     arguments |= {"eps": "fp32", "offset": "fp32", "OFFSET": str(int(offset))}
