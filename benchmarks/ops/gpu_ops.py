@@ -6,7 +6,7 @@
 
 A measurement is one CUDA graph that runs the op once on each of several copies of its inputs, together larger than
 the second-level cache, so that no run finds its inputs there. Times are by CUDA events, per run, as quantiles over
-replays. `linear` is PyTorch's product of M rows with a layer's weights, for comparison with the rest of a step.
+replays. `linear` is a product of M rows with a layer's weights: PyTorch's, and our op invariant_linear.
 Bytes and operations are those that any implementation needs; the ceilings are a device copy and a large product of
 bfloat16 matrices, measured in the same way.
 """
@@ -275,6 +275,7 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
         yield "torch norm, linear, softmax + multinomial", dict, torch_tail
     elif case.op == "linear":
         yield "torch linear", dict, lambda a: F.linear(a["x"], a["weight"])
+        yield "invariant_linear", dict, lambda a: ops.invariant_linear(a["x"][None], a["weight"])
     elif case.op == "commit":
         yield "torch index_put", dict, lambda a: SPECS["commit"].reference(**a)
     elif case.op in ("add_rms_norm", "rope_and_store", "act_and_mul"):

@@ -1,4 +1,4 @@
-"""The fused ops: six for decoding, three for a model's layers, partial_bt_loss for training.
+"""The fused ops: six for decoding, four for a model's layers, partial_bt_loss for training.
 
 Each is one torch.library op with a reference in plain PyTorch, Triton kernels for CUDA and, for most, a C++ kernel for
 the CPU; README.md has the legend of shapes.
@@ -12,6 +12,7 @@ from .act_and_mul import act_and_mul
 from .add_rms_norm import add_rms_norm
 from .commit import commit
 from .finish_step import finish_step
+from .invariant_linear import invariant_linear
 from .partial_bt_loss import partial_bt_loss, partial_bt_terms
 from .resample import resample
 from .rope_and_store import rope_and_store
@@ -25,6 +26,7 @@ __all__ = [
     "backend_of",
     "commit",
     "finish_step",
+    "invariant_linear",
     "partial_bt_loss",
     "partial_bt_terms",
     "resample",

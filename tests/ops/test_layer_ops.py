@@ -1,4 +1,4 @@
-"""add_rms_norm, rope_and_store and act_and_mul against transformers' own modules, bit for bit, and what they refuse."""
+"""The ops of a model's layers against transformers' own modules and torch, and what they refuse."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from rgtg_fast import RGTGError
-from rgtg_fast.ops import act_and_mul, add_rms_norm, backend_of, rope_and_store
+from rgtg_fast.ops import act_and_mul, add_rms_norm, backend_of, invariant_linear, rope_and_store
 from tests.ops.specs import SPECS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("add_rms_norm", "rope_and_store", "act_and_mul")
+OPS = {"add_rms_norm": add_rms_norm, "rope_and_store": rope_and_store, "act_and_mul": act_and_mul}
+OPS["invariant_linear"] = invariant_linear
 
 
 def own_norm(weight: torch.Tensor, eps: float, offset: float) -> torch.nn.Module:
@@ -72,8 +73,33 @@ def test_act_and_mul_is_the_models_own(activation: str, own: str, dtype: torch.d
     assert torch.equal(act_and_mul(**a), ACT2FN[own](a["gate"]) * a["up"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SPECS["invariant_linear"].shapes, ids=str)
+def test_invariant_linear_is_a_linear_layer_row_by_row(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    a = SPECS["invariant_linear"].make_inputs(shape, dtype)
+    out = invariant_linear(**a)
+    want = torch.nn.functional.linear(*(None if x is None else x.double() for x in a.values()))
+    torch.testing.assert_close(out, want.to(dtype))
+    for row in range(shape["B"]):
+        assert torch.equal(invariant_linear(**{**a, "x": a["x"][row : row + 1]}), out[row : row + 1])
+
+
+def test_the_order_of_a_sum_follows_from_the_weight_alone() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: the split of a sum is NOT tested")
+    from rgtg_fast.ops.invariant_linear.kernel import LEAST_SPAN, split
+
+    for N, K in ((1, 1), (576, 576), (4096, 4096), (4096, 14336), (128256, 4096), (1, 14336)):
+        parts, span = split(N, K)
+        assert span >= LEAST_SPAN
+        # Every block of every dtype begins a part where it begins: the same terms in the same order for any M.
+        assert span % 128 == 0
+        assert (parts - 1) * span < K <= parts * span
+    assert split(4096, 4096)[0] == 5
+    assert split(128256, 4096)[0] == 1
+
+
 def test_the_references_serve_on_the_cpu() -> None:
-    for name in NAMES:
+    for name in OPS:
         assert backend_of(name, "cpu") == "reference"
         assert not SPECS[name].has_cpp
     assert backend_of("add_rms_norm", "cuda", E=16385) == "reference"
@@ -94,10 +120,12 @@ def test_the_references_serve_on_the_cpu() -> None:
         ("rope_and_store", {"k_new": torch.ones(2, 3, 5, 1).expand(2, 3, 5, 64)}, "last dimension must be contig"),
         ("rope_and_store", {"v_new": torch.ones(1, 3, 5, 64).expand(2, 3, 5, 64)}, "v_new is written in place"),
         ("rope_and_store", {"q_norm": torch.ones(3)}, r"q_norm has shape \[3\]"),
+        ("invariant_linear", {"x": torch.ones(5, 300)}, r"x has shape \[5, 300\] .*: use \[B, S, K\] and \[N, K\]"),
+        ("invariant_linear", {"weight": torch.ones(70, 301)}, r"x has shape \[3, 5, 300\]"),
+        ("invariant_linear", {"bias": torch.ones(71)}, r"bias has shape \[71\]"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(name: str, change: dict[str, Any], message: str) -> None:
-    op = {"add_rms_norm": add_rms_norm, "act_and_mul": act_and_mul, "rope_and_store": rope_and_store}[name]
     a = SPECS[name].make_inputs(SPECS[name].shapes[1], torch.float32)
     with pytest.raises(RGTGError, match=message):
-        op(**{**a, **change})
+        OPS[name](**{**a, **change})
