@@ -118,6 +118,7 @@ class TritonLayers:
                     x, *angles = (each.repeat_interleave(part.branches, 0) for each in (x, *angles))
                 for index in range(part.first, part.last):
                     x, stream = self._layer(index, x, stream, angles, part, cache)
+        assert stream is not None  # a model has layers
         if not normed:
             return x + stream
         return add_rms_norm(x, stream, decoder.norm.weight, self._eps, self._offset)[0]
@@ -150,9 +151,12 @@ class TritonLayers:
         stream = x if stream is None else total
         projections = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
         k_new, v_new = part.cache.k_new[index - part.first], part.cache.v_new[index - part.first]
-        norms = (attention.q_norm.weight, attention.k_norm.weight) if self._head_norm else (None, None)
+        q_norm, k_norm = (
+            (attention.q_norm.weight, attention.k_norm.weight) if self._head_norm else (None, None)
+        )
         q, k, v = (each.unflatten(-1, (-1, D)) for each in projections)
-        q = rope_and_store(q, k, v, *angles, k_new, v_new, *norms, self._eps, self._offset)
+        cos, sin = angles
+        q = rope_and_store(q, k, v, cos, sin, k_new, v_new, q_norm, k_norm, self._eps, self._offset)
         window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
         out, _ = prefix_attention(
             attention,
