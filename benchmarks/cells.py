@@ -32,7 +32,7 @@ ROUND: dict[str, tuple[str, Cell]] = {
         "llama-8b",
         Cell(
             *(512, 10, 1, "bfloat16"),
-            ("ours", "args_replicated", "unguided", "ours_unguided"),
+            ("ours", "args_replicated", "unguided", "ours_unguided", "ours_transformers"),
             repeats=3,
             seconds_per_run=2,
         ),
@@ -61,7 +61,7 @@ ROUND: dict[str, tuple[str, Cell]] = {
         "llama-1b",
         Cell(
             *(512, 10, 1, "bfloat16"),
-            ("ours", "args_replicated", "unguided", "ours_unguided", "ours_compiled"),
+            ("ours", "args_replicated", "unguided", "ours_unguided", "ours_transformers", "ours_compiled"),
             repeats=3,
             seconds_per_run=2,
         ),

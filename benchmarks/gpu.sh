@@ -159,7 +159,8 @@ together "$begun"
 
 if [ "$device" = cuda ]; then
     alone ops 70 "$python" -m benchmarks.ops.gpu_ops --output "$out/gpu_ops.csv" \
-        --ops tree_attention topk_logprobs linear commit finish_step score_and_sample resample partial_bt_loss
+        --ops tree_attention topk_logprobs linear add_rms_norm rope_and_store act_and_mul commit finish_step score_and_sample resample \
+        partial_bt_loss
 fi
 decode 8b 8b 60
 decode 8b-shared 8b-shared 45

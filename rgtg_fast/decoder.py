@@ -108,17 +108,19 @@ class RewardGuidedDecoder:
             dtype: by default float32 on a CPU, bfloat16 on CUDA, a loaded model's own.
             max_batch: rows decoded at once.
             max_length: tokens a row may reach, prompt included; by default the context of both models.
-            engine: "native" (fused C++ layers, CPU), "transformers" (the model's own blocks) or "auto".
+            engine: "native" (fused C++ layers, CPU), "triton" (the library's products with fused kernels between
+                them, GPU; on a CPU their references run), "transformers" (the model's own blocks) or "auto".
             graphs: whether a step is replayed as a CUDA graph. None: on CUDA, unless the reward reads on the host.
-            compile: whether the models' blocks run as compiled code in steps (torch.compile; engine "transformers").
+            compile: whether the models' own blocks run as compiled code in steps (torch.compile), instead of the
+                Triton engine's kernels.
                 Each number of rows and of candidates is compiled at its first use, for tens of seconds. A dictionary
                 holds torch.compile's options, such as `{"coordinate_descent_tuning": True}`.
             pad_batch: whether every step runs `max_batch` rows, missing ones empty. Matrix products on CUDA round by
                 the number of their rows; padded, a row's text depends on no other row there too, as long as all have
                 the same k. The native engine does not need it; a run with a gate or a strategy is not padded.
             fuse_projections: whether linear layers that read the same input (q, k, v; gate, up) run as one product
-                (engine "transformers"). Their weights are then stored in one tensor, a loaded model's too. None: on
-                CUDA.
+                (engines "triton" and "transformers"). Their weights are then stored in one tensor, a loaded model's
+                too. None: on CUDA.
             label: name or index of the label whose score is the reward, where `reward` is a name or a pair of a model
                 with several (as in `SequenceReward`).
 
@@ -130,6 +132,8 @@ class RewardGuidedDecoder:
             max_length = whole("max_length", max_length, 2, 512)
         if not isinstance(compile, (bool, Mapping)):
             raise RGTGError(f"compile={shown(compile)} is neither True, False nor torch.compile's options")
+        if compile is not False and engine == "triton":
+            raise RGTGError("compile and engine='triton', whose kernels are fused already: use one of them")
         own = _as_reward(reward, label)
         model, tokenizer = load_causal_lm(lm, device, dtype)
         runner = language_runner(model, engine, max_length)

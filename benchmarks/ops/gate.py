@@ -32,6 +32,10 @@ SHAPE = {
     "commit": {"L": 2, "B": 3, "G": 2, "S": 5, "T": 40, "D": 64},
     "score_and_sample": {"B": 8, "K": 10, "E": 576},
     "finish_step": {"B": 9, "K": 10, "Z": 2},
+    "add_rms_norm": {"B": 3, "S": 10, "E": 576},
+    "rope_and_store": {"B": 3, "S": 10, "H": 9, "G": 3, "D": 64, "norms": True},
+    "act_and_mul": {"B": 3, "S": 10, "F": 1536},
+    "invariant_linear": {"B": 2, "S": 5, "N": 130, "K": 2100, "bias": True},
     "partial_bt_loss": {"N": 3, "T": 9, "mode": "repeat_last"},
 }
 

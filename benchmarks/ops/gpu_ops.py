@@ -6,7 +6,7 @@
 
 A measurement is one CUDA graph that runs the op once on each of several copies of its inputs, together larger than
 the second-level cache, so that no run finds its inputs there. Times are by CUDA events, per run, as quantiles over
-replays. `linear` is PyTorch's product of M rows with a layer's weights, for comparison with the rest of a step.
+replays. `linear` is a product of M rows with a layer's weights: PyTorch's, and our op invariant_linear.
 Bytes and operations are those that any implementation needs; the ceilings are a device copy and a large product of
 bfloat16 matrices, measured in the same way.
 """
@@ -81,6 +81,11 @@ def cases() -> Iterator[Case]:
         yield Case("finish_step", {"B": B, "K": 10, "Z": 2}, torch.float32)
     for B in (1, 32):
         yield Case("commit", {"L": 32, "B": B, "G": 8, "S": 10, "T": 256, "D": 128})
+    # What lies between a layer's products: a row of the base model, ten candidates, ten of thirty-two rows.
+    for B, S in ((1, 1), (1, 10), (32, 10)):
+        yield Case("add_rms_norm", {"B": B, "S": S, "E": 4096})
+        yield Case("rope_and_store", {"B": B, "S": S, "H": 32, "G": 8, "D": 128})
+        yield Case("act_and_mul", {"B": B, "S": S, "F": 14336})
     for N in (16, 256):
         yield Case("partial_bt_loss", {"N": N, "T": 256, "mode": "repeat_last"}, torch.float32)
     # A row of the base model, ten and twenty candidates, forty, and ten of thirty-two rows.
@@ -108,6 +113,12 @@ def moved_bytes(case: Case) -> int:
         return int(offsets[-1]) * (size + 4) + 8 * len(offsets)
     if case.op == "linear":
         return size * (s["N"] * s["K"] + s["M"] * (s["N"] + s["K"]))
+    if case.op == "add_rms_norm":
+        return size * s["E"] * (4 * s["B"] * s["S"] + 1)
+    if case.op == "rope_and_store":
+        return size * s["B"] * s["S"] * s["D"] * 2 * (s["H"] + 2 * s["G"] + 1)
+    if case.op == "act_and_mul":
+        return size * 3 * s["B"] * s["S"] * s["F"]
     return 4 * s["L"] * s["B"] * s["G"] * s["D"] * size
 
 
@@ -127,6 +138,12 @@ def operations(case: Case) -> int:
     if case.op == "partial_bt_loss":
         offsets = SPECS["partial_bt_loss"].make_inputs(s, case.dtype)["offsets"]
         return 6 * int(offsets[-1])
+    if case.op == "add_rms_norm":
+        return 6 * s["B"] * s["S"] * s["E"]
+    if case.op == "rope_and_store":
+        return 3 * s["B"] * s["S"] * (s["H"] + s["G"]) * s["D"]
+    if case.op == "act_and_mul":
+        return 10 * s["B"] * s["S"] * s["F"]
     return 2 * s["M"] * s["N"] * s["K"] if case.op == "linear" else 0
 
 
@@ -258,8 +275,11 @@ def rivals(case: Case) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any], C
         yield "torch norm, linear, softmax + multinomial", dict, torch_tail
     elif case.op == "linear":
         yield "torch linear", dict, lambda a: F.linear(a["x"], a["weight"])
+        yield "invariant_linear", dict, lambda a: ops.invariant_linear(a["x"][None], a["weight"])
     elif case.op == "commit":
         yield "torch index_put", dict, lambda a: SPECS["commit"].reference(**a)
+    elif case.op in ("add_rms_norm", "rope_and_store", "act_and_mul"):
+        yield "torch, as transformers does", dict, lambda a: SPECS[case.op].reference(**a)
     elif case.op == "finish_step":
         yield "torch, some twenty-five small kernels", dict, lambda a: SPECS["finish_step"].reference(**a)
     elif case.op == "partial_bt_loss":

@@ -182,17 +182,12 @@ TARGETS = (
 )
 
 
-def _attention_us(B: int, T: int) -> Callable[[GpuResults], float | None]:
+def _op_us(op: str, **sizes: int) -> Callable[[GpuResults], float | None]:
     def value(results: GpuResults) -> float | None:
-        rows = results.timed("tree_attention", B=B, T=T, S=10)
-        return float(rows[0]["ours"]["us_p50"]) if rows and "ours" in rows[0] else None
+        rows = results.timed(op, **sizes)
+        return min((float(row["ours"]["us_p50"]) for row in rows if "ours" in row), default=None)
 
     return value
-
-
-def _topk_us(results: GpuResults) -> float | None:
-    rows = results.timed("topk_logprobs", B=32, k=10)
-    return min((float(row["ours"]["us_p50"]) for row in rows if "ours" in row), default=None)
 
 
 def _product_share(M: int) -> Callable[[GpuResults], float | None]:
@@ -216,15 +211,20 @@ def _ms(model: str, method: str) -> Callable[[GpuResults], float | None]:
 # For every line of results/predicted.csv, which was written before the first round, the measured value.
 MEASURED: dict[str, Callable[[GpuResults], float | None]] = {
     **{
-        f"tree_attention B={B} T={T} S=10": _attention_us(B, T)
+        f"tree_attention B={B} T={T} S=10": _op_us("tree_attention", B=B, T=T, S=10)
         for B, T in ((1, 512), (1, 4096), (8, 4096), (32, 512), (32, 4096))
     },
-    "topk_logprobs B=32 k=10": _topk_us,
+    "topk_logprobs B=32 k=10": _op_us("topk_logprobs", B=32, k=10),
     "linear M=1, share of copy, least": _product_share(1),
     "linear M=10, share of copy, least": _product_share(10),
-    "8B + 8B B=1 graphed": _ms(LARGE, "ours"),
+    "add_rms_norm B=1 S=10 E=4096": _op_us("add_rms_norm", B=1, S=10, E=4096),
+    "rope_and_store B=1 S=10 H=32 G=8 D=128": _op_us("rope_and_store", B=1, S=10, H=32, G=8, D=128),
+    "act_and_mul B=1 S=10 F=14336": _op_us("act_and_mul", B=1, S=10, F=14336),
+    "8B + 8B B=1 graphed, Triton engine": _ms(LARGE, "ours"),
+    "8B + 8B B=1 graphed, the model's own blocks": _ms(LARGE, "ours_transformers"),
     "8B + 8B B=1 compiled": _ms(LARGE, "ours_compiled"),
-    "1B + 1B B=1 graphed": _ms(SMALL, "ours"),
+    "1B + 1B B=1 graphed, Triton engine": _ms(SMALL, "ours"),
+    "1B + 1B B=1 graphed, the model's own blocks": _ms(SMALL, "ours_transformers"),
     "1B + 1B B=1 compiled": _ms(SMALL, "ours_compiled"),
 }
 

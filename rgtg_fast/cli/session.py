@@ -50,7 +50,9 @@ class Setup:
         "float32, bfloat16, float16 or float64.", None, MODELS, shown="float32 on a CPU, bfloat16 on a GPU"
     )
     device: str | None = option("cpu or cuda.", None, MODELS, shown="cuda where there is one")
-    engine: str = option("auto, native (fused C++ layers) or transformers.", "auto", MODELS)
+    engine: str = option(
+        "auto, native (fused C++ layers, CPU), triton (fused kernels, GPU) or transformers.", "auto", MODELS
+    )
     graphs: bool | None = option(
         "Replay each step as one CUDA graph.",
         None,

@@ -19,9 +19,11 @@ from rgtg_fast.models.fused_projections import refresh_products
 from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.native_families import NATIVE_FAMILIES
+from rgtg_fast.models.triton_layers import TritonLayers
 from rgtg_fast.models.verification import OUTPUTS
+from rgtg_fast.ops import _triton
 
-ENGINES = ("auto", "native", "transformers")
+ENGINES = ("auto", "native", "triton", "transformers")
 
 
 class Layers(Protocol):
@@ -38,9 +40,16 @@ class Layers(Protocol):
         ...
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PrefixCache | ForkedCache,
+        normed: bool = True,
     ) -> torch.Tensor:
-        """States [B · branches, S, E] after the final norm of tokens [B, S] at positions [B, S]."""
+        """States [B · branches, S, E] of tokens [B, S] at positions [B, S].
+
+        `normed` says whether the final norm is part of the forward: False only where `final_norm` is known.
+        """
         ...
 
     def refresh(self) -> None:
@@ -84,11 +93,17 @@ class TransformersLayers:
         self.final_norm = None
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PrefixCache | ForkedCache,
+        normed: bool = True,
     ) -> torch.Tensor:
         # Prompts have any length: compiling a prefill would cost more than it saves.
         if self._compiled is None or cache.causal:
-            return _run(self.trunk, self._rows, ids, positions, cache, self._keyword)
+            norm = None if normed else self.final_norm
+            with nullcontext() if norm is None else norm.skipped():
+                return _run(self.trunk, self._rows, ids, positions, cache, self._keyword)
         # The compiler's own limit for one function is 8 sizes, over all models in the process.
         config = torch._dynamo.config
         with config.patch(recompile_limit=config.accumulated_recompile_limit):
@@ -136,7 +151,11 @@ class FusedLayers:
         self.native.adapt(adapters)
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: PrefixCache | ForkedCache
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PrefixCache | ForkedCache,
+        normed: bool = True,
     ) -> torch.Tensor:
         x = ids
         for first, last, branches, part in cache.parts:
@@ -164,19 +183,25 @@ class FusedLayers:
 
 
 def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
-    """The engine that executes a model, and its layers; `"auto"` is the native one where that can.
+    """The engine that executes a model, and its layers.
+
+    `"auto"` is the native engine on a CPU and the Triton engine on a GPU where they can execute the model, else the
+    model's own blocks.
 
     Raises:
-        RGTGError: an unknown engine, or `"native"` for a model that it cannot execute (with the reason).
+        RGTGError: an unknown engine, or `"native"` or `"triton"` for a model that it cannot execute (with the reason).
     """
     if not isinstance(engine, str) or engine not in ENGINES:
         raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
-    if engine != "transformers":
+    if engine in ("auto", "native"):
         reason = NativeLayers.supported(model.base_model)
         if reason is None:
             return "native", FusedLayers(model)
         if engine == "native":
             raise RGTGError(f"engine='native' cannot run {type(model).__name__}: {reason}; use engine='auto'")
+    on_gpu = model.device.type == "cuda" and not _triton.missing_reason()
+    if engine == "triton" or (engine == "auto" and on_gpu and TritonLayers.unsupported(model) is None):
+        return "triton", TritonLayers(model, TransformersLayers(model))
     return "transformers", TransformersLayers(model)
 
 

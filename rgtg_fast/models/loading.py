@@ -267,7 +267,7 @@ def language_runner(model: PreTrainedModel, engine: str, max_length: int | None)
 
     Args:
         model: the model, whose attention implementation is replaced.
-        engine: `"auto"`, `"native"` or `"transformers"`.
+        engine: `"auto"`, `"native"`, `"triton"` or `"transformers"`.
         max_length: tokens of a row at most, None for the model's context.
 
     Raises:
@@ -333,8 +333,16 @@ def _verified_runner(
         raise refused
     limit = context_length(model) if max_length is None else min(context_length(model), max_length)
     # The message of `refused` offers a shorter length: verify that the model works with it.
-    runner = ModelRunner(model, head, engine, limit if nearest is None else min(limit, nearest.tokens))
-    runner.verify()
+    served = limit if nearest is None else min(limit, nearest.tokens)
+    runner = ModelRunner(model, head, engine, served)
+    try:
+        runner.verify()
+    except RGTGError:
+        if engine != "auto" or runner.engine != "triton":
+            raise
+        # A version of transformers may compute what our ops do not; its own blocks do.
+        runner = ModelRunner(model, head, "transformers", served)
+        runner.verify()
     if refused is None and max_length is not None and max_length > limit and changes_beyond(config, limit):
         refused = RGTGError(
             f"{cannot}: beyond its context every further token changes all frequencies of its dynamic rope, the cache "

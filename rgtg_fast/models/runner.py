@@ -46,7 +46,7 @@ class ModelRunner:
     Args:
         model: a causal model with a head: `lm_head` (language model) or `score` (reward model).
         head: the head's linear layer, or a reward model's head of another kind.
-        engine: `"auto"`, `"native"` or `"transformers"`.
+        engine: `"auto"`, `"native"`, `"triton"` or `"transformers"`.
         limit: tokens that the model's context holds.
 
     Attributes:
@@ -370,12 +370,8 @@ class ModelRunner:
         positions = self.cache.lengths[:rows, None].expand(rows, new_tokens)
         self.counter.calls += 1
         self.counter.tokens += rows * new_tokens
-        norm = None if normed else self.layers.final_norm
-        with (
-            nullcontext() if norm is None else norm.skipped(),
-            nullcontext() if self.rope is None else self.rope.chosen(None),
-        ):
-            hidden = self.layers.forward(tokens, positions, self.cache)
+        with nullcontext() if self.rope is None else self.rope.chosen(None):
+            hidden = self.layers.forward(tokens, positions, self.cache, normed)
         self._stepped = hidden.unflatten(0, (rows, -1))
         return self._stepped[:, 0]
 
@@ -410,6 +406,8 @@ class ModelRunner:
         """
         self.layers.compile(options)
         self.compiled = True
+        if self.engine == "triton":
+            self.engine = "transformers"
 
     def fuse_projections(self) -> None:
         """Fuses linear layers that read the same input into one product (`rgtg_fast.models.fused_projections`).

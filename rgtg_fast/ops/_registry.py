@@ -156,16 +156,18 @@ def backend_of(
     """Says which implementation of an op runs.
 
     On the CPU that is `"cpp"` for float32, bfloat16 and float16 (commit and partial_bt_loss: float64 too), and
-    `"reference"` for score_and_sample and finish_step, for other dtypes and where the extension is missing. On CUDA it
-    is `"triton"` for these three dtypes (commit: float64 too), and `"reference"` for others, where Triton is missing,
-    and beyond the sizes that the kernels take: topk_logprobs with k > 256 (128 where V > 524288), tree_attention with
-    D > 256. `use_backend` overrides the choice.
+    `"reference"` for the ops without a C++ kernel (README.md), for other dtypes and where the extension is missing. On
+    CUDA it is `"triton"` for these three dtypes (commit: float64 too), and `"reference"` for others, where Triton is
+    missing, and beyond the sizes that the kernels take: topk_logprobs with k > 256 (128 where V > 524288),
+    tree_attention with D > 256, add_rms_norm with E > 16384, rope_and_store with D > 512. `use_backend` overrides the
+    choice.
 
     Args:
         name: the op's name, e.g. `"tree_attention"`.
         device: a device or its name.
         dtype: dtype of the op's first argument.
-        sizes: k and V of topk_logprobs, D of tree_attention; a size that is not given counts as small.
+        sizes: k and V of topk_logprobs, D of tree_attention and rope_and_store, E of add_rms_norm; a size that is not
+            given counts as small.
 
     Returns:
         `"reference"`, `"cpp"` or `"triton"`.

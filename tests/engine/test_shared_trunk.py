@@ -30,7 +30,7 @@ FORKS = (0, 1, LAYERS - 1, LAYERS)
 PROMPTS = [[9, 8, 7], [10], [20, 21, 22, 23, 24, 25, 26], [6, 7], [30, 31, 32, 33]]
 
 
-@pytest.fixture(params=["native", "transformers"])
+@pytest.fixture(params=["native", "triton", "transformers"])
 def engine(request: pytest.FixtureRequest) -> str:
     if request.param == "native" and (reason := NativeLayers.supported(make_lm().base_model)):
         pytest.skip(f"the native engine does not run here: {reason}")

@@ -24,6 +24,14 @@ CASES = [
     for dtype in DTYPES
     if shape.get("k", 0) <= 256
 ]
+OF_ROWS = (
+    "topk_logprobs",
+    "tree_attention",
+    "resample",
+    "score_and_sample",
+    "add_rms_norm",
+    "rope_and_store",
+)
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
@@ -92,7 +100,7 @@ def test_a_graph_replays_to_the_same_bits(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["topk_logprobs", "tree_attention", "resample", "score_and_sample"])
+@pytest.mark.parametrize("name", [*OF_ROWS, "act_and_mul", "invariant_linear"])
 def test_a_row_has_the_same_bits_in_any_batch(name, dtype):
     for shape in SPECS[name].shapes:
         if shape["B"] == 1 or shape.get("k", 0) > 256:
@@ -102,6 +110,17 @@ def test_a_row_has_the_same_bits_in_any_batch(name, dtype):
         for row in range(shape["B"]):
             for a, b in zip(call(name, row_of(arguments, row)), whole, strict=True):
                 torch.testing.assert_close(a, b[row : row + 1], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N", [64, 4096])
+def test_a_product_has_the_same_bits_for_any_number_of_rows(dtype, N):
+    """From one tile of 16 rows to several of 64, with a split sum and without."""
+    x = torch.randn(1, 200, 4096, device="cuda", dtype=dtype)
+    weight = torch.randn(N, 4096, device="cuda", dtype=dtype)
+    whole = ops.invariant_linear(x, weight)
+    for rows in (1, 10, 16, 17, 32, 40, 64, 65, 199):
+        assert torch.equal(ops.invariant_linear(x[:, :rows], weight), whole[:, :rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -72,6 +72,15 @@ def test_graphs_give_the_tokens_of_the_eager_step_and_of_the_cpu(
     assert second.stats.graph_seconds == 0
 
 
+@pytest.mark.parametrize("guide", ["sequence", "contrastive", "genarm"])
+def test_the_triton_engine_gives_the_tokens_of_the_models_own_blocks(guide: str) -> None:
+    prompts, guidance, seeds = prompts_of(7), settings_of(0, "lm"), list(range(7))
+    own, fused = (make_decoder(guide, engine=engine) for engine in ("transformers", "triton"))
+    assert make_decoder(guide).describe()["lm_engine"] == "triton"
+    want = [row.tokens for row in own.generate(prompts, 9, guidance, seeds)]
+    assert [row.tokens for row in fused.generate(prompts, 9, guidance, seeds)] == want
+
+
 @pytest.mark.parametrize(("guide", "support"), SUPPORTS)
 @pytest.mark.parametrize("graphs", [None, False])
 def test_the_host_never_waits_for_the_device(

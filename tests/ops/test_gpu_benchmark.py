@@ -12,11 +12,11 @@ from tests.ops.specs import SPECS
 
 def test_every_op_has_cases_and_bytes():
     found = list(gpu_ops.cases())
-    assert {case.op for case in found} == {*SPECS, "linear"}
-    # A product reads its weights and rows once; it has no kernel of ours beside it.
+    assert {case.op for case in found} == {*SPECS, "linear"} - {"invariant_linear"}
+    # A product reads its weights and rows once.
     (product,) = (case for case in found if case.shape == {"M": 10, "N": 6144, "K": 4096, "layer": "qkv"})
     assert gpu_ops.moved_bytes(product) == 2 * (6144 * 4096 + 10 * (6144 + 4096))
-    assert [who for who, *_ in gpu_ops.rivals(product)] == ["torch linear"]
+    assert [who for who, *_ in gpu_ops.rivals(product)] == ["torch linear", "invariant_linear"]
     assert all(gpu_ops.moved_bytes(case) > 0 for case in found)
     case = gpu_ops.Case("tree_attention", {"B": 1, "H": 8, "G": 2, "S": 1, "T": 10, "D": 4, "lengths": [10]})
     assert gpu_ops.moved_bytes(case) == 2 * (2 * 2 * 10 * 4 + 2 * 10 * 4)

@@ -44,7 +44,7 @@ def test_backend_of_says_what_serves():
 
 def test_unknown_names_are_named():
     with pytest.raises(
-        RGTGError, match="there is no op 'topk': use one of commit, finish_step, partial_bt_loss"
+        RGTGError, match="there is no op 'topk': use one of act_and_mul, add_rms_norm, commit"
     ):
         backend_of("topk", "cpu")
     with (

@@ -33,7 +33,7 @@ if missing_reason():
 INF, NAN = math.inf, math.nan
 
 # Small enough for an interpreter that walks through every program one by one; the same edges as the specs' own.
-SHAPES = {
+SHAPES = {name: spec.shapes for name, spec in SPECS.items()} | {
     "topk_logprobs": (
         *(
             shape
@@ -49,9 +49,6 @@ SHAPES = {
         if shape["B"] * shape["H"] * shape["S"] * shape["T"] < 200_000 or shape["T"] < 256
     ),
     "resample": tuple(shape for shape in SPECS["resample"].shapes if shape["B"] <= 8),
-    "commit": SPECS["commit"].shapes,
-    "score_and_sample": SPECS["score_and_sample"].shapes,
-    "finish_step": SPECS["finish_step"].shapes,
     "partial_bt_loss": tuple(shape for shape in SPECS["partial_bt_loss"].shapes if shape["N"] <= 8),
 }
 CASES = daily(cases_of(SHAPES), shape_and_dtype)

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.models.kinds.tiny import CONTEXT, language_model, llama, llama_reward, reward_model, save
-
 from tests.models.kinds import Kind, Sources
+from tests.models.kinds.tiny import CONTEXT, language_model, llama, llama_reward, reward_model, save
 
 # Shorter than most prompts.
 WINDOW = 16

@@ -27,7 +27,7 @@ TYPES = {
 # Arguments that the references keep in float32 when the others are float64.
 FLOAT32 = ("beta", "temperature", "guidance")
 # Weights that belong to no row.
-SHARED = ("norm", "head", "bias", "eos", "sinks")
+SHARED = ("norm", "head", "bias", "eos", "sinks", "weight", "q_norm", "k_norm")
 
 
 class Tolerance(NamedTuple):
