@@ -21,6 +21,7 @@ from rgtg_fast.models.triton_layers import TritonLayers
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.engine.support import prompts_of
 from tests.engine.test_ahead import as_numbers, recorded
+from tests.models import windowed
 from tests.models.adapters import write_adapter
 from tests.models.test_families import FAMILIES, PREFIXES, _model
 
@@ -57,6 +58,24 @@ def test_states_have_the_bits_of_the_models_own_blocks(family: str, dtype: torch
             own = states(model, "transformers", make, normed)
             for x, y in zip(states(model, "triton", make, normed), own, strict=True):
                 assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@torch.inference_mode()
+def test_windows_are_those_of_the_models_own_blocks(family: str) -> None:
+    model = windowed.language_model(family)
+    found = []
+    for engine in ("transformers", "triton"):
+        runner = language_runner(model, engine, None)
+        assert runner.windows
+        runner.reserve(2, 40)
+        states = [runner.prefill(0, list(range(2, 26))), runner.prefill(0, [30, 31]), runner.prefill(1, [5, 6])]
+        for step in range(3):
+            states.append(runner.step(torch.tensor([[7, 8, 9], [10, 11, 12]]) + step))
+            runner.commit(torch.tensor([2, 0]))
+        found.append(states)
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
 
 
 class Launches(TorchDispatchMode):
