@@ -49,6 +49,29 @@ def test_candidates(timed, who, dtype, T, S):
     timed({"ours": ours, "torch_masked": masked, "torch_replicated": replicated}[who])
 
 
+@pytest.mark.parametrize("window", [None, 512])
+@pytest.mark.parametrize("who", ["ours", "torch_masked"])
+def test_window(timed, who, window):
+    """Candidates after a long prefix: with a window only its slots are read, a mask alone saves nothing."""
+    T, S = 8192, 10
+    case = SPECS["tree_attention"].make_inputs(
+        {"B": 1, "H": H, "G": G, "S": S, "T": T, "D": D}, torch.float32
+    )
+    case["window"] = window
+    keys, values = (torch.cat([case[f"{name}_cache"], case[name]], 2) for name in "kv")
+    seen = (torch.arange(T) > T - (window or T + 1)).expand(S, T)
+    mask = torch.cat([seen, torch.eye(S, dtype=torch.bool)], 1)
+
+    def ours() -> torch.Tensor:
+        return tree_attention(**case)
+
+    def masked() -> torch.Tensor:
+        return sdpa(case["q"], keys, values, attn_mask=mask, enable_gqa=True)
+
+    torch.testing.assert_close(ours(), masked(), rtol=1e-5, atol=1e-5)
+    timed(ours if who == "ours" else masked)
+
+
 @pytest.mark.parametrize("P", [512, 2048])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("who", ["ours", "torch"])

@@ -91,7 +91,7 @@ def _capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
 
 
 def _depth(q: torch.Tensor, ancestors: torch.Tensor | None, causal: bool) -> torch.Tensor | None:
-    """Tokens between a row's prefix and each new token, [1 or B, S]; None: none, for all."""
+    """Positions between a row's prefix and each new token, [1 or B, S]; None: 0 for all."""
     if causal:
         return torch.arange(q.shape[2], device=q.device)[None]
     if ancestors is None:

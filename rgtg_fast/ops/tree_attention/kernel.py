@@ -59,9 +59,11 @@ def _quotient(b_acc, b_l):
 
 
 @triton.jit
-def _capped(x, softcap):
-    """c · tanh(x / c) as a base-2 logarithm."""
+def _capped(x, softcap, HALF: tl.constexpr):
+    """c · tanh(x / c) as a base-2 logarithm. For 2-byte numbers (`HALF`), c · 2⁻²⁴ is exact enough."""
     y = x * (1.0 / softcap)
+    if HALF:
+        return softcap * LOG2_E - 2.0 * softcap * LOG2_E / (1.0 + tl.exp2(y * (2.0 * LOG2_E)))
     size = tl.abs(y)
     s = size * size
     # Up to 3/4 a convergent of the continued fraction y / (1 + y² / (3 + y² / (5 + ...))); beyond it (1 − e) / (1 + e)
@@ -95,7 +97,7 @@ def _block(b_q, b_k, b_v, m_mn, factor, softcap, b_m, b_l, b_acc):
     """Adds a block of keys and values to the running softmax."""
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * factor
     if softcap is not None:
-        b_score = _capped(b_score, softcap)
+        b_score = _capped(b_score, softcap, b_q.dtype != tl.float32)
     b_score = tl.where(m_mn, b_score, -float("inf"))
     b_high = tl.maximum(b_m, tl.max(b_score, 1))
     b_old = _weight(b_high, b_m)
@@ -214,7 +216,7 @@ def tree_attention_kernel(
                 b_own = tl.load(p_k + o_k, mask=m_md, other=0.0).to(tl.float32)
                 b_m = tl.sum(b_q.to(tl.float32) * b_own, 1) * factor
                 if softcap is not None:
-                    b_m = _capped(b_m, softcap)
+                    b_m = _capped(b_m, softcap, b_q.dtype != tl.float32)
                 b_l += 1.0
                 b_acc = tl.load(p_v + o_v, mask=m_md, other=0.0).to(tl.float32)
             else:
@@ -222,6 +224,12 @@ def tree_attention_kernel(
                 if MODE == _MASKED:
                     b_mask = tl.load(p_ancestors + i_b * S + o_s, mask=m_m, other=0)
                     last = S
+                    if window is not None:
+                        # Token by token: the depths of a whole block of keys would fill the registers.
+                        for j in range(S):
+                            bit = tl.full((), 1, tl.int64) << j
+                            far = _depth(tl.load(p_ancestors + i_b * S + j)) <= b_depth - window
+                            b_mask = tl.where(far, b_mask & ~bit, b_mask)
                 else:
                     last = tl.minimum(S, (i_m * BLOCK_M + BLOCK_M - 1) // R + 1)
                     if window is not None:
@@ -237,11 +245,8 @@ def tree_attention_kernel(
                         m_mn = m_mn & (o_j < S)[None, :]
                     else:
                         m_mn = (o_j[None, :] <= o_s[:, None]) & (o_j < S)[None, :]
-                    if window is not None:
-                        b_key = o_j
-                        if MODE == _MASKED:
-                            b_key = _depth(tl.load(p_ancestors + i_b * S + o_j, mask=o_j < S, other=0))
-                        m_mn = m_mn & (b_key[None, :] > (b_depth - window)[:, None])
+                    if window is not None and MODE == _CAUSAL:
+                        m_mn = m_mn & (o_j[None, :] > (b_depth - window)[:, None])
                     b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_mn, factor, softcap, b_m, b_l, b_acc)
 
         p_k_cache += i_b * k_cache_b + i_g * k_cache_h

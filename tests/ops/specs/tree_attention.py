@@ -132,6 +132,10 @@ def _signatures(kernel: Any, arch: int) -> tuple[dict[str, str], ...]:
         *(_attention(kernel, fp32, 64, rows, alone, 0, arch) for rows in (16, 32)),
         *(_attention(kernel, fp32, 128, 16, mode, 0, arch) for mode in (alone, causal)),
         _attention(kernel, fp32, 256, 16, alone, 0, arch),
+        *(
+            _attention(kernel, fp32, 128, 16, mode, 0, arch, ("window", "softcap"))
+            for mode in (alone, causal)
+        ),
     )
 
 
