@@ -14,9 +14,6 @@ from transformers import Cache
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.ops import commit, tree_attention
 
-# Queries of a long text that attend together where a window is shorter.
-_BLOCK = 512
-
 
 @memoized
 def cache_keyword(kind: type[nn.Module]) -> str:
@@ -202,8 +199,12 @@ class PrefixCache(Cache):
             softcap: c of scores c·tanh(score/c), None for plain ones.
             sinks: [H], a further logit in the denominator of each head's softmax.
         """
-        if self._causal and self._empty_prefix and softcap is None and sinks is None:
-            return _causal_attention(query, key, value, scale, window)
+        plain = self._causal and self._empty_prefix and softcap is None and sinks is None
+        if plain and (window is None or query.shape[2] <= window):
+            grouped = query.shape[1] != key.shape[1]
+            return functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+            )
         keys, values, lengths = self.active
         return tree_attention(
             query,
@@ -372,34 +373,3 @@ class ForkedCache(Cache):
     def is_compileable(self) -> bool:
         """False: transformers must not wrap this cache in its own compilation."""
         return False
-
-
-def _causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
-    """Attention [B, H, S, D] of a whole text in which each token sees the last `window`, or all before it.
-
-    In memory [B, S, H, D], like the result of `tree_attention`.
-    """
-    length = query.shape[2]
-    # A block of queries sees its own keys and those of a window before: a mask of all pairs could be very large.
-    size = length if window is None or length <= window else max(window, _BLOCK)
-    blocks = []
-    for first in range(0, length, size):
-        last, seen, mask = min(first + size, length), 0, None
-        if window is not None and last > window:
-            seen = max(first - window + 1, 0)
-            queries = torch.arange(first, last, device=query.device)[:, None]
-            keys = torch.arange(seen, last, device=query.device)
-            mask = (keys <= queries) & (keys > queries - window)
-        block = functional.scaled_dot_product_attention(
-            query[:, :, first:last],
-            key[:, :, seen:last],
-            value[:, :, seen:last],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        blocks.append(block.transpose(1, 2))
-    return (torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0].contiguous()).transpose(1, 2)

@@ -114,19 +114,6 @@ def test_a_prompt_in_one_piece_in_pieces_and_cut_back(family: str, engine: str) 
     torch.testing.assert_close(moved.flip(0), both, **rounding)
 
 
-@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, 40, 600, 1100])
-def test_blocks_of_a_long_text_equal_one_mask(length: int) -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
-    at = torch.arange(length)
-    mask = (at <= at[:, None]) & (at > at[:, None] - WINDOW)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q.double(), k.double(), v.double(), attn_mask=mask, scale=0.3, enable_gqa=True
-    )
-    found = kv_cache._causal_attention(q, k, v, 0.3, WINDOW)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
 # ---- whole decoders --------------------------------------------------------------------------------------------------
 
 GREEDY = Guidance(k=5, beta=1.5, temperature=0)

@@ -224,6 +224,12 @@ def tree_attention_kernel(
                 if MODE == _MASKED:
                     b_mask = tl.load(p_ancestors + i_b * S + o_s, mask=m_m, other=0)
                     last = S
+                    if window is not None:
+                        # Token by token: the depths of a whole block of keys would fill the registers.
+                        for j in range(S):
+                            bit = tl.full((), 1, tl.int64) << j
+                            far = _depth(tl.load(p_ancestors + i_b * S + j)) <= b_depth - window
+                            b_mask = tl.where(far, b_mask & ~bit, b_mask)
                 else:
                     last = tl.minimum(S, (i_m * BLOCK_M + BLOCK_M - 1) // R + 1)
                     if window is not None:
@@ -239,11 +245,8 @@ def tree_attention_kernel(
                         m_mn = m_mn & (o_j < S)[None, :]
                     else:
                         m_mn = (o_j[None, :] <= o_s[:, None]) & (o_j < S)[None, :]
-                    if window is not None:
-                        b_key = o_j
-                        if MODE == _MASKED:
-                            b_key = _depth(tl.load(p_ancestors + i_b * S + o_j, mask=o_j < S, other=0))
-                        m_mn = m_mn & (b_key[None, :] > (b_depth - window)[:, None])
+                    if window is not None and MODE == _CAUSAL:
+                        m_mn = m_mn & (o_j[None, :] > (b_depth - window)[:, None])
                     b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_mn, factor, softcap, b_m, b_l, b_acc)
 
         p_k_cache += i_b * k_cache_b + i_g * k_cache_h
