@@ -105,7 +105,7 @@ def test_memory_is_what_the_caches_take(run: Callable, tmp_path: Path) -> None:
 def test_a_template_that_differs_is_part_of_the_report(run: Callable, tmp_path: Path) -> None:
     thinks = CHAT_TEMPLATE.replace("}}: ", "}}: {% if m['role'] == 'assistant' %}<t></t>{% endif %}")
     lm = save(language_model("llama"), tmp_path / "lm", byte_tokenizer(thinks))
-    rm = save(reward_model("llama"), tmp_path / "rm", byte_tokenizer(thinks + " "))
+    rm = save(reward_model("llama"), tmp_path / "rm", byte_tokenizer(" " + thinks))
     (report,) = run("check", "--lm", lm, "--reward", rm, "--json").rows
     assert report["served"]
     (warning,) = report["warnings"]
