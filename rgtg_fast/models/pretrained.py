@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rgtg_fast import bundled
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import reason
-from rgtg_fast.models.checkpoint import check_model, check_tokenizer, error_prefix
+from rgtg_fast.models.checkpoint import check_file, check_model, check_tokenizer, error_prefix
 from rgtg_fast.models.device import fits_in_memory, free_bytes, too_large
+from rgtg_fast.models.gguf import converted, gguf_file
 from rgtg_fast.models.state_dict import StateDictMismatch
 
 # Terminal escapes and control characters, which libraries put into their messages.
@@ -43,7 +44,7 @@ def read_pretrained(
 
     Args:
         kind: transformers' class to load it with, such as `AutoModelForCausalLM`.
-        source: folder or hub id.
+        source: folder or hub id, or a GGUF file, which is converted into the cache.
         role: what it is used as, for messages: "language model".
         dtype: dtype of the weights.
         device: where the model will run, for the check of free memory; it is loaded to the CPU.
@@ -57,8 +58,11 @@ def read_pretrained(
         RGTGError: nothing there, files that cannot be read, keys or shapes that are not the model's, or weights that
             do not fit the memory.
     """
-    title = f"{role} {str(source)!r}"
+    title, given = f"{role} {str(source)!r}", source
     path = _local_path(source, role)
+    file = gguf_file(source, title)
+    if file is not None:
+        source = path = _converted(file, title, dtype)
     parameters = None
     if path is not None:
         with _file_errors(title):
@@ -69,7 +73,8 @@ def read_pretrained(
         if config._attn_implementation not in (None, "eager", "sdpa"):
             # Others need further packages, or code from the hub.
             config._attn_implementation = None
-    tokenizer = read_tokenizer(source, role)
+    # The tokenizer of a GGUF file is complete; AutoTokenizer would replace parts of it by those of its family.
+    tokenizer = read_tokenizer(source, role, AutoTokenizer if file is None else PreTrainedTokenizerFast)
     _check_memory(title, parameters, dtype, torch.device(device))
     with _loader_errors(title, source), fits_in_memory(title, parameters, dtype):
         model, info = kind.from_pretrained(
@@ -85,16 +90,19 @@ def read_pretrained(
     mismatch, headless = StateDictMismatch.of(model, info), False
     if new_head:
         mismatch, headless = mismatch.without_new_head(model)
-    mismatch.refuse(model, source, role)
+    mismatch.refuse(model, given, role)
+    if file is not None:
+        model.config._name_or_path = str(given)
     return model, tokenizer, headless
 
 
-def read_tokenizer(source: Source, role: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Source, role: str, kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a folder or hub id.
 
     Args:
         source: folder or hub id.
         role: what its model is used as, for messages.
+        kind: transformers' class to load it with.
 
     Raises:
         RGTGError: none there, or one that cannot be read.
@@ -104,7 +112,15 @@ def read_tokenizer(source: Source, role: str) -> PreTrainedTokenizerBase:
         with _file_errors(f"{role} {str(source)!r}"):
             check_tokenizer(path)
     with _loader_errors(f"tokenizer of {role} {str(source)!r}", source):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return kind.from_pretrained(source, trust_remote_code=False)
+
+
+def _converted(file: Path, title: str, dtype: torch.dtype) -> Path:
+    """The folder of a GGUF file's model in the cache."""
+    with _file_errors(title):
+        check_file(file)
+    with fits_in_memory(title, None, dtype):
+        return converted(file, title, dtype)
 
 
 def _check_memory(title: str, parameters: int | None, dtype: torch.dtype, device: torch.device) -> None:
