@@ -84,13 +84,14 @@ def default_model(progress: Callable[[str], None] = lambda message: None) -> Pat
 
     final = cache_folder() / FOLDER
     return convert_once(
-        FOLDER, convert, lambda: progress(f"Converting {NAME} once (about 20 s, 0.5 GB) into {final}"), "0.6 GB"
+        FOLDER,
+        convert,
+        lambda: progress(f"Converting {NAME} once (about 20 s, 0.5 GB) into {final}"),
+        "0.6 GB",
     )
 
 
-def convert_once(
-    name: str, convert: Callable[[Path], None], announce: Callable[[], None], size: str
-) -> Path:
+def convert_once(name: str, convert: Callable[[Path], None], announce: Callable[[], None], size: str) -> Path:
     """Returns the cache's folder of a converted model, converting it where it is missing.
 
     The files are written to a temporary folder that is renamed when it is complete, so that a killed conversion leaves

@@ -179,7 +179,9 @@ def _listed(repository: str) -> list[str]:
 
 def _only(found: list[str], place: str, title: str) -> str | None:
     if len(found) > 1:
-        raise RGTGError(f"{title} holds {len(found)} GGUF files ({names(found, 3)}): name one, as {place}/{found[0]}")
+        raise RGTGError(
+            f"{title} holds {len(found)} GGUF files ({names(found, 3)}): name one, as {place}/{found[0]}"
+        )
     return found[0] if found else None
 
 
@@ -323,9 +325,7 @@ def _gemma_scale(family: _Family, fields: dict[str, Any]) -> int:
     return fields["hidden_size"] // fields["num_attention_heads"] if wide else fields["head_dim"]
 
 
-def _rope(
-    file: _File, stated: dict[str, Any], family: _Family, head_dim: int, title: str
-) -> dict[str, Any]:
+def _rope(file: _File, stated: dict[str, Any], family: _Family, head_dim: int, title: str) -> dict[str, Any]:
     """transformers' `rope_parameters`, with the scaling that the metadata or the tensor `rope_freqs` states."""
     gemma3 = family.model_type == "gemma3_text"
     # Without a base llama.cpp takes this one as well.
@@ -337,7 +337,9 @@ def _rope(
     elif kind == "yarn" and factor and length:
         rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
     elif kind != "none" or (factor or 1.0) != 1.0:
-        raise RGTGError(f"{title} scales its rope by {kind!r} ({factor}), which cannot be taken over: {_INSTEAD}")
+        raise RGTGError(
+            f"{title} scales its rope by {kind!r} ({factor}), which cannot be taken over: {_INSTEAD}"
+        )
     if _LLAMA3 in file.tensors:
         if rope["rope_type"] != "default" or gemma3:
             raise RGTGError(f"{title} has {_LLAMA3} beside another scaling of its rope: {_INSTEAD}")

@@ -105,7 +105,9 @@ def _check_kind(stated: dict[str, Any], architecture: str, title: str) -> None:
         raise RGTGError(f"{title} has a tokenizer of kind {kind!r}, and gpt2 and llama are read: {_INSTEAD}")
     spaced = stated.get("add_space_prefix", True)
     if kind == "llama" and not architecture.startswith("gemma") and not spaced:
-        raise RGTGError(f"{title} puts no space before a text (add_space_prefix), which cannot be rebuilt: {_INSTEAD}")
+        raise RGTGError(
+            f"{title} puts no space before a text (add_space_prefix), which cannot be rebuilt: {_INSTEAD}"
+        )
     if kind == "llama" and stated.get("remove_extra_whitespaces"):
         raise RGTGError(f"{title} removes spaces from texts, which cannot be rebuilt: {_INSTEAD}")
 
@@ -128,7 +130,7 @@ def _set_ends(tokenizer: Any, stated: dict[str, Any], title: str) -> None:
     if tokenizer.encode(text) == expected:
         return
     words = {name: tokenizer.convert_ids_to_tokens(token) for name, token in ends.items()}
-    frame = [words[name] if name in words else None for name in ("bos", "eos")]
+    frame = [words.get(name) for name in ("bos", "eos")]
     single = " ".join(part for part in (frame[0], "$A", frame[1]) if part)
     pair = " ".join(part for part in (frame[0], "$A", frame[0], "$B:1", frame[1]) if part)
     pairs = [(words[name], token) for name, token in ends.items()]

@@ -34,7 +34,10 @@ TOP = {
     "lm_head.weight": "output.weight",
     "score.weight": "cls.output.weight",
 }
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}a: {% endif %}"
+)
 SPECIAL = ["<pad>", "<s>", "</s>"]
 
 
@@ -94,7 +97,7 @@ def tiny(kind: str = "llama", head: bool = False, seed: int = 0, **settings: Any
 
 
 def architecture(model: Any) -> str:
-    return {"gemma3_text": "gemma3"}.get(model.config.model_type, model.config.model_type)
+    return str(model.config.model_type).removesuffix("_text")
 
 
 def metadata_of(model: Any) -> dict[str, Any]:

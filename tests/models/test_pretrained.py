@@ -357,8 +357,8 @@ def test_sources_that_are_no_model_folder(saved: Path, tmp_path: Path) -> None:
     assert "name the folder inside it, such as 'tied'" in refusal(saved)
     assert "name the folder that holds it" in refusal(saved / "lm" / "model.safetensors")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "GGUF weights" in refusal(tmp_path)
-    assert "it is a GGUF file" in refusal(tmp_path / "model.gguf")
+    assert "not a GGUF file that can be read" in refusal(tmp_path)
+    assert "not a GGUF file that can be read" in refusal(tmp_path / "model.gguf")
     for name in ("", " ", None, 5, "x" * 5000):
         assert "language model" in refusal(name)
 
