@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.config import Guidance, Strategy, whole
 from rgtg_fast.deprecation import RenamedAttribute, renamed_keywords
@@ -26,6 +26,7 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 from rgtg_fast.rewards.base import NoReward
@@ -189,13 +190,15 @@ class RewardGuidedDecoder:
         return self.lm.runner.limit if limit is None else min(limit, self.lm.runner.limit)
 
     def describe(self) -> dict[str, Any]:
-        """Models, engines, dtype, device and cache bytes: what to print beside a result."""
+        """Models, engines, quantization, dtype, device and cache bytes: what to print beside a result."""
         runner, reward, scheduler = self.lm.runner, self.reward, self._scheduler
         return {
             "lm": runner.name,
             "lm_engine": runner.engine,
+            "lm_quantization": quantization(runner.model),
             "reward": None if reward is None else reward.name,
             "reward_engine": None if reward is None else reward.engine,
+            "reward_quantization": None if reward is None else _quantization(reward),
             "reward_trunk": None if reward is None else reward.trunk,
             "device": str(runner.device),
             "dtype": str(runner.dtype).removeprefix("torch."),
@@ -338,6 +341,12 @@ class RewardGuidedDecoder:
             return self._scheduler.rows(run)
         check_strategy(chosen, self._scheduler.reward, run)
         return run_strategy(chosen, run, self._scheduler)
+
+
+def _quantization(reward: Reward) -> str | None:
+    """How the weights of a reward's models are quantized, by the first of them that are."""
+    models = (each for each in reward.loaded() if isinstance(each, PreTrainedModel))
+    return next((method for model in models if (method := quantization(model)) is not None), None)
 
 
 def _as_reward(reward: RewardLike) -> Reward | None:

@@ -71,7 +71,7 @@ def check_model(folder: Path) -> int | None:
         folder: an existing path.
 
     Returns:
-        The number of parameters in the weight files; None where they are pickled.
+        The number of parameters in the weight files; None where they are pickled or quantized.
 
     Raises:
         RGTGError: a file instead of a folder, no configuration, no weights, or files that cannot be read.
@@ -98,6 +98,8 @@ def check_model(folder: Path) -> int | None:
         if not config.get("quantization_config"):
             _check_dtypes(file, header)
         entries |= header
+    if config.get("quantization_config"):
+        return None
     return sum(math.prod(entry["shape"]) for entry in entries.values())
 
 

@@ -18,6 +18,7 @@ from rgtg_fast.models.cpp_layers import FAMILIES, NativeLayers
 from rgtg_fast.models.fused_projections import refresh_products
 from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
 from rgtg_fast.models.lora import LowRankRows
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.verification import OUTPUTS
 
 ENGINES = ("auto", "native", "transformers")
@@ -171,7 +172,12 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
     if not isinstance(engine, str) or engine not in ENGINES:
         raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
     if engine != "transformers":
-        reason = NativeLayers.supported(model.base_model)
+        quantized = quantization(model)
+        reason = (
+            NativeLayers.supported(model.base_model)
+            if quantized is None
+            else f"its weights are quantized ({quantized})"
+        )
         if reason is None:
             return "native", FusedLayers(model)
         if engine == "native":

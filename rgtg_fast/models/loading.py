@@ -22,6 +22,7 @@ from rgtg_fast.models.adapter import CONFIG, Adapter, is_adapter
 from rgtg_fast.models.attention import attentions, restore_attentions
 from rgtg_fast.models.device import fits_in_memory, resolve_device, resolve_dtype
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.models.support import (
     TESTED_FAMILIES,
@@ -57,14 +58,15 @@ def load_causal_lm(
     if isinstance(source, tuple):
         model, tokenizer = source
         target = resolve_device(model.device if device is None else device)
-        return _place(
-            model, target, model.dtype if dtype is None else resolve_dtype(dtype, target)
-        ), tokenizer
+        kind = None if dtype is None else resolve_dtype(dtype, target)
+        _check_dtype(model, kind)
+        return _place(model, target, kind or model.dtype), tokenizer
     target = resolve_device(device)
     kind = resolve_dtype(dtype, target)
     if is_adapter(source):
         return _load_policy(Adapter.load(source), target, kind)
     model, tokenizer, _ = read_pretrained(AutoModelForCausalLM, source, "language model", kind, target)
+    _check_dtype(model, None if dtype is None else kind)
     return _place(model, target, kind), tokenizer
 
 
@@ -109,6 +111,7 @@ def _load_beside(
     """A reward model on the base model's device; `check(config, name)` may refuse it before weights are read."""
     if isinstance(source, tuple):
         model, tokenizer = source
+        _check_dtype(model, dtype)
         return _place(model, lm.device, dtype or model.dtype), tokenizer
     model, tokenizer, _ = read_pretrained(
         kind,
@@ -118,6 +121,7 @@ def _load_beside(
         lm.device,
         configure=lambda config: check(config, source),
     )
+    _check_dtype(model, dtype)
     return _place(model, lm.device, dtype or lm.dtype), tokenizer
 
 
@@ -169,14 +173,39 @@ def _check_vocabulary_head(config: Any, name: object) -> None:
 
 
 def _place(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Moves a model to its device and dtype, in evaluation mode."""
+    """Moves a model to its device and dtype, in evaluation mode; quantized weights keep their dtype."""
+    if quantization(model) is not None:
+        return _place_quantized(model, device)
     with fits_in_memory(title(model), sum(p.numel() for p in model.parameters()), dtype):
-        try:
-            return model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
-        except ValueError as error:  # quantized weights cannot become another dtype
-            raise RGTGError(
-                f"{title(model)} cannot be moved to {device} as {dtype} ({str(error)[:120]}): use an unquantized model"
-            ) from error
+        return model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _place_quantized(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    if model.device != device:
+        with fits_in_memory(title(model), None, model.dtype):
+            try:
+                model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                raise RGTGError(
+                    f"{title(model)} is quantized ({quantization(model)}) on {model.device} and cannot be moved to "
+                    f"{device} ({one_line(error, 120)}): load it there"
+                ) from error
+    return model.eval()
+
+
+def _check_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Refuses to cast a model with quantized weights.
+
+    Raises:
+        RGTGError: another dtype was asked for.
+    """
+    method = quantization(model)
+    if method is not None and dtype not in (None, model.dtype):
+        kind = str(dtype).removeprefix("torch.")
+        raise RGTGError(
+            f"{title(model)} is quantized ({method}) for {str(model.dtype).removeprefix('torch.')} and is not cast to "
+            f"{kind}: leave out dtype, or quantize it for {kind}"
+        )
 
 
 # ---- adapters and their bases ----------------------------------------------------------------------------------------

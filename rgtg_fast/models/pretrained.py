@@ -52,7 +52,7 @@ def read_pretrained(
         kind: transformers' class to load it with, such as `AutoModelForCausalLM`.
         source: folder or hub id, or a GGUF file, which is converted into the cache.
         role: what it is used as, for messages: "language model".
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; quantized models keep that of their files.
         device: where the model will run, for the check of free memory; it is loaded to the CPU.
         configure: called with the configuration, which it may change or refuse.
         new_head: whether the head will be trained anew, so that the files may lack it.
@@ -76,6 +76,9 @@ def read_pretrained(
     with _loader_errors(title, source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         configure(config)
+        if getattr(config, "quantization_config", None) is not None:
+            # Kernels of quantized weights may have no other dtype than the one they were quantized for.
+            dtype = config.dtype or dtype
         if config._attn_implementation not in (None, "eager", "sdpa"):
             # Others need further packages, or code from the hub.
             config._attn_implementation = None

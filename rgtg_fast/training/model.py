@@ -25,6 +25,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import publish, reason
 from rgtg_fast.models.checkpoint import names, safetensors_header
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
+from rgtg_fast.models.quantized import refuse_quantized
 from rgtg_fast.training.config import Lora
 from rgtg_fast.training.packing import (
     PackedBatch,
@@ -64,6 +65,7 @@ def load_base(
                 f"{type(model).__name__} has {model.config.num_labels} labels and a reward is 1: use num_labels=1"
             )
         _head(model)
+        refuse_quantized(model, "be trained")
         return model, tokenizer
 
     def one_label(config: Any) -> None:
@@ -78,6 +80,7 @@ def load_base(
         new_head=True,
     )
     head = _head(model)
+    refuse_quantized(model, "be trained")
     if headless:
         # Starting at 0, the first steps fit the frozen features instead of unlearning a random reward.
         nn.init.zeros_(head.weight)
