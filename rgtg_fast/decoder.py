@@ -95,6 +95,7 @@ class RewardGuidedDecoder:
         compile: bool | Mapping[str, Any] = False,
         pad_batch: bool = False,
         fuse_projections: bool | None = None,
+        trust_remote_code: bool = False,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its reward.
 
@@ -118,6 +119,8 @@ class RewardGuidedDecoder:
             fuse_projections: whether linear layers that read the same input (q, k, v; gate, up) run as one product
                 (engine "transformers"). Their weights are then stored in one tensor, a loaded model's too. None: on
                 CUDA.
+            trust_remote_code: whether code that comes with a model may run, where `lm` or `reward` names it; never
+                that of an adapter's base, or of a reward object, which has a parameter of its own.
 
         Raises:
             RGTGError: an argument or model that cannot work, in one line.
@@ -127,8 +130,8 @@ class RewardGuidedDecoder:
             max_length = whole("max_length", max_length, 2, 512)
         if not isinstance(compile, (bool, Mapping)):
             raise RGTGError(f"compile={shown(compile)} is neither True, False nor torch.compile's options")
-        own = _as_reward(reward)
-        model, tokenizer = load_causal_lm(lm, device, dtype)
+        own = _as_reward(reward, trust_remote_code)
+        model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code)
         runner = language_runner(model, engine, max_length)
         vocabulary = min(runner.head.out_features, runner.embeddings)
         language_model = LanguageModel(runner, tokenizer, vocabulary)
@@ -349,11 +352,12 @@ def _quantization(reward: Reward) -> str | None:
     return next((method for model in models if (method := quantization(model)) is not None), None)
 
 
-def _as_reward(reward: RewardLike) -> Reward | None:
+def _as_reward(reward: RewardLike, trust_remote_code: bool) -> Reward | None:
     if reward is None or isinstance(reward, Reward):
         return reward
     if isinstance(reward, str):
-        return named_guide(reward)
+        return named_guide(reward, trust_remote_code)
     if isinstance(reward, (os.PathLike, tuple, list)):
-        return SequenceReward(reward)  # pyright: ignore[reportArgumentType]
+        source: Any = reward
+        return SequenceReward(source, trust_remote_code=trust_remote_code)
     return FunctionReward(reward)

@@ -41,7 +41,10 @@ Source = str | os.PathLike[str] | ModelAndTokenizer
 
 
 def load_causal_lm(
-    source: Source, device: str | torch.device | None, dtype: str | torch.dtype | None
+    source: Source,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    trust_remote_code: bool = False,
 ) -> ModelAndTokenizer:
     """Loads the base language model and its tokenizer.
 
@@ -50,6 +53,7 @@ def load_causal_lm(
             its base.
         device: None keeps a loaded pair where it is, and takes the default of `resolve_device` otherwise.
         dtype: None keeps a loaded pair's, and takes the default of `resolve_dtype` otherwise.
+        trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
 
     Raises:
         RGTGError: nothing there, or an adapter of a reward model or of another base.
@@ -65,13 +69,20 @@ def load_causal_lm(
     kind = resolve_dtype(dtype, target)
     if is_adapter(source):
         return _load_policy(Adapter.load(source), target, kind)
-    model, tokenizer, _ = read_pretrained(AutoModelForCausalLM, source, "language model", kind, target)
+    model, tokenizer, _ = read_pretrained(
+        AutoModelForCausalLM,
+        source,
+        "language model",
+        kind,
+        target,
+        trust_remote_code=trust_remote_code,
+    )
     _check_dtype(model, None if dtype is None else kind)
     return _place(model, target, kind), tokenizer
 
 
 def load_sequence_classifier(
-    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None
+    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None, trust_remote_code: bool = False
 ) -> ModelAndTokenizer:
     """Loads a reward model with one label, and its tokenizer.
 
@@ -79,6 +90,7 @@ def load_sequence_classifier(
         source: a path or hub id, or a loaded pair.
         lm: the base model, whose device it shares.
         dtype: None keeps a loaded pair's, and takes the base model's otherwise.
+        trust_remote_code: whether code that comes with this model may run.
 
     Raises:
         RGTGError: nothing there, several labels, or no trained head in the files.
@@ -86,11 +98,13 @@ def load_sequence_classifier(
     source = _as_source(source, "reward model")
     if isinstance(source, tuple):
         _check_one_label(source[0].config, type(source[0]).__name__)
-    return _load_beside(AutoModelForSequenceClassification, source, lm, dtype, _check_one_label)
+    return _load_beside(
+        AutoModelForSequenceClassification, source, lm, dtype, _check_one_label, trust_remote_code
+    )
 
 
 def load_vocabulary_model(
-    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None
+    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None, trust_remote_code: bool = False
 ) -> ModelAndTokenizer:
     """Loads a reward model that is a causal language model; arguments as in `load_sequence_classifier`.
 
@@ -98,7 +112,7 @@ def load_vocabulary_model(
         RGTGError: nothing there, or no vocabulary head in the files.
     """
     source = _as_source(source, "reward model")
-    return _load_beside(AutoModelForCausalLM, source, lm, dtype, _check_vocabulary_head)
+    return _load_beside(AutoModelForCausalLM, source, lm, dtype, _check_vocabulary_head, trust_remote_code)
 
 
 def _load_beside(
@@ -107,6 +121,7 @@ def _load_beside(
     lm: PreTrainedModel,
     dtype: torch.dtype | None,
     check: Callable[[Any, object], None],
+    trust_remote_code: bool,
 ) -> ModelAndTokenizer:
     """A reward model on the base model's device; `check(config, name)` may refuse it before weights are read."""
     if isinstance(source, tuple):
@@ -120,6 +135,7 @@ def _load_beside(
         dtype or lm.dtype,
         lm.device,
         configure=lambda config: check(config, source),
+        trust_remote_code=trust_remote_code,
     )
     _check_dtype(model, dtype)
     return _place(model, lm.device, dtype or lm.dtype), tokenizer

@@ -11,7 +11,12 @@ from rgtg_fast.rewards.contrastive import ContrastiveReward
 from rgtg_fast.rewards.mixture import MixtureReward
 from rgtg_fast.rewards.sequence import RADReward, SequenceReward
 from rgtg_fast.rewards.text import TextReward
-from rgtg_fast.rewards.vocabulary import AutoregressiveReward, LogRatioReward, VocabularyReward
+from rgtg_fast.rewards.vocabulary import (
+    AutoregressiveReward,
+    LogRatioReward,
+    VocabularyReward,
+    VocabularyScorer,
+)
 
 CONTRASTIVE = "contrastive"
 _TERM = re.compile(r"\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)
@@ -53,12 +58,13 @@ PREFIXES: dict[str, Callable[[str], Reward]] = {
 }
 
 
-def named_guide(name: str) -> Reward:
+def named_guide(name: str, trust_remote_code: bool = False) -> Reward:
     """The reward that a name on the command line or in `from_pretrained(reward=...)` means.
 
     Args:
         name: `contrastive`; a method's prefix, a colon and what it needs (`farma:PATH`, `eft:TUNED,UNTUNED`,
             `mixture:0.7*pargs:PATH+0.3*contrastive`); or a path or hub id alone, a `SequenceReward`.
+        trust_remote_code: whether code that comes with the models named may run; never that of an adapter's base.
 
     Raises:
         RGTGError: nothing behind the colon, or a mixture or pair that cannot be read.
@@ -69,6 +75,12 @@ def named_guide(name: str) -> Reward:
         >>> named_guide("mixture: 0.7*pargs:a + 0.3*contrastive").weights
         (0.7, 0.3)
     """
+    if trust_remote_code:
+        reward = named_guide(name)
+        for each in reward.rewards if isinstance(reward, MixtureReward) else [reward]:
+            if isinstance(each, (SequenceReward, TextReward, VocabularyScorer)):
+                each.trust_remote_code = True
+        return reward
     if name == CONTRASTIVE:
         return ContrastiveReward()
     prefix, colon, rest = name.partition(":")

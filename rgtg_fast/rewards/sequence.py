@@ -40,6 +40,7 @@ class SequenceReward(Reward):
             where that has none the base model's prompt ids. Answer ids are shared with the base model.
         share_trunk: whether an adapter runs in the base model's own forward. None: where its base is this model and
             its prompts read the same; True: refuse otherwise; False: a copy of the base model with the adapter merged.
+        trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
 
     Raises:
         RGTGError: at binding: several labels, no trained head, another tokenizer, a model that cannot be cached, an
@@ -57,8 +58,10 @@ class SequenceReward(Reward):
         model: str | os.PathLike[str] | ModelAndTokenizer | Adapter,
         chat_template: str | None = None,
         share_trunk: bool | None = None,
+        trust_remote_code: bool = False,
     ):
         super().__init__()
+        self.trust_remote_code = trust_remote_code
         self.source, self.chat_template, self.share_trunk = model, chat_template, share_trunk
         self._bound: RewardRuntime | None = None
 
@@ -82,7 +85,9 @@ class SequenceReward(Reward):
                 f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
             )
         else:
-            model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype)
+            model, tokenizer = load_sequence_classifier(
+                source, lm.runner.model, dtype, trust_remote_code=self.trust_remote_code
+            )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk = "a model of its own"
         runner = reward_runner(model, engine, max_length)

@@ -77,7 +77,7 @@ def greedy() -> Any:
 
 def test_a_quantized_reward_model(method: str, tmp_path: Path) -> None:
     folder = quantized_models.saved(tmp_path, method, head=True)
-    lm = (make_lm(**quantized_models.SIZES), make_tokenizer())
+    lm = (make_lm(**sizes()), make_tokenizer())
     model = quantized_models.quantized(tmp_path, method, head=True)
     decoder = RewardGuidedDecoder.from_pretrained(lm, reward=SequenceReward(str(folder)))
     assert decoder.describe()["reward_quantization"] == METHOD[method]
@@ -99,7 +99,7 @@ def test_a_dtype_and_an_engine_that_cannot_be(method: str, tmp_path: Path) -> No
     with pytest.raises(RGTGError, match=r"engine='native' cannot run .*: its weights are quantized"):
         RewardGuidedDecoder.from_pretrained(pair, engine="native")
     reward = (quantized_models.quantized(tmp_path, method, head=True), make_tokenizer())
-    lm = (make_lm(**quantized_models.SIZES), make_tokenizer())
+    lm = (make_lm(**sizes()), make_tokenizer())
     with pytest.raises(RGTGError, match="not cast to float64"):
         RewardGuidedDecoder.from_pretrained(lm, reward=SequenceReward(reward), dtype="float64")
 
@@ -122,12 +122,18 @@ def test_quantized_activations_are_refused(name: str, tmp_path: Path) -> None:
         RewardGuidedDecoder.from_pretrained((model, make_tokenizer()))
 
 
+def sizes() -> Any:
+    return quantized_models.SIZES
+
+
 def test_adapters_and_training(method: str, tmp_path: Path) -> None:
     model = quantized_models.quantized(tmp_path, method)
-    base: Any = make_lm(**quantized_models.SIZES)
+    base: Any = make_lm(**sizes())
     write_adapter(tmp_path / "adapter", base)
     adapter = Adapter.load(str(tmp_path / "adapter"))
-    with pytest.raises(RGTGError, match="quantized weights .* which cannot have an adapter merged into them"):
+    with pytest.raises(
+        RGTGError, match=r"quantized weights .* which cannot have an adapter merged into them"
+    ):
         adapter.merged(model)
     assert "are quantized" in str(adapter.base_mismatch(model))
     with pytest.raises(RGTGError, match="are quantized"):
