@@ -84,7 +84,7 @@ def read_pretrained(
         configure(config)
         if getattr(config, "quantization_config", None) is not None:
             # Kernels of quantized weights may have no other dtype than the one they were quantized for.
-            dtype = config.dtype or dtype
+            dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
         if config._attn_implementation not in (None, "eager", "sdpa"):
             # Others need further packages, or code from the hub.
             config._attn_implementation = None

@@ -14,7 +14,11 @@ from tests.conftest import make_lm, make_rm, make_tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 # What quantizes weights alone, and the package that it needs.
-METHODS = {"bitsandbytes 4-bit": "bitsandbytes", "torchao int8": "torchao"}
+METHODS = {
+    "bitsandbytes 4-bit": "bitsandbytes",
+    "torchao int8": "torchao",
+    "compressed-tensors 4-bit": "compressed_tensors",
+}
 
 
 def missing(method: str) -> str | None:
@@ -44,14 +48,48 @@ def quantized(folder: Path, method: str, head: bool = False, dtype: torch.dtype 
         (make_rm if head else make_lm)(**SIZES).save_pretrained(plain)
         make_tokenizer().save_pretrained(plain)
     kind: Any = tf.AutoModelForSequenceClassification if head else tf.AutoModelForCausalLM
+    if method.startswith("compressed"):
+        return _compressed(folder, plain, kind, head, dtype).eval()
     model = kind.from_pretrained(plain, quantization_config=settings(method), dtype=dtype)
     return model.eval()
+
+
+def _compressed(folder: Path, plain: Path, kind: Any, head: bool, dtype: torch.dtype) -> Any:
+    """A model in the format of compressed-tensors, as llm-compressor writes it: 4 bits in groups of 32."""
+    from compressed_tensors import compressors, quantization
+
+    target = folder / f"compressed-{head}-{dtype}"
+    if not target.is_dir():
+        weights = quantization.QuantizationArgs(num_bits=4, type="int", group_size=32, strategy="group")
+        settings = quantization.QuantizationConfig(
+            config_groups={"all": quantization.QuantizationScheme(targets=["Linear"], weights=weights)},
+            ignore=["lm_head", "score"],
+            format="pack-quantized",
+            quantization_status=quantization.QuantizationStatus.FROZEN,
+        )
+        model = kind.from_pretrained(plain, dtype=dtype)
+        quantization.apply_quantization_config(model, settings)
+        for module in model.modules():
+            if hasattr(module, "weight_scale"):
+                groups = module.weight.data.view(len(module.weight), -1, 32)
+                module.weight_scale.data = (groups.abs().amax(-1) / 7).to(module.weight_scale.dtype)
+        compressor = compressors.ModelCompressor.from_pretrained_model(
+            model, quantization_format="pack-quantized"
+        )
+        compressor.compress_model(model)
+        model.save_pretrained(target)
+        compressor.update_config(str(target))
+    return kind.from_pretrained(target)
 
 
 def saved(folder: Path, method: str, head: bool = False, dtype: torch.dtype = torch.float32) -> Path:
     """The folder of a quantized model and its tokenizer."""
     target = folder / f"{method.replace(' ', '-')}-{head}"
-    quantized(folder, method, head, dtype).save_pretrained(target)
+    model = quantized(folder, method, head, dtype)
+    if method.startswith("compressed"):
+        target = folder / f"compressed-{head}-{dtype}"
+    else:
+        model.save_pretrained(target)
     make_tokenizer().save_pretrained(target)
     return target
 

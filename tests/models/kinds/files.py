@@ -15,7 +15,9 @@ CONTRASTIVE = "contrastive"
 
 
 def gguf_model(folder: Path, kind: str = "llama", quantization: str = "Q8_0") -> Sources:
-    path = gguf_files.save(folder / "lm.gguf", gguf_files.tiny(kind, max_position_embeddings=512), quantization)
+    path = gguf_files.save(
+        folder / "lm.gguf", gguf_files.tiny(kind, max_position_embeddings=512), quantization
+    )
     return Sources(str(path), CONTRASTIVE)
 
 
@@ -136,6 +138,7 @@ KINDS = [
     quantized("bitsandbytes 4-bit"),
     quantized("bitsandbytes 4-bit", reward=True),
     quantized("torchao int8"),
+    quantized("compressed-tensors 4-bit"),
     Kind("GPTQ, without its package", GROUP, gptq, refused="needs a package that is missing"),
     Kind(
         "quantized by an unknown method",
