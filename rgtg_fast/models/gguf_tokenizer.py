@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
 _LLAMA3 = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"}
 # transformers' names of special tokens, and those of GGUF.
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_CONTROL, _MARKER = 3, re.compile(r"[<\[].*[>\]]$", re.DOTALL)
 _INSTEAD = "name the folder of the original model"
 
 
@@ -80,7 +82,16 @@ def save_tokenizer(path: Path, metadata: dict[str, Any], vocabulary: int, folder
 def _exact(tokenizer: Any, tokens: list[str], stated: dict[str, Any], chat_template: str | None) -> Any:
     """A tokenizer with the file's tokens alone: transformers adds those of its own class where the file has none."""
     saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    saved["added_tokens"] = [token for token in saved["added_tokens"] if token["id"] < len(tokens)]
+    added = {token["id"]: token for token in saved["added_tokens"] if token["id"] < len(tokens)}
+    spelled = {i: word for word, i in saved["model"]["vocab"].items()}
+    for i in _markers(tokens, stated):
+        # The reader leaves out those with characters that byte-level vocabularies do not have ("<｜User｜>").
+        if i not in added and i in spelled:
+            del saved["model"]["vocab"][spelled[i]]
+            saved["model"]["vocab"][tokens[i]] = i
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            added[i] = {"id": i, "content": tokens[i], **flags, "special": True}
+    saved["added_tokens"] = [added[i] for i in sorted(added)]
     unknown = saved["model"].get("unk_token")
     if unknown is not None and unknown not in saved["model"]["vocab"]:
         saved["model"]["unk_token"] = None
@@ -92,6 +103,12 @@ def _exact(tokenizer: Any, tokens: list[str], stated: dict[str, Any], chat_templ
     )
     exact.chat_template = chat_template
     return exact
+
+
+def _markers(tokens: list[str], stated: dict[str, Any]) -> list[int]:
+    """Ids of the file's control tokens that are in brackets; others may be words that were marked by mistake."""
+    kinds = stated.get("token_type") or []
+    return [i for i, kind in enumerate(kinds[: len(tokens)]) if kind == _CONTROL and _MARKER.match(tokens[i])]
 
 
 def _check_kind(stated: dict[str, Any], architecture: str, title: str) -> None:
@@ -147,6 +164,13 @@ def _check_tokens(tokenizer: Any, tokens: list[str], stated: dict[str, Any], tit
         raise RGTGError(
             f"{title} has {len(tokens)} tokens and its tokenizer was rebuilt with {len(tokenizer)}: {_INSTEAD}"
         )
+    markers = _markers(tokens, stated)
+    pieces = tokenizer([tokens[i] for i in markers], add_special_tokens=False).input_ids if markers else []
+    for i, found in zip(markers, pieces, strict=True):
+        if found != [i]:
+            raise RGTGError(
+                f"{title} has the control token {tokens[i]!r}, which its tokenizer splits as it was rebuilt: {_INSTEAD}"
+            )
     for name, key in _SPECIAL.items():
         wanted, found = stated.get(f"{key}_token_id"), getattr(tokenizer, f"{name}_token_id")
         if wanted is not None and found != wanted:

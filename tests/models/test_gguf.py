@@ -424,6 +424,21 @@ def test_splits_of_texts(pre: str, tmp_path: Path) -> None:
     assert pieces == split[pre]
 
 
+def test_control_tokens_beyond_the_bytes(tmp_path: Path) -> None:
+    tokens = [*gguf_files.byte_tokens(), "<｜User｜>", "日本"]
+    types = [3] * 3 + [1] * (len(tokens) - 5) + [3, 3]
+    path = gguf_files.save(
+        tmp_path / "m.gguf",
+        gguf_files.tiny(vocab_size=len(tokens)),
+        tokenizer__ggml__tokens=tokens,
+        tokenizer__ggml__token_type=types,
+    )
+    _, tokenizer = load(path)
+    assert tokenizer("he<｜User｜> a").input_ids == [259, 261, 260]
+    assert tokenizer.decode([261]) == "<｜User｜>"
+    assert len(tokenizer) == len(tokens)
+
+
 def test_more_tokens_than_embeddings(tmp_path: Path) -> None:
     path = gguf_files.save(tmp_path / "m.gguf", gguf_files.tiny(vocab_size=100))
     with pytest.raises(RGTGError, match="261 tokens and embeddings for 100"):
