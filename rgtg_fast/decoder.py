@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.config import Guidance, Strategy, whole
 from rgtg_fast.deprecation import RenamedAttribute, renamed_keywords
@@ -26,6 +26,7 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
@@ -96,6 +97,7 @@ class RewardGuidedDecoder:
         pad_batch: bool = False,
         fuse_projections: bool | None = None,
         label: str | int | None = None,
+        trust_remote_code: bool = False,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its reward.
 
@@ -123,6 +125,8 @@ class RewardGuidedDecoder:
                 too. None: on CUDA.
             label: name or index of the label whose score is the reward, where `reward` is a name or a pair of a model
                 with several (as in `SequenceReward`).
+            trust_remote_code: whether code that comes with a model may run, where `lm` or `reward` names it; never
+                that of an adapter's base, or of a reward object, which has a parameter of its own.
 
         Raises:
             RGTGError: an argument or model that cannot work, in one line.
@@ -134,8 +138,8 @@ class RewardGuidedDecoder:
             raise RGTGError(f"compile={shown(compile)} is neither True, False nor torch.compile's options")
         if compile is not False and engine == "triton":
             raise RGTGError("compile and engine='triton', whose kernels are fused already: use one of them")
-        own = _as_reward(reward, label)
-        model, tokenizer = load_causal_lm(lm, device, dtype)
+        own = _as_reward(reward, label, trust_remote_code)
+        model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code)
         runner = language_runner(model, engine, max_length)
         warn_of_template(tokenizer, "language model", runner.name, texts=False)
         vocabulary = min(runner.head.out_features, runner.embeddings)
@@ -198,13 +202,15 @@ class RewardGuidedDecoder:
         return self.lm.runner.limit if limit is None else min(limit, self.lm.runner.limit)
 
     def describe(self) -> dict[str, Any]:
-        """Models, engines, dtype, device and cache bytes: what to print beside a result."""
+        """Models, engines, quantization, dtype, device and cache bytes: what to print beside a result."""
         runner, reward, scheduler = self.lm.runner, self.reward, self._scheduler
         return {
             "lm": runner.name,
             "lm_engine": runner.engine,
+            "lm_quantization": quantization(runner.model),
             "reward": None if reward is None else reward.name,
             "reward_engine": None if reward is None else reward.engine,
+            "reward_quantization": None if reward is None else _quantization(reward),
             "reward_trunk": None if reward is None else reward.trunk,
             "device": str(runner.device),
             "dtype": str(runner.dtype).removeprefix("torch."),
@@ -352,11 +358,18 @@ class RewardGuidedDecoder:
         return run_strategy(chosen, run, self._scheduler)
 
 
-def _as_reward(reward: RewardLike, label: str | int | None) -> Reward | None:
+def _quantization(reward: Reward) -> str | None:
+    """How the weights of a reward's models are quantized, by the first of them that are."""
+    models = (each for each in reward.loaded() if isinstance(each, PreTrainedModel))
+    return next((method for model in models if (method := quantization(model)) is not None), None)
+
+
+def _as_reward(reward: RewardLike, label: str | int | None, trust_remote_code: bool) -> Reward | None:
     if isinstance(reward, str):
-        return named_guide(reward, label)
+        return named_guide(reward, label, trust_remote_code)
     if isinstance(reward, (os.PathLike, tuple, list)):
-        return SequenceReward(reward, label=label)  # pyright: ignore[reportArgumentType]
+        source: Any = reward
+        return SequenceReward(source, label=label, trust_remote_code=trust_remote_code)
     if label is not None:
         raise RGTGError(
             f"label={label!r} and reward={shown(reward)}: a label belongs to the path or pair of a reward model, or to "

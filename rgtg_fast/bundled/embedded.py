@@ -53,8 +53,7 @@ def weights_file() -> Path | None:
 def default_model(progress: Callable[[str], None] = lambda message: None) -> Path:
     """Returns the folder of the embedded model, converting it from GGUF to safetensors at the first use.
 
-    The conversion takes about 20 seconds and half a gigabyte of disk. Its files are written to a temporary folder that
-    is renamed when it is complete, so that a killed conversion leaves no incomplete model.
+    The conversion takes about 20 seconds and half a gigabyte of disk.
 
     Args:
         progress: receives one line of text when a conversion starts.
@@ -77,14 +76,40 @@ def default_model(progress: Callable[[str], None] = lambda message: None) -> Pat
             f"converting the default model needs {' and '.join(missing)}: `{INSTALL_READERS}`, "
             "or pass --lm with a path or hub id"
         )
-    return _converted(gguf, cache_folder(), progress)
+
+    def convert(folder: Path) -> None:
+        # No setting turns off the progress bars of the GGUF reader.
+        with contextlib.redirect_stderr(io.StringIO()):
+            _convert(gguf, folder)
+
+    final = cache_folder() / FOLDER
+    return convert_once(
+        FOLDER,
+        convert,
+        lambda: progress(f"Converting {NAME} once (about 20 s, 0.5 GB) into {final}"),
+        "0.6 GB",
+    )
 
 
-def _converted(gguf: Path, cache: Path, progress: Callable[[str], None]) -> Path:
-    """Converts the model and returns its folder; a second process waits for the first one."""
+def convert_once(name: str, convert: Callable[[Path], None], announce: Callable[[], None], size: str) -> Path:
+    """Returns the cache's folder of a converted model, converting it where it is missing.
+
+    The files are written to a temporary folder that is renamed when it is complete, so that a killed conversion leaves
+    no incomplete model; a second process waits for the first one.
+
+    Args:
+        name: name of the folder in the cache.
+        convert: writes the model's folder to the path that it is given.
+        announce: called before a conversion begins.
+        size: how much disk it takes, for messages: "0.6 GB".
+
+    Raises:
+        RGTGError: the cache cannot be written, or an error of `convert`.
+    """
     import safetensors
 
-    final = cache / FOLDER
+    cache = cache_folder()
+    final = cache / name
     try:
         with only_writer(cache, LOCK, wait=True):
             # No other process converts now: these are left from runs that were killed.
@@ -92,18 +117,16 @@ def _converted(gguf: Path, cache: Path, progress: Callable[[str], None]) -> Path
                 shutil.rmtree(left, ignore_errors=True)
             if final.is_dir():
                 return final
-            progress(f"Converting {NAME} once (about 20 s, 0.5 GB) into {final}")
+            announce()
             with tempfile.TemporaryDirectory(
                 prefix=".converting-", dir=cache, ignore_cleanup_errors=True
             ) as work:
-                complete = Path(work) / FOLDER
-                # No setting turns off the progress bars of the GGUF reader.
-                with contextlib.redirect_stderr(io.StringIO()):
-                    _convert(gguf, complete)
+                complete = Path(work) / name
+                convert(complete)
                 publish(complete, final)
     except (OSError, safetensors.SafetensorError) as error:
         raise RGTGError(
-            f"cannot write the converted model to {cache} ({reason(error)}): free 0.6 GB there, "
+            f"cannot write the converted model to {cache} ({reason(error)}): free {size} there, "
             "or set RGTG_CACHE to another folder"
         ) from error
     return final

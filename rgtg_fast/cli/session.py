@@ -50,6 +50,9 @@ class Setup:
         "float32, bfloat16, float16 or float64.", None, MODELS, shown="float32 on a CPU, bfloat16 on a GPU"
     )
     device: str | None = option("cpu or cuda.", None, MODELS, shown="cuda where there is one")
+    trust_remote_code: bool = option(
+        "Run code that comes with the models named by --lm and --reward: read it first.", False, MODELS
+    )
     engine: str = option(
         "auto, native (fused C++ layers, CPU), triton (fused kernels, GPU) or transformers.", "auto", MODELS
     )
@@ -116,7 +119,7 @@ class Setup:
         source = self.source(progress)
         from rgtg_fast.models.loading import load_causal_lm
 
-        return load_causal_lm(source, self.device, self.dtype)
+        return load_causal_lm(source, self.device, self.dtype, self.trust_remote_code)
 
     def decoder(
         self, progress: Progress, pair: Any = None, *, max_batch: int = 8, max_length: int | None = None
@@ -149,6 +152,7 @@ class Setup:
             graphs=self.graphs,
             compile=self.compile,
             pad_batch=self.pad_batch,
+            trust_remote_code=self.trust_remote_code,
         )
 
     def as_chat(self, prompt: Prompt, decoder: "RewardGuidedDecoder") -> Prompt:

@@ -201,11 +201,12 @@ def _digest(path: str, size: int, modified: int) -> str:
 
 
 def weights_digest(folder: str | Path) -> str | None:
-    """sha256 of the weights in a folder, 16 hexadecimal digits; None where there are none (a hub id).
+    """sha256 of the weights in a folder or GGUF file, 16 hexadecimal digits; None where there are none (a hub id).
 
     Two folders with the same weights have the same digest.
     """
-    files = sorted(Path(folder).glob(WEIGHTS)) if Path(folder).is_dir() else []
+    path = Path(folder)
+    files = [path] if path.is_file() else sorted(path.glob(WEIGHTS)) or sorted(path.glob("*.gguf"))
     if not files:
         return None
     stats = [(file, file.stat()) for file in files]

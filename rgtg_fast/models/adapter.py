@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import error_prefix, names, read_json, read_tensors
+from rgtg_fast.models.quantized import quantization, refuse_quantized
 from rgtg_fast.models.state_dict import wrapper_of
 from rgtg_fast.models.support import model_name
 
@@ -214,6 +215,8 @@ class Adapter:
 
         The base's fingerprint decides where the adapter has it, else the base's name.
         """
+        if (method := quantization(model)) is not None:
+            return self._on_quantized(model, method)
         if self.base_fingerprint is not None:
             if fingerprint(model) == self.base_fingerprint:
                 return self.shape_mismatch(model)
@@ -228,6 +231,8 @@ class Adapter:
         Raises:
             RGTGError: the adapter's file lacks factors that its configuration lists.
         """
+        if (method := quantization(model)) is not None:
+            return self._on_quantized(model, method)
         layers = decoder_layers(model)
         for (layer, name), pair in self.low_rank.items():
             where = f"layer {layer} {name}"
@@ -250,6 +255,9 @@ class Adapter:
         if self.head is not None and self.head.in_features != width:
             return f"{self.name} has a head on {self.head.in_features} numbers and {model_name(model)} gives {width}"
         return None
+
+    def _on_quantized(self, model: PreTrainedModel, method: str) -> str:
+        return f"{self.name} changes plain weights and those of {model_name(model)} are quantized ({method})"
 
     def _missing_factors(self, layers: nn.ModuleList) -> list[str]:
         """Linear layers from the fork on that the adapter's configuration lists and its file does not hold."""
@@ -288,7 +296,11 @@ class Adapter:
 
         Returns:
             A sequence classifier where the adapter has a `score` head, else a causal language model.
+
+        Raises:
+            RGTGError: the base's weights are quantized.
         """
+        refuse_quantized(base, "have an adapter merged into them")
         config = copy.deepcopy(base.config)
         with base.device:
             if self.head is not None and self.head_name == "score":

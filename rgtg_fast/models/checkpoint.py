@@ -72,13 +72,13 @@ def check_model(folder: Path) -> int | None:
         folder: an existing path.
 
     Returns:
-        The number of parameters in the weight files; None where they are pickled.
+        The number of parameters in the weight files; None where they are pickled or quantized.
 
     Raises:
         RGTGError: a file instead of a folder, no configuration, no weights, or files that cannot be read.
     """
     if folder.is_file():
-        raise RGTGError(_single_file(folder))
+        raise RGTGError(f"it is a file: name the folder that holds it, with its {CONFIG}, or a GGUF file")
     if not (folder / CONFIG).is_file():
         raise RGTGError(f"it contains no {CONFIG}{_instead_of_config(folder)}")
     config = read_json(folder / CONFIG)
@@ -99,7 +99,18 @@ def check_model(folder: Path) -> int | None:
         if not config.get("quantization_config"):
             _check_dtypes(file, header)
         entries |= header
+    if config.get("quantization_config"):
+        return None
     return sum(math.prod(entry["shape"]) for entry in entries.values())
+
+
+def check_file(path: Path) -> None:
+    """Checks that a file of weights is readable, not empty and not a Git LFS pointer.
+
+    Raises:
+        RGTGError: it is not.
+    """
+    _first_bytes(path)
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -244,15 +255,6 @@ def _first_bytes(path: Path) -> bytes:
     if not start:
         raise RGTGError(f"its {path.name} is empty: {_AGAIN}")
     return start
-
-
-def _single_file(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return (
-            "it is a GGUF file, whose weights are quantized: name the folder of the original model, or convert it "
-            f"(AutoModelForCausalLM.from_pretrained(folder, gguf_file={path.name!r}))"
-        )
-    return f"it is a file: name the folder that holds it, with its {CONFIG}"
 
 
 def _instead_of_config(folder: Path) -> str:

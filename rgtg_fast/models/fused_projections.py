@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rgtg_fast.models.quantized import is_plain
+
 # Names of linear layers that read the same input where they have the same parent.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -120,6 +122,8 @@ def _alike(layers: Sequence[nn.Module]) -> bool:
     """Whether these are plain linear layers that one product can serve."""
     if any(type(layer) not in (nn.Linear, FusedLinear) for layer in layers):
         return False
+    if not all(is_plain(weight) for layer in layers for weight in layer.parameters(recurse=False)):
+        return False  # quantized in place
     kinds = {
         (layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None)
         for layer in layers

@@ -19,6 +19,7 @@ from rgtg_fast.models.fused_projections import refresh_products
 from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.native_families import NATIVE_FAMILIES
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.triton_layers import TritonLayers
 from rgtg_fast.models.verification import OUTPUTS
 from rgtg_fast.ops import _triton
@@ -194,7 +195,12 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
     if not isinstance(engine, str) or engine not in ENGINES:
         raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
     if engine in ("auto", "native"):
-        reason = NativeLayers.supported(model.base_model)
+        quantized = quantization(model)
+        reason = (
+            NativeLayers.supported(model.base_model)
+            if quantized is None
+            else f"its weights are quantized ({quantized})"
+        )
         if reason is None:
             return "native", FusedLayers(model)
         if engine == "native":

@@ -24,6 +24,7 @@ from rgtg_fast.models.head_files import ClassifierLoader, check_labels
 from rgtg_fast.models.heads import SCORE, Head, RewardHead, with_reward_head
 from rgtg_fast.models.model_state import lock_of
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.models.support import (
     TESTED_FAMILIES,
@@ -43,7 +44,10 @@ Source = str | os.PathLike[str] | ModelAndTokenizer
 
 
 def load_causal_lm(
-    source: Source, device: str | torch.device | None, dtype: str | torch.dtype | None
+    source: Source,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    trust_remote_code: bool = False,
 ) -> ModelAndTokenizer:
     """Loads the base language model and its tokenizer.
 
@@ -52,6 +56,7 @@ def load_causal_lm(
             its base.
         device: None keeps a loaded pair where it is, and takes the default of `resolve_device` otherwise.
         dtype: None keeps a loaded pair's, and takes the default of `resolve_dtype` otherwise.
+        trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
 
     Raises:
         RGTGError: nothing there, or an adapter of a reward model or of another base.
@@ -60,19 +65,31 @@ def load_causal_lm(
     if isinstance(source, tuple):
         model, tokenizer = source
         target = resolve_device(model.device if device is None else device)
-        return _place(
-            model, target, model.dtype if dtype is None else resolve_dtype(dtype, target)
-        ), tokenizer
+        kind = None if dtype is None else resolve_dtype(dtype, target)
+        _check_dtype(model, kind)
+        return _place(model, target, kind or model.dtype), tokenizer
     target = resolve_device(device)
     kind = resolve_dtype(dtype, target)
     if is_adapter(source):
         return _load_policy(Adapter.load(source), target, kind)
-    model, tokenizer, _ = read_pretrained(AutoModelForCausalLM, source, "language model", kind, target)
+    model, tokenizer, _ = read_pretrained(
+        AutoModelForCausalLM,
+        source,
+        "language model",
+        kind,
+        target,
+        trust_remote_code=trust_remote_code,
+    )
+    _check_dtype(model, None if dtype is None else kind)
     return _place(model, target, kind), tokenizer
 
 
 def load_sequence_classifier(
-    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None, label: str | int | None = None
+    source: Source,
+    lm: PreTrainedModel,
+    dtype: torch.dtype | None,
+    label: str | int | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelAndTokenizer:
     """Loads a reward model that gives one score, and its tokenizer.
 
@@ -83,6 +100,7 @@ def load_sequence_classifier(
         lm: the base model, whose device it shares.
         dtype: None keeps a loaded pair's, and takes the base model's otherwise.
         label: name or index of the label that is the reward, where there are several.
+        trust_remote_code: whether code that comes with this model may run.
 
     Raises:
         RGTGError: nothing there, several labels and none chosen, no trained head in the files, or a head that is not
@@ -93,16 +111,24 @@ def load_sequence_classifier(
         model, tokenizer = source
         name = type(model).__name__
         check_labels(model.config, label, name)
+        _check_dtype(model, dtype)
         return _place(with_reward_head(model, label, name), lm.device, dtype or model.dtype), tokenizer
     loader, kind = ClassifierLoader(AutoModelForSequenceClassification, source, label), dtype or lm.dtype
     model, tokenizer, _ = read_pretrained(
-        loader, source, "reward model", kind, lm.device, configure=loader.configure
+        loader,
+        source,
+        "reward model",
+        kind,
+        lm.device,
+        configure=loader.configure,
+        trust_remote_code=trust_remote_code,
     )
+    _check_dtype(model, dtype)
     return _place(loader.finished(model), lm.device, kind), tokenizer
 
 
 def load_vocabulary_model(
-    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None
+    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None, trust_remote_code: bool = False
 ) -> ModelAndTokenizer:
     """Loads a reward model that is a causal language model; arguments as in `load_sequence_classifier`.
 
@@ -112,6 +138,7 @@ def load_vocabulary_model(
     source = _as_source(source, "reward model")
     if isinstance(source, tuple):
         model, tokenizer = source
+        _check_dtype(model, dtype)
         return _place(model, lm.device, dtype or model.dtype), tokenizer
     model, tokenizer, _ = read_pretrained(
         AutoModelForCausalLM,
@@ -120,7 +147,9 @@ def load_vocabulary_model(
         dtype or lm.dtype,
         lm.device,
         configure=lambda config: _check_vocabulary_head(config, source),
+        trust_remote_code=trust_remote_code,
     )
+    _check_dtype(model, dtype)
     return _place(model, lm.device, dtype or lm.dtype), tokenizer
 
 
@@ -162,14 +191,39 @@ def _check_vocabulary_head(config: Any, name: object) -> None:
 
 
 def _place(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Moves a model to its device and dtype, in evaluation mode."""
+    """Moves a model to its device and dtype, in evaluation mode; quantized weights keep their dtype."""
+    if quantization(model) is not None:
+        return _place_quantized(model, device)
     with fits_in_memory(title(model), sum(p.numel() for p in model.parameters()), dtype):
-        try:
-            return model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
-        except ValueError as error:  # quantized weights cannot become another dtype
-            raise RGTGError(
-                f"{title(model)} cannot be moved to {device} as {dtype} ({str(error)[:120]}): use an unquantized model"
-            ) from error
+        return model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _place_quantized(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    if model.device != device:
+        with fits_in_memory(title(model), None, model.dtype):
+            try:
+                model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                raise RGTGError(
+                    f"{title(model)} is quantized ({quantization(model)}) on {model.device} and cannot be moved to "
+                    f"{device} ({one_line(error, 120)}): load it there"
+                ) from error
+    return model.eval()
+
+
+def _check_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Refuses to cast a model with quantized weights.
+
+    Raises:
+        RGTGError: another dtype was asked for.
+    """
+    method = quantization(model)
+    if method is not None and dtype not in (None, model.dtype):
+        kind = str(dtype).removeprefix("torch.")
+        raise RGTGError(
+            f"{title(model)} is quantized ({method}) for {str(model.dtype).removeprefix('torch.')} and is not cast to "
+            f"{kind}: leave out dtype, or quantize it for {kind}"
+        )
 
 
 # ---- adapters and their bases ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 transformers initializes weights that the files lack at random, ignores those that the model lacks, asks on stdin
 whether it may run a folder's code, and raises many kinds of errors. Here a model has exactly the weights of its files
-or is refused in one line, and code that comes with a model never runs.
+or is refused in one line, and code that comes with a model runs only where the user trusts that model by name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from rgtg_fast import bundled
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import reason
-from rgtg_fast.models.checkpoint import check_model, check_tokenizer, error_prefix
+from rgtg_fast.models.checkpoint import check_file, check_model, check_tokenizer, error_prefix
 from rgtg_fast.models.device import fits_in_memory, free_bytes, too_large
+from rgtg_fast.models.gguf import converted, gguf_file
 from rgtg_fast.models.state_dict import StateDictMismatch
 
 # Terminal escapes and control characters, which libraries put into their messages.
@@ -38,17 +47,19 @@ def read_pretrained(
     device: torch.device | str = "cpu",
     configure: Callable[[Any], None] = lambda config: None,
     new_head: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
     """Loads a model with exactly the weights of its files, and its tokenizer.
 
     Args:
         kind: transformers' class to load it with, such as `AutoModelForCausalLM`.
-        source: folder or hub id.
+        source: folder or hub id, or a GGUF file, which is converted into the cache.
         role: what it is used as, for messages: "language model".
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; quantized models keep that of their files.
         device: where the model will run, for the check of free memory; it is loaded to the CPU.
         configure: called with the configuration, which it may change or refuse.
         new_head: whether the head will be trained anew, so that the files may lack it.
+        trust_remote_code: whether code that comes with this model may run.
 
     Returns:
         The model, its tokenizer, and whether the files lack the head.
@@ -57,26 +68,36 @@ def read_pretrained(
         RGTGError: nothing there, files that cannot be read, keys or shapes that are not the model's, or weights that
             do not fit the memory.
     """
-    title = f"{role} {str(source)!r}"
+    title, given = f"{role} {str(source)!r}", source
     path = _local_path(source, role)
+    file = gguf_file(source, title)
+    if file is not None:
+        source = path = _converted(file, title, dtype)
     parameters = None
     if path is not None:
         with _file_errors(title):
             parameters = check_model(path)
     with _loader_errors(title, source):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if trust_remote_code:
+            _check_code(source, title)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         configure(config)
+        if getattr(config, "quantization_config", None) is not None:
+            # Kernels of quantized weights may have no other dtype than the one they were quantized for.
+            dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
         if config._attn_implementation not in (None, "eager", "sdpa"):
             # Others need further packages, or code from the hub.
             config._attn_implementation = None
-    tokenizer = read_tokenizer(source, role)
+    # The tokenizer of a GGUF file is complete; AutoTokenizer would replace parts of it by those of its family.
+    tokenizer_kind = AutoTokenizer if file is None else PreTrainedTokenizerFast
+    tokenizer = read_tokenizer(source, role, tokenizer_kind, trust_remote_code)
     _check_memory(title, parameters, dtype, torch.device(device))
     with _loader_errors(title, source), fits_in_memory(title, parameters, dtype):
         model, info = kind.from_pretrained(
             source,
             config=config,
             dtype=dtype,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             # Shapes that differ are refused below, with the weight's name.
             ignore_mismatched_sizes=True,
@@ -85,16 +106,22 @@ def read_pretrained(
     mismatch, headless = StateDictMismatch.of(model, info), False
     if new_head:
         mismatch, headless = mismatch.without_new_head(model)
-    mismatch.refuse(model, source, role)
+    mismatch.refuse(model, given, role)
+    if file is not None:
+        model.config._name_or_path = str(given)
     return model, tokenizer, headless
 
 
-def read_tokenizer(source: Source, role: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(
+    source: Source, role: str, kind: Any = AutoTokenizer, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a folder or hub id.
 
     Args:
         source: folder or hub id.
         role: what its model is used as, for messages.
+        kind: transformers' class to load it with.
+        trust_remote_code: whether code that comes with it may run.
 
     Raises:
         RGTGError: none there, or one that cannot be read.
@@ -104,7 +131,37 @@ def read_tokenizer(source: Source, role: str) -> PreTrainedTokenizerBase:
         with _file_errors(f"{role} {str(source)!r}"):
             check_tokenizer(path)
     with _loader_errors(f"tokenizer of {role} {str(source)!r}", source):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return kind.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _converted(file: Path, title: str, dtype: torch.dtype) -> Path:
+    """The folder of a GGUF file's model in the cache."""
+    with _file_errors(title):
+        check_file(file)
+    with fits_in_memory(title, None, dtype):
+        return converted(file, title, dtype)
+
+
+def _check_code(source: Source, title: str) -> None:
+    """Refuses a trusted model whose code lies in another repository, which the user has not named."""
+    maps = [PreTrainedConfig.get_config_dict(source)[0].get("auto_map")]
+    maps.append(get_tokenizer_config(source, trust_remote_code=False).get("auto_map"))
+    for reference in _references(maps):
+        repository, separator, _ = reference.partition("--")
+        if separator and repository != str(source):
+            raise RGTGError(
+                f"{title} runs code of another repository, {repository!r} (auto_map), which trust_remote_code does not "
+                "cover: copy that code into the model's folder"
+            )
+
+
+def _references(value: Any) -> Iterator[str]:
+    """The classes that an auto_map names, in nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _references(each)
 
 
 def _check_memory(title: str, parameters: int | None, dtype: torch.dtype, device: torch.device) -> None:
@@ -175,7 +232,10 @@ def _explain(source: Source, error: BaseException) -> str:
         if isinstance(error, OSError):
             return f"is neither a local folder nor a model that the hub provides: check the name {detail}"
     if "trust_remote_code" in text or "custom code" in text:
-        return "needs code of its own (auto_map), which is never run: name a model of a family that transformers has"
+        return (
+            "needs code of its own (auto_map), which runs only with trust_remote_code=True (--trust-remote-code) for "
+            "the model named: read that code first, or name a model of a family that transformers has"
+        )
     if isinstance(error, ImportError):
         return f"needs a package that is missing: name a model without it (an unquantized one) or install it {detail}"
     if type(error).__name__ == "UnpicklingError" or "PytorchStreamReader" in text:

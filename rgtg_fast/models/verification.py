@@ -18,6 +18,7 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.attention import own_attention
 from rgtg_fast.models.heads import Head
 from rgtg_fast.models.model_state import lock_of
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.support import TESTED_FAMILIES, beyond, exceeded_window, original_length
 
 if TYPE_CHECKING:
@@ -96,9 +97,14 @@ def _check(runner: ModelRunner, ids: list[int]) -> None:
         own = _check_head(runner, ids)
     error = _states_error(runner, ids, own, 0)
     if error is not None:
+        method = quantization(runner.model)
+        way_out = f"use a tested family ({TESTED_FAMILIES})"
+        if method is not None:
+            # Rounded to 8 bits with what else is in the batch, activations differ in a cached forward.
+            way_out = f"{method} may quantize its activations too: quantize the weights alone (such as 4-bit)"
         raise RGTGError(
             f"{name} cannot be served: its cached forward differs from its own by {error:.1%}, more than "
-            f"{runner.dtype} rounds; use a tested family ({TESTED_FAMILIES})"
+            f"{runner.dtype} rounds; {way_out}"
         )
 
 

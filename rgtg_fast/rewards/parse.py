@@ -11,7 +11,12 @@ from rgtg_fast.rewards.contrastive import ContrastiveReward
 from rgtg_fast.rewards.mixture import MixtureReward
 from rgtg_fast.rewards.sequence import RADReward, SequenceReward
 from rgtg_fast.rewards.text import TextReward
-from rgtg_fast.rewards.vocabulary import AutoregressiveReward, LogRatioReward, VocabularyReward
+from rgtg_fast.rewards.vocabulary import (
+    AutoregressiveReward,
+    LogRatioReward,
+    VocabularyReward,
+    VocabularyScorer,
+)
 
 CONTRASTIVE = "contrastive"
 _TERM = re.compile(r"\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)
@@ -53,13 +58,14 @@ PREFIXES: dict[str, Callable[[str], Reward]] = {
 }
 
 
-def named_guide(name: str, label: str | int | None = None) -> Reward:
+def named_guide(name: str, label: str | int | None = None, trust_remote_code: bool = False) -> Reward:
     """The reward that a name on the command line or in `from_pretrained(reward=...)` means.
 
     Args:
         name: `contrastive`; a method's prefix, a colon and what it needs (`farma:PATH`, `eft:TUNED,UNTUNED`,
             `mixture:0.7*pargs:PATH+0.3*contrastive`); or a path or hub id alone, a `SequenceReward`.
         label: as in `SequenceReward` and `TextReward`.
+        trust_remote_code: whether code that comes with the models named may run; never that of an adapter's base.
 
     Raises:
         RGTGError: a label for another reward, nothing behind the colon, or a mixture or pair that cannot be read.
@@ -70,14 +76,18 @@ def named_guide(name: str, label: str | int | None = None) -> Reward:
         >>> named_guide("mixture: 0.7*pargs:a + 0.3*contrastive").weights
         (0.7, 0.3)
     """
-    if label is not None:
+    if label is not None or trust_remote_code:
         reward = named_guide(name)
-        if not isinstance(reward, (SequenceReward, TextReward)):
-            raise RGTGError(
-                f"label={label!r} chooses a label of one reward model and {name!r} is a {type(reward).__name__}: leave "
-                "it out"
-            )
-        reward.label = label
+        if label is not None:
+            if not isinstance(reward, (SequenceReward, TextReward)):
+                raise RGTGError(
+                    f"label={label!r} chooses a label of one reward model and {name!r} is a {type(reward).__name__}: "
+                    "leave it out"
+                )
+            reward.label = label
+        for each in reward.rewards if isinstance(reward, MixtureReward) else [reward]:
+            if isinstance(each, (SequenceReward, TextReward, VocabularyScorer)):
+                each.trust_remote_code = trust_remote_code
         return reward
     if name == CONTRASTIVE:
         return ContrastiveReward()

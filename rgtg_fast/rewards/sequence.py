@@ -43,6 +43,7 @@ class SequenceReward(Reward):
         share_trunk: whether an adapter runs in the base model's own forward. None: where its base is this model and
             its prompts read the same; True: refuse otherwise; False: a copy of the base model with the adapter merged.
         label: name or index of the label whose score is the reward, where the model has several.
+        trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
 
     Raises:
         RGTGError: at binding: several labels and none chosen, no trained head, another tokenizer, a model that cannot
@@ -61,8 +62,10 @@ class SequenceReward(Reward):
         chat_template: str | None = None,
         share_trunk: bool | None = None,
         label: str | int | None = None,
+        trust_remote_code: bool = False,
     ):
         super().__init__()
+        self.trust_remote_code = trust_remote_code
         self.source, self.chat_template, self.share_trunk = model, chat_template, share_trunk
         self.label = label
         self._bound: RewardRuntime | None = None
@@ -92,7 +95,9 @@ class SequenceReward(Reward):
                 f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
             )
         else:
-            model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype, self.label)
+            model, tokenizer = load_sequence_classifier(
+                source, lm.runner.model, dtype, self.label, self.trust_remote_code
+            )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk, whole_chats = "a model of its own", True
         runner = reward_runner(model, engine, max_length)

@@ -38,6 +38,7 @@ class TextReward(Reward):
         max_length: tokens per text, by default as many as the reward model has positions. Longer texts lose their
             beginning (of a pair, the longer text does), which a warning says once.
         label: name or index of the label whose score is the reward, where the classifier has several.
+        trust_remote_code: whether code that comes with this model may run.
 
     A causal model is read at a text's last token, whatever padding its tokenizer and configuration name; an encoder
     pools as it does alone.
@@ -54,8 +55,10 @@ class TextReward(Reward):
         batch_size: int = 32,
         max_length: int | None = None,
         label: str | int | None = None,
+        trust_remote_code: bool = False,
     ):
         super().__init__()
+        self.trust_remote_code = trust_remote_code
         if template is not None and not ("{prompt}" in template and "{answer}" in template):
             raise RGTGError(f"template={template!r} lacks {{prompt}} or {{answer}}: name both")
         if batch_size < 1:
@@ -82,7 +85,9 @@ class TextReward(Reward):
             self._function = self.source
             return
         source: Any = self.source
-        model, tokenizer = load_sequence_classifier(source, lm.runner.model, dtype, self.label)
+        model, tokenizer = load_sequence_classifier(
+            source, lm.runner.model, dtype, self.label, self.trust_remote_code
+        )
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
         self._model = model

@@ -70,13 +70,21 @@ class CausalScorer:
             the base model's prompt ids.
         share_trunk: as in `SequenceReward`.
         reward: class name of the reward that it belongs to, for messages.
+        trust_remote_code: whether code that comes with this model may run.
 
     Attributes:
         scores: scores of the step that has begun.
     """
 
-    def __init__(self, source: Source, chat_template: str | None, share_trunk: bool | None, reward: str):
-        self.source, self.chat_template = source, chat_template
+    def __init__(
+        self,
+        source: Source,
+        chat_template: str | None,
+        share_trunk: bool | None,
+        reward: str,
+        trust_remote_code: bool = False,
+    ):
+        self.source, self.chat_template, self.trust_remote_code = source, chat_template, trust_remote_code
         self.share_trunk, self.reward = share_trunk, reward
         self.scores = Scores(torch.empty(0))
         self._bound: tuple[LanguageModel, RewardRuntime] | None = None
@@ -113,7 +121,9 @@ class CausalScorer:
                 f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
             )
         else:
-            model, tokenizer = load_vocabulary_model(self.source, lm.runner.model, dtype)
+            model, tokenizer = load_vocabulary_model(
+                self.source, lm.runner.model, dtype, self.trust_remote_code
+            )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk = "a model of its own"
         runtime = OwnModel(
@@ -138,7 +148,9 @@ class CausalScorer:
 
     def copy(self) -> CausalScorer:
         """An unbound copy with the same settings."""
-        return CausalScorer(self.source, self.chat_template, self.share_trunk, self.reward)
+        return CausalScorer(
+            self.source, self.chat_template, self.share_trunk, self.reward, self.trust_remote_code
+        )
 
     @property
     def runtime(self) -> RewardRuntime:
@@ -181,6 +193,16 @@ class VocabularyScorer(Reward):
         super().__init__()
         self._scorers = list(scorers)
         self._candidates: torch.Tensor | None = None
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that comes with its models may run; settable before it is bound."""
+        return all(scorer.trust_remote_code for scorer in self._scorers)
+
+    @trust_remote_code.setter
+    def trust_remote_code(self, value: bool) -> None:
+        for scorer in self._scorers:
+            scorer.trust_remote_code = value
 
     @abstractmethod
     def rewards_at(self, scores: list[Scores], tokens: torch.Tensor) -> torch.Tensor:
@@ -289,6 +311,7 @@ class VocabularyReward(VocabularyScorer):
         chat_template: Jinja chat template for the reward model's prompts; by default its own tokenizer's, and
             where that has none the base model's prompt ids.
         share_trunk: whether an adapter runs in the base model's own forward, as in `SequenceReward`.
+        trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -300,8 +323,15 @@ class VocabularyReward(VocabularyScorer):
         >>> decoder.generate("Hello", guidance=Guidance(k=10, support="combined"))  # doctest: +SKIP
     """
 
-    def __init__(self, model: Source, chat_template: str | None = None, share_trunk: bool | None = None):
-        super().__init__([CausalScorer(model, chat_template, share_trunk, type(self).__name__)])
+    def __init__(
+        self,
+        model: Source,
+        chat_template: str | None = None,
+        share_trunk: bool | None = None,
+        trust_remote_code: bool = False,
+    ):
+        name = type(self).__name__
+        super().__init__([CausalScorer(model, chat_template, share_trunk, name, trust_remote_code)])
 
     def guidance(self) -> torch.Tensor:
         return self._scorers[0].scores.logits
@@ -323,6 +353,7 @@ class AutoregressiveReward(VocabularyScorer):
         chat_template: Jinja chat template for the reward model's prompts; by default its own tokenizer's, and
             where that has none the base model's prompt ids.
         share_trunk: whether an adapter runs in the base model's own forward, as in `SequenceReward`.
+        trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -336,8 +367,15 @@ class AutoregressiveReward(VocabularyScorer):
 
     additive = True
 
-    def __init__(self, model: Source, chat_template: str | None = None, share_trunk: bool | None = None):
-        super().__init__([CausalScorer(model, chat_template, share_trunk, type(self).__name__)])
+    def __init__(
+        self,
+        model: Source,
+        chat_template: str | None = None,
+        share_trunk: bool | None = None,
+        trust_remote_code: bool = False,
+    ):
+        name = type(self).__name__
+        super().__init__([CausalScorer(model, chat_template, share_trunk, name, trust_remote_code)])
 
     def guidance(self) -> torch.Tensor:
         scores = self._scorers[0].scores
@@ -361,6 +399,7 @@ class LogRatioReward(VocabularyScorer):
         tuned_template: Jinja chat template for its prompts; by default its own tokenizer's, and where that has none
             the base model's prompt ids.
         untuned_template: the same.
+        trust_remote_code: whether code that comes with the two models may run; never that of an adapter's base.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -380,12 +419,13 @@ class LogRatioReward(VocabularyScorer):
         untuned: Source,
         tuned_template: str | None = None,
         untuned_template: str | None = None,
+        trust_remote_code: bool = False,
     ):
         name = type(self).__name__
         super().__init__(
             [
-                CausalScorer(tuned, tuned_template, None, name),
-                CausalScorer(untuned, untuned_template, None, name),
+                CausalScorer(tuned, tuned_template, None, name, trust_remote_code),
+                CausalScorer(untuned, untuned_template, None, name, trust_remote_code),
             ]
         )
 

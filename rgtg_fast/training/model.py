@@ -26,6 +26,7 @@ from rgtg_fast.files import publish, reason
 from rgtg_fast.models.checkpoint import names, safetensors_header
 from rgtg_fast.models.heads import activation_of, normalization
 from rgtg_fast.models.pretrained import read_pretrained, read_tokenizer
+from rgtg_fast.models.quantized import refuse_quantized
 from rgtg_fast.training.config import Lora
 from rgtg_fast.training.packing import (
     PackedBatch,
@@ -66,6 +67,7 @@ def load_base(
             )
         _head(model)
         _check_unscaled(model.config, type(model).__name__)
+        refuse_quantized(model, "be trained")
         return model, tokenizer
 
     def one_label(config: Any) -> None:
@@ -81,6 +83,7 @@ def load_base(
         new_head=True,
     )
     head = _head(model)
+    refuse_quantized(model, "be trained")
     if headless:
         # Starting at 0, the first steps fit the frozen features instead of unlearning a random reward.
         nn.init.zeros_(head.weight)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.pretrained import read_pretrained
+from rgtg_fast.models.quantized import refuse_quantized
 from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.training.packing import PackedBatch, preceding_positions, pretrained
 
@@ -49,6 +50,7 @@ def load_causal(
     model, tokenizer, _ = read_pretrained(
         AutoModelForCausalLM, source, "language model", dtype, configure=untied, new_head=new_head
     )
+    refuse_quantized(model, "be trained")
     _, head = vocabulary_head(model)
     _check_logits(model, head)
     if new_head:

@@ -69,7 +69,11 @@ def test_windows_are_those_of_the_models_own_blocks(family: str) -> None:
         runner = language_runner(model, engine, None)
         assert runner.windows
         runner.reserve(2, 40)
-        states = [runner.prefill(0, list(range(2, 26))), runner.prefill(0, [30, 31]), runner.prefill(1, [5, 6])]
+        states = [
+            runner.prefill(0, list(range(2, 26))),
+            runner.prefill(0, [30, 31]),
+            runner.prefill(1, [5, 6]),
+        ]
         for step in range(3):
             states.append(runner.step(torch.tensor([[7, 8, 9], [10, 11, 12]]) + step))
             runner.commit(torch.tensor([2, 0]))
