@@ -135,6 +135,23 @@ def test_greedy_tokens_equal_the_published_algorithm(family: str, engine: str) -
         assert found == pytest.approx(own, abs=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["best_of_n:n=3", "segment", "blockwise"])
+def test_strategies_that_cut_rows_back(strategy: str) -> None:
+    """Both engines draw the same answers; a whole answer's reward is its own."""
+    found = []
+    for engine in ("native", "transformers"):
+        lm, rm = language_model("gemma3"), reward_model("gemma2")
+        decoder = RewardGuidedDecoder.from_pretrained(
+            (lm, None), reward=SequenceReward((rm, None)), engine=engine
+        )
+        rows = decoder.generate(texts(), 9, seed=list(range(len(LENGTHS))), strategy=strategy)
+        found.append([row.tokens for row in rows])
+        last = decoder.score(texts(), found[-1])
+        for ids, tokens, scores in zip(texts(), found[-1], last, strict=True):
+            assert scores[-1] == pytest.approx(naive.scalar(rm, [*ids, *tokens]), abs=1e-4)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("scorer", ["farma", "genarm"])
 def test_capped_logits_as_rewards(scorer: str, engine: str) -> None:
     lm, scored = language_model("gemma2"), language_model("gemma2", seed=2)
