@@ -167,7 +167,8 @@ class ClassifierLoader:
         Raises:
             RGTGError: a head that cannot be served, or one that does not fit the configuration.
         """
-        shapes = weight_shapes(self._source) or {}
+        # A GGUF file is read as the folder of its conversion.
+        shapes = weight_shapes(config._name_or_path or self._source) or {}
         _refuse_weights(shapes, config, self._source)
         head = FileHead.of(shapes, config, self._source)
         # Before the weights are read.
