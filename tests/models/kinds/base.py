@@ -153,7 +153,6 @@ KINDS = [
         ON_TEXTS,
     ),
     Kind("BERT classifier", REWARD, rewarded("text:", lambda: reward_model("bert")), ON_TEXTS),
-    Kind("DeBERTa classifier", REWARD, rewarded("text:", lambda: reward_model("deberta-v2")), ON_TEXTS),
     Kind(
         "an encoder as a causal reward model",
         REWARD,
