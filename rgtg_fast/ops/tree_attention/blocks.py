@@ -58,7 +58,7 @@ TILES = {
     # Here the accumulators are in tensor memory and pass through registers to be scaled: four warps would spill them.
     100: {
         2: {
-            64: _BY_D_64,
+            64: {16: (64, 4, 3), 64: (64, 8, 3), 128: (32, 8, 4)},
             127: {16: (64, 4, 3), 64: (32, 8, 3)},
             128: {16: (64, 4, 3), 64: (64, 8, 3)},
             256: _BY_D_256,
