@@ -20,7 +20,7 @@ from rgtg_fast.models.layers import native_refusal
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.runner import ModelRunner
-from rgtg_fast.models.support import WINDOWED_ATTENTION, attention_chunk, sliding_window
+from rgtg_fast.models.support import sliding_window
 from rgtg_fast.models.templates import template_difference
 from rgtg_fast.rewards import ContrastiveReward, Reward, SequenceReward, TextReward
 from rgtg_fast.rewards.base import Prefix
@@ -146,14 +146,13 @@ def _engine_reason(model: PreTrainedModel, runner: ModelRunner | None) -> str:
 
 
 def _window(config: Any) -> dict[str, int] | None:
-    """Tokens of the shortest attention window, layers that have one, and all layers; None where none has."""
-    sizes = [size for size in (sliding_window(config), attention_chunk(config)) if size is not None]
-    if not sizes:
+    """Tokens of the sliding window, layers that have one, and all layers; None where none has."""
+    tokens = sliding_window(config)
+    if tokens is None:
         return None
     layers = int(config.num_hidden_layers)
-    kinds = list(getattr(config, "layer_types", None) or [])
-    windowed = sum(kind in WINDOWED_ATTENTION for kind in kinds) if kinds else layers
-    return {"tokens": min(sizes), "layers": windowed, "of": layers}
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return {"tokens": tokens, "layers": kinds.count("sliding_attention"), "of": layers}
 
 
 def _bytes_of(models: Sequence[nn.Module]) -> int:

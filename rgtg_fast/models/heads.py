@@ -69,7 +69,7 @@ class RewardHead(nn.Module):
         fit = all(one[1] == other[0] for one, other in pairwise(widths))
         if not fit or widths[-1][1] != outputs or not 0 <= (label or 0) < outputs:
             raise RGTGError(
-                f"its reward head has layers of (inputs, outputs) {widths}, of which output {label or 0} is no reward: "
+                f"its reward head has layers of (inputs, outputs) {widths}, whose output {label or 0} is no score: "
                 "use a reward model with one score"
             )
 

@@ -16,7 +16,7 @@ STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 # Rope types that are static up to a length; `models.rope` computes longrope beyond it.
 _STATIC_UP_TO_A_LENGTH = frozenset({"dynamic", "longrope"})
 _FULL_ATTENTION = frozenset({"full_attention", "attention"})
-WINDOWED_ATTENTION = frozenset({"sliding_attention", "chunked_attention"})
+_WINDOWED_ATTENTION = frozenset({"sliding_attention", "chunked_attention"})
 _RECURRENT_LAYERS = frozenset({"linear_attention", "mamba", "recurrent", "conv"})
 _RECURRENT_MODELS = (
     "mamba",
@@ -84,7 +84,7 @@ def unsupported_architecture(model: PreTrainedModel) -> str | None:
         return "its layers differ in the size of their heads"
     if _context(config) is None:
         return "its config names no length of its context (max_position_embeddings)"
-    unknown_layers = _layer_types(config) - _FULL_ATTENTION - WINDOWED_ATTENTION
+    unknown_layers = _layer_types(config) - _FULL_ATTENTION - _WINDOWED_ATTENTION
     if unknown_layers:
         return f"its layers of the kind {min(unknown_layers)!r} are unknown"
     unknown_ropes = {str(_rope_type(rope)) for rope in _ropes(config)} - STATIC_ROPE - _STATIC_UP_TO_A_LENGTH
@@ -113,9 +113,9 @@ def _exceeded(limit: Limit | None, config: Any, length: int | None) -> Limit | N
 
 def _limits(config: Any) -> Iterator[Limit]:
     """Every sequence length beyond which a text model computes something that a prefix cache does not."""
-    chunk = attention_chunk(config)
-    if chunk is not None:
-        yield Limit(chunk, f"attends in chunks of {chunk} tokens")
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and "chunked_attention" in _layer_types(config):
+        yield Limit(int(chunk), f"attends in chunks of {chunk} tokens")
     for rope in _ropes(config):
         kind = _rope_type(rope)
         if kind in _STATIC_UP_TO_A_LENGTH and longrope_length(config) is None:
@@ -212,9 +212,3 @@ def sliding_window(config: Any) -> int | None:
         return None
     size = getattr(config, "sliding_window", None)
     return int(size) if size else None
-
-
-def attention_chunk(config: Any) -> int | None:
-    """Tokens of the chunks in which layers of a text model attend, None where none does."""
-    size = getattr(config, "attention_chunk_size", None)
-    return int(size) if size and "chunked_attention" in _layer_types(config) else None

@@ -56,7 +56,7 @@ def quantized(method: str, reward: bool = False) -> Kind:
     def build(folder: Path) -> Sources:
         if not reward:
             return Sources(str(quantized_models.saved(folder, method)), CONTRASTIVE)
-        make_lm(**quantized_models.SIZES).save_pretrained(folder / "lm")  # pyright: ignore[reportArgumentType, reportCallIssue]
+        make_lm(**quantized_models.SIZES).save_pretrained(folder / "lm")
         make_tokenizer().save_pretrained(folder / "lm")
         return Sources(str(folder / "lm"), str(quantized_models.saved(folder, method, head=True)))
 

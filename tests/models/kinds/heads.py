@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers as tf
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.conftest import CHAT_TEMPLATE, make_lm, make_tokenizer, tiny_config
+from tests.conftest import make_lm, make_tokenizer, tiny_config
 from tests.models.kinds import Kind, Sources
 from tests.models.kinds.base import CACHED, ON_TEXTS
+from tests.models.kinds.tiny import byte_tokenizer
 
 WIDTH = 32
 INNER = 20
@@ -48,7 +48,8 @@ class Saved:
         if self.family == "mistral":
             config.sliding_window = None
         if self.family == "qwen2":
-            config.vocab_size = len(_bytes())
+            tokenizer = self.tokenizer()
+            config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
         return config
 
     def trunk(self) -> Any:
@@ -82,18 +83,7 @@ class Saved:
 
     def tokenizer(self) -> Any:
         """The tokenizer: one of words, or of bytes where the family turns every tokenizer into one of bytes."""
-        return _bytes() if self.family == "qwen2" else make_tokenizer()
-
-
-def _bytes() -> Any:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *alphabet])}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+        return byte_tokenizer() if self.family == "qwen2" else make_tokenizer()
 
 
 def labels(*names: str) -> dict[str, Any]:
