@@ -14,10 +14,13 @@ from rgtg_fast.config import Guidance
 from rgtg_fast.decoder import RewardGuidedDecoder
 from rgtg_fast.engine.request import encoded_row
 from rgtg_fast.models.attention import own_attention
-from rgtg_fast.models.cpp_layers import NativeLayers
 from rgtg_fast.models.device import free_bytes, without_autocast
+from rgtg_fast.models.heads import describe
+from rgtg_fast.models.layers import native_refusal
 from rgtg_fast.models.prompts import PromptLike, as_prompts
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.runner import ModelRunner
+from rgtg_fast.models.support import sliding_window
 from rgtg_fast.models.templates import template_difference
 from rgtg_fast.rewards import ContrastiveReward, Reward, SequenceReward, TextReward
 from rgtg_fast.rewards.base import Prefix
@@ -27,7 +30,6 @@ from rgtg_fast.rewards.vocabulary import VocabularyScorer
 
 # Tokens of the probe's answer.
 PROBE_TOKENS = 8
-_WINDOWED = frozenset({"sliding_attention", "chunked_attention"})
 _CONTEXTS = ("better prompt", "worse prompt")
 
 
@@ -101,9 +103,6 @@ def _models(decoder: RewardGuidedDecoder) -> Iterator[tuple[str, PreTrainedModel
 
 def _model_facts(role: str, model: PreTrainedModel, runner: ModelRunner | None) -> dict[str, Any]:
     config: Any = model.config.get_text_config()
-    quantized: Any = getattr(model.config, "quantization_config", None)
-    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-    method = getattr(method, "quant_method", method)
     return {
         "role": role,
         "name": model.config._name_or_path or type(model).__name__,
@@ -111,7 +110,7 @@ def _model_facts(role: str, model: PreTrainedModel, runner: ModelRunner | None) 
         "family": config.model_type,
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": None if method is None else str(getattr(method, "value", method)),
+        "quantization": quantization(model),
         "weight_bytes": _bytes_of([model]),
         "engine": "none" if runner is None else runner.engine,
         "why": _engine_reason(model, runner),
@@ -125,7 +124,7 @@ def _reward_facts(part: Reward) -> dict[str, Any]:
     return {
         "name": part.name,
         "trunk": part.trunk,
-        "heads": [_head(runtime.head) for runtime in _runtimes(part)],
+        "heads": [describe(runtime.head) for runtime in _runtimes(part)],
         "scores_vocabulary": part.scores_vocabulary,
     }
 
@@ -141,26 +140,19 @@ def _engine_reason(model: PreTrainedModel, runner: ModelRunner | None) -> str:
         return "it reads whole texts, without a cache"
     if runner.engine == "native":
         return "fused C++ layers can execute it"
-    return NativeLayers.supported(model.base_model) or "engine='transformers' was asked for"
-
-
-def _head(head: nn.Module) -> str:
-    if isinstance(head, nn.Linear):
-        bias = "" if head.bias is None else ", with bias"
-        return f"linear, {head.in_features} to {head.out_features}{bias}"
-    return " ".join(repr(head).split())
+    if runner.engine == "triton":
+        return "fused kernels between its matrix products can execute it"
+    return native_refusal(model) or f"engine={runner.engine!r} was asked for"
 
 
 def _window(config: Any) -> dict[str, int] | None:
-    """Tokens of the shortest attention window, layers that have one, and all layers; None where none has."""
-    kinds = list(getattr(config, "layer_types", None) or [])
-    if not kinds and getattr(config, "use_sliding_window", True) is False:
+    """Tokens of the sliding window, layers that have one, and all layers; None where none has."""
+    tokens = sliding_window(config)
+    if tokens is None:
         return None
     layers = int(config.num_hidden_layers)
-    windowed = sum(kind in _WINDOWED for kind in kinds) if kinds else layers
-    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    size = min((int(each) for each in sizes if each), default=None)
-    return None if size is None or not windowed else {"tokens": size, "layers": windowed, "of": layers}
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return {"tokens": tokens, "layers": kinds.count("sliding_attention"), "of": layers}
 
 
 def _bytes_of(models: Sequence[nn.Module]) -> int:

@@ -54,9 +54,7 @@ def prefix_attention(
         if isinstance(asked, (torch.Tensor, float)) and name not in _HARMLESS:
             _refuse(module, name)
     if sliding_window is not None and not prefix_cache.windows and sliding_window < prefix_cache.max_length:
-        _refuse(
-            module, f"a sliding window of {sliding_window} tokens that was not checked when it was loaded"
-        )
+        _refuse(module, f"a sliding window of {sliding_window} tokens that was not verified at load time,")
     sinks = None if s_aux is None else s_aux.to(query.dtype)
     layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)

@@ -29,7 +29,7 @@ from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError, one_line
 from rgtg_fast.models.checkpoint import names
 from rgtg_fast.models.device import free_bytes, too_large
-from rgtg_fast.models.gguf_tokenizer import save_tokenizer
+from rgtg_fast.models.gguf_tokenizer import INSTEAD, SPECIAL, save_tokenizer
 
 SUFFIX = ".gguf"
 INSTALL = "pip install gguf accelerate"
@@ -40,7 +40,6 @@ _HASHED = 2**20
 # Files beside which a GGUF file is not what the folder's name means.
 _OTHERS = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
-_INSTEAD = "name the folder of the original model"
 
 # Keys of the metadata, without the architecture's prefix, and the fields of the configuration that they set.
 _FIELDS = {
@@ -267,7 +266,7 @@ def _configuration(file: _File, title: str) -> Any:
     family = _FAMILIES.get(architecture)
     if family is None:
         raise RGTGError(
-            f"{title} is a GGUF file of architecture {architecture!r}, and {', '.join(_FAMILIES)} are read: {_INSTEAD}"
+            f"{title} is a GGUF file of architecture {architecture!r}, and {', '.join(_FAMILIES)} are read: {INSTEAD}"
         )
     prefix = architecture + "."
     stated = {key.removeprefix(prefix): x for key, x in file.metadata.items() if key.startswith(prefix)}
@@ -276,15 +275,15 @@ def _configuration(file: _File, title: str) -> Any:
     if unknown:
         key = unknown[0]
         raise RGTGError(
-            f"{title} has {prefix}{key} = {stated[key]!r} in its metadata, which cannot be taken over: {_INSTEAD}"
+            f"{title} has {prefix}{key} = {stated[key]!r} in its metadata, which cannot be taken over: {INSTEAD}"
         )
     absent = [key for key in table if key not in stated and key not in _OPTIONAL]
     if absent or "token_embd.weight" not in file.tensors:
         what = prefix + absent[0] if absent else "token_embd.weight"
-        raise RGTGError(f"{title} lacks {what}: {_INSTEAD}, or convert it again")
+        raise RGTGError(f"{title} lacks {what}: {INSTEAD}, or convert it again")
     by_layer = [key for key in [*table, *_READ] if isinstance(stated.get(key), list) and "labels" not in key]
     if by_layer:
-        raise RGTGError(f"{title} has a {prefix}{by_layer[0]} for each layer: {_INSTEAD}")
+        raise RGTGError(f"{title} has a {prefix}{by_layer[0]} for each layer: {INSTEAD}")
     fields: dict[str, Any] = {field: stated.get(key) for key, field in table.items()}
     fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
     head_dim = stated.get("attention.key_length", fields["hidden_size"] // fields["num_attention_heads"])
@@ -292,16 +291,21 @@ def _configuration(file: _File, title: str) -> Any:
         if stated.get(key, head_dim) != head_dim:
             raise RGTGError(
                 f"{title} has {prefix}{key} = {stated[key]} and heads of {head_dim} numbers, which cannot be taken "
-                f"over: {_INSTEAD}"
+                f"over: {INSTEAD}"
             )
     if stated.get("attention.causal") is False:
-        raise RGTGError(f"{title} attends in both directions: use reward='text:...' with {_INSTEAD[9:]}")
+        raise RGTGError(
+            f"{title} attends in both directions: use reward='text:FOLDER' with the folder of the original model"
+        )
     fields |= {
         "head_dim": head_dim,
         "vocab_size": int(file.tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_parameters": _rope(file, stated, family, head_dim, title),
-        **{f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS},
+        **{
+            f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{SPECIAL[name]}_token_id")
+            for name in ("bos", "eos", "pad")
+        },
     }
     if family.model_type.startswith("gemma"):
         fields["query_pre_attn_scalar"] = _gemma_scale(family, fields)
@@ -310,9 +314,6 @@ def _configuration(file: _File, title: str) -> Any:
     if any(name.endswith("ffn_gate.bias") for name in file.tensors):
         fields["mlp_bias"] = True
     return _with_head(AutoConfig.for_model(family.model_type, **fields), file, stated, family, title)
-
-
-_TOKENS = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
 
 
 def _gemma_scale(family: _Family, fields: dict[str, Any]) -> int:
@@ -338,11 +339,11 @@ def _rope(file: _File, stated: dict[str, Any], family: _Family, head_dim: int, t
         rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
     elif kind != "none" or (factor or 1.0) != 1.0:
         raise RGTGError(
-            f"{title} scales its rope by {kind!r} ({factor}), which cannot be taken over: {_INSTEAD}"
+            f"{title} scales its rope by {kind!r} ({factor}), which cannot be taken over: {INSTEAD}"
         )
     if _LLAMA3 in file.tensors:
         if rope["rope_type"] != "default" or gemma3:
-            raise RGTGError(f"{title} has {_LLAMA3} beside another scaling of its rope: {_INSTEAD}")
+            raise RGTGError(f"{title} has {_LLAMA3} beside another scaling of its rope: {INSTEAD}")
         rope |= _llama3(_values(file.tensors[_LLAMA3]).float(), rope["rope_theta"], head_dim, title)
     if gemma3:
         local = {"rope_type": "default", "rope_theta": 10000.0}
@@ -360,7 +361,7 @@ def _llama3(divisors: torch.Tensor, theta: float, head_dim: int, title: str) -> 
     plain = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     expected = plain / scaled
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-5, atol=0):
-        raise RGTGError(f"{title} scales its rope by a {_LLAMA3} that is not Llama 3's: {_INSTEAD}")
+        raise RGTGError(f"{title} scales its rope by a {_LLAMA3} that is not Llama 3's: {INSTEAD}")
     return settings
 
 
@@ -369,7 +370,7 @@ def _with_head(config: Any, file: _File, stated: dict[str, Any], family: _Family
     dense = sorted(name for name in file.tensors if name in ("cls.weight", "cls.bias"))
     if dense:
         raise RGTGError(
-            f"{title} has a head of two layers ({dense[0]!r}), and {_HEAD} alone is read: {_INSTEAD}"
+            f"{title} has a head of two layers ({dense[0]!r}), and {_HEAD} alone is read: {INSTEAD}"
         )
     head = file.tensors.get(_HEAD)
     if head is None:
@@ -378,13 +379,13 @@ def _with_head(config: Any, file: _File, stated: dict[str, Any], family: _Family
     pooling = int(stated.get("pooling_type", _POOLINGS.index("rank")))
     kind = _POOLINGS[pooling] if 0 <= pooling < len(_POOLINGS) else str(pooling)
     if kind not in ("last", "rank"):
-        raise RGTGError(f"{title} pools a text by {kind!r} and its head cannot read prefixes: {_INSTEAD}")
+        raise RGTGError(f"{title} pools a text by {kind!r} and its head cannot read prefixes: {INSTEAD}")
     config.architectures = [family.classifier]
     labels = _values(head).reshape(-1, config.hidden_size).shape[0]
     given = stated.get("classifier.output_labels") or [f"LABEL_{i}" for i in range(labels)]
     given = [given] if isinstance(given, str) else given
     if len(given) != labels:
-        raise RGTGError(f"{title} names {len(given)} labels and its head has {labels}: {_INSTEAD}")
+        raise RGTGError(f"{title} names {len(given)} labels and its head has {labels}: {INSTEAD}")
     config.id2label = dict(enumerate(given))
     config.label2id = {label: i for i, label in enumerate(given)}
     return config
@@ -441,7 +442,7 @@ def _weights(file: _File, config: Any, title: str, dtype: torch.dtype) -> dict[s
     }
     for what, keys in wrong.items():
         if keys:
-            raise RGTGError(f"{title} {what} {names(keys)}: {_INSTEAD}, or convert it again")
+            raise RGTGError(f"{title} {what} {names(keys)}: {INSTEAD}, or convert it again")
     if _HEAD in file.tensors:
         state["score.weight"] = _values(file.tensors[_HEAD]).reshape(-1, config.hidden_size).to(dtype)
     if _HEAD_BIAS in file.tensors:
@@ -483,4 +484,4 @@ def _quiet(title: str) -> Iterator[None]:
         raise
     except Exception as error:  # of a file that it does not expect the reader may raise anything
         detail = f"{type(error).__name__}: {one_line(error)}"
-        raise RGTGError(f"{title} cannot be read by transformers ({detail}): {_INSTEAD}") from error
+        raise RGTGError(f"{title} cannot be read by transformers ({detail}): {INSTEAD}") from error

@@ -25,10 +25,11 @@ _LIKE_GPT2 = {"gpt-2", "phi-2", "olmo", "mpt"}
 _SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
 # These take a word that is in the vocabulary whole, and llama.cpp begins a text with BOS where the file says nothing.
 _LLAMA3 = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"}
-# transformers' names of special tokens, and those of GGUF.
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# transformers' names of special tokens, and those of GGUF's metadata.
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _CONTROL, _MARKER = 3, re.compile(r"[<\[].*[>\]]$", re.DOTALL)
-_INSTEAD = "name the folder of the original model"
+# The way out of every refusal of a GGUF file.
+INSTEAD = "name the folder of the original model"
 
 
 def save_tokenizer(path: Path, metadata: dict[str, Any], vocabulary: int, folder: Path, title: str) -> None:
@@ -51,10 +52,10 @@ def save_tokenizer(path: Path, metadata: dict[str, Any], vocabulary: int, folder
     }
     tokens = stated.get("tokens")
     if not tokens:
-        raise RGTGError(f"{title} holds no tokenizer: {_INSTEAD}")
+        raise RGTGError(f"{title} holds no tokenizer: {INSTEAD}")
     _check_kind(stated, str(metadata.get("general.architecture")), title)
     if len(tokens) > vocabulary:
-        raise RGTGError(f"{title} has {len(tokens)} tokens and embeddings for {vocabulary}: {_INSTEAD}")
+        raise RGTGError(f"{title} has {len(tokens)} tokens and embeddings for {vocabulary}: {INSTEAD}")
     try:
         with redirect_stderr(io.StringIO()):
             tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -62,7 +63,7 @@ def save_tokenizer(path: Path, metadata: dict[str, Any], vocabulary: int, folder
             )
     except Exception as error:  # of a file that it does not expect the reader may raise anything
         raise RGTGError(
-            f"{title} has a tokenizer that transformers cannot read ({one_line(error, 120)}): {_INSTEAD}"
+            f"{title} has a tokenizer that transformers cannot read ({one_line(error, 120)}): {INSTEAD}"
         ) from error
     tokenizer = _exact(tokenizer, tokens, stated, metadata.get("tokenizer.chat_template"))
     backend, pre = tokenizer.backend_tokenizer, stated.get("pre")
@@ -95,7 +96,7 @@ def _exact(tokenizer: Any, tokens: list[str], stated: dict[str, Any], chat_templ
     unknown = saved["model"].get("unk_token")
     if unknown is not None and unknown not in saved["model"]["vocab"]:
         saved["model"]["unk_token"] = None
-    special = {name: stated.get(f"{key}_token_id") for name, key in _SPECIAL.items()}
+    special = {name: stated.get(f"{key}_token_id") for name, key in SPECIAL.items()}
     exact = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(saved)),
         clean_up_tokenization_spaces=False,
@@ -116,17 +117,17 @@ def _check_kind(stated: dict[str, Any], architecture: str, title: str) -> None:
     kind, pre = stated.get("model"), stated.get("pre")
     if kind == "gpt2" and pre not in _SPLITS | _LIKE_GPT2 | _SINGLE_DIGITS:
         raise RGTGError(
-            f"{title} splits texts by the rule {pre!r} (tokenizer.ggml.pre), which cannot be rebuilt: {_INSTEAD}"
+            f"{title} splits texts by the rule {pre!r} (tokenizer.ggml.pre), which cannot be rebuilt: {INSTEAD}"
         )
     if kind not in ("gpt2", "llama"):
-        raise RGTGError(f"{title} has a tokenizer of kind {kind!r}, and gpt2 and llama are read: {_INSTEAD}")
+        raise RGTGError(f"{title} has a tokenizer of kind {kind!r}, and gpt2 and llama are read: {INSTEAD}")
     spaced = stated.get("add_space_prefix", True)
     if kind == "llama" and not architecture.startswith("gemma") and not spaced:
         raise RGTGError(
-            f"{title} puts no space before a text (add_space_prefix), which cannot be rebuilt: {_INSTEAD}"
+            f"{title} puts no space before a text (add_space_prefix), which cannot be rebuilt: {INSTEAD}"
         )
     if kind == "llama" and stated.get("remove_extra_whitespaces"):
-        raise RGTGError(f"{title} removes spaces from texts, which cannot be rebuilt: {_INSTEAD}")
+        raise RGTGError(f"{title} removes spaces from texts, which cannot be rebuilt: {INSTEAD}")
 
 
 def _set_ends(tokenizer: Any, stated: dict[str, Any], title: str) -> None:
@@ -139,7 +140,7 @@ def _set_ends(tokenizer: Any, stated: dict[str, Any], title: str) -> None:
     ends = {name: stated.get(f"{name}_token_id") for name, is_wanted in wanted.items() if is_wanted}
     for name, token in ends.items():
         if token is None:
-            raise RGTGError(f"{title} adds {name.upper()} to texts and names no such token: {_INSTEAD}")
+            raise RGTGError(f"{title} adds {name.upper()} to texts and names no such token: {INSTEAD}")
     text = "a"
     plain = tokenizer.encode(text, add_special_tokens=False)
     expected = [*(t for t in [ends.get("bos")] if t is not None), *plain]
@@ -155,25 +156,25 @@ def _set_ends(tokenizer: Any, stated: dict[str, Any], title: str) -> None:
         single=single, pair=pair, special_tokens=pairs
     )
     if tokenizer.encode(text) != expected:
-        raise RGTGError(f"{title} has a tokenizer whose BOS and EOS cannot be rebuilt: {_INSTEAD}")
+        raise RGTGError(f"{title} has a tokenizer whose BOS and EOS cannot be rebuilt: {INSTEAD}")
 
 
 def _check_tokens(tokenizer: Any, tokens: list[str], stated: dict[str, Any], title: str) -> None:
     """Compares the special tokens and the size of the vocabulary with the file's."""
     if len(tokenizer) > len(tokens):
         raise RGTGError(
-            f"{title} has {len(tokens)} tokens and its tokenizer was rebuilt with {len(tokenizer)}: {_INSTEAD}"
+            f"{title} has {len(tokens)} tokens and its tokenizer was rebuilt with {len(tokenizer)}: {INSTEAD}"
         )
     markers = _markers(tokens, stated)
     pieces = tokenizer([tokens[i] for i in markers], add_special_tokens=False).input_ids if markers else []
     for i, found in zip(markers, pieces, strict=True):
         if found != [i]:
             raise RGTGError(
-                f"{title} has the control token {tokens[i]!r}, which its tokenizer splits as it was rebuilt: {_INSTEAD}"
+                f"{title} has the control token {tokens[i]!r}, which its tokenizer splits as it was rebuilt: {INSTEAD}"
             )
-    for name, key in _SPECIAL.items():
+    for name, key in SPECIAL.items():
         wanted, found = stated.get(f"{key}_token_id"), getattr(tokenizer, f"{name}_token_id")
         if wanted is not None and found != wanted:
             raise RGTGError(
-                f"{title} has {key}_token_id {wanted} and its tokenizer was rebuilt with {found}: {_INSTEAD}"
+                f"{title} has {key}_token_id {wanted} and its tokenizer was rebuilt with {found}: {INSTEAD}"
             )

@@ -69,7 +69,7 @@ class RewardHead(nn.Module):
         fit = all(one[1] == other[0] for one, other in pairwise(widths))
         if not fit or widths[-1][1] != outputs or not 0 <= (label or 0) < outputs:
             raise RGTGError(
-                f"its reward head has layers of (inputs, outputs) {widths}, of which output {label or 0} is no reward: "
+                f"its reward head has layers of (inputs, outputs) {widths}, whose output {label or 0} is no score: "
                 "use a reward model with one score"
             )
 
@@ -176,14 +176,17 @@ def describe(head: Head) -> str:
     Example:
         >>> describe(RewardHead([nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2), nn.Sigmoid()], label=1))
         'MLP 8-4-1, label 1 of 2, Sigmoid'
+        >>> describe(nn.Linear(8, 1))
+        'linear, 8 to 1, with bias'
     """
+    linears = head.linears() if isinstance(head, RewardHead) else [head]
+    if len(linears) > 1:
+        said = ["MLP " + "-".join(map(str, [*(x.in_features for x in linears), head.out_features]))]
+    else:
+        said = [f"linear, {head.in_features} to {head.out_features}"]
+        said += [] if linears[0].bias is None else ["with bias"]
     if isinstance(head, nn.Linear):
-        return "linear" if head.bias is None else "linear with bias"
-    linears = head.linears()
-    widths = "-".join(map(str, [head.in_features, *(x.out_features for x in linears[:-1]), 1]))
-    said = [f"MLP {widths}" if len(linears) > 1 else "linear"]
-    if len(linears) == 1 and linears[0].bias is not None:
-        said[0] = "linear with bias"
+        return ", ".join(said)
     if head.label is not None:
         said.append(f"label {head.label} of {linears[-1].out_features}")
     if head.normal is not None:

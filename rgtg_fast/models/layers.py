@@ -1,4 +1,4 @@
-"""What executes a model's blocks: the model's own modules, or one C++ call."""
+"""What executes a model's blocks: the model's own modules, one C++ call, or our ops between its linear layers."""
 
 from __future__ import annotations
 
@@ -195,12 +195,7 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
     if not isinstance(engine, str) or engine not in ENGINES:
         raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
     if engine in ("auto", "native"):
-        quantized = quantization(model)
-        reason = (
-            NativeLayers.supported(model.base_model)
-            if quantized is None
-            else f"its weights are quantized ({quantized})"
-        )
+        reason = native_refusal(model)
         if reason is None:
             return "native", FusedLayers(model)
         if engine == "native":
@@ -209,6 +204,14 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
     if engine == "triton" or (engine == "auto" and on_gpu and TritonLayers.unsupported(model) is None):
         return "triton", TritonLayers(model, TransformersLayers(model))
     return "transformers", TransformersLayers(model)
+
+
+def native_refusal(model: PreTrainedModel) -> str | None:
+    """Why the native engine cannot run a model, in words; None where it can."""
+    method = quantization(model)
+    if method is not None:
+        return f"its weights are quantized ({method})"
+    return NativeLayers.supported(model.base_model)
 
 
 @dataclass(frozen=True)

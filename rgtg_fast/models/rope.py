@@ -34,7 +34,7 @@ class RowRope:
         ids: [slots, tokens + 1] int64, the tokens of each slot's prefix, on the model's device.
         long: for each slot, whether its keys in the cache are those of the long set.
         stepped: [B, S] int64, the tokens of the last step.
-        room: tokens that a row of this run may reach.
+        room: tokens that a row may have until `reserve` is called again.
     """
 
     def __init__(self, rotary: nn.Module, original: int):
@@ -98,7 +98,7 @@ class RowRope:
         return self._own(x, position_ids=position_ids.clamp_max(self.original - 1))
 
     def _long(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        """The same under the long set, which the model chooses for the sake of one more position."""
+        """The same under the long set: the model chooses it because one more position lies beyond the limit."""
         beyond = position_ids.new_full((len(position_ids), 1), self.original)
         found = self._own(x, position_ids=torch.cat([position_ids, beyond], 1))
         return pytree.tree_map(lambda table: table[:, :-1], found)

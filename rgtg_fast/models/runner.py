@@ -50,7 +50,7 @@ class ModelRunner:
         limit: tokens that the model's context holds.
 
     Attributes:
-        logit_cap: c, where a language model's own logits are c·tanh(output of the head / c); None for plain ones.
+        logit_softcap: c, where a language model's own logits are c·tanh(output of the head / c); None for plain ones.
         windows: whether layers have sliding windows shorter than a row, which `verify` has compared.
         shared_forward: whether steps of this run execute the candidates themselves, because an attached adapter scores
             them. The state after the chosen one then gives the next token's logits, and no token is run again.
@@ -73,7 +73,7 @@ class ModelRunner:
             self._snapshot.pin()
         config: Any = model.config.get_text_config()
         language = head is model.get_output_embeddings()
-        self.logit_cap = getattr(config, "final_logit_softcapping", None) if language else None
+        self.logit_softcap = getattr(config, "final_logit_softcapping", None) if language else None
         heads = config.num_attention_heads
         self.geometry = (
             int(config.num_hidden_layers),
@@ -447,7 +447,11 @@ class ModelRunner:
         if head is None and isinstance(self.head, RewardHead):
             return scores_of(hidden, self.head).unsqueeze(-1)
         logits = self.layers.logits(hidden, self.head if head is None else head)
-        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
+        return (
+            logits
+            if self.logit_softcap is None
+            else torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        )
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """The one-label head's output [B, S] in at least float32 for hidden states [B, S, E]."""

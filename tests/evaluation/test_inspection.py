@@ -54,6 +54,34 @@ def test_the_engine_that_was_asked_for() -> None:
     assert (model["engine"], model["why"]) == ("transformers", "engine='transformers' was asked for")
 
 
+def test_the_triton_engine() -> None:
+    (model,) = inspect_decoder(_decoder(engine="triton"), CHAT)["models"]
+    assert model["engine"] == "triton"
+    assert model["why"] == "fused kernels between its matrix products can execute it"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "window"),
+    [
+        ("llama", {}, None),
+        ("mistral", {"sliding_window": 16}, {"tokens": 16, "layers": 2, "of": 2}),
+        ("mistral", {"sliding_window": None}, None),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+            {"tokens": 16, "layers": 1, "of": 2},
+        ),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 16}, None),
+    ],
+    ids=["llama", "mistral", "mistral-none", "qwen2", "qwen2-none"],
+)
+def test_windows(family: str, settings: dict[str, Any], window: dict[str, int] | None) -> None:
+    pair = (language_model(family, **settings), byte_tokenizer())
+    decoder = RewardGuidedDecoder.from_pretrained(pair, max_length=64)
+    (model,) = inspect_decoder(decoder, CHAT)["models"]
+    assert model["window"] == window
+
+
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_half_precision(engine: str) -> None:
     report = inspect_decoder(_decoder(_sequence(), engine=engine, dtype="bfloat16"), CHAT)

@@ -12,7 +12,7 @@ import transformers as tf
 
 from tests.conftest import make_lm, make_rm, make_tokenizer
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128}
+SIZES: Any = {"hidden_size": 64, "intermediate_size": 128}
 # What quantizes weights alone, and the package that it needs.
 METHODS = {
     "bitsandbytes 4-bit": "bitsandbytes",

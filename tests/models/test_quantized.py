@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from rgtg_fast import FunctionReward, RewardGuidedDecoder, RGTGError, SequenceReward, TextReward
+from rgtg_fast import FunctionReward, Guidance, RewardGuidedDecoder, RGTGError, SequenceReward, TextReward
+from rgtg_fast.evaluation.inspection import inspect_decoder
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.fused_projections import fuse_projections
 from rgtg_fast.models.quantized import quantization
@@ -18,8 +19,16 @@ from rgtg_fast.training.vocabulary import load_causal
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models import quantized_models
 from tests.models.adapters import write_adapter
+from tests.rewards import naive
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [20, 21, 22]]
+GREEDY = Guidance(k=1, beta=0.0, temperature=0.0)
+# What transformers calls the methods.
+NAMES = {
+    "bitsandbytes 4-bit": "bitsandbytes",
+    "torchao int8": "torchao",
+    "compressed-tensors 4-bit": "compressed-tensors",
+}
 
 
 @pytest.fixture(params=quantized_models.METHODS)
@@ -30,12 +39,11 @@ def method(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@torch.no_grad()
 def own_answer(model: Any, prompt: list[int], tokens: int) -> list[int]:
     """Greedy tokens by the model's own uncached forward."""
     ids = list(prompt)
     for _ in range(tokens):
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        ids.append(int(naive.logits_after(model, ids).argmax()))
     return ids[len(prompt) :]
 
 
@@ -44,7 +52,7 @@ def test_a_saved_language_model_is_served_exactly(method: str, tmp_path: Path) -
     decoder = RewardGuidedDecoder.from_pretrained(str(folder), device="cpu")
     described = decoder.describe()
     assert described["lm_engine"] == "transformers"
-    assert described["lm_quantization"] == METHOD[method]
+    assert described["lm_quantization"] == NAMES[method]
     runner = decoder.lm.runner
     model = quantized_models.quantized(tmp_path, method)
     with torch.inference_mode():
@@ -57,46 +65,32 @@ def test_a_saved_language_model_is_served_exactly(method: str, tmp_path: Path) -
     torch.testing.assert_close(states, own, rtol=1e-4, atol=1e-4)
 
 
-METHOD = {
-    "bitsandbytes 4-bit": "bitsandbytes",
-    "torchao int8": "torchao",
-    "compressed-tensors 4-bit": "compressed-tensors",
-}
-
-
 def test_answers_are_the_models_own(method: str, tmp_path: Path) -> None:
     model = quantized_models.quantized(tmp_path, method)
     decoder = RewardGuidedDecoder.from_pretrained((model, make_tokenizer()))
-    rows = decoder.generate(PROMPTS, max_new_tokens=5, guidance=greedy())
+    rows = decoder.generate(PROMPTS, max_new_tokens=5, guidance=GREEDY)
     for row, prompt in zip(rows, PROMPTS, strict=True):
         own = own_answer(model, prompt, 5)
         assert row.tokens == own[: len(row.tokens)]
         assert len(row.tokens) == 5 or own[len(row.tokens)] == 1
 
 
-def greedy() -> Any:
-    from rgtg_fast import Guidance
-
-    return Guidance(k=1, beta=0.0, temperature=0.0)
-
-
 def test_a_quantized_reward_model(method: str, tmp_path: Path) -> None:
     folder = quantized_models.saved(tmp_path, method, head=True)
-    lm = (make_lm(**sizes()), make_tokenizer())
+    lm = (make_lm(**quantized_models.SIZES), make_tokenizer())
     model = quantized_models.quantized(tmp_path, method, head=True)
     decoder = RewardGuidedDecoder.from_pretrained(lm, reward=SequenceReward(str(folder)))
-    assert decoder.describe()["reward_quantization"] == METHOD[method]
+    assert decoder.describe()["reward_quantization"] == NAMES[method]
     [scores] = decoder.score([PROMPTS[0]], [[9, 10, 11]])
     with torch.no_grad():
-        model(
-            torch.tensor([PROMPTS[0]])
-        )  # compressed-tensors unpacks its weights in the model's first forward
+        # compressed-tensors unpacks its weights in the model's first forward.
+        model(torch.tensor([PROMPTS[0]]))
         trunk = model.base_model(torch.tensor([PROMPTS[0] + [9, 10, 11]])).last_hidden_state
         own = model.score(trunk)[0, -3:, 0]
     torch.testing.assert_close(torch.tensor(scores), own.float(), rtol=1e-4, atol=1e-4)
     text = RewardGuidedDecoder.from_pretrained(lm, reward=TextReward(str(folder)))
     assert len(text.generate(["w1 w2"], max_new_tokens=2)) == 1
-    assert text.describe()["reward_quantization"] == METHOD[method]
+    assert text.describe()["reward_quantization"] == NAMES[method]
 
 
 def test_a_dtype_and_an_engine_that_cannot_be(method: str, tmp_path: Path) -> None:
@@ -107,7 +101,7 @@ def test_a_dtype_and_an_engine_that_cannot_be(method: str, tmp_path: Path) -> No
     with pytest.raises(RGTGError, match=r"engine='native' cannot run .*: its weights are quantized"):
         RewardGuidedDecoder.from_pretrained(pair, engine="native")
     reward = (quantized_models.quantized(tmp_path, method, head=True), make_tokenizer())
-    lm = (make_lm(**sizes()), make_tokenizer())
+    lm = (make_lm(**quantized_models.SIZES), make_tokenizer())
     with pytest.raises(RGTGError, match="not cast to float64"):
         RewardGuidedDecoder.from_pretrained(lm, reward=SequenceReward(reward), dtype="float64")
 
@@ -130,13 +124,9 @@ def test_quantized_activations_are_refused(name: str, tmp_path: Path) -> None:
         RewardGuidedDecoder.from_pretrained((model, make_tokenizer()))
 
 
-def sizes() -> Any:
-    return quantized_models.SIZES
-
-
 def test_adapters_and_training(method: str, tmp_path: Path) -> None:
     model = quantized_models.quantized(tmp_path, method)
-    base: Any = make_lm(**sizes())
+    base: Any = make_lm(**quantized_models.SIZES)
     write_adapter(tmp_path / "adapter", base)
     adapter = Adapter.load(str(tmp_path / "adapter"))
     with pytest.raises(
@@ -188,7 +178,9 @@ def test_modules_of_other_packages() -> None:
     decoder = RewardGuidedDecoder.from_pretrained((model, make_tokenizer()), reward=FunctionReward(zeros))
     assert decoder.describe()["lm_quantization"] == "int32"
     assert decoder.describe()["lm_engine"] == "transformers"
-    for row, prompt in zip(decoder.generate(PROMPTS, 4, greedy()), PROMPTS, strict=True):
+    (facts,) = inspect_decoder(decoder, PROMPTS[0])["models"]
+    assert (facts["quantization"], facts["why"]) == ("int32", "its weights are quantized (int32)")
+    for row, prompt in zip(decoder.generate(PROMPTS, 4, GREEDY), PROMPTS, strict=True):
         assert row.tokens == own_answer(model, prompt, 4)[: len(row.tokens)]
     with pytest.raises(RGTGError, match=r"is quantized \(int32\).*not cast to bfloat16"):
         RewardGuidedDecoder.from_pretrained((model, make_tokenizer()), dtype="bfloat16")

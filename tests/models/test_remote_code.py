@@ -26,8 +26,10 @@ from rgtg_fast import (
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models import code_models
 from tests.models.adapters import write_adapter
+from tests.rewards import naive
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [20, 21, 22]]
+GREEDY = Guidance(k=1, beta=0.0, temperature=0.0)
 
 
 @pytest.fixture
@@ -61,15 +63,9 @@ def test_a_trusted_language_model_is_served_exactly(ran: Path, tmp_path: Path) -
     model: Any = decoder.lm.runner.model
     assert type(model).__name__ == "OwnForCausalLM"
     plain: Any = make_lm()
-    for row, prompt in zip(decoder.generate(PROMPTS, 4, greedy()), PROMPTS, strict=True):
-        ids = list(prompt)
-        for token in row.tokens:
-            assert token == int(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-            ids.append(token)
-
-
-def greedy() -> Guidance:
-    return Guidance(k=1, beta=0.0, temperature=0.0)
+    for row, prompt in zip(decoder.generate(PROMPTS, 4, GREEDY), PROMPTS, strict=True):
+        for i, token in enumerate(row.tokens):
+            assert token == int(naive.logits_after(plain, [*prompt, *row.tokens[:i]]).argmax())
 
 
 def test_trusted_code_is_verified_like_any_other(ran: Path, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_verification_notices_the_wrong_set(
         runner_of("lm", original=original, max_position_embeddings=2000)
 
 
-def test_who_has_no_longrope_pays_nothing() -> None:
+def test_a_model_without_longrope_and_a_short_cache_have_no_row_rope() -> None:
     assert language_runner(make_lm(), "transformers", None).rope is None
     short = language_runner(make("lm"), "auto", ORIGINAL)
     assert short.rope is None

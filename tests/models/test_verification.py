@@ -73,7 +73,7 @@ def test_a_cap_of_the_logits_is_the_models_own(dtype: torch.dtype) -> None:
     model.get_output_embeddings().weight.data *= 0.1  # logits so small that no cap changes them
     runner = language_runner(model, "auto", None)
     for wrong in (None, 40.0):
-        runner.logit_cap = wrong
+        runner.logit_softcap = wrong
         assert "final_logit_softcapping=50.0" in refused(runner.verify)
 
 

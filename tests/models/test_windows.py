@@ -31,7 +31,7 @@ from tests.rewards import naive
 
 # Ragged: far beyond the window, at its edge, inside it, and a single token.
 LENGTHS = (23, WINDOW, WINDOW + 1, WINDOW - 2, 1)
-JUDGES = [
+CLASSIFIERS = [
     name for name, make in FAMILIES.items() if type(make()) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 ]
 
@@ -65,7 +65,7 @@ def test_language_model_equals_its_own_uncached_forward(family: str, engine: str
             text.append(30 + 3 * step + row)
 
 
-@pytest.mark.parametrize("family", JUDGES)
+@pytest.mark.parametrize("family", CLASSIFIERS)
 @torch.inference_mode()
 def test_candidates_score_as_if_each_stood_alone(family: str, engine: str) -> None:
     model = reward_model(family)
@@ -307,10 +307,10 @@ def test_a_head_that_is_not_capped_like_its_config_is_refused(monkeypatch: pytes
     model = language_model("gemma2")
     head = model.lm_head
     runner = language_runner(model, "auto", None)
-    assert runner.logit_cap == 3.0
-    runner.logit_cap = None
+    assert runner.logit_softcap == 3.0
+    runner.logit_softcap = None
     assert "final_logit_softcapping=3.0" in refused(runner.verify)
-    assert reward_runner(reward_model("gemma2"), "auto", None).logit_cap is None
+    assert reward_runner(reward_model("gemma2"), "auto", None).logit_softcap is None
     assert model.lm_head is head
 
 

@@ -275,13 +275,15 @@ def test_which_heads_are_linear(folders: dict[str, Path]) -> None:
 
 
 def test_a_head_in_words() -> None:
-    assert describe(nn.Linear(4, 1, bias=False)) == "linear"
-    assert describe(nn.Linear(4, 1)) == "linear with bias"
-    assert describe(RewardHead([nn.Linear(4, 2)], 0)) == "linear with bias, label 0 of 2"
+    assert describe(nn.Linear(4, 60, bias=False)) == "linear, 4 to 60"
+    assert describe(nn.Linear(4, 1)) == "linear, 4 to 1, with bias"
+    assert describe(RewardHead([nn.Linear(4, 2)], 0)) == "linear, 4 to 1, with bias, label 0 of 2"
     assert describe(RewardHead([nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)])) == "MLP 4-3-1"
-    assert repr(RewardHead([nn.Linear(4, 1), nn.Sigmoid()])) == "RewardHead(linear with bias, Sigmoid)"
+    assert (
+        repr(RewardHead([nn.Linear(4, 1), nn.Sigmoid()])) == "RewardHead(linear, 4 to 1, with bias, Sigmoid)"
+    )
     scaled = RewardHead([nn.Linear(4, 1, bias=False)], normal=(0.5, 2))
-    assert describe(scaled) == "linear, normalized by mean 0.5 and std 2"
+    assert describe(scaled) == "linear, 4 to 1, normalized by mean 0.5 and std 2"
 
 
 def test_heads_that_cannot_be() -> None:

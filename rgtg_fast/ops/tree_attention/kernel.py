@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .._extension import dense
 from .._triton import architecture, multiprocessors, on_device, tickets
-from . import outputs
+from . import MAX_WINDOW, outputs
 
 # Tests and tune.py reach all of these through this module.
 from .blocks import (  # noqa: F401
@@ -414,7 +414,7 @@ def launch(
     lengths = lengths.contiguous()
     mode = CAUSAL if causal else ALONE if ancestors is None else MASKED
     # None is resolved at compile time. Positions are 32-bit integers.
-    limit = min(window, 2**31 - 1) or None
+    limit = min(window, MAX_WINDOW) or None
     cap = softcap or None
     settings = configuration(D, S * R, mode, q.dtype, architecture(q.device))
     programs = B * G * triton.cdiv(S * R, settings["BLOCK_M"])

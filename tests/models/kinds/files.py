@@ -56,7 +56,7 @@ def quantized(method: str, reward: bool = False) -> Kind:
     def build(folder: Path) -> Sources:
         if not reward:
             return Sources(str(quantized_models.saved(folder, method)), CONTRASTIVE)
-        make_lm(**quantized_models.SIZES).save_pretrained(folder / "lm")  # pyright: ignore[reportArgumentType, reportCallIssue]
+        make_lm(**quantized_models.SIZES).save_pretrained(folder / "lm")
         make_tokenizer().save_pretrained(folder / "lm")
         return Sources(str(folder / "lm"), str(quantized_models.saved(folder, method, head=True)))
 
@@ -128,13 +128,23 @@ KINDS = [
         "a folder with several GGUF files", GROUP, two_gguf_files, refused="holds 2 GGUF files", needs="gguf"
     ),
     Kind("GGUF reward model (cls.output.weight)", GROUP, gguf_reward, served=_CONVERTED, needs="gguf"),
-    Kind("GGUF without a head, as reward", GROUP, gguf_without_head, refused="no reward head", needs="gguf"),
     Kind(
-        "GGUF of another architecture", GROUP, gguf_architecture, refused="architecture 'rwkv7'", needs="gguf"
+        "GGUF without a head, as reward",
+        GROUP,
+        gguf_without_head,
+        refused="which has no reward head",
+        needs="gguf",
+    ),
+    Kind(
+        "GGUF of another architecture",
+        GROUP,
+        gguf_architecture,
+        refused="is a GGUF file of architecture 'rwkv7'",
+        needs="gguf",
     ),
     Kind("GGUF with experts", GROUP, gguf_setting, refused="llama.expert_count = 8", needs="gguf"),
     Kind("GGUF without a tokenizer", GROUP, without_tokenizer, refused="holds no tokenizer", needs="gguf"),
-    Kind("GGUF that was cut off", GROUP, damaged, refused="cut off", needs="gguf"),
+    Kind("GGUF that was cut off", GROUP, damaged, refused="was cut off", needs="gguf"),
     quantized("bitsandbytes 4-bit"),
     quantized("bitsandbytes 4-bit", reward=True),
     quantized("torchao int8"),

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import transformers as tf
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.conftest import CHAT_TEMPLATE, make_lm, make_tokenizer, tiny_config
+from tests.conftest import make_lm, make_tokenizer, tiny_config
 from tests.models.kinds import Kind, Sources
+from tests.models.kinds.base import CACHED, ON_TEXTS
+from tests.models.kinds.tiny import byte_tokenizer
 
 WIDTH = 32
 INNER = 20
@@ -47,7 +48,8 @@ class Saved:
         if self.family == "mistral":
             config.sliding_window = None
         if self.family == "qwen2":
-            config.vocab_size = len(_bytes())
+            tokenizer = self.tokenizer()
+            config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
         return config
 
     def trunk(self) -> Any:
@@ -81,18 +83,7 @@ class Saved:
 
     def tokenizer(self) -> Any:
         """The tokenizer: one of words, or of bytes where the family turns every tokenizer into one of bytes."""
-        return _bytes() if self.family == "qwen2" else make_tokenizer()
-
-
-def _bytes() -> Any:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *alphabet])}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+        return byte_tokenizer() if self.family == "qwen2" else make_tokenizer()
 
 
 def labels(*names: str) -> dict[str, Any]:
@@ -186,7 +177,9 @@ _SERVED = {
     "a sigmoid": "as the configuration says (cross-encoders)",
 }
 
-_STEPS = "process reward model"
+_STEPS = "is a process reward model: it scores the ends of steps, not every token"
+_WEIGHED = "weighs several scores by a network"
+_OWN_TOKEN = "has a reward that is read at a token of its own"
 # Model, and a part of the reason for which it is refused.
 REFUSED: dict[str, tuple[Saved, str]] = {
     "ArmoRM": (
@@ -194,21 +187,21 @@ REFUSED: dict[str, tuple[Saved, str]] = {
             {"regression_layer.weight": (19, WIDTH), "gating.layers.0.weight": (8, WIDTH)},
             _made_as("LlamaForRewardModelWithGating", **REMOTE),
         ),
-        "by a network",
+        _WEIGHED,
     ),
     "QRM": (
         Saved(
             {"score.weight": (1, WIDTH), "reward_transform_matrix": (19, 19), "gating.layers.0.weight": (8, WIDTH)},
             {**CLASSIFIER, **ONE},
         ),
-        "by a network",
+        _WEIGHED,
     ),
     "URM": (
         Saved(
             {"score.weight": (10, WIDTH), "weights.0.weight": (5, WIDTH)},
             _made_as("LlamaForSequenceClassificationWithNormal_Weights"),
         ),
-        "by a network",
+        _WEIGHED,
     ),
     "several attributes": (
         Saved({"score.weight": (10, WIDTH)}, {**CLASSIFIER, **labels(*(f"LABEL_{i}" for i in range(10)))}),
@@ -221,11 +214,11 @@ REFUSED: dict[str, tuple[Saved, str]] = {
                 "InternLM2ForRewardModel", model_type="internlm2", auto_map={"AutoConfig": "modeling_own.Config"}
             ),
         ),
-        "at a token of its own",
+        _OWN_TOKEN,
     ),
     "Athene-RM": (
         Saved({"v_head.weight": (1, WIDTH)}, {**CLASSIFIER, **ONE}),
-        "at a token of its own",
+        _OWN_TOKEN,
     ),
     "Qwen2.5-Math-PRM": (
         Saved(
@@ -242,15 +235,15 @@ REFUSED: dict[str, tuple[Saved, str]] = {
             _made_as("Qwen2ForCausalLM"),
             "qwen2",
         ),
-        "ends of steps",
+        "whose scores hold at the ends of steps alone",
     ),
     "Math-Shepherd, RLHFlow PRM (a language model that answers + or −)": (
         Saved(VOCABULARY, _made_as("LlamaForCausalLM")),
-        "answer in tokens",
+        "which has no reward head; process reward models that answer in tokens have none either",
     ),
     "an MLP of unknown functions": (
         Saved(_mlp("score.", WIDTH, WIDTH, 1), {**CLASSIFIER, **ONE}),
-        "do not say which functions",
+        "its files do not say which functions are between its layers",
     ),
 }  # fmt: skip
 
@@ -320,13 +313,10 @@ def _of_encoder(name: str) -> Callable[[Path], Sources]:
 
 KINDS: list[Kind] = [
     *(
-        Kind(name, "reward model", _of_saved(saved), served=_SERVED.get(name, "cached"))
+        Kind(name, "reward model", _of_saved(saved), served=_SERVED.get(name, CACHED))
         for name, saved in SAVED.items()
     ),
-    *(
-        Kind(f"{name} (`text:`)", "reward model", _of_encoder(name), served="whole texts, no cache")
-        for name in ENCODERS
-    ),
+    *(Kind(f"{name} (`text:`)", "reward model", _of_encoder(name), served=ON_TEXTS) for name in ENCODERS),
     *(
         Kind(name, "reward model", _of_saved(saved), refused=reason)
         for name, (saved, reason) in REFUSED.items()
