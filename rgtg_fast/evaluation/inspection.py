@@ -125,15 +125,21 @@ def _reward_facts(part: Reward) -> dict[str, Any]:
     return {
         "name": part.name,
         "trunk": part.trunk,
-        "heads": [_head(runtime.head) for runtime in _runtimes(part)],
+        "heads": [_head(head) for head in _heads(part)],
         "scores_vocabulary": part.scores_vocabulary,
     }
 
 
-def _runtimes(part: Reward) -> list[RewardRuntime]:
+def _heads(part: Reward) -> list[nn.Module]:
+    """The heads that rewards are read from; none for an encoder, which pools by itself, and for a function."""
+    if isinstance(part, TextReward):
+        return [] if part.head is None else [part.head]
+    runtimes: list[RewardRuntime] = []
     if isinstance(part, SequenceReward):
-        return [part._runtime]
-    return [scorer.runtime for scorer in part._scorers] if isinstance(part, VocabularyScorer) else []
+        runtimes = [part._runtime]
+    elif isinstance(part, VocabularyScorer):
+        runtimes = [scorer.runtime for scorer in part._scorers]
+    return [runtime.head for runtime in runtimes]
 
 
 def _engine_reason(model: PreTrainedModel, runner: ModelRunner | None) -> str:

@@ -22,9 +22,10 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.checkpoint import names, weight_shapes
 from rgtg_fast.models.heads import SCORE, activation_of, label_index, normalization, with_reward_head
+from rgtg_fast.models.state_dict import wrapper_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -91,6 +92,13 @@ class FileHead:
         prefix = next((x for x in prefixes if any(key.startswith(x) for key in shapes)), None)
         if prefix is None:
             return None
+        # Under the name of the model's own head another one would be loaded in its place.
+        other = [key for key in shapes if key.startswith(f"{SCORE}.") and prefix != f"{SCORE}."]
+        if other:
+            raise RGTGError(
+                f"{name} has two reward heads, {prefix + '*'!r} and {names(other)}: save it with the one that "
+                "gives its rewards"
+            )
         parts = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         found = [_PART.fullmatch(part) for part in parts]
         irregular = (
@@ -160,6 +168,7 @@ class ClassifierLoader:
         self._head: FileHead | None = None
         # An architecture whose configuration needs code is refused here by its name.
         _refuse_architectures(self._raw, source)
+        _refuse_label_fields(self._raw, source)
 
     def configure(self, config: Any) -> None:
         """Recognizes the head, and sets the number of labels where the configuration leaves it open.
@@ -174,6 +183,11 @@ class ClassifierLoader:
         # Before the weights are read.
         normalization(config, self._source)
         activation_of(config, self._source)
+        wrapped = wrapper_of(shapes) if head is None else None
+        if wrapped is not None:
+            raise RGTGError(
+                f"{self._source} has names that begin with {wrapped[0]!r}: it was saved from {wrapped[1]}"
+            )
         if head is None:
             check_labels(config, self._label, self._source)
             return
@@ -287,6 +301,21 @@ def _refuse_architectures(raw: Mapping[str, Any], name: object) -> None:
         for part, reason in _REFUSED_ARCHITECTURES.items():
             if part in str(one):
                 raise RGTGError(f"{name} ({one}) {reason}: {_OWN_CODE}")
+
+
+def _refuse_label_fields(raw: Mapping[str, Any], name: object) -> None:
+    """Refuses labels that transformers cannot read, by name."""
+    count, texts = raw.get("num_labels", 1), raw.get("id2label")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise RGTGError(
+            f"{name} has num_labels={shown(count)} in its config.json: put the number of labels there"
+        )
+    numbered = isinstance(texts, dict) and all(str(index).isdecimal() for index in texts)
+    if not numbered and texts is not None:
+        raise RGTGError(
+            f"{name} has id2label={shown(texts)} in its config.json: put names by number there, as in "
+            '{"0": "bad", "1": "good"}'
+        )
 
 
 def _refuse_weights(shapes: Shapes, config: Any, name: object) -> None:

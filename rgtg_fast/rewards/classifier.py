@@ -151,6 +151,11 @@ class Classifier:
         head, self._head = self._head, None
         alone = torch.cat([self._forward([row]) for row in rows])
         self._head = head
+        if not alone.isfinite().all():
+            raise RGTGError(
+                f"{self.title} gives NaN or infinity for a short text: check its weights and dtype (float16 overflows: "
+                "try bfloat16 or float32)"
+            )
         try:
             together = self._forward(rows)
         except RGTGError:
