@@ -62,6 +62,8 @@ def inspect_decoder(
         >>> inspect_decoder(decoder, "Hello")["memory"]["rows_that_fit"]  # doctest: +SKIP
         1480
     """
+    # Before the prompts are shown: a prompt that cannot be answered is refused with the words of `generate`.
+    compared = cached_difference(decoder, prompt, new_tokens)
     facts = decoder.describe()
     del facts["cache_bytes"]
     return {
@@ -71,7 +73,7 @@ def inspect_decoder(
         "prompts": _prompts(decoder, prompt),
         "template": _template(decoder),
         "tokenizers": _tokenizers(decoder),
-        "cached_vs_uncached": cached_difference(decoder, prompt, new_tokens),
+        "cached_vs_uncached": compared,
         "memory": _memory(decoder),
     }
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,8 @@ _REFUSED_WEIGHTS = {
 _PREFIXES = (f"{SCORE}.", "value_head.", "regression_head.", "v_head.summary.")
 # Architectures whose `score` is known to be Linear, ReLU, Linear.
 _RELU = ("INFORMForSequenceClassification", "Qwen2ForRewardModel")
+# Files that hold a head alone.
+_HEAD_FILES = ("value_head.safetensors", "value_head.bin")
 _PART = re.compile(r"(?:(\d+)\.)?(weight|bias)")
 
 
@@ -189,6 +192,7 @@ class ClassifierLoader:
                 f"{self._source} has names that begin with {wrapped[0]!r}: it was saved from {wrapped[1]}"
             )
         if head is None:
+            _refuse_separate_head(self._source)
             check_labels(config, self._label, self._source)
             return
         # transformers' default is two labels, whatever the head.
@@ -303,6 +307,16 @@ def _refuse_architectures(raw: Mapping[str, Any], name: object) -> None:
                 raise RGTGError(f"{name} ({one}) {reason}: {_OWN_CODE}")
 
 
+def _refuse_separate_head(source: object) -> None:
+    """Refuses a head in a file of its own, as LLaMA-Factory saves it beside a language model."""
+    found = [file for file in _HEAD_FILES if Path(str(source), file).is_file()]
+    if found:
+        raise RGTGError(
+            f"{source} has its reward head in a file of its own ({found[0]}), which is not read: save all weights in "
+            "model.safetensors, those of the head as 'value_head.weight' and 'value_head.bias'"
+        )
+
+
 def _refuse_label_fields(raw: Mapping[str, Any], name: object) -> None:
     """Refuses labels that transformers cannot read, by name."""
     count, texts = raw.get("num_labels", 1), raw.get("id2label")
@@ -326,5 +340,6 @@ def _refuse_weights(shapes: Shapes, config: Any, name: object) -> None:
     if "v_head.summary.weight" in shapes and getattr(config, "vhead_layer_type", None) != "linear":
         raise RGTGError(
             f"{name} ('v_head.summary.weight') has a value head as Skywork-o1-PRM has, whose scores hold at the ends "
-            f"of steps alone: {_OWN_CODE}"
+            f"of steps alone: {_OWN_CODE}; where its score is that of a whole text, put "
+            '"vhead_layer_type": "linear" into its config.json'
         )

@@ -584,6 +584,30 @@ def test_a_pickled_checkpoint(tmp_path: Path) -> None:
     assert "'steps' not in the model" in message_of(lambda: decoder_of(folder, SAVED["UltraRM"]))
 
 
+def test_a_head_in_a_file_of_its_own(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved = Saved(
+        {"value_head.weight": (1, WIDTH), "value_head.bias": (1,)}, {"architectures": ["LlamaForCausalLM"]}
+    )
+    folder = saved.save(tmp_path / "rm")
+    whole = load_file(folder / "model.safetensors")
+    head = {f"v_head.summary.{part}": whole[f"value_head.{part}"] for part in ("weight", "bias")}
+    rest = {name: value for name, value in whole.items() if not name.startswith("value_head")}
+    save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, write in (("value_head.bin", torch.save), ("value_head.safetensors", save_file)):
+        write(head, folder / name)
+        message = message_of(lambda: decoder_of(folder, saved))
+        assert f"in a file of its own ({name})" in message
+        (folder / name).unlink()
+    # The way out of the message.
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    with torch.inference_mode():
+        state = saved.trunk()(torch.tensor([[*PROMPTS[0], *ANSWERS[0]]])).last_hidden_state[0, -1].double()
+    wanted = plain(state, whole, "value_head") + float(whole["value_head.bias"])
+    assert close(decoder_of(folder, saved).score(PROMPTS[:1], ANSWERS[:1])[0][-1], wanted)
+
+
 def test_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head is recognized in the files of the hub's cache."""
     cache, revision = tmp_path / "hub", "a" * 40
