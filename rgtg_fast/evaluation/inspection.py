@@ -16,6 +16,7 @@ from rgtg_fast.engine.request import encoded_row
 from rgtg_fast.models.attention import own_attention
 from rgtg_fast.models.cpp_layers import NativeLayers
 from rgtg_fast.models.device import free_bytes, without_autocast
+from rgtg_fast.models.heads import Head, RewardHead
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.models.templates import template_difference
@@ -132,10 +133,10 @@ def _reward_facts(part: Reward) -> dict[str, Any]:
     }
 
 
-def _heads(part: Reward) -> list[nn.Module]:
+def _heads(part: Reward) -> list[Head]:
     """The heads that rewards are read from; none for an encoder, which pools by itself, and for a function."""
     if isinstance(part, TextReward):
-        return [] if part.head is None else [part.head]
+        return [part.head] if isinstance(part.head, (nn.Linear, RewardHead)) else []
     runtimes: list[RewardRuntime] = []
     if isinstance(part, SequenceReward):
         runtimes = [part._runtime]

@@ -60,7 +60,9 @@ def test_a_reward_over_texts_shows_its_head() -> None:
     pair = (reward_model("llama", normalize_reward=True, mean=0.5, std=2.0), byte_tokenizer())
     report = inspect_decoder(_decoder(TextReward(pair)), CHAT)
     (reward,) = report["rewards"]
-    assert reward["heads"] == ["RewardHead(linear, normalized by mean 0.5 and std 2)"]
+    (head,) = reward["heads"]
+    assert "linear" in head
+    assert "normalized by mean 0.5 and std 2" in head
 
 
 def test_the_engine_that_was_asked_for() -> None:
