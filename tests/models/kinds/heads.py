@@ -320,7 +320,7 @@ def _of_encoder(name: str) -> Callable[[Path], Sources]:
 
 KINDS: list[Kind] = [
     *(
-        Kind(name, "reward model", _of_saved(saved), served=_SERVED.get(name, "prefix cache"))
+        Kind(name, "reward model", _of_saved(saved), served=_SERVED.get(name, "cached"))
         for name, saved in SAVED.items()
     ),
     *(
