@@ -473,6 +473,8 @@ def test_up_to_the_context_limit() -> None:
     assert len(row.tokens) == 28
     with pytest.raises(RGTGError, match="max_new_tokens <= 28"):
         decoder.generate([[5] * 100], 29, GREEDY)
+    with pytest.raises(RGTGError, match=r"exceed its 128: shorten the prompt$"):
+        decoder.generate([[5] * 128], 1, GREEDY)
 
 
 def _never_eos(decoder: RewardGuidedDecoder) -> Guidance:

@@ -34,7 +34,7 @@ class Demo:
     """Answer a few prompts without and with the reward model, side by side."""
 
     prompt: list[str] | None = option("Your own prompt (repeatable).", None)
-    setup: Setup = include("lm reward better worse dtype device engine")
+    setup: Setup = include("lm reward reward_label better worse dtype device engine")
     decoding: Decoding = include("k temperature seed max_new_tokens", temperature=0.7, max_new_tokens=48)
     beta: float | None = option(BETA_HELP, None, GUIDANCE, shown="5, contrastive 2", before="temperature")
     json: bool = json_option()
@@ -53,7 +53,7 @@ class Demo:
         with status("Loading") as progress:
             pair = setup.pair(progress)
             decoder = setup.decoder(progress, pair, max_batch=len(texts))
-            alone = replace(setup, reward=NONE, better=None, worse=None)
+            alone = replace(setup, reward=NONE, reward_label=None, better=None, worse=None)
             unguided = alone.decoder(progress, pair, max_batch=len(texts))
             prompts = [setup.as_chat(text, decoder) for text in texts]
             progress(f"Answering {len(prompts)} prompts, without and with the reward model")

@@ -34,7 +34,7 @@ class Explain:
     html: Path | None = option("Write a self-contained HTML page here.", None, OUTPUT)
     show: int | None = option("Candidates of each token in the table.", None, OUTPUT, shown="all", min=1)
     json: bool = json_option()
-    setup: Setup = include("lm reward better worse dtype device engine chat")
+    setup: Setup = include("lm reward reward_label better worse dtype device engine chat")
     decoding: Decoding = include(
         "k beta temperature support seed max_new_tokens stop max_length", max_new_tokens=24
     )

@@ -15,7 +15,7 @@ from rgtg_fast.decoder import RewardGuidedDecoder
 from rgtg_fast.engine.request import encoded_row
 from rgtg_fast.models.attention import own_attention
 from rgtg_fast.models.device import free_bytes, without_autocast
-from rgtg_fast.models.heads import describe
+from rgtg_fast.models.heads import Head, RewardHead, describe
 from rgtg_fast.models.layers import native_refusal
 from rgtg_fast.models.prompts import PromptLike, as_prompts
 from rgtg_fast.models.quantized import quantization
@@ -64,6 +64,8 @@ def inspect_decoder(
         >>> inspect_decoder(decoder, "Hello")["memory"]["rows_that_fit"]  # doctest: +SKIP
         1480
     """
+    # Before the prompts are shown: a prompt that cannot be answered is refused with the words of `generate`.
+    compared = cached_difference(decoder, prompt, new_tokens)
     facts = decoder.describe()
     del facts["cache_bytes"]
     return {
@@ -73,7 +75,7 @@ def inspect_decoder(
         "prompts": _prompts(decoder, prompt),
         "template": _template(decoder),
         "tokenizers": _tokenizers(decoder),
-        "cached_vs_uncached": cached_difference(decoder, prompt, new_tokens),
+        "cached_vs_uncached": compared,
         "memory": _memory(decoder),
     }
 
@@ -124,15 +126,21 @@ def _reward_facts(part: Reward) -> dict[str, Any]:
     return {
         "name": part.name,
         "trunk": part.trunk,
-        "heads": [describe(runtime.head) for runtime in _runtimes(part)],
+        "heads": [describe(head) for head in _heads(part)],
         "scores_vocabulary": part.scores_vocabulary,
     }
 
 
-def _runtimes(part: Reward) -> list[RewardRuntime]:
+def _heads(part: Reward) -> list[Head]:
+    """The heads that rewards are read from; none for an encoder, which pools by itself, and for a function."""
+    if isinstance(part, TextReward):
+        return [part.head] if isinstance(part.head, (nn.Linear, RewardHead)) else []
+    runtimes: list[RewardRuntime] = []
     if isinstance(part, SequenceReward):
-        return [part._runtime]
-    return [scorer.runtime for scorer in part._scorers] if isinstance(part, VocabularyScorer) else []
+        runtimes = [part._runtime]
+    elif isinstance(part, VocabularyScorer):
+        runtimes = [scorer.runtime for scorer in part._scorers]
+    return [runtime.head for runtime in runtimes]
 
 
 def _engine_reason(model: PreTrainedModel, runner: ModelRunner | None) -> str:

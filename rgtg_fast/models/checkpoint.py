@@ -202,7 +202,8 @@ def weight_shapes(source: Any) -> dict[str, tuple[int, ...]] | None:
                 shapes |= {key: tuple(entry["shape"]) for key, entry in safetensors_header(file).items()}
             else:
                 tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-                shapes |= {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+                # Loading reports what is no tensor.
+                shapes |= {key: tuple(x.shape) for key, x in tensors.items() if isinstance(x, torch.Tensor)}
         return shapes or None
     except Exception:  # noqa: BLE001 - the hub and damaged files raise anything
         return None

@@ -17,14 +17,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.models.checkpoint import names, weight_shapes
 from rgtg_fast.models.heads import SCORE, activation_of, label_index, normalization, with_reward_head
+from rgtg_fast.models.state_dict import wrapper_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -55,6 +57,8 @@ _REFUSED_WEIGHTS = {
 _PREFIXES = (f"{SCORE}.", "value_head.", "regression_head.", "v_head.summary.")
 # Architectures whose `score` is known to be Linear, ReLU, Linear.
 _RELU = ("INFORMForSequenceClassification", "Qwen2ForRewardModel")
+# Files that hold a head alone.
+_HEAD_FILES = ("value_head.safetensors", "value_head.bin")
 _PART = re.compile(r"(?:(\d+)\.)?(weight|bias)")
 
 
@@ -91,6 +95,13 @@ class FileHead:
         prefix = next((x for x in prefixes if any(key.startswith(x) for key in shapes)), None)
         if prefix is None:
             return None
+        # Under the name of the model's own head another one would be loaded in its place.
+        other = [key for key in shapes if key.startswith(f"{SCORE}.") and prefix != f"{SCORE}."]
+        if other:
+            raise RGTGError(
+                f"{name} has two reward heads, {prefix + '*'!r} and {names(other)}: save it with the one that "
+                "gives its rewards"
+            )
         parts = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         found = [_PART.fullmatch(part) for part in parts]
         irregular = (
@@ -160,6 +171,7 @@ class ClassifierLoader:
         self._head: FileHead | None = None
         # An architecture whose configuration needs code is refused here by its name.
         _refuse_architectures(self._raw, source)
+        _refuse_label_fields(self._raw, source)
 
     def configure(self, config: Any) -> None:
         """Recognizes the head, and sets the number of labels where the configuration leaves it open.
@@ -174,7 +186,13 @@ class ClassifierLoader:
         # Before the weights are read.
         normalization(config, self._source)
         activation_of(config, self._source)
+        wrapped = wrapper_of(shapes) if head is None else None
+        if wrapped is not None:
+            raise RGTGError(
+                f"{self._source} has names that begin with {wrapped[0]!r}: it was saved from {wrapped[1]}"
+            )
         if head is None:
+            _refuse_separate_head(self._source)
             check_labels(config, self._label, self._source)
             return
         # transformers' default is two labels, whatever the head.
@@ -289,6 +307,31 @@ def _refuse_architectures(raw: Mapping[str, Any], name: object) -> None:
                 raise RGTGError(f"{name} ({one}) {reason}: {_OWN_CODE}")
 
 
+def _refuse_separate_head(source: object) -> None:
+    """Refuses a head in a file of its own, as LLaMA-Factory saves it beside a language model."""
+    found = [file for file in _HEAD_FILES if Path(str(source), file).is_file()]
+    if found:
+        raise RGTGError(
+            f"{source} has its reward head in a file of its own ({found[0]}), which is not read: save all weights in "
+            "model.safetensors, those of the head as 'value_head.weight' and 'value_head.bias'"
+        )
+
+
+def _refuse_label_fields(raw: Mapping[str, Any], name: object) -> None:
+    """Refuses labels that transformers cannot read, by name."""
+    count, texts = raw.get("num_labels", 1), raw.get("id2label")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise RGTGError(
+            f"{name} has num_labels={shown(count)} in its config.json: put the number of labels there"
+        )
+    numbered = isinstance(texts, dict) and all(str(index).isdecimal() for index in texts)
+    if not numbered and texts is not None:
+        raise RGTGError(
+            f"{name} has id2label={shown(texts)} in its config.json: put names by number there, as in "
+            '{"0": "bad", "1": "good"}'
+        )
+
+
 def _refuse_weights(shapes: Shapes, config: Any, name: object) -> None:
     for key in sorted(shapes):
         for start, reason in _REFUSED_WEIGHTS.items():
@@ -297,5 +340,6 @@ def _refuse_weights(shapes: Shapes, config: Any, name: object) -> None:
     if "v_head.summary.weight" in shapes and getattr(config, "vhead_layer_type", None) != "linear":
         raise RGTGError(
             f"{name} ('v_head.summary.weight') has a value head as Skywork-o1-PRM has, whose scores hold at the ends "
-            f"of steps alone: {_OWN_CODE}"
+            f"of steps alone: {_OWN_CODE}; where its score is that of a whole text, put "
+            '"vhead_layer_type": "linear" into its config.json'
         )

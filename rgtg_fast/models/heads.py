@@ -6,7 +6,6 @@ Most reward models have a linear layer with one output, which stays as it is. Ev
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -57,9 +56,10 @@ class RewardHead(nn.Module):
         super().__init__()
         self.layers, self.label, self.normal = nn.ModuleList(layers), label, normal
         linears = self.linears()
-        other = [x for x in layers if not isinstance(x, _ELEMENTWISE) and not _readable(x)]
+        other = [x for x in layers if not _readable(x)]
         if other or not linears:
-            kind = type(other[0]).__name__ if other else "no linear layer"
+            kind = "no linear layer" if not other else type(other[0]).__name__
+            kind += " with hooks" if other and _hooked(other[0]) else ""
             raise RGTGError(
                 f"its reward head holds {kind}: unquantized linear layers and elementwise functions are served, use "
                 "TextReward(f) with a function f that calls the model's own code"
@@ -134,11 +134,20 @@ class RewardHead(nn.Module):
 
 
 def _readable(layer: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight can be read; a quantized one's has other shapes or integers."""
-    if not isinstance(layer, nn.Linear):
+    """Whether a module computes what its class and its weight say; a quantized weight has other shapes or integers.
+
+    A subclass or a hook may compute something else, and so may a method of the module's own.
+    """
+    if _hooked(layer) or type(layer) in _ELEMENTWISE:
+        return not _hooked(layer)
+    if type(layer) is not nn.Linear:
         return False
     shape = (layer.out_features, layer.in_features)
     return layer.weight.is_floating_point() and tuple(layer.weight.shape) == shape
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 Head: TypeAlias = nn.Linear | RewardHead
@@ -203,11 +212,12 @@ def label_index(config: Any, label: str | int | None, name: object) -> int | Non
 
     Args:
         config: the model's configuration.
-        label: a label's name (`id2label`) or index, None for the only one.
+        label: a label's name (`id2label`) or index, None for the only one. A number is an index, a text is a name
+            before it is an index.
         name: the model, for messages.
 
     Raises:
-        RGTGError: no such label, or several and none chosen.
+        RGTGError: no such label, several of this name, or several and none chosen.
     """
     names = {int(index): str(text) for index, text in (config.id2label or {}).items()}
     count = int(config.num_labels)
@@ -218,9 +228,14 @@ def label_index(config: Any, label: str | int | None, name: object) -> int | Non
             return None
         raise RGTGError(
             f"{name} has {count} labels ({listed}) and a reward model needs 1: choose one with label=NAME "
-            "(--reward-label NAME), or use a model with num_labels=1"
+            "(--reward-label NAME) where there is such an option, or use a model with num_labels=1"
         )
-    found = next((index for index, text in names.items() if text == str(label)), None)
+    named = [index for index, text in names.items() if isinstance(label, str) and text == label]
+    if len(named) > 1:
+        raise RGTGError(
+            f"{name} has {len(named)} labels named {shown(label)} (of {listed}): choose one by its index"
+        )
+    found = named[0] if named else None
     if found is None and not isinstance(label, bool) and str(label).isdecimal() and len(str(label)) < 10:
         found = int(label)
     if found is None or not 0 <= found < count:
@@ -234,15 +249,22 @@ def normalization(config: Any, name: object) -> tuple[float, float] | None:
     Raises:
         RGTGError: numbers that cannot be.
     """
-    if not getattr(config, "normalize_reward", False) or not hasattr(config, "mean"):
+    wanted = getattr(config, "normalize_reward", False)
+    if wanted not in (True, False, None):
+        raise RGTGError(
+            f"{name} has normalize_reward={shown(wanted)} in its config.json: put true or false there"
+        )
+    if not wanted or not hasattr(config, "mean"):
         return None
     mean, std = getattr(config, "mean", None), getattr(config, "std", None)
+    # The models keep both numbers in float32.
+    limits = torch.finfo(torch.float32)
     for key, value in (("mean", mean), ("std", std)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (key == "std" and value <= 0):  # pyright: ignore[reportOptionalOperand]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= limits.max
+        if not number or (key == "std" and value < limits.tiny):  # pyright: ignore[reportOptionalOperand]
             raise RGTGError(
                 f"{name} normalizes its rewards (normalize_reward) and its config.json has {key}={shown(value)}: put "
-                f"{'a finite number' if key == 'mean' else 'a positive number'} there, or normalize_reward=false"
+                f"{'a finite' if key == 'mean' else 'a positive'} number (float32) there, or normalize_reward=false"
             )
     return float(mean), float(std)  # pyright: ignore[reportArgumentType]
 
@@ -258,7 +280,7 @@ def activation_of(config: Any, name: object) -> nn.Module | None:
     named = named or getattr(config, "sbert_ce_default_activation_function", None)
     if named is None:
         return None
-    if named not in _ACTIVATIONS:
+    if not isinstance(named, str) or named not in _ACTIVATIONS:
         known = ", ".join(key.rpartition(".")[2] for key in _ACTIVATIONS)
         raise RGTGError(
             f"{name} names {shown(named)} as the function of its scores and {known} are served: use TextReward(f) with "
@@ -300,7 +322,7 @@ def with_reward_head(model: PreTrainedModel, label: str | int | None, name: obje
     if isinstance(score, nn.Linear) and index is None and activation is None and normal is None:
         return model
     layers = [
-        *(score if isinstance(score, nn.Sequential) else [score]),
+        *(score if type(score) is nn.Sequential and not _hooked(score) else [score]),
         *([activation] if activation else []),
     ]
     try:

@@ -148,7 +148,7 @@ def rendered(
     except Exception as error:  # a template is a program, which may raise anything
         raise RGTGError(
             f"{what} is a chat that {title} does not take ({one_line(error, None)}): pass one that it takes, or a "
-            "plain string"
+            "plain string (--no-chat)"
         ) from error
     for message in messages:
         for part in _parts(message) if message["role"] != "tool" else []:

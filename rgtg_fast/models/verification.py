@@ -288,6 +288,11 @@ def _check_logits(runner: ModelRunner, state: torch.Tensor, own: torch.Tensor) -
     error = float((found - own).norm() / size.clamp_min(torch.finfo(torch.float64).tiny))
     if error <= _HEAD[runner.dtype]:
         return
+    if not (found.isfinite().all() and own.isfinite().all()):
+        raise RGTGError(
+            f"{type(runner.model).__name__} cannot be served: its logits are NaN or infinite; check the weights of its "
+            "trunk and its head, and the dtype (float16 overflows: try bfloat16 or float32)"
+        )
     config = runner.model.config.get_text_config().to_dict()
     named = [
         f"{key}={value}"

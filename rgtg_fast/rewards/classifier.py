@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, one_line
 from rgtg_fast.models.heads import SCORE, RewardHead, activation_of, label_index
 from rgtg_fast.models.rope import longrope_length
 from rgtg_fast.models.runner import Counter
@@ -115,8 +115,8 @@ class Classifier:
             raise RGTGError(
                 f"{self.title} has no memory for {len(rows)} texts at once: use a smaller batch_size"
             ) from error
-        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
+        except Exception as error:  # a family's own code may raise anything
+            reason = one_line(error)
             raise RGTGError(
                 f"{self.title} cannot read a text of {int(last.max()) + 1} tokens ({reason}): "
                 "set a smaller max_length, or use another reward model"
@@ -151,6 +151,11 @@ class Classifier:
         head, self._head = self._head, None
         alone = torch.cat([self._forward([row]) for row in rows])
         self._head = head
+        if not alone.isfinite().all():
+            raise RGTGError(
+                f"{self.title} gives NaN or infinity for a short text: check its weights and dtype (float16 overflows: "
+                "try bfloat16 or float32)"
+            )
         try:
             together = self._forward(rows)
         except RGTGError:

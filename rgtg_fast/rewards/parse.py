@@ -80,9 +80,12 @@ def named_guide(name: str, label: str | int | None = None, trust_remote_code: bo
         reward = named_guide(name)
         if label is not None:
             if not isinstance(reward, (SequenceReward, TextReward)):
+                way_out = "leave it out"
+                if isinstance(reward, MixtureReward):
+                    way_out += ", or give it to a part in Python: MixtureReward([SequenceReward(..., label=...), ...])"
                 raise RGTGError(
                     f"label={label!r} chooses a label of one reward model and {name!r} is a {type(reward).__name__}: "
-                    "leave it out"
+                    f"{way_out}"
                 )
             reward.label = label
         for each in reward.rewards if isinstance(reward, MixtureReward) else [reward]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
@@ -118,6 +119,11 @@ class TextReward(Reward):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The reward model's; None for a function, and before it is bound."""
         return None if self._classifier is None else self._classifier.tokenizer
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The `score` head of a causal reward model; None for an encoder, a function, and before it is bound."""
+        return None if self._classifier is None else self._classifier._head
 
     def read_ids(self, prefix: Prefix, answer: str) -> list[int]:
         """The token ids that the reward model reads for a prompt and an answer; none for a function."""

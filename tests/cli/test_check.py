@@ -159,6 +159,23 @@ def test_bad_input_is_one_line(run: Callable, tmp_path: Path, change: Callable, 
         assert report["reason"] in outcome.error
 
 
+def test_a_prompt_that_cannot_be_answered_has_one_reason(run: Callable, tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the models have embeddings."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    lm = save(language_model("llama"), tmp_path / "lm", tokenizer)
+    rm = save(reward_model("llama"), tmp_path / "rm", tokenizer)
+    for reward in (rm, f"text:{rm}"):
+        models = ("--lm", lm, "--reward", reward)
+        assert run("check", *models).code == 0
+        checked, answered = (
+            run("check", *models, "--prompt", "<more>"),
+            run("generate", "<more>", *models, *SHORT),
+        )
+        assert "token id 259, outside the vocabulary (V=259)" in checked.error
+        assert checked.error == answered.error
+
+
 def test_the_table_of_the_documentation_has_a_row_for_each_kind() -> None:
     """After a change: RGTG_FAST_MODELS_CSV=benchmarks/results/models.csv pytest tests/cli/test_check.py -k agree."""
     rows = read_rows(RESULTS / "models.csv")

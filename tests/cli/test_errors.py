@@ -70,6 +70,11 @@ def test_reward_model_with_two_labels(run: Callable, lm: str, two_labels_rm: str
     assert "no label 'good'" in run(*arguments, "--reward-label", "good").error
     (row,) = run(*arguments, "--reward-label", "LABEL_1").rows
     assert row["reward_label"] == "LABEL_1"
+    # The message offers the option, so that every command which decodes has it.
+    for command in (("explain", "hello"), ("demo", "--prompt", "hello")):
+        arguments = (*command, "--lm", lm, "--reward", two_labels_rm, "--max-new-tokens", 2, "--json")
+        assert "--reward-label NAME" in run(*arguments).error
+        assert run(*arguments, "--reward-label", "LABEL_1").code == 0
     for reward in ("contrastive", "none"):
         refused = run("generate", "hello", "--lm", lm, "--reward", reward, "--reward-label", "good", *SHORT)
         assert "--reward-label belongs to" in refused.error

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from rgtg_fast import ContrastiveReward, FunctionReward, MixtureReward, RewardGuidedDecoder, SequenceReward
+from rgtg_fast import (
+    ContrastiveReward,
+    FunctionReward,
+    MixtureReward,
+    RewardGuidedDecoder,
+    SequenceReward,
+    TextReward,
+)
 from rgtg_fast.evaluation.inspection import cached_difference, inspect_decoder
 from tests.models.kinds.tiny import byte_tokenizer, language_model, reward_model
 
@@ -47,6 +54,15 @@ def test_a_mixture_has_its_parts() -> None:
     assert texts[0] == texts[1] == "<s>user: Hi</s><s>assistant: "
     assert texts[2].startswith("<s>system: You are a thoughtful")
     assert [each["difference"] for each in report["tokenizers"]] == [None]
+
+
+def test_a_reward_over_texts_shows_its_head() -> None:
+    pair = (reward_model("llama", normalize_reward=True, mean=0.5, std=2.0), byte_tokenizer())
+    report = inspect_decoder(_decoder(TextReward(pair)), CHAT)
+    (reward,) = report["rewards"]
+    (head,) = reward["heads"]
+    assert "linear" in head
+    assert "normalized by mean 0.5 and std 2" in head
 
 
 def test_the_engine_that_was_asked_for() -> None:

@@ -216,6 +216,10 @@ def test_a_model_that_cannot_read_is_one_line() -> None:
         Classifier(small, make_tokenizer(), "bert", None).encode(["w1"], None, False)
     with pytest.raises(RGTGError, match="a text of 0 tokens"):
         Classifier(make_rm(), make_tokenizer(), "rm", None).encode([""], None, False)
+    # Its code asks for a number that its configuration lacks.
+    t5 = tf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, num_labels=1)
+    with pytest.raises(RGTGError, match=r"cannot read a text of .*decoder_start_token_id"):
+        Classifier(_made(t5), make_tokenizer(), "t5", None)
     hidden = make_rm()
     hidden.model.embed_positions = torch.nn.Embedding(4, 4)  # a table that the configuration does not tell of
     assert Classifier(hidden, make_tokenizer(), "rm", None).max_length == 4

@@ -14,10 +14,18 @@ import torch
 import transformers as tf
 from torch import nn
 
-from rgtg_fast import Guidance, RADReward, RewardGuidedDecoder, RGTGError, SequenceReward, TextReward
+from rgtg_fast import (
+    Guidance,
+    MixtureReward,
+    RADReward,
+    RewardGuidedDecoder,
+    RGTGError,
+    SequenceReward,
+    TextReward,
+)
 from rgtg_fast.evaluation.accuracy import score_pairs
 from rgtg_fast.evaluation.judge import Judge, load_classifier
-from rgtg_fast.models.heads import RewardHead, describe, linear_part, scores_of
+from rgtg_fast.models.heads import RewardHead, describe, linear_part, scores_of, with_reward_head
 from rgtg_fast.models.loading import load_sequence_classifier
 from rgtg_fast.training.data import TokenizedPair
 from rgtg_fast.training.model import load_base
@@ -286,6 +294,47 @@ def test_a_head_in_words() -> None:
     assert describe(scaled) == "linear, 4 to 1, normalized by mean 0.5 and std 2"
 
 
+class _Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def _with_hook(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, output: 2 * output)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("labels", "score", "words"),
+    [
+        (2, _Doubled(WIDTH, 2), "holds _Doubled:"),
+        (1, nn.Sequential(_Doubled(WIDTH, 4), nn.ReLU(), nn.Linear(4, 1)), "holds _Doubled:"),
+        (2, _with_hook(nn.Linear(WIDTH, 2)), "holds Linear with hooks:"),
+        (1, nn.Sequential(nn.Linear(WIDTH, 4), _with_hook(nn.ReLU()), nn.Linear(4, 1)), "holds ReLU with hooks:"),
+        (1, _with_hook(nn.Sequential(nn.Linear(WIDTH, 1))), "holds Sequential with hooks:"),
+    ],
+)  # fmt: skip
+def test_a_head_that_computes_more_than_its_weights_say(labels: int, score: nn.Module, words: str) -> None:
+    model = make_rm(num_labels=labels)
+    model.score = score
+    label = 1 if labels > 1 else None
+    assert words in message_of(lambda: with_reward_head(model, label, "rm"))
+
+
+@pytest.mark.parametrize("kind", [SequenceReward, TextReward])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(kind: Any, value: float) -> None:
+    model = make_rm()
+    with torch.no_grad():
+        model.get_submodule("score").weight[0, 3] = value
+    pair = (model, make_tokenizer())
+    message = message_of(
+        lambda: RewardGuidedDecoder.from_pretrained((make_lm(), make_tokenizer()), kind(pair))
+    )
+    assert "NaN or infini" in message
+    assert "check" in message
+
+
 def test_heads_that_cannot_be() -> None:
     linear = nn.Linear(4, 2)
     assert "Conv1d" in message_of(lambda: RewardHead([nn.Conv1d(1, 1, 1)]))
@@ -313,8 +362,14 @@ def test_a_label_by_name_or_index_and_the_refusal_without_one(folders: dict[str,
     without = message_of(lambda: scores(None))
     assert "2 labels ('rejected', 'chosen')" in without
     assert "--reward-label" in without
+    # Where names are numbers, a number is an index and a text a name.
+    turned = make_rm(id2label={0: "1", 1: "0"}, num_labels=2)
+    heads = [with_reward_head(turned, label, "rm").get_submodule("score") for label in (1, "1", "0")]
+    assert [getattr(head, "label", None) for head in heads] == [1, 0, 1]
     for wrong in ("better", 2, -1, "²", True, "9" * 5000):
         assert "choose one of 'rejected', 'chosen'" in message_of(lambda wrong=wrong: scores(wrong))
+    twice = make_rm(id2label={0: "x", 1: "x"}, num_labels=2)
+    assert "2 labels named 'x'" in message_of(lambda: with_reward_head(twice, "x", "rm"))
     one = str(folders["INF-ORM"])
     assert RewardGuidedDecoder.from_pretrained(lm, one, label="LABEL_0").score(
         PROMPTS, ANSWERS
@@ -330,6 +385,14 @@ def test_labels_belong_to_reward_models(folders: dict[str, Path]) -> None:
         assert "leave it out" in message_of(
             lambda reward=reward: RewardGuidedDecoder.from_pretrained(lm, reward, label="chosen")
         )
+    # Several labels in a mixture are chosen as the message says.
+    mixture = f"mixture:1*{folders['two labels']}"
+    message = message_of(lambda: RewardGuidedDecoder.from_pretrained(lm, mixture, label="chosen"))
+    assert "MixtureReward([SequenceReward(..., label=...), ...])" in message
+    part = SequenceReward(str(folders["two labels"]), label="chosen")
+    mixed = RewardGuidedDecoder.from_pretrained(lm, MixtureReward([part], [2.0])).score(PROMPTS, ANSWERS)
+    alone = RewardGuidedDecoder.from_pretrained(lm, part).score(PROMPTS, ANSWERS)
+    assert mixed == [[2 * reward for reward in row] for row in alone]
     for reward in (None, SequenceReward("somewhere"), lambda prefixes, candidates: candidates):
         assert "a label belongs to" in message_of(
             lambda reward=reward: RewardGuidedDecoder.from_pretrained(lm, reward, label="chosen")
@@ -437,6 +500,30 @@ UNFIT: dict[str, tuple[Saved, str]] = {
     "std 0": (replace(OPENRLHF, config={**OPENRLHF.config, "std": 0}), "std=0"),
     "std NaN": (replace(OPENRLHF, config={**OPENRLHF.config, "std": math.nan}), "std=nan"),
     "a text": (replace(OPENRLHF, config={**OPENRLHF.config, "mean": "0.7"}), "mean="),
+    "a mean beyond float32": (replace(OPENRLHF, config={**OPENRLHF.config, "mean": 10**60}), "mean=1000"),
+    "a std below float32": (replace(OPENRLHF, config={**OPENRLHF.config, "std": 1e-320}), "std=1e-320"),
+    "normalized by a text": (
+        replace(OPENRLHF, config={**OPENRLHF.config, "normalize_reward": "false"}),
+        "normalize_reward='false'",
+    ),
+    "a number of labels that is none": (replace(OPENRLHF, config={"num_labels": "1"}), "num_labels='1'"),
+    "names of labels without numbers": (
+        replace(OPENRLHF, config={"id2label": ["bad", "good"]}),
+        "id2label=['bad', 'good']",
+    ),
+    "names in the place of numbers": (replace(OPENRLHF, config={"id2label": {"a": 0}}), "id2label={'a': 0}"),
+    "the usual head beside the one that its configuration names": (
+        replace(
+            OPENRLHF,
+            head={"value_head.weight": (1, WIDTH), "score.weight": (1, WIDTH)},
+            config={**OPENRLHF.config, "value_head_prefix": "value_head"},
+        ),
+        "two reward heads, 'value_head.*' and 'score.weight'",
+    ),
+    "names from a wrapper": (
+        Saved({"module.value_head.weight": (1, WIDTH)}, OPENRLHF.config),
+        "begin with 'module.'",
+    ),
     "no std": (replace(OPENRLHF, config={"normalize_reward": True, "mean": 1.0}), "std=None"),
     "too wide": (replace(OPENRLHF, head={"value_head.weight": (1, WIDTH + 8)}), "head on 40 numbers"),
     "two labels in the files": (
@@ -462,6 +549,10 @@ UNFIT: dict[str, tuple[Saved, str]] = {
     "weights beside the head": (
         replace(OPENRLHF, head={"value_head.weight": (1, WIDTH), "adapter.weight": (1, WIDTH)}),
         "'adapter.weight' not in the model",
+    ),
+    "a function that is no name": (
+        replace(OPENRLHF, config={"sbert_ce_default_activation_function": ["Sigmoid"]}),
+        "names ['Sigmoid']",
     ),
     "a softmax": (
         replace(
@@ -490,6 +581,33 @@ def test_a_pickled_checkpoint(tmp_path: Path) -> None:
     decoder, reference = decoder_of(folder, SAVED["UltraRM"]), Reference("UltraRM")
     found = decoder.score(PROMPTS[:1], ANSWERS[:1])[0]
     assert close(found[-1], reference([*PROMPTS[0], *ANSWERS[0]]))
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({**weights, "steps": 3}, folder / "pytorch_model.bin")
+    assert "'steps' not in the model" in message_of(lambda: decoder_of(folder, SAVED["UltraRM"]))
+
+
+def test_a_head_in_a_file_of_its_own(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved = Saved(
+        {"value_head.weight": (1, WIDTH), "value_head.bias": (1,)}, {"architectures": ["LlamaForCausalLM"]}
+    )
+    folder = saved.save(tmp_path / "rm")
+    whole = load_file(folder / "model.safetensors")
+    head = {f"v_head.summary.{part}": whole[f"value_head.{part}"] for part in ("weight", "bias")}
+    rest = {name: value for name, value in whole.items() if not name.startswith("value_head")}
+    save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, write in (("value_head.bin", torch.save), ("value_head.safetensors", save_file)):
+        write(head, folder / name)
+        message = message_of(lambda: decoder_of(folder, saved))
+        assert f"in a file of its own ({name})" in message
+        (folder / name).unlink()
+    # The way out of the message.
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    with torch.inference_mode():
+        state = saved.trunk()(torch.tensor([[*PROMPTS[0], *ANSWERS[0]]])).last_hidden_state[0, -1].double()
+    wanted = plain(state, whole, "value_head") + float(whole["value_head.bias"])
+    assert close(decoder_of(folder, saved).score(PROMPTS[:1], ANSWERS[:1])[0][-1], wanted)
 
 
 def test_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
