@@ -107,8 +107,8 @@ class Scheduler:
             reward_length: its tokens in the reward's own models.
         """
         contexts = 1 + self.reward.prompt_contexts
-        lm = self.lm.runner.cache_bytes_per_token * lm_length * contexts
-        return lm + self.reward.cache_bytes_per_token * reward_length
+        lm = self.lm.runner.cache.row_bytes(lm_length) * contexts
+        return lm + self.reward.row_bytes(reward_length)
 
     # ---- results ----------------------------------------------------------------------------------------------------
 
