@@ -77,6 +77,10 @@ class PrefixCache(Cache):
         layers, kv_heads, head_dim = self.shape
         return 2 * layers * kv_heads * head_dim * length * self.dtype.itemsize
 
+    def prefill_bytes(self, length: int) -> int:
+        """Bytes that a prefill of `length` tokens takes besides its row."""
+        return 0
+
     def reserve(self, slots: int, length: int, undo: int = 0) -> None:
         """Allocates `slots` empty rows of `length` tokens; buffers that are large enough are kept.
 

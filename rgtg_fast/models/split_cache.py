@@ -282,10 +282,21 @@ class SplitCache(Cache):
 
     def row_bytes(self, length: int, undo: int = 0) -> int:
         """Bytes of a row of `length` tokens with all its branches; `undo` as in `reserve`."""
+        return self._bytes(
+            [min(length, window_slots(window, undo)) if window else length for window in self._windows]
+        )
+
+    def prefill_bytes(self, length: int) -> int:
+        """Bytes that a prefill of `length` tokens takes besides its row: those of layers that will drop some."""
+        return self._bytes(
+            [length if window and length > window_slots(window, 0) else 0 for window in self._windows]
+        )
+
+    def _bytes(self, tokens: Sequence[int]) -> int:
+        """Bytes of so many tokens in each layer, with all its branches."""
         kv_heads, head_dim = self._shape
-        stored = [min(length, window_slots(window, undo)) if window else length for window in self._windows]
-        tokens = sum(kind.branches * count for kind, count in zip(self._kinds, stored, strict=True))
-        return 2 * tokens * kv_heads * head_dim * self._place[0].itemsize
+        rows = sum(kind.branches * count for kind, count in zip(self._kinds, tokens, strict=True))
+        return 2 * rows * kv_heads * head_dim * self._place[0].itemsize
 
     def nbytes(self) -> int:
         """Bytes of the buffers, the undecided tokens' included."""

@@ -291,6 +291,7 @@ def test_rows_of_8192_tokens_take_a_fraction_of_the_memory(
     row = token * (2 * 8192 + 10 * (512 - 1 + 128))
     cache = decoder.lm.runner.cache
     assert cache.row_bytes(8192) == decoder._scheduler.bytes_per_row(8192, 0) == row
+    assert (cache.prefill_bytes(639), cache.prefill_bytes(8192)) == (0, token * 10 * 8192)
     assert row < 0.24 * 12 * token * 8192
     assert inspect_decoder(decoder, [5])["memory"]["row_bytes"] == row
     cache.reserve(2, 8192)
