@@ -146,7 +146,7 @@ def test_cache_is_one_prefix_per_row_and_not_per_candidate() -> None:
     per_k = {}
     for k in (5, 40):
         per_k[k] = decoder.generate([[5] * 60], 40, Guidance(k=k, temperature=0)).stats.cache_bytes["reward"]
-    bytes_per_token = decoder.reward.cache_bytes_per_token
+    bytes_per_token = decoder.reward.row_bytes(1)
     assert per_k[40] - per_k[5] == 35 * bytes_per_token  # only the undecided tokens grow with k
     assert per_k[5] == (60 + 40 + 5) * bytes_per_token
 
@@ -411,7 +411,7 @@ def test_a_function_of_the_wrong_shape() -> None:
 
 def test_no_memory_says_which_batch_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(max_batch=8)
-    one_row = 2 * decoder.lm.runner.cache_bytes_per_token * (3 + 5)
+    one_row = 2 * decoder.lm.runner.cache.row_bytes(3 + 5)
     monkeypatch.setattr("rgtg_fast.engine.scheduler.free_bytes", lambda device: 3 * one_row + 7)
     with pytest.raises(RGTGError, match="max_batch=3 would fit"):
         decoder.generate([[7, 8, 9]] * 8, 5, GREEDY)

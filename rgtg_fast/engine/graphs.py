@@ -149,7 +149,7 @@ class StepGraphs:
     def begin(self, slots: SlotState) -> None:
         """A call begins, with all memory reserved. Drops graphs whose memory has been replaced since."""
         self.seconds = 0.0
-        self._changing = [model for model in self._models() if model.rope is not None]
+        self._changing = [model for model in self._models() if model.follows_lengths]
         of_models = (x for model in self._models() for x in model.step_state())
         self._state = [*slots.tensors(), *of_models, *self.reward.step_state()]
         buffers = [x for model in self._models() for x in model.buffers()]

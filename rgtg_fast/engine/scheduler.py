@@ -107,8 +107,20 @@ class Scheduler:
             reward_length: its tokens in the reward's own models.
         """
         contexts = 1 + self.reward.prompt_contexts
-        lm = self.lm.runner.cache_bytes_per_token * lm_length * contexts
-        return lm + self.reward.cache_bytes_per_token * reward_length
+        lm = self.lm.runner.cache.row_bytes(lm_length) * contexts
+        return lm + self.reward.row_bytes(reward_length)
+
+    def memory_for_caches(self, longest: int) -> int | None:
+        """Bytes that all caches may take, with what they hold now; None where it is unknown.
+
+        Args:
+            longest: tokens of the longest prompt, whose prefill may take memory besides its rows.
+        """
+        free = free_bytes(self.lm.runner.device)
+        if free is None:
+            return None
+        prefill = max(model.cache.prefill_bytes(longest) for model in self.models())
+        return max(0, free + sum(self.cache_bytes().values()) - prefill)
 
     # ---- results ----------------------------------------------------------------------------------------------------
 
@@ -287,11 +299,10 @@ class Scheduler:
         encoded = [ids for row in run.rows for ids in row.encoded]
         reward_length = max(map(len, encoded), default=0) + run.max_new_tokens
         row_bytes = self.bytes_per_row(lm_length, reward_length)
-        free = free_bytes(runner.device)
-        held = sum(self.cache_bytes().values())
-        check_fits(row_bytes, slots, max(lm_length, reward_length), None if free is None else free + held)
+        longest = max(map(len, [*prompts, *contexts, *encoded]))
+        check_fits(row_bytes, slots, max(lm_length, reward_length), self.memory_for_caches(longest))
         widest = max((row.guidance.k for row in run.rows if row.guidance.support != "all"), default=0)
-        check_candidates(self._candidate_bytes() * slots, widest, slots, free)
+        check_candidates(self._candidate_bytes() * slots, widest, slots, free_bytes(runner.device))
         self.lm.reserve(slots, lm_length, reward.prompt_contexts, reward.shared_forward)
         reward.reserve(slots, reward_length)
         if len(self._slots.tokens) < slots:

@@ -14,7 +14,7 @@ from rgtg_fast.config import Guidance
 from rgtg_fast.decoder import RewardGuidedDecoder
 from rgtg_fast.engine.request import encoded_row
 from rgtg_fast.models.attention import own_attention
-from rgtg_fast.models.device import free_bytes, without_autocast
+from rgtg_fast.models.device import without_autocast
 from rgtg_fast.models.heads import Head, RewardHead, describe
 from rgtg_fast.models.layers import native_refusal
 from rgtg_fast.models.prompts import PromptLike, as_prompts
@@ -283,9 +283,7 @@ def _largest(found: Sequence[float], expected: Sequence[float]) -> float:
 def _memory(decoder: RewardGuidedDecoder) -> dict[str, Any]:
     scheduler, tokens = decoder._scheduler, decoder.max_length
     row = scheduler.bytes_per_row(tokens, tokens)
-    free = free_bytes(decoder.lm.runner.device)
-    if free is not None:
-        free += sum(scheduler.cache_bytes().values())
+    free = scheduler.memory_for_caches(tokens)
     models = [model for _, model, _ in _models(decoder)]
     return {
         "weight_bytes": _bytes_of(models),

@@ -87,6 +87,9 @@ class NativeLayers:
     Args:
         model: the decoder without its head, of one of `NATIVE_FAMILIES`.
 
+    Attributes:
+        windows: each layer's window, 0 for none; empty where no layer has one.
+
     Raises:
         RGTGError: the model cannot run here (`NativeLayers.supported` gives the reason beforehand).
     """
@@ -125,7 +128,7 @@ class NativeLayers:
         self._factors: list[torch.Tensor] = []
 
         self._attentions = [layer.self_attn for layer in layers] if family.windows else []
-        self._windows: list[int] = []
+        self.windows: list[int] = []
 
         table = [self._weights(layer, family) for layer in layers]
         self._grow_tables(64)
@@ -187,7 +190,7 @@ class NativeLayers:
     def _read_windows(self) -> None:
         """Each layer's window as its module passes it to its attention, 0 for none; empty where no layer has one."""
         windows = [window(attention) for attention in self._attentions]
-        self._windows = windows if any(windows) else []
+        self.windows = windows if any(windows) else []
 
     def adapt(self, adapters: Sequence[Adapter]) -> None:
         """Sets the adapters of further forwards: see `branches` of `forward`.
@@ -367,7 +370,7 @@ class NativeLayers:
             kv,
             _extension.array(lengths),
             _extension.optional_array(ancestors),
-            self._windows[first:last],
+            self.windows[first:last],
             causal,
             torch.get_num_threads(),
         )

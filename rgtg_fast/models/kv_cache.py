@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import cache as memoized
 from typing import Any, NamedTuple
 
@@ -41,8 +42,6 @@ class PrefixCache(Cache):
     (`k_new`, `v_new`: [L, n, G, S, D]); `commit` moves the chosen one to the prefix's end. The prefix is never copied
     per candidate and never computed again.
 
-    A layer with a sliding window stores the whole prefix too, so that a slot can be cut back to any length.
-
     Args:
         layers: L.
         kv_heads: G.
@@ -52,9 +51,11 @@ class PrefixCache(Cache):
 
     Attributes:
         windows: whether layers may have sliding windows shorter than a row: those of the model have been verified.
+        slides: whether rows lose tokens that no window reaches any more.
     """
 
     windows = False
+    slides = False
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers=[])
@@ -71,13 +72,20 @@ class PrefixCache(Cache):
 
     # ---- memory -----------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values in all layers: 2·L·G·D·bytes."""
-        return 2 * layers * kv_heads * head_dim * dtype.itemsize
+    def row_bytes(self, length: int, undo: int = 0) -> int:
+        """Bytes of a row of `length` tokens: 2·L·G·D·bytes each."""
+        layers, kv_heads, head_dim = self.shape
+        return 2 * layers * kv_heads * head_dim * length * self.dtype.itemsize
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Allocates `slots` empty rows of `length` tokens; buffers that are large enough are kept."""
+    def prefill_bytes(self, length: int) -> int:
+        """Bytes that a prefill of `length` tokens takes besides its row."""
+        return 0
+
+    def reserve(self, slots: int, length: int, undo: int = 0) -> None:
+        """Allocates `slots` empty rows of `length` tokens; buffers that are large enough are kept.
+
+        A row can be cut back by any number of tokens, not by `undo` alone.
+        """
         if slots > self.slots or length > self.max_length:
             layers, kv_heads, head_dim = self.shape
             # Exactly these sizes: the maximum of both calls in each dimension could be far more than either needs.
@@ -141,6 +149,13 @@ class PrefixCache(Cache):
     def end_prefill(self, new_tokens: int) -> None:
         """Adds the tokens of the prefill to the prefix."""
         self.lengths[self._first : self._first + self._rows] += new_tokens
+
+    def make_room(self, lengths: Sequence[int]) -> None:
+        """Nothing: rows have room for all their tokens."""
+
+    def keeps(self, slot: int, length: int) -> bool:
+        """Whether a slot can be cut back to its first `length` tokens."""
+        return True
 
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens."""
@@ -232,142 +247,6 @@ class PrefixCache(Cache):
     def get_max_length(self, layer_idx: int = 0) -> int:
         """Tokens that fit in a slot."""
         return self.max_length
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: transformers must not wrap this cache in its own compilation."""
-        return False
-
-
-class ForkedCache(Cache):
-    """The cache of a model whose forward adapters share: two prefix caches, split where the adapters begin.
-
-    Layers below `fork` are the same for the base model and every adapter: one row per slot. From there on a slot has
-    `branches` rows next to each other, the base model's first: row = slot · branches + branch, so that the active
-    slots' rows are a leading slice in both.
-
-    Args:
-        layers: as in `PrefixCache`, like the next four.
-        kv_heads: G.
-        head_dim: D.
-        dtype: dtype of the buffers.
-        device: device of the buffers.
-        fork: the first layer with a row for each branch, 0 to L-1.
-        branches: rows of a slot from there on.
-
-    Attributes:
-        windows: as in `PrefixCache`.
-    """
-
-    windows = False
-
-    def __init__(
-        self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        fork: int,
-        branches: int,
-    ):
-        super().__init__(layers=[])
-        below = PrefixCache(fork, kv_heads, head_dim, dtype, device)
-        above = PrefixCache(layers - fork, kv_heads, head_dim, dtype, device)
-        self.fork, self.branches = fork, branches
-        self.parts = [CachePart(0, fork, 1, below)] if fork else []
-        self.parts.append(CachePart(fork, layers, branches, above))
-
-    @property
-    def lengths(self) -> torch.Tensor:
-        """Tokens of each slot's prefix [slots]."""
-        part = self.parts[0]
-        return part.cache.lengths[:: part.branches]
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that fit in a slot."""
-        return self.parts[-1].cache.max_length
-
-    @property
-    def causal(self) -> bool:
-        """As `PrefixCache.causal`."""
-        return self.parts[-1].cache.causal
-
-    def reserve(self, slots: int, length: int) -> None:
-        """Empties the cache and allocates `slots` rows of `length` tokens."""
-        for part in self.parts:
-            part.cache.reserve(slots * part.branches, length)
-
-    def nbytes(self) -> int:
-        """Bytes of the buffers, the undecided tokens' included."""
-        return sum(part.cache.nbytes() for part in self.parts)
-
-    def begin_prefill(self, slot: int, start: int, new_tokens: int) -> None:
-        """The next forward appends `new_tokens` causal tokens to one slot, whose prefix has `start`."""
-        for part in self.parts:
-            part.cache.begin_prefill(slot * part.branches, start, new_tokens, part.branches)
-
-    def begin_step(self, rows: int, new_tokens: int) -> None:
-        """The next forward runs `new_tokens` undecided tokens for each of the first `rows` slots."""
-        for part in self.parts:
-            part.cache.begin_step(rows * part.branches, new_tokens)
-
-    def end_prefill(self, new_tokens: int) -> None:
-        """Adds the tokens of the prefill to the prefix."""
-        for part in self.parts:
-            part.cache.end_prefill(new_tokens)
-
-    def roll_back(self, slot: int, length: int) -> None:
-        """Cuts a slot's prefix back to its first `length` tokens."""
-        for part in self.parts:
-            part.cache.lengths[slot * part.branches : (slot + 1) * part.branches].fill_(length)
-
-    def commit(self, choice: torch.Tensor) -> None:
-        """Moves new token `choice[b]` [B] of each slot to its prefix's end, in every layer and branch."""
-        for part in self.parts:
-            part.cache.commit(choice if part.branches == 1 else choice.repeat_interleave(part.branches))
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copies one slot's prefix of `length` tokens over another's."""
-        for part in self.parts:
-            for branch in range(part.branches):
-                part.cache.move(source * part.branches + branch, target * part.branches + branch, length)
-
-    # ---- what transformers' blocks call ------------------------------------------------------------------------
-
-    def _part_of(self, layer: int) -> CachePart:
-        return self.parts[0] if layer < self.fork else self.parts[-1]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `PrefixCache.update`."""
-        part = self._part_of(layer_idx)
-        return part.cache.update(key_states, value_states, layer_idx - part.first)
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As `PrefixCache.attend`."""
-        part = self._part_of(layer)
-        return part.cache.attend(layer - part.first, query, key, value, scale, window, softcap, sinks)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: positions are always passed explicitly, since rows differ in length."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(0, 0): no mask is needed, the op masks."""
-        return 0, 0
 
     @property
     def is_compileable(self) -> bool:

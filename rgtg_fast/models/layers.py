@@ -16,10 +16,11 @@ from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
 from rgtg_fast.models.cpp_layers import NativeLayers
 from rgtg_fast.models.fused_projections import refresh_products
-from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache, cache_keyword
+from rgtg_fast.models.kv_cache import PrefixCache, cache_keyword
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.native_families import NATIVE_FAMILIES
 from rgtg_fast.models.quantized import quantization
+from rgtg_fast.models.split_cache import SplitCache, WindowCache
 from rgtg_fast.models.triton_layers import TritonLayers
 from rgtg_fast.models.verification import OUTPUTS
 from rgtg_fast.ops import _triton
@@ -44,7 +45,7 @@ class Layers(Protocol):
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
-        cache: PrefixCache | ForkedCache,
+        cache: PrefixCache | SplitCache,
         normed: bool = True,
     ) -> torch.Tensor:
         """States [B · branches, S, E] of tokens [B, S] at positions [B, S].
@@ -97,7 +98,7 @@ class TransformersLayers:
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
-        cache: PrefixCache | ForkedCache,
+        cache: PrefixCache | SplitCache,
         normed: bool = True,
     ) -> torch.Tensor:
         # Prompts have any length: compiling a prefill would cost more than it saves.
@@ -119,7 +120,7 @@ def _run(
     rows: LowRankRows | None,
     ids: torch.Tensor,
     positions: torch.Tensor,
-    cache: PrefixCache | ForkedCache,
+    cache: PrefixCache | SplitCache,
     keyword: str,
 ) -> torch.Tensor:
     with nullcontext() if rows is None else rows.interleaved(len(ids)):
@@ -155,13 +156,17 @@ class FusedLayers:
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
-        cache: PrefixCache | ForkedCache,
+        cache: PrefixCache | SplitCache,
         normed: bool = True,
     ) -> torch.Tensor:
-        x = ids
+        x, spread = ids, 1
         for first, last, branches, part in cache.parts:
-            if branches > 1:
+            if branches > spread:
+                spread = branches
                 x, positions = x.repeat_interleave(branches, 0), positions.repeat_interleave(branches, 0)
+            if isinstance(part, WindowCache):
+                for window in self.native.windows[first:last] or [None]:
+                    part.check(window)
             keys, values, lengths = part.active
             x = self.native.forward(
                 x,

@@ -17,11 +17,13 @@ from rgtg_fast.models.attached import Attached
 from rgtg_fast.models.device import to_device
 from rgtg_fast.models.fused_projections import fuse_projections
 from rgtg_fast.models.heads import Head, RewardHead, scores_of
-from rgtg_fast.models.kv_cache import ForkedCache, PrefixCache
+from rgtg_fast.models.kv_cache import PrefixCache
 from rgtg_fast.models.layers import choose_layers
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.model_state import ModelSnapshot
 from rgtg_fast.models.rope import RowRope
+from rgtg_fast.models.split_cache import SplitCache
+from rgtg_fast.models.support import layer_windows
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
 
 
@@ -100,19 +102,12 @@ class ModelRunner:
         return self.model.config._name_or_path or type(self.model).__name__
 
     @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in the cache, with all its branches."""
-        layers, kv_heads, head_dim = self.geometry
-        stored = self.fork + (layers - self.fork) * self.branches
-        return PrefixCache.bytes_per_token(stored, kv_heads, head_dim, self.dtype)
-
-    @property
     def step_bytes_per_token(self) -> int:
         """Bytes that an undecided token takes in a step: its keys and values, and about what a block computes."""
         config: Any = self.model.config.get_text_config()
         inner = int(getattr(config, "intermediate_size", None) or 4 * self.head.in_features)
         numbers = 4 * self.head.in_features + 2 * inner
-        return self.cache_bytes_per_token + numbers * self.branches * max(4, self.dtype.itemsize)
+        return self.cache.row_bytes(1) + numbers * self.branches * max(4, self.dtype.itemsize)
 
     # ---- adapters that share the forward ----------------------------------------------------------------------------
 
@@ -151,12 +146,13 @@ class ModelRunner:
         verify_variant(self, self.branches - 1, adapter.name)
         return Attached(self, self.branches - 1)
 
-    def new_cache(self, dtype: torch.dtype) -> PrefixCache | ForkedCache:
+    def new_cache(self, dtype: torch.dtype) -> PrefixCache | SplitCache:
         """An empty cache for the model's layers and the attached adapters'."""
-        if self.branches == 1:
+        windows = layer_windows(self.model.config.get_text_config()) if self.windows else []
+        if self.branches == 1 and not windows:
             cache = PrefixCache(*self.geometry, dtype, self.device)
         else:
-            cache = ForkedCache(*self.geometry, dtype, self.device, self.fork, self.branches)
+            cache = SplitCache(*self.geometry, dtype, self.device, self.fork, self.branches, windows)
         cache.windows = self.windows
         return cache
 
@@ -224,6 +220,7 @@ class ModelRunner:
         prompt_contexts: int = 1,
         shared_forward: bool = False,
         counter: Counter | None = None,
+        undo: int = 0,
     ) -> None:
         """Begins a run: empties the cache and allocates what it needs; buffers that are large enough are kept.
 
@@ -233,9 +230,10 @@ class ModelRunner:
             prompt_contexts: rows for each prompt.
             shared_forward: whether steps execute candidates that an attached adapter scores.
             counter: counts this run's forwards and tokens; a new one by default.
+            undo: tokens by which a row may be cut back (`roll_back`), besides all its tokens.
         """
         self.prompt_contexts, self.shared_forward = prompt_contexts, shared_forward
-        self.cache.reserve(slots, length)
+        self.cache.reserve(slots, length, undo)
         self._lengths = [0] * slots
         self._prompts, self._encoded = [()] * slots, [0] * slots
         if self.rope is not None:
@@ -275,6 +273,7 @@ class ModelRunner:
     def _slot_with(self, ids: Sequence[int]) -> int | None:
         """A slot whose prefix begins with a prompt; with shared_forward one that has no token after it."""
         slots = [slot for slot, prompt in enumerate(self._prompts) if ids and prompt == ids]
+        slots = [slot for slot in slots if self.cache.keeps(slot, len(ids))]
         if self.rope is not None:
             long = self.rope.is_long(self._length_after(ids))
             slots = [slot for slot in slots if self.rope.long[slot] == long]
@@ -336,6 +335,11 @@ class ModelRunner:
             self.cache.roll_back(slot, 0)
             self._run_causal(slot, 0, rope.ids[slot : slot + 1, :prefix])
 
+    @property
+    def follows_lengths(self) -> bool:
+        """Whether prefixes may have to change before a step (`follow_lengths`)."""
+        return self.rope is not None or self.cache.slides
+
     def follow_lengths(self, rows: int) -> None:
         """Prepares the first `rows` slots for a step, whose tokens may make their texts too long for their keys.
 
@@ -344,9 +348,15 @@ class ModelRunner:
         if self.rope is not None:
             for slot in range(rows):
                 self._follow(slot, self._lengths[slot] + 1)
+        if self.cache.slides:
+            self.cache.make_room(self._lengths[:rows])
 
     def roll_back(self, slot: int, length: int) -> None:
-        """Cuts a slot's prefix back to its first `length` tokens; nothing is copied or computed."""
+        """Cuts a slot's prefix back to its first `length` tokens; nothing is copied or computed.
+
+        Raises:
+            RGTGError: tokens that `reserve` was not told of were dropped.
+        """
         self.cache.roll_back(slot, length)
         self._lengths[slot] = length
         if length < len(self._prompts[slot]):
@@ -363,8 +373,9 @@ class ModelRunner:
             normed: whether the final norm is part of the forward; False only where `layers.final_norm` is known.
         """
         rows, new_tokens = tokens.shape
-        if self.rope is not None:
+        if self.follows_lengths:
             self.follow_lengths(rows)
+        if self.rope is not None:
             self.rope.stepped = tokens
         self.cache.begin_step(rows, new_tokens)
         positions = self.cache.lengths[:rows, None].expand(rows, new_tokens)

@@ -203,6 +203,13 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return nested or [found]
 
 
+def layer_windows(config: Any) -> list[int]:
+    """The sliding window of each layer of a text model, 0 for none."""
+    window, layers = sliding_window(config) or 0, int(config.num_hidden_layers)
+    kinds = list(getattr(config, "layer_types", None) or ["sliding_attention"] * layers)
+    return [window if kind == "sliding_attention" else 0 for kind in kinds[:layers]]
+
+
 def sliding_window(config: Any) -> int | None:
     """Tokens of a text model's sliding window, None where every layer attends the whole prefix."""
     kinds = _layer_types(config)

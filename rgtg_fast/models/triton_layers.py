@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import prefix_attention
-from rgtg_fast.models.kv_cache import CachePart, ForkedCache, PrefixCache
+from rgtg_fast.models.kv_cache import CachePart, PrefixCache
 from rgtg_fast.models.lora import LowRankRows, repeats_rows
 from rgtg_fast.models.native_families import ACTIVATIONS, FAMILIES, window
+from rgtg_fast.models.split_cache import SplitCache
 from rgtg_fast.ops import act_and_mul, add_rms_norm, rope_and_store
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class TritonLayers:
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
-        cache: PrefixCache | ForkedCache,
+        cache: PrefixCache | SplitCache,
         normed: bool = True,
     ) -> torch.Tensor:
         if self._compiled:
@@ -112,8 +113,10 @@ class TritonLayers:
             if self._embedding_scale is not None:
                 x = x * torch.tensor(self._embedding_scale, dtype=x.dtype)
             angles = decoder.rotary_emb(x, position_ids=positions)
+            spread = 1
             for part in cache.parts:
-                if part.branches > 1:
+                if part.branches > spread:
+                    spread = part.branches
                     x, stream = x if stream is None else x + stream, None
                     x, *angles = (each.repeat_interleave(part.branches, 0) for each in (x, *angles))
                 for index in range(part.first, part.last):
@@ -130,7 +133,7 @@ class TritonLayers:
         stream: torch.Tensor | None,
         angles: Sequence[torch.Tensor],
         part: CachePart,
-        cache: PrefixCache | ForkedCache,
+        cache: PrefixCache | SplitCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer.
 

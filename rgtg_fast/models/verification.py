@@ -228,7 +228,8 @@ def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
 
 def _cached_states(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
     """States [variants, n, E] of the last n tokens, which are decoded after a prefill of the others."""
-    runner.reserve(1, len(ids))
+    # All tokens are kept: the windows that are compared may be longer than the model's own.
+    runner.reserve(1, len(ids), undo=len(ids))
     first = max(len(ids) - 3, 0)
     runner.prefill(0, ids[:first])
     states = []
@@ -236,7 +237,7 @@ def _cached_states(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
         runner.step(torch.tensor([[token]], device=runner.device))
         states.append(runner.stepped[0])
         runner.commit(torch.zeros(1, dtype=torch.int64, device=runner.device))
-    runner.reserve(1, len(ids))
+    runner.reserve(1, len(ids), undo=len(ids))
     return torch.cat(states, 1)
 
 

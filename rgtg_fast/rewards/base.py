@@ -158,9 +158,8 @@ class Reward(ABC):
         """In words: whose weights compute it, the base model's or its own; None where it has no model."""
         return None
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in its own cache."""
+    def row_bytes(self, length: int, undo: int = 0) -> int:
+        """Bytes that a row of `length` tokens takes in its own cache; `undo` as in `reserve`."""
         return 0
 
     def cache_bytes(self) -> int:
@@ -188,8 +187,14 @@ class Reward(ABC):
         """The prompt's token ids in each context: first the base model's `prompt_contexts`, then its own model's."""
         return []
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Begins a run: allocates memory for `slots` rows of `length` tokens and zeroes the counter."""
+    def reserve(self, slots: int, length: int, undo: int = 0) -> None:
+        """Begins a run: allocates memory and zeroes the counter.
+
+        Args:
+            slots: rows.
+            length: tokens that a row may reach in its own models.
+            undo: tokens by which a row may be cut back (`roll_back`).
+        """
         self.counter = Counter()
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:

@@ -105,9 +105,8 @@ class MixtureReward(Reward):
     def trunk(self) -> str | None:
         return "; ".join(reward.trunk for reward in self.rewards if reward.trunk is not None) or None
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        return sum(reward.cache_bytes_per_token for reward in self.rewards)
+    def row_bytes(self, length: int, undo: int = 0) -> int:
+        return sum(reward.row_bytes(length, undo) for reward in self.rewards)
 
     def cache_bytes(self) -> int:
         return sum(reward.cache_bytes() for reward in self.rewards)
@@ -146,10 +145,10 @@ class MixtureReward(Reward):
         shared = [ids for reward, own in pairs for ids in own[: reward.prompt_contexts]]
         return shared + [ids for reward, own in pairs for ids in own[reward.prompt_contexts :]]
 
-    def reserve(self, slots: int, length: int) -> None:
+    def reserve(self, slots: int, length: int, undo: int = 0) -> None:
         super().reserve(slots, length)
         for reward in self.rewards:
-            reward.reserve(slots, length)
+            reward.reserve(slots, length, undo)
         if len(self._by_slot) < slots:
             self._by_slot = self._by_slot.new_zeros(slots, len(self.rewards))
 

@@ -68,8 +68,8 @@ class RewardRuntime(ABC):
         """The prompt's token ids in each prefix of its own."""
 
     @abstractmethod
-    def reserve(self, slots: int, length: int, counter: Counter) -> None:
-        """Begins a run of `slots` rows of `length` tokens, which `counter` counts."""
+    def reserve(self, slots: int, length: int, counter: Counter, undo: int = 0) -> None:
+        """Begins a run of `slots` rows of `length` tokens, which `counter` counts; `undo` as in `Reward.reserve`."""
 
     @abstractmethod
     def move(self, source: int, target: int) -> None:
@@ -179,9 +179,9 @@ class OwnModel(RewardRuntime):
         check_known(ids, self.runner.embeddings, f"prompt {prompt.index} for the reward model")
         return [ids]
 
-    def reserve(self, slots: int, length: int, counter: Counter) -> None:
+    def reserve(self, slots: int, length: int, counter: Counter, undo: int = 0) -> None:
         self.counter = counter
-        self.runner.reserve(slots, length, counter=counter)
+        self.runner.reserve(slots, length, counter=counter, undo=undo)
         if len(self._newest) < slots:
             self._newest = self._newest.new_zeros(slots)
         self._newest.fill_(-1)
@@ -255,7 +255,7 @@ class SharedForward(RewardRuntime):
     def encode(self, prompt: Prompt) -> list[list[int]]:
         return []
 
-    def reserve(self, slots: int, length: int, counter: Counter) -> None:
+    def reserve(self, slots: int, length: int, counter: Counter, undo: int = 0) -> None:
         self.counter = counter
 
     def move(self, source: int, target: int) -> None:

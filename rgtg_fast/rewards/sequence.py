@@ -151,9 +151,8 @@ class SequenceReward(Reward):
     def shared_forward(self) -> bool:
         return self._runtime.shared
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        return sum(model.cache_bytes_per_token for model in self.models())
+    def row_bytes(self, length: int, undo: int = 0) -> int:
+        return sum(model.cache.row_bytes(length, undo) for model in self.models())
 
     def cache_bytes(self) -> int:
         return sum(model.cache.nbytes() for model in self.models())
@@ -175,9 +174,9 @@ class SequenceReward(Reward):
     def encode(self, prompt: Prompt) -> list[list[int]]:
         return self._runtime.encode(prompt)
 
-    def reserve(self, slots: int, length: int) -> None:
+    def reserve(self, slots: int, length: int, undo: int = 0) -> None:
         super().reserve(slots, length)
-        self._runtime.reserve(slots, length, self.counter)
+        self._runtime.reserve(slots, length, self.counter, undo)
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         self._runtime.admit(slot, encoded)

@@ -230,9 +230,8 @@ class VocabularyScorer(Reward):
     def trunk(self) -> str | None:
         return "; ".join(scorer.runtime.trunk for scorer in self._scorers)
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        return sum(runner.cache_bytes_per_token for runner in self.models())
+    def row_bytes(self, length: int, undo: int = 0) -> int:
+        return sum(runner.cache.row_bytes(length, undo) for runner in self.models())
 
     def cache_bytes(self) -> int:
         return sum(runner.cache.nbytes() for runner in self.models())
@@ -255,10 +254,10 @@ class VocabularyScorer(Reward):
     def encode(self, prompt: Prompt) -> list[list[int]]:
         return [ids for scorer in self._scorers for ids in scorer.runtime.encode(prompt)]
 
-    def reserve(self, slots: int, length: int) -> None:
+    def reserve(self, slots: int, length: int, undo: int = 0) -> None:
         super().reserve(slots, length)
         for scorer in self._scorers:
-            scorer.runtime.reserve(slots, length, self.counter)
+            scorer.runtime.reserve(slots, length, self.counter, undo)
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
         first = 0

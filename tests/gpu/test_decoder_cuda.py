@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rgtg_fast import ContrastiveReward, Guidance, RewardGuidedDecoder, SequenceReward
+from rgtg_fast.models import split_cache
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models.windowed import language_model, reward_model
 
@@ -49,10 +50,13 @@ def test_bfloat16_decodes_and_its_rewards_are_those_of_scoring(reward: str) -> N
             assert row.rewards == pytest.approx(score, abs=0.1, rel=0.1)
 
 
+@pytest.mark.parametrize("slack", [3, 128])
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt-oss"])
 def test_windows_caps_and_sinks_give_the_tokens_of_the_cpu(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, slack: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With little slack rows drop tokens every few steps, while steps are replayed ahead of the host."""
+    monkeypatch.setattr(split_cache, "SLACK", slack)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     prompts = [[2 + (7 * i + 3 * row) % 60 for i in range(count)] for row, count in enumerate((30, 5, 6, 1))]
     rows = {}
@@ -68,6 +72,7 @@ def test_windows_caps_and_sinks_give_the_tokens_of_the_cpu(
         rows[device] = [
             row.tokens for row in decoder.generate(prompts, 12, Guidance(k=6, beta=1.0, temperature=0))
         ]
+        assert decoder.lm.runner.cache.slides == (slack == 3)
     assert rows["cuda"] == rows["cpu"]
 
 

@@ -128,20 +128,21 @@ def _by_chunks(strategy: Segments | Blocks, run: Run, scheduler: Scheduler) -> I
     reward_length = max(len(row.encoded[0]) for row in run.rows) + run.max_new_tokens
     if isinstance(strategy, Segments):
         slots = prompts = min(max_batch, len(run.rows))
+        undo = strategy.max_tokens
     else:
         prompts = min(max(1, max_batch // strategy.k), len(run.rows))
         slots = prompts * strategy.k
+        undo = strategy.length
         # A block that has ended repeats its last token until the others have.
         lm_length += min(strategy.length, run.max_new_tokens)
     runner = lm.runner
-    free = free_bytes(runner.device)
-    held = runner.cache.nbytes() + reward.cache_bytes()
-    row_bytes = runner.cache_bytes_per_token * lm_length
-    row_bytes += -(-reward.cache_bytes_per_token * reward_length * prompts // slots)
+    free = scheduler.memory_for_caches(max(lm_length, reward_length) - run.max_new_tokens)
+    row_bytes = runner.cache.row_bytes(lm_length, undo)
+    row_bytes += -(-reward.row_bytes(reward_length, undo) * prompts // slots)
     setting = "max_batch" if prompts > 1 or isinstance(strategy, Segments) else "k"
-    check_fits(row_bytes, slots, lm_length, None if free is None else free + held, setting)
-    runner.reserve(slots, lm_length)
-    reward.reserve(prompts, reward_length)
+    check_fits(row_bytes, slots, lm_length, free, setting)
+    runner.reserve(slots, lm_length, undo=undo)
+    reward.reserve(prompts, reward_length, undo)
     sampler = Sampler(lm, strategy.temperature, strategy.top_k)
     if isinstance(strategy, Segments):
         decoder = SegmentDecoder(sampler, reward, strategy, run.stopping, slots, run.stats)
