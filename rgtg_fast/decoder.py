@@ -26,7 +26,7 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
-from rgtg_fast.models.quantized import quantization
+from rgtg_fast.models.quantized import check_weights, quantization
 from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
@@ -98,6 +98,7 @@ class RewardGuidedDecoder:
         fuse_projections: bool | None = None,
         label: str | int | None = None,
         trust_remote_code: bool = False,
+        reward_weights: str | None = None,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its reward.
 
@@ -127,6 +128,8 @@ class RewardGuidedDecoder:
                 with several (as in `SequenceReward`).
             trust_remote_code: whether code that comes with a model may run, where `lm` or `reward` names it; never
                 that of an adapter's base, or of a reward object, which has a parameter of its own.
+            reward_weights: "int4" rounds the weights of the reward model that `reward` names to 4 bits (as `weights`
+                of `SequenceReward`).
 
         Raises:
             RGTGError: an argument or model that cannot work, in one line.
@@ -138,7 +141,7 @@ class RewardGuidedDecoder:
             raise RGTGError(f"compile={shown(compile)} is neither True, False nor torch.compile's options")
         if compile is not False and engine == "triton":
             raise RGTGError("compile and engine='triton', whose kernels are fused already: use one of them")
-        own = _as_reward(reward, label, trust_remote_code)
+        own = _as_reward(reward, label, trust_remote_code, reward_weights)
         model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code)
         runner = language_runner(model, engine, max_length)
         warn_of_template(tokenizer, "language model", runner.name, texts=False)
@@ -364,12 +367,20 @@ def _quantization(reward: Reward) -> str | None:
     return next((method for model in models if (method := quantization(model)) is not None), None)
 
 
-def _as_reward(reward: RewardLike, label: str | int | None, trust_remote_code: bool) -> Reward | None:
+def _as_reward(
+    reward: RewardLike, label: str | int | None, trust_remote_code: bool, weights: str | None
+) -> Reward | None:
+    check_weights(weights, "reward_weights")
     if isinstance(reward, str):
-        return named_guide(reward, label, trust_remote_code)
+        return named_guide(reward, label, trust_remote_code, weights)
     if isinstance(reward, (os.PathLike, tuple, list)):
         source: Any = reward
-        return SequenceReward(source, label=label, trust_remote_code=trust_remote_code)
+        return SequenceReward(source, label=label, trust_remote_code=trust_remote_code, weights=weights)
+    if weights is not None:
+        raise RGTGError(
+            f"reward_weights={weights!r} and reward={shown(reward)}: it belongs to the path or hub id of a reward "
+            f"model; a reward has weights of its own, as SequenceReward(..., weights={weights!r})"
+        )
     if label is not None:
         raise RGTGError(
             f"label={label!r} and reward={shown(reward)}: a label belongs to the path or pair of a reward model, or to "
