@@ -80,6 +80,12 @@ class Setup:
         False,
         MODELS,
     )
+    batch_invariant: bool = option(
+        "Compute the products of a step so that an answer has the same bits in any batch, whatever its --k: slower "
+        "products than with --pad-batch, no empty rows (--engine triton; native does so by itself).",
+        False,
+        MODELS,
+    )
     chat: bool = option(
         "Wrap a plain prompt as a user message where the model has a chat template.", True, MODELS
     )
@@ -164,6 +170,7 @@ class Setup:
             graphs=self.graphs,
             compile=self.compile,
             pad_batch=self.pad_batch,
+            batch_invariant=self.batch_invariant,
             trust_remote_code=self.trust_remote_code,
         )
 
