@@ -6,7 +6,7 @@ from benchmarks.report.pages import Row, interval, number
 
 NOT_MEASURED = "Not measured yet: run `python -m benchmarks.int4`."
 _HEADER = (
-    "| weights | engine | MB | ms per token | rank correlation | equal greedy tokens | accuracy | equal verdicts |\n"
+    "| weights | engine | MB | CPU ms per token | rank correlation | equal tokens | accuracy | equal verdicts |\n"
     "|---|---|--:|--:|--:|--:|--:|--:|"
 )
 
@@ -29,7 +29,7 @@ def int4_block(rows: list[Row]) -> str:
             row["weights"],
             row["engine"],
             number(str(float(row["weight_bytes"]) / 1e6), ".0f"),
-            number(row["ms_per_token"], ".1f"),
+            number(row["cpu_ms_per_token"], ".1f"),
             number(row["rank_correlation"], ".3f"),
             f"{row['equal_tokens']} of {row['tokens']}",
             accuracy,
@@ -44,7 +44,7 @@ def int4_block(rows: list[Row]) -> str:
         "",
         f"Everything is compared with the first line; the second shows what rounding does without new weights. *Rank "
         f"correlation* (Spearman) of the rewards of a step's {first['k']} candidates, the mean over up to "
-        f"{first['steps']} steps. *Equal greedy tokens*: before an answer's first difference. "
+        f"{first['steps']} steps. *Equal tokens* of greedy answers: before the first difference. "
         f"{judged if first['pairs'] else ''}*MB* are all weights, the embedding's too.",
     ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ class InvariantProducts(TorchFunctionMode):
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     rows = input.reshape(1, -1, input.shape[-1])
     return invariant_linear(rows, weight, bias).view(*input.shape[:-1], len(weight))
+
+
+def products(invariant: bool) -> AbstractContextManager[Any]:
+    """The context of a step: `InvariantProducts`, or none."""
+    return InvariantProducts() if invariant else nullcontext()
 
 
 def needs_products(models: Sequence[ModelRunner], reward: Reward) -> bool:

@@ -6,14 +6,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from rgtg_fast.engine.batch import Batch, Row, SlotState
 from rgtg_fast.engine.graphs import StepGraphs, bucket
-from rgtg_fast.engine.invariance import InvariantProducts, needs_products
+from rgtg_fast.engine.invariance import needs_products, products
 from rgtg_fast.engine.outputs import (
     Decision,
     GeneratedRow,
@@ -178,7 +177,7 @@ class Scheduler:
     def execute(self, batch: Batch, trace: bool, step: DecodeStep | None = None) -> list[torch.Tensor]:
         """Executes one step; its decision [5, B], and with `trace` the tensors of a trace."""
         step = step or step_for(batch, self.lm, self.reward, self.eos)
-        with InvariantProducts() if self.invariant else nullcontext():
+        with products(self.invariant):
             decision, tensors = step(batch)
         return [decision, *(trace_tensors(batch, tensors) if trace else ())]
 

@@ -40,9 +40,8 @@ ROWS = 7
 
 def decoder_of(reward: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> RewardGuidedDecoder:
     settings = {"engine": "triton", "batch_invariant": True, "max_batch": 5, **settings}
-    return RewardGuidedDecoder.from_pretrained(
-        (make_lm(dtype=dtype, **SHAPE), make_tokenizer()), reward, **settings
-    )
+    pair: Any = (make_lm(dtype=dtype, **SHAPE), make_tokenizer())
+    return RewardGuidedDecoder.from_pretrained(pair, reward, **settings)
 
 
 def zeros(prefixes: Any, candidates: torch.Tensor) -> torch.Tensor:
@@ -50,10 +49,11 @@ def zeros(prefixes: Any, candidates: torch.Tensor) -> torch.Tensor:
 
 
 def reward_of(name: str, dtype: torch.dtype) -> Any:
+    pair: Any = (make_rm(1, dtype, **SHAPE) if name == "sequence" else make_lm(3, dtype, **SHAPE), None)
     if name == "sequence":
-        return SequenceReward((make_rm(1, dtype, **SHAPE), None))
+        return SequenceReward(pair)
     if name == "genarm":
-        return AutoregressiveReward((make_lm(3, dtype, **SHAPE), None))
+        return AutoregressiveReward(pair)
     return ContrastiveReward("w1", "w2")
 
 
@@ -83,6 +83,17 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(name: str, dtype: torch.dt
     for row, alone in batch_and_single(decoder):
         for number in NUMBERS:
             assert getattr(alone, number) == getattr(row, number), number
+
+
+@pytest.mark.parametrize("strategy", ["best_of_n:n=3", "segment:target=1", "blockwise:k=2,length=3"])
+def test_strategies_too(strategy: str) -> None:
+    decoder = decoder_of(reward_of("sequence", torch.float32))
+    prompts = [[7, 8, 9], [10], [11, 12, 13, 14], [15, 16]]
+    together = decoder.generate(prompts, 6, seed=list(range(4)), strategy=strategy)
+    for i, prompt in enumerate(prompts):
+        alone = decoder.generate([prompt], 6, seed=i, strategy=strategy)[0]
+        for number in NUMBERS:
+            assert getattr(alone, number) == getattr(together[i], number), number
 
 
 def test_without_it_the_bits_depend_on_the_batch() -> None:
@@ -146,13 +157,13 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         decoder_of(None, engine="transformers")
     with pytest.raises(RGTGError, match="computes by code of its own"):
         decoder_of(FunctionReward(zeros))
-    lm = make_lm(**SHAPE)
+    lm: Any = make_lm(**SHAPE)
     adapter = SequenceReward(write_adapter(tmp_path, lm, fork=1), share_trunk=True)
     with pytest.raises(RGTGError, match="runs an adapter in its forward: use share_trunk=False"):
         RewardGuidedDecoder.from_pretrained(
             (lm, make_tokenizer()), adapter, engine="triton", batch_invariant=True
         )
-    small = make_lm(hidden_size=64, intermediate_size=96)
+    small: Any = make_lm(hidden_size=64, intermediate_size=96)
     quantize_layers(small)
     with pytest.raises(RGTGError, match=r"has quantized weights \(int4\): use the unquantized model"):
         RewardGuidedDecoder.from_pretrained((small, make_tokenizer()), engine="triton", batch_invariant=True)

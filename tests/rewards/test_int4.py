@@ -226,7 +226,7 @@ def test_rounded_models_are_quantized_models(lm: Any, tmp_path: Path) -> None:
         round_weights(lm, "int4")
     with pytest.raises(RGTGError, match=r"quantized \(int4\) for float32 and is not cast to bfloat16"):
         decoder_of(lm, None, dtype="bfloat16")
-    trained = make_rm(**SHAPE)
+    trained: Any = make_rm(**SHAPE)
     quantize_layers(trained)
     with pytest.raises(RGTGError, match=r"\(int4\), which cannot be trained"):
         load_base((trained, make_tokenizer()))
