@@ -117,6 +117,13 @@ def test_an_adapter_is_merged_into_a_copy_and_rounded(lm: Any, tmp_path: Path) -
     assert quantization(lm) is None
 
 
+def test_the_ops_of_the_triton_engine_run_between_its_layers(lm: Any, tmp_path: Path) -> None:
+    rm = make_rm(**SHAPE)
+    decoder = decoder_of(lm, SequenceReward(saved(rm, tmp_path), weights="int4"), engine="triton")
+    assert decoder.describe()["reward_engine"] == "triton"
+    check_rows(decoder, lm, naive.sequence(rounded(rm)))
+
+
 def test_a_vocabulary_adapter_and_a_mixture(lm: Any, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", lm, fork=1, head=None)
     decoder = decoder_of(lm, AutoregressiveReward(folder, weights="int4"))
