@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,13 +41,15 @@ def test_another_dtype_is_refused() -> None:
 
 
 def test_replayed_steps_of_a_rounded_reward_model_give_the_tokens_of_eager_ones(tmp_path: Path) -> None:
-    shape = {"hidden_size": 64, "intermediate_size": 96}
-    make_rm(**shape).save_pretrained(tmp_path)
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
+    rm: Any = make_rm(**shape)
+    rm.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     rows = []
     for graphs in (False, None):
+        pair: Any = (make_lm(**shape), make_tokenizer())
         decoder = RewardGuidedDecoder.from_pretrained(
-            (make_lm(**shape), make_tokenizer()),
+            pair,
             SequenceReward(str(tmp_path), weights="int4"),
             device="cuda",
             dtype="bfloat16",
