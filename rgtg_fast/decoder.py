@@ -26,7 +26,7 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
-from rgtg_fast.models.quantized import quantization
+from rgtg_fast.models.quantized import check_weights, quantization
 from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
@@ -48,6 +48,7 @@ class RewardGuidedDecoder:
         max_batch: rows decoded at once; more prompts wait for a free slot.
         graphs: whether steps are replayed as CUDA graphs. None: on CUDA, where the reward stays on the device.
         pad_batch: whether every step runs `max_batch` rows, missing ones empty.
+        batch_invariant: as in `from_pretrained`.
 
     Attributes:
         lm: the base language model.
@@ -65,10 +66,16 @@ class RewardGuidedDecoder:
         max_batch: int,
         graphs: bool | None = None,
         pad_batch: bool = False,
+        batch_invariant: bool = False,
     ):
         self.lm, self.reward = lm, reward
         self._scheduler = Scheduler(
-            lm, reward or NoReward(), whole("max_batch", max_batch, 1, 8), graphs, pad_batch
+            lm,
+            reward or NoReward(),
+            whole("max_batch", max_batch, 1, 8),
+            graphs,
+            pad_batch,
+            batch_invariant,
         )
         self._scheduler.reward.used_by(self)
         # How the reward was bound, to bind it again where another decoder has taken it over.
@@ -98,6 +105,8 @@ class RewardGuidedDecoder:
         fuse_projections: bool | None = None,
         label: str | int | None = None,
         trust_remote_code: bool = False,
+        reward_weights: str | None = None,
+        batch_invariant: bool = False,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its reward.
 
@@ -127,6 +136,12 @@ class RewardGuidedDecoder:
                 with several (as in `SequenceReward`).
             trust_remote_code: whether code that comes with a model may run, where `lm` or `reward` names it; never
                 that of an adapter's base, or of a reward object, which has a parameter of its own.
+            reward_weights: "int4" rounds the weights of the reward model that `reward` names to 4 bits (as `weights`
+                of `SequenceReward`).
+            batch_invariant: whether the products of a step are the op `invariant_linear`, so that a row's bits on CUDA
+                depend on no other row: of any k, with a gate too, and without `pad_batch`, whose products are faster.
+                Engine "triton"; "native" does so by itself. Not with compile, quantized weights, an adapter in the
+                base model's forward, or a reward that reads on the host.
 
         Raises:
             RGTGError: an argument or model that cannot work, in one line.
@@ -138,7 +153,11 @@ class RewardGuidedDecoder:
             raise RGTGError(f"compile={shown(compile)} is neither True, False nor torch.compile's options")
         if compile is not False and engine == "triton":
             raise RGTGError("compile and engine='triton', whose kernels are fused already: use one of them")
-        own = _as_reward(reward, label, trust_remote_code)
+        if batch_invariant and compile is not False:
+            raise RGTGError(
+                "batch_invariant=True and compile, whose products are the library's: use one of them"
+            )
+        own = _as_reward(reward, label, trust_remote_code, reward_weights)
         model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code)
         runner = language_runner(model, engine, max_length)
         warn_of_template(tokenizer, "language model", runner.name, texts=False)
@@ -149,7 +168,7 @@ class RewardGuidedDecoder:
         if own is not None:
             own = own.for_decoder()
             own.bind(language_model, **binding)
-        decoder = cls(language_model, own, max_batch, graphs, pad_batch)
+        decoder = cls(language_model, own, max_batch, graphs, pad_batch, batch_invariant)
         decoder._binding = binding
         if fuse_projections or (fuse_projections is None and runner.device.type == "cuda"):
             for each in decoder._scheduler.models():
@@ -165,8 +184,12 @@ class RewardGuidedDecoder:
             options: torch.compile's.
 
         Raises:
-            RGTGError: the engine is native, or an option is unknown.
+            RGTGError: the engine is native, an option is unknown, or the decoder is batch-invariant.
         """
+        if self._scheduler.invariant:
+            raise RGTGError(
+                "batch_invariant=True and compile, whose products are the library's: use one of them"
+            )
         for model in self._scheduler.models():
             model.compile(options)
         if self._scheduler.graphs is not None:
@@ -364,12 +387,20 @@ def _quantization(reward: Reward) -> str | None:
     return next((method for model in models if (method := quantization(model)) is not None), None)
 
 
-def _as_reward(reward: RewardLike, label: str | int | None, trust_remote_code: bool) -> Reward | None:
+def _as_reward(
+    reward: RewardLike, label: str | int | None, trust_remote_code: bool, weights: str | None
+) -> Reward | None:
+    check_weights(weights, "reward_weights")
     if isinstance(reward, str):
-        return named_guide(reward, label, trust_remote_code)
+        return named_guide(reward, label, trust_remote_code, weights)
     if isinstance(reward, (os.PathLike, tuple, list)):
         source: Any = reward
-        return SequenceReward(source, label=label, trust_remote_code=trust_remote_code)
+        return SequenceReward(source, label=label, trust_remote_code=trust_remote_code, weights=weights)
+    if weights is not None:
+        raise RGTGError(
+            f"reward_weights={weights!r} and reward={shown(reward)}: it belongs to the path or hub id of a reward "
+            f"model; a reward has weights of its own, as SequenceReward(..., weights={weights!r})"
+        )
     if label is not None:
         raise RGTGError(
             f"label={label!r} and reward={shown(reward)}: a label belongs to the path or pair of a reward model, or to "

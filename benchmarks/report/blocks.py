@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, read
-from benchmarks.report import decoding, gpu, methods, models, study, training
+from benchmarks.report import decoding, gpu, methods, models, study, training, weights
 from benchmarks.report.pages import ROOT, Row
 from benchmarks.study.budgets import BUDGETS
 from rgtg_fast.evaluation.study.summary import PAIRWISE
@@ -97,6 +97,7 @@ BLOCKS = (
     Block("performance", "gpu-ops", lambda data: gpu.ops_block(data.gpus)),
     # What was expected of a GPU before any had run this.
     Block("performance", "gpu-predicted", lambda data: gpu.predicted_block(table("predicted"), data.gpus)),
+    Block("performance", "int4", lambda data: weights.int4_block(table("int4"))),
     Block("training", "accuracy", lambda data: training.accuracy_block(table("accuracy"))),
     Block("training", "training-cost", lambda data: training.cost_block(table("train"))),
     Block("trunk", "fork", lambda data: training.fork_block(table("fork"))),

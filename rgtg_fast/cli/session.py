@@ -44,6 +44,12 @@ class Setup:
         shown="bundled:pargs for the default model, else contrastive",
     )
     reward_label: str | None = option(LABEL_HELP, None, MODELS)
+    reward_weights: str | None = option(
+        "int4 rounds the reward model's weights to 4 bits: a quarter of bfloat16's bytes, and other rewards.",
+        None,
+        MODELS,
+        shown="as they are",
+    )
     better: str | None = option("System prompt to move towards (contrastive).", None, MODELS)
     worse: str | None = option("System prompt to move away from (contrastive).", None, MODELS)
     dtype: str | None = option(
@@ -74,6 +80,12 @@ class Setup:
         False,
         MODELS,
     )
+    batch_invariant: bool = option(
+        "Compute the products of a step so that an answer has the same bits in any batch, whatever its --k: slower "
+        "products than with --pad-batch, no empty rows (--engine triton; native does so by itself).",
+        False,
+        MODELS,
+    )
     chat: bool = option(
         "Wrap a plain prompt as a user message where the model has a chat template.", True, MODELS
     )
@@ -88,6 +100,9 @@ class Setup:
             raise RGTGError(
                 "--reward-label belongs to a reward model with several labels: name it with --reward"
             )
+
+        if self.reward_weights is not None and self.reward in (None, CONTRASTIVE, NONE):
+            raise RGTGError("--reward-weights belongs to a reward model: name it with --reward")
 
     def with_reward(self, support: str = "lm") -> "Setup":
         """A copy with a reward: where none is named the bundled one if it fits the models, else the contrastive one.
@@ -105,6 +120,8 @@ class Setup:
         names: dict[str, Any] = {"lm": self.lm or embedded.NAME, "reward_model": self.reward}
         if self.reward_label is not None:
             names["reward_label"] = self.reward_label
+        if self.reward_weights is not None:
+            names["reward_weights"] = self.reward_weights
         if self.better is not None or self.worse is not None:
             names |= {"better": self.better, "worse": self.worse}
         return names
@@ -144,6 +161,7 @@ class Setup:
             source,
             reward=reward,
             label=self.reward_label,
+            reward_weights=self.reward_weights,
             device=self.device,
             dtype=self.dtype,
             max_batch=max_batch,
@@ -152,6 +170,7 @@ class Setup:
             graphs=self.graphs,
             compile=self.compile,
             pad_batch=self.pad_batch,
+            batch_invariant=self.batch_invariant,
             trust_remote_code=self.trust_remote_code,
         )
 

@@ -12,6 +12,7 @@ import torch
 
 from rgtg_fast.engine.batch import Batch, Row, SlotState
 from rgtg_fast.engine.graphs import StepGraphs, bucket
+from rgtg_fast.engine.invariance import needs_products, products
 from rgtg_fast.engine.outputs import (
     Decision,
     GeneratedRow,
@@ -57,14 +58,16 @@ class Scheduler:
         max_batch: rows decoded at once.
         graphs: whether steps are replayed as CUDA graphs. None: on CUDA, where the reward stays on the device.
         pad_batch: whether every step runs `max_batch` rows, missing ones empty.
+        batch_invariant: whether a row's bits must not depend on its batch.
 
     Attributes:
         max_in_flight: steps that the device may be ahead of the host, 0 or 1.
         graphs: None where steps are not replayed.
+        invariant: whether steps compute their products by `InvariantProducts`.
         eos: [Z] int64, ids that end a row.
 
     Raises:
-        RGTGError: graphs where they are impossible.
+        RGTGError: graphs where they are impossible, or models whose bits depend on the batch.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class Scheduler:
         max_batch: int,
         graphs: bool | None = None,
         pad_batch: bool = False,
+        batch_invariant: bool = False,
     ):
         self.lm, self.reward = lm, reward
         self.max_batch, self.pad_batch = max_batch, pad_batch
+        self.invariant = batch_invariant and needs_products(self.models(), reward)
         device = lm.runner.device
         reason = None if device.type == "cuda" else f"the models are on {device}"
         self.max_in_flight = 1 if reason is None else 0
@@ -184,7 +189,8 @@ class Scheduler:
     def execute(self, batch: Batch, trace: bool, step: DecodeStep | None = None) -> list[torch.Tensor]:
         """Executes one step; its decision [5, B], and with `trace` the tensors of a trace."""
         step = step or step_for(batch, self.lm, self.reward, self.eos)
-        decision, tensors = step(batch)
+        with products(self.invariant):
+            decision, tensors = step(batch)
         return [decision, *(trace_tensors(batch, tensors) if trace else ())]
 
     def _launch(self, run: Run, batch: Batch, step: DecodeStep, graphs: StepGraphs | None) -> InFlightStep:

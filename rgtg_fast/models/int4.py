@@ -12,6 +12,8 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 
+# The name of these weights, as an option and in descriptions.
+INT4 = "int4"
 # Numbers of a row that share a scale and a zero point: the largest that divides the row.
 GROUPS = (128, 64, 32)
 # Rows of a weight come in tiles of 8 on CUDA and of 16 on the CPU.

@@ -1,4 +1,4 @@
-"""Recognizes models whose weights are quantized: these are never cast, merged, fused or trained."""
+"""Quantized weights: rounds them, and recognizes models that have them, never to be cast, merged, fused or trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.models.int4 import INT4, Int4Linear, quantize_layers
 from rgtg_fast.models.support import title
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,6 +29,8 @@ def quantization(model: Any) -> str | None:
     odd = next((x for x in chain(model.parameters(), buffers) if not is_plain(x)), None)
     if odd is None:
         return None
+    if any(isinstance(module, Int4Linear) for module in model.modules()):
+        return INT4
     method = getattr(model, "quantization_method", None)
     if getattr(model, "hf_quantizer", None) is not None and method is not None:
         return str(getattr(method, "value", method))
@@ -56,3 +59,35 @@ def refuse_quantized(model: Any, what: str) -> None:
         raise RGTGError(
             f"{title(model)} has quantized weights ({method}), which cannot {what}: use the unquantized model"
         )
+
+
+def check_weights(weights: object, name: str = "weights") -> None:
+    """Refuses what weights cannot be rounded to.
+
+    Args:
+        weights: "int4", or None for the weights as they are.
+        name: the argument's name, for the message.
+
+    Raises:
+        RGTGError: anything else.
+    """
+    if weights is not None and weights != INT4:
+        raise RGTGError(
+            f"{name}={shown(weights)} is unknown: use {INT4!r}, or None for the weights as they are"
+        )
+
+
+def round_weights(model: Any, weights: str | None) -> None:
+    """Rounds the weights of a model's decoder layers in place.
+
+    Args:
+        model: a transformers model that nobody else has, on the device and in the dtype in which it will run.
+        weights: as in `check_weights`.
+
+    Raises:
+        RGTGError: weights that are quantized already, or that do not fit, by their name.
+    """
+    if weights is None:
+        return
+    refuse_quantized(model, f"be rounded to {weights} again")
+    quantize_layers(model)

@@ -9,6 +9,7 @@ from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
 from rgtg_fast.models.prompts import text_ids
+from rgtg_fast.models.quantized import check_weights
 
 # Tokenized under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
@@ -21,8 +22,34 @@ def unbound(reward: str) -> RGTGError:
     )
 
 
+def check_rounding(weights: str | None, source: object, share_trunk: bool | None) -> None:
+    """Refuses to round the weights of a model that is not the reward's own.
+
+    Args:
+        weights: as in `SequenceReward`.
+        source: what the reward was given as its model.
+        share_trunk: as in `SequenceReward`.
+
+    Raises:
+        RGTGError: unknown weights, a loaded pair, or the base model's trunk.
+    """
+    check_weights(weights)
+    if weights is not None and isinstance(source, (tuple, list)):
+        raise RGTGError(
+            f"weights={weights!r} rounds a model in place and this one was loaded by you: pass its path or hub id"
+        )
+    if weights is not None and share_trunk:
+        raise RGTGError(
+            f"weights={weights!r} and share_trunk=True, which computes with the base model's weights: use one of them"
+        )
+
+
 def place_adapter(
-    adapter: Adapter, lm: LanguageModel, chat_template: str | None, share_trunk: bool | None
+    adapter: Adapter,
+    lm: LanguageModel,
+    chat_template: str | None,
+    share_trunk: bool | None,
+    weights: str | None = None,
 ) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """Decides whether an adapter is executed in the base model's own forward.
 
@@ -31,6 +58,7 @@ def place_adapter(
         lm: the base model.
         chat_template: as in `SequenceReward`.
         share_trunk: as in `SequenceReward`.
+        weights: as in `SequenceReward`; the base model's own are not rounded.
 
     Returns:
         The adapter's tokenizer, and in words why it is not executed there; None where it is.
@@ -46,6 +74,8 @@ def place_adapter(
         raise
     if share_trunk is False:
         return tokenizer, "share_trunk=False"
+    if weights is not None:
+        return tokenizer, f"weights={weights!r}"
     why = adapter.base_mismatch(lm.runner.model)
     why = why or other_prompts(lm.tokenizer, tokenizer, chat_template, adapter.name)
     if share_trunk and why is not None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.quantized import check_weights
 from rgtg_fast.rewards.base import Reward
 from rgtg_fast.rewards.contrastive import ContrastiveReward
 from rgtg_fast.rewards.mixture import MixtureReward
@@ -58,7 +59,12 @@ PREFIXES: dict[str, Callable[[str], Reward]] = {
 }
 
 
-def named_guide(name: str, label: str | int | None = None, trust_remote_code: bool = False) -> Reward:
+def named_guide(
+    name: str,
+    label: str | int | None = None,
+    trust_remote_code: bool = False,
+    weights: str | None = None,
+) -> Reward:
     """The reward that a name on the command line or in `from_pretrained(reward=...)` means.
 
     Args:
@@ -66,9 +72,11 @@ def named_guide(name: str, label: str | int | None = None, trust_remote_code: bo
             `mixture:0.7*pargs:PATH+0.3*contrastive`); or a path or hub id alone, a `SequenceReward`.
         label: as in `SequenceReward` and `TextReward`.
         trust_remote_code: whether code that comes with the models named may run; never that of an adapter's base.
+        weights: as in `SequenceReward`, for every model named.
 
     Raises:
-        RGTGError: a label for another reward, nothing behind the colon, or a mixture or pair that cannot be read.
+        RGTGError: weights to round or a label for another reward, nothing behind the colon, or a mixture or pair that
+            cannot be read.
 
     Example:
         >>> type(named_guide("farma:some/folder")).__name__
@@ -76,7 +84,8 @@ def named_guide(name: str, label: str | int | None = None, trust_remote_code: bo
         >>> named_guide("mixture: 0.7*pargs:a + 0.3*contrastive").weights
         (0.7, 0.3)
     """
-    if label is not None or trust_remote_code:
+    check_weights(weights)
+    if label is not None or trust_remote_code or weights is not None:
         reward = named_guide(name)
         if label is not None:
             if not isinstance(reward, (SequenceReward, TextReward)):
@@ -91,6 +100,13 @@ def named_guide(name: str, label: str | int | None = None, trust_remote_code: bo
         for each in reward.rewards if isinstance(reward, MixtureReward) else [reward]:
             if isinstance(each, (SequenceReward, TextReward, VocabularyScorer)):
                 each.trust_remote_code = trust_remote_code
+            if weights is not None:
+                if not isinstance(each, (SequenceReward, VocabularyScorer)):
+                    raise RGTGError(
+                        f"weights={weights!r} rounds a reward model over the base model's tokens and {name!r} needs a "
+                        f"{type(each).__name__}: leave it out"
+                    )
+                each.weights = weights
         return reward
     if name == CONTRASTIVE:
         return ContrastiveReward()

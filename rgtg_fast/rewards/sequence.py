@@ -20,10 +20,16 @@ from rgtg_fast.models.loading import (
     reward_runner,
 )
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.models.quantized import round_weights
 from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.ops import score_and_sample
 from rgtg_fast.rewards.base import Prefix, Reward
-from rgtg_fast.rewards.compatibility import check_same_tokenizer, place_adapter, unbound
+from rgtg_fast.rewards.compatibility import (
+    check_rounding,
+    check_same_tokenizer,
+    place_adapter,
+    unbound,
+)
 from rgtg_fast.rewards.runtime import OwnModel, RewardRuntime, SharedForward
 
 
@@ -44,10 +50,14 @@ class SequenceReward(Reward):
             its prompts read the same; True: refuse otherwise; False: a copy of the base model with the adapter merged.
         label: name or index of the label whose score is the reward, where the model has several.
         trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
+        weights: "int4" rounds the weights of the model's decoder layers to 4 bits once it is loaded: a quarter of
+            bfloat16's bytes, and other rewards (docs/performance.md). An adapter is merged into a copy of the base
+            model first. None: as they are.
 
     Raises:
         RGTGError: at binding: several labels and none chosen, no trained head, another tokenizer, a model that cannot
-            be cached, an adapter that cannot be served or, with `share_trunk=True`, not be shared.
+            be cached, an adapter that cannot be served or, with `share_trunk=True`, not be shared, or weights that
+            cannot be rounded.
 
     Example:
         >>> SequenceReward("adapter-folder", share_trunk=False).share_trunk
@@ -63,11 +73,13 @@ class SequenceReward(Reward):
         share_trunk: bool | None = None,
         label: str | int | None = None,
         trust_remote_code: bool = False,
+        weights: str | None = None,
     ):
         super().__init__()
+        check_rounding(weights, model, share_trunk)
         self.trust_remote_code = trust_remote_code
         self.source, self.chat_template, self.share_trunk = model, chat_template, share_trunk
-        self.label = label
+        self.label, self.weights = label, weights
         self._bound: RewardRuntime | None = None
 
     def bind(
@@ -83,7 +95,7 @@ class SequenceReward(Reward):
                 raise RGTGError(
                     f"label={self.label!r} and {source.name} is an adapter, which has one label: leave it out"
                 )
-            tokenizer, why = place_adapter(source, lm, self.chat_template, self.share_trunk)
+            tokenizer, why = place_adapter(source, lm, self.chat_template, self.share_trunk, self.weights)
             if why is None:
                 self._bound = self._shared(source, head, lm, tokenizer)
                 return
@@ -100,6 +112,7 @@ class SequenceReward(Reward):
             )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk, whole_chats = "a model of its own", True
+        round_weights(model, self.weights)
         runner = reward_runner(model, engine, max_length)
         self._bound = OwnModel(runner, lm, tokenizer, self.chat_template, trunk, whole_chats)
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)

@@ -22,10 +22,16 @@ from rgtg_fast.models.loading import (
     load_vocabulary_model,
 )
 from rgtg_fast.models.prompts import Prompt
+from rgtg_fast.models.quantized import round_weights
 from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.ops import topk_logprobs
 from rgtg_fast.rewards.base import Prefix, Reward
-from rgtg_fast.rewards.compatibility import check_same_tokenizer, place_adapter, unbound
+from rgtg_fast.rewards.compatibility import (
+    check_rounding,
+    check_same_tokenizer,
+    place_adapter,
+    unbound,
+)
 from rgtg_fast.rewards.runtime import OwnModel, RewardRuntime, SharedForward
 
 Source = str | os.PathLike[str] | ModelAndTokenizer
@@ -71,6 +77,7 @@ class CausalScorer:
         share_trunk: as in `SequenceReward`.
         reward: class name of the reward that it belongs to, for messages.
         trust_remote_code: whether code that comes with this model may run.
+        weights: as in `SequenceReward`.
 
     Attributes:
         scores: scores of the step that has begun.
@@ -83,7 +90,10 @@ class CausalScorer:
         share_trunk: bool | None,
         reward: str,
         trust_remote_code: bool = False,
+        weights: str | None = None,
     ):
+        check_rounding(weights, source, share_trunk)
+        self.weights = weights
         self.source, self.chat_template, self.trust_remote_code = source, chat_template, trust_remote_code
         self.share_trunk, self.reward = share_trunk, reward
         self.scores = Scores(torch.empty(0))
@@ -106,7 +116,7 @@ class CausalScorer:
     ) -> RewardRuntime:
         if isinstance(self.source, (str, os.PathLike)) and is_adapter(self.source):
             adapter = Adapter.load(self.source)
-            tokenizer, why = place_adapter(adapter, lm, self.chat_template, self.share_trunk)
+            tokenizer, why = place_adapter(adapter, lm, self.chat_template, self.share_trunk, self.weights)
             if why is None:
                 head = adapter.head or lm.runner.head
                 self._check_width(lm, tokenizer, head, adapter.name)
@@ -126,6 +136,7 @@ class CausalScorer:
             )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk = "a model of its own"
+        round_weights(model, self.weights)
         runtime = OwnModel(
             language_runner(model, engine, max_length), lm, tokenizer, self.chat_template, trunk
         )
@@ -149,7 +160,12 @@ class CausalScorer:
     def copy(self) -> CausalScorer:
         """An unbound copy with the same settings."""
         return CausalScorer(
-            self.source, self.chat_template, self.share_trunk, self.reward, self.trust_remote_code
+            self.source,
+            self.chat_template,
+            self.share_trunk,
+            self.reward,
+            self.trust_remote_code,
+            self.weights,
         )
 
     @property
@@ -203,6 +219,16 @@ class VocabularyScorer(Reward):
     def trust_remote_code(self, value: bool) -> None:
         for scorer in self._scorers:
             scorer.trust_remote_code = value
+
+    @property
+    def weights(self) -> str | None:
+        """As in `SequenceReward`, for all its models; settable before it is bound."""
+        return self._scorers[0].weights
+
+    @weights.setter
+    def weights(self, value: str | None) -> None:
+        for scorer in self._scorers:
+            scorer.weights = value
 
     @abstractmethod
     def rewards_at(self, scores: list[Scores], tokens: torch.Tensor) -> torch.Tensor:
@@ -311,6 +337,7 @@ class VocabularyReward(VocabularyScorer):
             where that has none the base model's prompt ids.
         share_trunk: whether an adapter runs in the base model's own forward, as in `SequenceReward`.
         trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
+        weights: as in `SequenceReward`.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -328,9 +355,10 @@ class VocabularyReward(VocabularyScorer):
         chat_template: str | None = None,
         share_trunk: bool | None = None,
         trust_remote_code: bool = False,
+        weights: str | None = None,
     ):
         name = type(self).__name__
-        super().__init__([CausalScorer(model, chat_template, share_trunk, name, trust_remote_code)])
+        super().__init__([CausalScorer(model, chat_template, share_trunk, name, trust_remote_code, weights)])
 
     def guidance(self) -> torch.Tensor:
         return self._scorers[0].scores.logits
@@ -353,6 +381,7 @@ class AutoregressiveReward(VocabularyScorer):
             where that has none the base model's prompt ids.
         share_trunk: whether an adapter runs in the base model's own forward, as in `SequenceReward`.
         trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
+        weights: as in `SequenceReward`.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -372,9 +401,10 @@ class AutoregressiveReward(VocabularyScorer):
         chat_template: str | None = None,
         share_trunk: bool | None = None,
         trust_remote_code: bool = False,
+        weights: str | None = None,
     ):
         name = type(self).__name__
-        super().__init__([CausalScorer(model, chat_template, share_trunk, name, trust_remote_code)])
+        super().__init__([CausalScorer(model, chat_template, share_trunk, name, trust_remote_code, weights)])
 
     def guidance(self) -> torch.Tensor:
         scores = self._scorers[0].scores
@@ -399,6 +429,7 @@ class LogRatioReward(VocabularyScorer):
             the base model's prompt ids.
         untuned_template: the same.
         trust_remote_code: whether code that comes with the two models may run; never that of an adapter's base.
+        weights: as in `SequenceReward`, for both.
 
     Raises:
         RGTGError: at binding: another tokenizer, a head whose width is not the vocabulary's, a model that cannot be
@@ -419,12 +450,13 @@ class LogRatioReward(VocabularyScorer):
         tuned_template: str | None = None,
         untuned_template: str | None = None,
         trust_remote_code: bool = False,
+        weights: str | None = None,
     ):
         name = type(self).__name__
         super().__init__(
             [
-                CausalScorer(tuned, tuned_template, None, name, trust_remote_code),
-                CausalScorer(untuned, untuned_template, None, name, trust_remote_code),
+                CausalScorer(tuned, tuned_template, None, name, trust_remote_code, weights),
+                CausalScorer(untuned, untuned_template, None, name, trust_remote_code, weights),
             ]
         )
 

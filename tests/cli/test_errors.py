@@ -80,6 +80,18 @@ def test_reward_model_with_two_labels(run: Callable, lm: str, two_labels_rm: str
         assert "--reward-label belongs to" in refused.error
 
 
+def test_rounded_reward_model(run: Callable, lm: str, rm: str) -> None:
+    arguments = ("generate", "hello", "--lm", lm, *SHORT, "--json", "--reward")
+    (row,) = run(*arguments, rm, "--reward-weights", "int4").rows
+    assert row["reward_weights"] == "int4"
+    assert "reward_weights" not in run(*arguments, rm).rows[0]
+    assert "weights='int3' is unknown: use 'int4'" in run(*arguments, rm, "--reward-weights", "int3").error
+    assert "needs a TextReward" in run(*arguments, f"text:{rm}", "--reward-weights", "int4").error
+    for reward in ("contrastive", "none"):
+        refused = run(*arguments, reward, "--reward-weights", "int4")
+        assert "--reward-weights belongs to" in refused.error
+
+
 def test_folder_that_is_no_model(run: Callable, tmp_path: Path) -> None:
     assert str(tmp_path) in run("generate", "hello", "--lm", tmp_path, *SHORT).error
 

@@ -144,6 +144,17 @@ def test_a_padded_batch_gives_a_row_the_same_bits_in_bfloat16() -> None:
         assert (alone.tokens, alone.rewards, alone.logprobs) == (row.tokens, row.rewards, row.logprobs)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("guide", ["sequence", "contrastive", "genarm"])
+def test_batch_invariant_steps_give_a_row_the_same_bits(guide: str, dtype: str) -> None:
+    decoder = make_decoder(guide, dtype=dtype, engine="triton", batch_invariant=True)
+    prompts, seeds, guidance = prompts_of(7), list(range(7)), settings_of(0.9, "lm")
+    together = decoder.generate(prompts, 9, guidance, seeds)
+    for prompt, seed, each, row in zip(prompts, seeds, guidance, together, strict=True):
+        alone = decoder.generate([prompt], 9, each, seed)[0]
+        assert (alone.tokens, alone.rewards, alone.logprobs) == (row.tokens, row.rewards, row.logprobs)
+
+
 def test_streams_and_stop_strings() -> None:
     prompt = prompts_of(1)[0]
     plain, graphed = make_decoder("sequence", device="cpu"), make_decoder("sequence")

@@ -115,7 +115,8 @@ def _best_of_n(strategy: BestOfN, run: Run, scheduler: Scheduler) -> Iterator[Ge
         no_reward = NoReward()
         rows = Arguments(prompts, run.max_new_tokens, guidance, seeds, lm.tokenizer).rows(lm, no_reward)
         unguided = Run(rows, run.stopping, False, PhaseTimer())
-        found = Scheduler(lm, no_reward, max_batch, graphs=False).rows(unguided)
+        sampling = Scheduler(lm, no_reward, max_batch, graphs=False, batch_invariant=scheduler.invariant)
+        found = sampling.rows(unguided)
         return GenerationResult(sorted(found, key=lambda row: row.index), unguided.stats)
 
     yield from best_of_n(sample, scheduler.reward, run.rows, strategy, run.stopping, max_batch, run.stats)
@@ -143,7 +144,7 @@ def _by_chunks(strategy: Segments | Blocks, run: Run, scheduler: Scheduler) -> I
     check_fits(row_bytes, slots, lm_length, free, setting)
     runner.reserve(slots, lm_length, undo=undo)
     reward.reserve(prompts, reward_length, undo)
-    sampler = Sampler(lm, strategy.temperature, strategy.top_k)
+    sampler = Sampler(lm, strategy.temperature, strategy.top_k, scheduler.invariant)
     if isinstance(strategy, Segments):
         decoder = SegmentDecoder(sampler, reward, strategy, run.stopping, slots, run.stats)
     else:

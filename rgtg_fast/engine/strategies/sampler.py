@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rgtg_fast.engine.invariance import products
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.ops import resample, topk_logprobs
 
@@ -26,9 +27,11 @@ class Sampler:
         lm: the base model.
         temperature: τ >= 0.
         top_k: tokens to sample from, None for the whole vocabulary.
+        invariant: as `Scheduler.invariant`.
     """
 
-    def __init__(self, lm: LanguageModel, temperature: float, top_k: int | None):
+    def __init__(self, lm: LanguageModel, temperature: float, top_k: int | None, invariant: bool = False):
+        self.invariant = invariant
         self.lm, self.runner = lm, lm.runner
         self.temperature = temperature
         self.top_k = None if top_k is None else min(top_k, lm.vocabulary)
@@ -69,9 +72,10 @@ class Sampler:
     def step(self) -> torch.Tensor:
         """Logits [n, V] after each slot's newest token, which enters the cache."""
         tokens = torch.tensor(self.newest, device=self.runner.device)
-        hidden = self.runner.step(tokens.unsqueeze(-1))
-        self.runner.commit(torch.zeros_like(tokens))
-        return self.runner.logits(hidden.squeeze(1))[:, : self.lm.vocabulary]
+        with products(self.invariant):
+            hidden = self.runner.step(tokens.unsqueeze(-1))
+            self.runner.commit(torch.zeros_like(tokens))
+            return self.runner.logits(hidden.squeeze(1))[:, : self.lm.vocabulary]
 
     def entropy(self, logits: torch.Tensor) -> list[float]:
         """Of each row's next-token distribution, in nats."""

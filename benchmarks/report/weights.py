@@ -1,0 +1,50 @@
+"""The table about rounded weights, from results/int4.csv."""
+
+from __future__ import annotations
+
+from benchmarks.report.pages import Row, interval, number
+
+NOT_MEASURED = "Not measured yet: run `python -m benchmarks.int4`."
+_HEADER = (
+    "| weights | engine | MB | CPU ms per token | rank correlation | equal tokens | accuracy | equal verdicts |\n"
+    "|---|---|--:|--:|--:|--:|--:|--:|"
+)
+
+
+def int4_block(rows: list[Row]) -> str:
+    """A reward model with the weights of its files and with rounded ones."""
+    if not rows:
+        return NOT_MEASURED
+    first = rows[0]
+    lines = [
+        f"{first['lm']} and `{first['guide']}` as a model of its own, {first['cpu']}, {first['threads']} thread"
+        f"{'' if first['threads'] == '1' else 's'}, rgtg-fast {first['rgtg_fast']} ({first['commit']}).",
+        "",
+        *_HEADER.split("\n"),
+    ]
+    for row in rows:
+        accuracy = interval(row, ("accuracy", "ci95_low", "ci95_high"), ".3f")
+        same = f"{row['equal_verdicts']} of {row['pairs']}" if row["pairs"] else "–"
+        cells = [
+            row["weights"],
+            row["engine"],
+            number(str(float(row["weight_bytes"]) / 1e6), ".0f"),
+            number(row["cpu_ms_per_token"], ".1f"),
+            number(row["rank_correlation"], ".3f"),
+            f"{row['equal_tokens']} of {row['tokens']}",
+            accuracy,
+            same,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    judged = (
+        f"*Accuracy* on {first['pairs']} pairs of {first['data']} of at most {first['max_length']} tokens, in brackets "
+        "95 % intervals. "
+    )
+    lines += [
+        "",
+        f"Everything is compared with the first line; the second shows what rounding does without new weights. *Rank "
+        f"correlation* (Spearman) of the rewards of a step's {first['k']} candidates, the mean over up to "
+        f"{first['steps']} steps. *Equal tokens* of greedy answers: before the first difference. "
+        f"{judged if first['pairs'] else ''}*MB* are all weights, the embedding's too.",
+    ]
+    return "\n".join(lines)
