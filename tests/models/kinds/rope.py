@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.models.kinds.tiny import CONTEXT, language_model, llama, llama_reward, reward_model, save
-
 from tests.models.kinds import Kind, Sources
+from tests.models.kinds.tiny import CONTEXT, language_model, llama, llama_reward, reward_model, save
 
 # Tokens up to which the short factors are used: fewer than a prompt has.
 ORIGINAL = 16
