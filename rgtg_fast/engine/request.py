@@ -156,10 +156,11 @@ def encoded_row(
         limits += [("reward", len(own), reward.limit) for own in row.encoded]
     for role, length, limit in limits:
         if length + new_tokens > limit:
+            room = limit - length
             raise RGTGError(
                 f"prompt {prompt.index} has {length} tokens for the {role}; {new_tokens} new ones exceed its "
-                f"{limit}{_beyond(limit, [lm.runner, *reward.models()])}: shorten the prompt or use "
-                f"max_new_tokens <= {max(limit - length, 0)}"
+                f"{limit}{_beyond(limit, [lm.runner, *reward.models()])}: shorten the prompt"
+                f"{f' or use max_new_tokens <= {room}' if room > 0 else ''}"
             )
     return row
 

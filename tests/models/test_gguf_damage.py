@@ -81,3 +81,17 @@ def test_damaged_files_are_refused_in_one_line_or_equal(tmp_path: Path) -> None:
         else:
             assert all(torch.equal(x, own[name]) for name, x in loaded.state_dict().items())
     assert len(outcomes) == 2
+
+
+def test_a_damaged_conversion_is_refused_with_its_folder(tmp_path: Path) -> None:
+    """Such as one from which a tool that tidies caches has deleted the largest file."""
+    path = gguf_files.save(tmp_path / "m.gguf", gguf_files.tiny())
+    assert not isinstance(model_or_refusal(path), str)
+    (folder,) = (tmp_path / "cache").glob("m-*")
+    weights = (folder / "model.safetensors").read_bytes()
+    for content in (None, weights[:-40]):
+        (folder / "model.safetensors").unlink()
+        if content is not None:
+            (folder / "model.safetensors").write_bytes(content)
+        assert f"(converted into {folder}: delete that folder to convert it again)" in model_or_refusal(path)
+        (folder / "model.safetensors").write_bytes(weights)
