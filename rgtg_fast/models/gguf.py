@@ -29,7 +29,8 @@ from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError, one_line
 from rgtg_fast.models.checkpoint import names
 from rgtg_fast.models.device import free_bytes, too_large
-from rgtg_fast.models.gguf_tokenizer import INSTEAD, SPECIAL, save_tokenizer
+from rgtg_fast.models.gguf_file import File, read, values
+from rgtg_fast.models.gguf_tokenizer import INSTEAD, SPECIAL, check_special_tokens, save_tokenizer
 
 SUFFIX = ".gguf"
 INSTALL = "pip install gguf accelerate"
@@ -98,14 +99,6 @@ _FAMILIES = {
     ),
     "gemma3": _Family("gemma3_text", "Gemma3TextForSequenceClassification", _GEMMA),
 }
-
-
-class _File(NamedTuple):
-    """A GGUF file that was read: metadata by key, tensors of `gguf` by name."""
-
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, Any]
 
 
 def gguf_file(source: str | os.PathLike[str], title: str) -> Path | None:
@@ -207,8 +200,10 @@ def converted(path: Path, title: str, dtype: torch.dtype) -> Path:
     folder = embedded.cache_folder() / name
     if folder.is_dir():
         return folder
-    file = _read(path, title)
-    config = _configuration(file, title)
+    file = read(path, title)
+    check_special_tokens(file.metadata, title)
+    with _quiet(title):
+        config = _configuration(file, title)
     count = sum(math.prod(tensor.shape.tolist()) for tensor in file.tensors.values())
     free = free_bytes(torch.device("cpu"))
     if free is not None and count * dtype.itemsize > free:
@@ -231,32 +226,10 @@ def _identity(path: Path) -> str:
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', path.stem)[:60]}-{digest.hexdigest()[:16]}"
 
 
-def _read(path: Path, title: str) -> _File:
-    import gguf
-
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        if start != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:  # of a damaged file the reader may raise anything
-        raise RGTGError(
-            f"{title} is not a GGUF file that can be read, or was cut off ({one_line(error, 80)}): download it again"
-        ) from error
-    if metadata.get("split.count", 0) > 1:
-        raise RGTGError(
-            f"{title} is one part of a GGUF in {metadata['split.count']} files: merge them "
-            "(llama-gguf-split --merge FIRST-PART OUTPUT.gguf)"
-        )
-    return _File(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
-
-
 # ---- the configuration ---------------------------------------------------------------------------------------------
 
 
-def _configuration(file: _File, title: str) -> Any:
+def _configuration(file: File, title: str) -> Any:
     """The configuration that the metadata states.
 
     Raises:
@@ -281,11 +254,26 @@ def _configuration(file: _File, title: str) -> Any:
     if absent or "token_embd.weight" not in file.tensors:
         what = prefix + absent[0] if absent else "token_embd.weight"
         raise RGTGError(f"{title} lacks {what}: {INSTEAD}, or convert it again")
+    broken = [key for key, x in stated.items() if isinstance(x, float) and not _is_usable(key, x)]
+    if broken:
+        raise RGTGError(
+            f"{title} has {prefix}{broken[0]} = {stated[broken[0]]}, which must be positive and finite: "
+            "download it again"
+        )
     by_layer = [key for key in [*table, *_READ] if isinstance(stated.get(key), list) and "labels" not in key]
     if by_layer:
         raise RGTGError(f"{title} has a {prefix}{by_layer[0]} for each layer: {INSTEAD}")
     fields: dict[str, Any] = {field: stated.get(key) for key, field in table.items()}
-    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
+    layers = len({name.split(".")[1] for name in file.tensors if name.startswith("blk.")})
+    if fields["num_hidden_layers"] != layers:
+        raise RGTGError(
+            f"{title} states {fields['num_hidden_layers']} layers ({prefix}block_count) and holds {layers}: {INSTEAD}"
+        )
+    if family.model_type == "gemma2":
+        # Files of the first converters lack the window and the caps: llama.cpp then takes the family's, as the
+        # configuration class does.
+        fields = {field: x for field, x in fields.items() if x is not None}
+    fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     head_dim = stated.get("attention.key_length", fields["hidden_size"] // fields["num_attention_heads"])
     for key in ("attention.value_length", "rope.dimension_count"):
         if stated.get(key, head_dim) != head_dim:
@@ -316,6 +304,10 @@ def _configuration(file: _File, title: str) -> Any:
     return _with_head(AutoConfig.for_model(family.model_type, **fields), file, stated, family, title)
 
 
+def _is_usable(key: str, value: float) -> bool:
+    return 0 < value < math.inf or (value == 0 and key == "rope.scaling.factor")
+
+
 def _gemma_scale(family: _Family, fields: dict[str, Any]) -> int:
     """The square of the divisor of Gemma's scores, which files do not state: the 27B models alone use another one.
 
@@ -326,7 +318,7 @@ def _gemma_scale(family: _Family, fields: dict[str, Any]) -> int:
     return fields["hidden_size"] // fields["num_attention_heads"] if wide else fields["head_dim"]
 
 
-def _rope(file: _File, stated: dict[str, Any], family: _Family, head_dim: int, title: str) -> dict[str, Any]:
+def _rope(file: File, stated: dict[str, Any], family: _Family, head_dim: int, title: str) -> dict[str, Any]:
     """transformers' `rope_parameters`, with the scaling that the metadata or the tensor `rope_freqs` states."""
     gemma3 = family.model_type == "gemma3_text"
     # Without a base llama.cpp takes this one as well.
@@ -344,7 +336,7 @@ def _rope(file: _File, stated: dict[str, Any], family: _Family, head_dim: int, t
     if _LLAMA3 in file.tensors:
         if rope["rope_type"] != "default" or gemma3:
             raise RGTGError(f"{title} has {_LLAMA3} beside another scaling of its rope: {INSTEAD}")
-        rope |= _llama3(_values(file.tensors[_LLAMA3]).float(), rope["rope_theta"], head_dim, title)
+        rope |= _llama3(values(file.tensors[_LLAMA3]).float(), rope["rope_theta"], head_dim, title)
     if gemma3:
         local = {"rope_type": "default", "rope_theta": 10000.0}
         return {"full_attention": rope, "sliding_attention": local}
@@ -365,7 +357,7 @@ def _llama3(divisors: torch.Tensor, theta: float, head_dim: int, title: str) -> 
     return settings
 
 
-def _with_head(config: Any, file: _File, stated: dict[str, Any], family: _Family, title: str) -> Any:
+def _with_head(config: Any, file: File, stated: dict[str, Any], family: _Family, title: str) -> Any:
     """Completes the configuration by the kind of the model: a reward model where the file has a head."""
     dense = sorted(name for name in file.tensors if name in ("cls.weight", "cls.bias"))
     if dense:
@@ -381,7 +373,7 @@ def _with_head(config: Any, file: _File, stated: dict[str, Any], family: _Family
     if kind not in ("last", "rank"):
         raise RGTGError(f"{title} pools a text by {kind!r} and its head cannot read prefixes: {INSTEAD}")
     config.architectures = [family.classifier]
-    labels = _values(head).reshape(-1, config.hidden_size).shape[0]
+    labels = values(head).reshape(-1, config.hidden_size).shape[0]
     given = stated.get("classifier.output_labels") or [f"LABEL_{i}" for i in range(labels)]
     given = [given] if isinstance(given, str) else given
     if len(given) != labels:
@@ -394,7 +386,7 @@ def _with_head(config: Any, file: _File, stated: dict[str, Any], family: _Family
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def _convert(file: _File, config: Any, folder: Path, title: str, dtype: torch.dtype) -> None:
+def _convert(file: File, config: Any, folder: Path, title: str, dtype: torch.dtype) -> None:
     """Writes the model's folder: weights, configuration and tokenizer."""
     weights = _weights(file, config, title, dtype)
     folder.mkdir()
@@ -413,12 +405,13 @@ def _convert(file: _File, config: Any, folder: Path, title: str, dtype: torch.dt
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _weights(file: _File, config: Any, title: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _weights(file: File, config: Any, title: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The dequantized weights by transformers' names.
 
     Raises:
         RGTGError: a tensor that the model lacks, or a weight that the file lacks, by name.
     """
+    _check_tensors(file, config, title)
     with _quiet(title):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.path.parent,
@@ -431,23 +424,40 @@ def _weights(file: _File, config: Any, title: str, dtype: torch.dtype) -> dict[s
         )
     model, info = loaded
     state = {key: x for key, x in model.state_dict().items() if key not in _tied(model, config)}
-    expected = {_gguf_name(key, file, config) for key in state}
     wrong = {
-        "lacks": expected - set(file.tensors),
-        "holds tensors that the model does not have:": set(file.tensors)
-        - expected
-        - {_HEAD, _HEAD_BIAS, _LLAMA3},
         "lacks the weights of": set(info["missing_keys"]) - _tied(model, config),
         "has other shapes than its metadata for": {key for key, *_ in info["mismatched_keys"]},
     }
+    _refuse(wrong, title)
+    if _HEAD in file.tensors:
+        state["score.weight"] = values(file.tensors[_HEAD]).reshape(-1, config.hidden_size).to(dtype)
+    if _HEAD_BIAS in file.tensors:
+        state["score.bias"] = values(file.tensors[_HEAD_BIAS]).reshape(-1).to(dtype)
+    return {key: x.contiguous() for key, x in state.items()}
+
+
+def _check_tensors(file: File, config: Any, title: str) -> None:
+    """Compares names and shapes with the model's before any is read: the reader allocates what the metadata says."""
+    with _quiet(title), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(_without_head(config), trust_remote_code=False)
+    state = {key: x for key, x in model.state_dict().items() if key not in _tied(model, config)}
+    expected = {_gguf_name(key, file, config): list(x.shape) for key, x in state.items()}
+    found = {name: tensor.shape.tolist()[::-1] for name, tensor in file.tensors.items()}
+    more = set(found) - set(expected) - {_HEAD, _HEAD_BIAS, _LLAMA3}
+    wrong = {
+        "lacks": set(expected) - set(found),
+        "holds tensors that the model does not have:": more,
+        "has other shapes than its metadata for": {
+            name for name, shape in expected.items() if found.get(name, shape) != shape
+        },
+    }
+    _refuse(wrong, title)
+
+
+def _refuse(wrong: dict[str, set[str]], title: str) -> None:
     for what, keys in wrong.items():
         if keys:
             raise RGTGError(f"{title} {what} {names(keys)}: {INSTEAD}, or convert it again")
-    if _HEAD in file.tensors:
-        state["score.weight"] = _values(file.tensors[_HEAD]).reshape(-1, config.hidden_size).to(dtype)
-    if _HEAD_BIAS in file.tensors:
-        state["score.bias"] = _values(file.tensors[_HEAD_BIAS]).reshape(-1).to(dtype)
-    return {key: x.contiguous() for key, x in state.items()}
 
 
 def _without_head(config: Any) -> Any:
@@ -459,7 +469,7 @@ def _tied(model: Any, config: Any) -> set[str]:
     return set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
 
 
-def _gguf_name(key: str, file: _File, config: Any) -> str:
+def _gguf_name(key: str, file: File, config: Any) -> str:
     """The name that a weight of transformers has in a GGUF file; the weight's own name where it has none there."""
     import gguf
 
@@ -468,19 +478,13 @@ def _gguf_name(key: str, file: _File, config: Any) -> str:
     return mapping.get_name(key, try_suffixes=(".weight", ".bias")) or key
 
 
-def _values(tensor: Any) -> torch.Tensor:
-    import gguf
-
-    return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-
-
 @contextlib.contextmanager
 def _quiet(title: str) -> Iterator[None]:
     """Hides the reader's progress bars, which no setting turns off, and replaces its errors with one line."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+    except (RGTGError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a file that it does not expect the reader may raise anything
         detail = f"{type(error).__name__}: {one_line(error)}"

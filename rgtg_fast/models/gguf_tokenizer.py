@@ -80,6 +80,37 @@ def save_tokenizer(path: Path, metadata: dict[str, Any], vocabulary: int, folder
     tokenizer.save_pretrained(folder)
 
 
+def check_special_tokens(metadata: dict[str, Any], title: str) -> None:
+    """Refuses settings of a GGUF file's tokenizer that do not fit its tokens, by name.
+
+    Args:
+        metadata: the file's metadata.
+        title: role and name of the model, for messages.
+
+    Raises:
+        RGTGError: an id without a token, kinds for another number of tokens, or a switch that is none.
+    """
+    prefix = "tokenizer.ggml."
+    count = len(metadata.get(prefix + "tokens") or [])
+    for name in (*SPECIAL.values(), "eot"):
+        token = metadata.get(f"{prefix}{name}_token_id", 0)
+        if count and token not in range(count):
+            raise RGTGError(
+                f"{title} has {prefix}{name}_token_id = {str(token)[:20]} and {count} tokens: {INSTEAD}"
+            )
+    kinds = metadata.get(prefix + "token_type")
+    if count and kinds is not None and len(kinds) != count:
+        raise RGTGError(
+            f"{title} has {len(kinds)} kinds of tokens (token_type) and {count} tokens: {INSTEAD}"
+        )
+    for name in ("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"):
+        switch = metadata.get(prefix + name, False)
+        if not isinstance(switch, bool):
+            raise RGTGError(
+                f"{title} has {prefix}{name} = {str(switch)[:20]!r}, not true or false: {INSTEAD}"
+            )
+
+
 def _exact(tokenizer: Any, tokens: list[str], stated: dict[str, Any], chat_template: str | None) -> Any:
     """A tokenizer with the file's tokens alone: transformers adds those of its own class where the file has none."""
     saved = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from transformers import (
@@ -37,8 +40,24 @@ from rgtg_fast.models.state_dict import StateDictMismatch
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[a-zA-Z]|[\x00-\x08\x0e-\x1f\x7f]")
 
 Source = str | os.PathLike[str]
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+# While it builds a model, transformers changes what the whole process sees: torch's default dtype and initializers.
+_LOADING = threading.RLock()
 
 
+def _one_at_a_time(load: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Makes threads that load models wait for one another: they would load wrong weights, or miss some."""
+
+    @wraps(load)
+    def locked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _LOADING:
+            return load(*args, **kwargs)
+
+    return locked
+
+
+@_one_at_a_time
 def read_pretrained(
     kind: Any,
     source: Source,
@@ -73,11 +92,13 @@ def read_pretrained(
     file = gguf_file(source, title)
     if file is not None:
         source = path = _converted(file, title, dtype)
+        # What is wrong with the folder from here on, a new conversion mends.
+        title = f"{title} (converted into {path}: delete that folder to convert it again)"
     parameters = None
     if path is not None:
         with _file_errors(title):
             parameters = check_model(path)
-    with _loader_errors(title, source):
+    with _loader_errors(title, source, trust_remote_code):
         if trust_remote_code:
             _check_code(source, title)
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -92,7 +113,7 @@ def read_pretrained(
     tokenizer_kind = AutoTokenizer if file is None else PreTrainedTokenizerFast
     tokenizer = read_tokenizer(source, role, tokenizer_kind, trust_remote_code)
     _check_memory(title, parameters, dtype, torch.device(device))
-    with _loader_errors(title, source), fits_in_memory(title, parameters, dtype):
+    with _loader_errors(title, source, trust_remote_code), fits_in_memory(title, parameters, dtype):
         model, info = kind.from_pretrained(
             source,
             config=config,
@@ -130,7 +151,7 @@ def read_tokenizer(
     if path is not None:
         with _file_errors(f"{role} {str(source)!r}"):
             check_tokenizer(path)
-    with _loader_errors(f"tokenizer of {role} {str(source)!r}", source):
+    with _loader_errors(f"tokenizer of {role} {str(source)!r}", source, trust_remote_code):
         return kind.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -209,10 +230,11 @@ def _file_errors(title: str) -> Iterator[None]:
 
 
 @contextmanager
-def _loader_errors(title: str, source: Source) -> Iterator[None]:
-    """Replaces the errors of transformers' loaders with one line."""
+def _loader_errors(title: str, source: Source, own_code: bool) -> Iterator[None]:
+    """Replaces the errors of transformers' loaders with one line; what a model's own code prints goes to stderr."""
+    printed = redirect_stdout(sys.stderr) if own_code else nullcontext()
     try:
-        with fits_in_memory(title, None, torch.float32):
+        with printed, fits_in_memory(title, None, torch.float32):
             yield
     except (RGTGError, KeyboardInterrupt, SystemExit):
         raise

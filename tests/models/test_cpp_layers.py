@@ -192,6 +192,30 @@ def test_matches_on_a_long_prompt(name: str) -> None:
     assert_near(Rows(model, 1, 401).prefill(0, text), expected(model, text), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gemma3"])
+def test_a_prompt_has_the_same_bits_wherever_the_layers_cut_it(name: str, dtype: torch.dtype) -> None:
+    """Tokens pass through a layer in pieces counted over the batch: the second and third row are cut elsewhere."""
+    model = make(name, dtype)
+    for window in (7, 100, 256):
+        for layer in model.layers:
+            holder = layer.self_attn if hasattr(layer.self_attn, "sliding_window") else model.config
+            if getattr(holder, "sliding_window", None):
+                holder.sliding_window = window
+        text, before = torch.randint(0, 61, (301,)), torch.randint(0, 61, (90,))
+        alone, batch = Rows(model, 1, 400), Rows(model, 3, 400)
+        alone.prefill(0, before)
+        reference = alone.prefill(0, text)
+        for row in range(3):
+            batch.prefill(row, before)
+        new = slice(len(before), len(before) + len(text))
+        keys, values = batch.keys[:, :, :, new], batch.values[:, :, :, new]
+        positions = torch.arange(new.start, new.stop).expand(3, -1)
+        inputs = (text.expand(3, -1), positions, batch.keys, batch.values, batch.lengths, keys, values)
+        for states in batch.native.forward(*inputs, causal=True):
+            assert torch.equal(states, reference)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "mistral-window", "gemma3"])
 def test_matches_for_a_tree(name: str) -> None:
     """Masks: tokens 0-1-3 and 0-2 are two branches."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,9 +262,22 @@ METADATA: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__bos_token_id": None},
         "adds BOS",
     ),
-    "more layers": ({"llama__block_count": 3}, "lacks 'blk.2.attn_k.weight'"),
-    "fewer layers": ({"llama__block_count": 1}, "does not have: 'blk.1.attn_k.weight'"),
+    "more layers": ({"llama__block_count": 3}, "states 3 layers (llama.block_count) and holds 2"),
+    "fewer layers": ({"llama__block_count": 1}, "states 1 layers (llama.block_count) and holds 2"),
+    # Layers and widths that the reader would build and allocate before it compares them.
+    "millions of layers": ({"llama__block_count": 2**31}, "states 2147483648 layers"),
     "other shapes": ({"llama__feed_forward_length": 64}, "other shapes"),
+    "gigabytes of other shapes": ({"llama__feed_forward_length": 2**30}, "other shapes"),
+    "no heads": ({"llama__attention__head_count": 0}, "ZeroDivisionError"),
+    "heads that do not divide": ({"llama__attention__head_count": 3}, "not a multiple of the number of attention"),
+    "a word for a number": ({"llama__context_length": "x"}, "'max_position_embeddings' expected int, got str"),
+    "a word for the parts": ({"split__count": "x"}, "in x files"),
+    "NaN": ({"llama__attention__layer_norm_rms_epsilon": math.nan}, "rms_epsilon = nan, which must be positive"),
+    "infinity": ({"llama__rope__freq_base": math.inf}, "llama.rope.freq_base = inf, which must be positive"),
+    "an id without a token": ({"tokenizer__ggml__eot_token_id": 999}, "eot_token_id = 999 and 261 tokens"),
+    "padding without a token": ({"tokenizer__ggml__padding_token_id": 999}, "padding_token_id = 999 and 261"),
+    "kinds of other tokens": ({"tokenizer__ggml__token_type": [3]}, "1 kinds of tokens"),
+    "a word for a switch": ({"tokenizer__ggml__add_bos_token": "no"}, "add_bos_token = 'no', not true or false"),
 }  # fmt: skip
 
 
@@ -304,19 +317,19 @@ def test_an_architecture_that_is_not_read_names_those_that_are(tmp_path: Path) -
     assert "'rwkv7', and llama, qwen2, qwen3, gemma2, gemma3 are read" in refusal(path)
 
 
-def test_files_that_are_cut_off(tmp_path: Path) -> None:
-    whole = gguf_files.save(tmp_path / "m.gguf", gguf_files.tiny()).read_bytes()
-    for length in (3, 20, 1000, len(whole) // 2, len(whole) - 40):
-        (tmp_path / "cut.gguf").write_bytes(whole[:length])
-        assert "cut off" in refusal(tmp_path / "cut.gguf")
-    (tmp_path / "cut.gguf").write_bytes(b"")
-    assert "is empty" in refusal(tmp_path / "cut.gguf")
-    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60))
-    assert "cut off" in refusal(tmp_path / "cut.gguf")
-    (tmp_path / "cut.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert "Git LFS pointer" in refusal(tmp_path / "cut.gguf")
-    (tmp_path / "m-00001-of-00003.gguf").write_bytes(whole)
-    assert "llama-gguf-split --merge" in refusal(tmp_path / "m-00001-of-00003.gguf")
+def test_a_gemma_2_of_the_first_converters_has_its_familys_window_and_caps(tmp_path: Path) -> None:
+    keys = ("attention__sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    model = gguf_files.tiny("gemma2", tie_word_embeddings=True)
+    path = gguf_files.save(
+        tmp_path / "m.gguf", model, **dict.fromkeys((f"gemma2__{key}" for key in keys), None)
+    )
+    loaded, _, _ = read_pretrained(tf.AutoModelForCausalLM, path, "language model", torch.float32)
+    config: Any = loaded.config
+    assert (config.sliding_window, config.attn_logit_softcapping, config.final_logit_softcapping) == (
+        4096,
+        50,
+        30,
+    )
 
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -472,3 +473,21 @@ def test_memory_that_runs_out_while_loading(
     message = refusal(saved / "lm")
     assert "the weights of language model" in message
     assert "as float32, more than is free: use dtype bfloat16" in message
+
+
+def test_threads_load_one_after_another(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' loader sets torch's default dtype and initializers for the whole process."""
+    load, free = tf.AutoModelForCausalLM.from_pretrained, []
+
+    def another_thread_could_load() -> None:
+        free.append(pretrained._LOADING.acquire(blocking=False))
+
+    def loading(*args: Any, **settings: Any) -> Any:
+        thread = threading.Thread(target=another_thread_could_load)
+        thread.start()
+        thread.join()
+        return load(*args, **settings)
+
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", loading)
+    read_pretrained(tf.AutoModelForCausalLM, saved / "lm", "language model", torch.float32)
+    assert free == [False]

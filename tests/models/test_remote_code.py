@@ -68,6 +68,19 @@ def test_a_trusted_language_model_is_served_exactly(ran: Path, tmp_path: Path) -
             assert token == int(naive.logits_after(plain, [*prompt, *row.tokens[:i]]).argmax())
 
 
+def test_what_trusted_code_prints_is_no_output_of_a_command(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--json` promises that stdout holds nothing else."""
+    folder = code_models.save(tmp_path / "lm", ran)
+    for file in folder.glob("*.py"):
+        file.write_text(f"{file.read_text()}\nprint({file.name!r})\n")
+    RewardGuidedDecoder.from_pretrained(str(folder), device="cpu", trust_remote_code=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(file.name in err for file in folder.glob("*.py"))
+
+
 def test_trusted_code_is_verified_like_any_other(ran: Path, tmp_path: Path) -> None:
     folder = code_models.save(tmp_path / "lm", ran, scale=0.5)
     with pytest.raises(RGTGError, match="cannot be served: its logits differ from its head's output"):
