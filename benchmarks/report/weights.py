@@ -42,7 +42,8 @@ def int4_block(rows: list[Row]) -> str:
     )
     lines += [
         "",
-        f"Everything is compared with the first line; the second shows what rounding does without new weights. *Rank "
+        f"Everything is compared with the first line; in the second the base model runs by its own blocks too, "
+        f"and it shows what another order of adding up does to the same weights. *Rank "
         f"correlation* (Spearman) of the rewards of a step's {first['k']} candidates, the mean over up to "
         f"{first['steps']} steps. *Equal tokens* of greedy answers: before the first difference. "
         f"{judged if first['pairs'] else ''}*MB* are all weights, the embedding's too.",
