@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import rgtg_fast
-from rgtg_fast import ContrastiveReward, Guidance, RewardGuidedDecoder, RGTGError, Segments
+from rgtg_fast import ContrastiveReward, Guidance, MixtureReward, RewardGuidedDecoder, RGTGError, Segments
 from rgtg_fast.engine.strategies import named_strategy
+from rgtg_fast.rewards import Reward
 from tests.conftest import make_lm, make_tokenizer
 
 GREEDY = Guidance(k=5, beta=2.0, temperature=0)
@@ -124,3 +125,20 @@ def test_a_fused_draw_of_a_reward_class() -> None:
         old = old_class(choose=choose, fused=True)
     rows = load(reward=old("w1 w2", "w3")).generate("w4 w5", 6, GREEDY)
     assert calls == [6] * rows.stats.steps
+
+
+def test_the_cache_of_a_reward_class_from_before_it_counted_rows() -> None:
+    """It states bytes per token, and its `reserve` takes no `undo`; a mixture holds it."""
+
+    def reserve(self: Any, slots: int, length: int) -> None:
+        self.reserved = (slots, length)
+        ContrastiveReward.reserve(self, slots, length)
+
+    old = old_class(cache_bytes_per_token=7, reserve=reserve)("w1 w2", "w3")
+    with renamed("Mine.cache_bytes_per_token", r"row_bytes\(length, undo\)"):
+        assert Reward.row_bytes(old, 10) == 70
+    mixture = MixtureReward([old])
+    with pytest.warns(DeprecationWarning, match="cache_bytes_per_token"):
+        load(reward=mixture).generate("w4 w5", 3, GREEDY)
+    (part,) = mixture.rewards
+    assert part.reserved[0] > 0  # pyright: ignore[reportAttributeAccessIssue]

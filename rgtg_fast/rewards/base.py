@@ -160,7 +160,13 @@ class Reward(ABC):
 
     def row_bytes(self, length: int, undo: int = 0) -> int:
         """Bytes that a row of `length` tokens takes in its own cache; `undo` as in `reserve`."""
-        return 0
+        per_token: int | None = getattr(
+            self, "cache_bytes_per_token", None
+        )  # of a class from before this method
+        if per_token is None:
+            return 0
+        warn_renamed(f"{type(self).__name__}.cache_bytes_per_token", "row_bytes(length, undo)")
+        return per_token * length
 
     def cache_bytes(self) -> int:
         """Bytes of its own cache."""

@@ -148,7 +148,8 @@ class MixtureReward(Reward):
     def reserve(self, slots: int, length: int, undo: int = 0) -> None:
         super().reserve(slots, length)
         for reward in self.rewards:
-            reward.reserve(slots, length, undo)
+            # A class from before `undo` does not take it.
+            reward.reserve(slots, length, *([undo] if undo else []))
         if len(self._by_slot) < slots:
             self._by_slot = self._by_slot.new_zeros(slots, len(self.rewards))
 
