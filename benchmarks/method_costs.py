@@ -103,13 +103,13 @@ def watched() -> Iterator[list[Forward]]:
     """Records every forward of every model, at its input."""
     seen: list[Forward] = []
     kinds = ["step"]
-    prefill, uncached = ModelRunner.prefill, ModelRunner.hidden_uncached
+    prefill, uncached = ModelRunner._run_causal, ModelRunner.hidden_uncached
     classify = Classifier._forward
 
-    def prefilled(self: ModelRunner, slot: int, ids: Sequence[int]) -> torch.Tensor:
+    def prefilled(self: ModelRunner, slot: int, start: int, tokens: torch.Tensor) -> torch.Tensor:
         kinds.append("prefill")
         try:
-            return prefill(self, slot, ids)
+            return prefill(self, slot, start, tokens)
         finally:
             kinds.pop()
 
@@ -132,7 +132,7 @@ def watched() -> Iterator[list[Forward]]:
         return classify(self, rows)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(ModelRunner, "prefill", prefilled))
+        stack.enter_context(patch.object(ModelRunner, "_run_causal", prefilled))
         stack.enter_context(patch.object(ModelRunner, "hidden_uncached", whole))
         for kind in (FusedLayers, TransformersLayers):
             stack.enter_context(patch.object(kind, "forward", noting(kind.forward)))

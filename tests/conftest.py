@@ -1,8 +1,10 @@
-"""Tiny models and tokenizers that the tests of several rooms share."""
+"""Tiny models, tokenizers and folders that tests share."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -116,3 +118,20 @@ def smollm2() -> Path:
         return Path(default_model())
     except RGTGError as error:
         pytest.skip(f"SmolLM2-135M-Instruct is not installed: {error}")
+
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Conversions of GGUF files, and the code of models that transformers copies, go to folders of this test alone."""
+    modules = str(tmp_path / "modules")
+    monkeypatch.setenv("RGTG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    _forget_code_of_models()
+    yield tmp_path
+    _forget_code_of_models()
+
+
+def _forget_code_of_models() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]

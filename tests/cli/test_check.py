@@ -36,7 +36,7 @@ def test_names_are_unique_in_their_table() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.group}-{kind.name}")
-def test_check_and_generate_agree(run: Callable, tmp_path: Path, kind: Kind) -> None:
+def test_check_and_generate_agree(run: Callable, tmp_path: Path, own_folders: Path, kind: Kind) -> None:
     if kind.needs and importlib.util.find_spec(kind.needs) is None:
         pytest.skip(f"{kind.needs} is not installed")
     given = kind.build(tmp_path)

@@ -51,7 +51,7 @@ def test_env(run: Callable) -> None:
     report = json.loads(run("env", "--json").out)
     assert report["packages"]["torch"]
     assert set(report["backends"]["cpu"]) == set(OPS)
-    assert len(OPS) == 7
+    assert len(OPS) == 11
     text = run("env").out
     for word in ("torch", "transformers", "extension", "topk_logprobs", "embedded model"):
         assert word in text

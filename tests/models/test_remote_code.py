@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,9 @@ GREEDY = Guidance(k=1, beta=0.0, temperature=0.0)
 
 
 @pytest.fixture
-def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file that the code of these models creates when it runs; the code is copied to a folder of this test."""
-    modules = str(tmp_path / "modules")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
-    monkeypatch.syspath_prepend(modules)
-    forget()
-    yield tmp_path / "ran"
-    forget()
-
-
-def forget() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
+def ran(own_folders: Path) -> Path:
+    """A file that the code of these models creates when it runs."""
+    return own_folders / "ran"
 
 
 @pytest.fixture
