@@ -42,6 +42,7 @@ def test_the_whole_round_without_a_gpu_leaves_rows(tmp_path: Path) -> None:
     rows = read(tmp_path / "decode_gpu.csv")
     assert {(row["batch"], row["method"]) for row in rows} == {
         *(("1", name) for name in ("ours", "args_replicated", "unguided", "ours_unguided")),
+        ("1", "ours_transformers"),
         *(("1", name) for name in ("shared_trunk", "two_models")),
         *(("32", name) for name in ("ours", "args_replicated")),
     }

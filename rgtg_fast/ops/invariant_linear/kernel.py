@@ -21,8 +21,8 @@ LEAST_SPAN = 512
 
 def configuration(M: int, dtype: torch.dtype) -> dict[str, object]:
     """Block shapes for M rows of x."""
-    # float32 has no tensor cores here: 64 rows would not fit in the registers.
-    most = BLOCKS_M[-2] if dtype == torch.float32 else BLOCKS_M[-1]
+    # float32 has no tensor cores here: more rows would not fit in the registers.
+    most = BLOCKS_M[0] if dtype == torch.float32 else BLOCKS_M[-1]
     block = min(most, next((n for n in BLOCKS_M if n >= M), most))
     block_k = BYTES_K // dtype.itemsize
     return {"BLOCK_M": block, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
@@ -79,7 +79,7 @@ def invariant_linear_kernel(
         # Partial sums [part, N, M]. The last program of these outputs adds them up, the first part first. A program
         # takes its ticket after all its threads have stored; the last one resets the tickets to 0.
         p_own = p_parts + o_n.to(tl.int64)[:, None] * M + o_m[None, :]
-        step = N.to(tl.int64) * M
+        step = (tl.full((), 0, tl.int64) + N) * M  # N may be a constant
         tl.store(p_own + i_k * step, b_acc, mask=m_nm)
         tl.debug_barrier()
         p_ticket = p_tickets + i_m * tl.num_programs(0) + i_n

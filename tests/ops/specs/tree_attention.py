@@ -105,11 +105,11 @@ def _merge(
 
 # By head, what models with a window, a softcap or sinks add to the kernel (64: gpt-oss; 128: Mistral, Gemma 2 27B; 256:
 # Gemma 2), in which modes, and over a leaf (1) or a span (0).
-_ALL = ((0, 1), (0, 0), (1, 0), (2, 0))
+_DECODED = ((0, 1), (0, 0), (2, 0))
 VARIANTS = {
-    64: ((("window", "sinks"), _ALL), (("sinks",), ((0, 0),))),
-    128: ((("window",), _ALL), (("window", "softcap"), ((0, 0), (2, 0)))),
-    256: ((("window", "softcap"), _ALL), (("softcap",), ((0, 0),))),
+    64: ((("window", "sinks"), (*_DECODED, (1, 0))), (("sinks",), ((0, 0),))),
+    128: ((("window",), _DECODED), (("window", "softcap"), ((0, 0),))),
+    256: ((("window", "softcap"), _DECODED), (("softcap",), ((0, 0),))),
 }
 
 
