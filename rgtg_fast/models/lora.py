@@ -221,11 +221,6 @@ def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         total.baddbmm_(x, y)
 
 
-def repeats_rows(hook: Any) -> bool:
-    """Whether a layer's hook is one by which `LowRankRows` repeats rows: it does nothing but that."""
-    return isinstance(hook, partial) and hook.func is _enter_layer
-
-
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()

@@ -65,7 +65,7 @@ class ModelSnapshot:
     def pin(self) -> None:
         """Records the weights' addresses, which C++ layers, fused projections and CUDA graphs read from now on."""
         self._modules = _modules(self._model)
-        self._addresses, self._hooks = _addresses(self._modules), _foreign_hooks(self._modules)
+        self._addresses, self._hooks = _addresses(self._modules), foreign_hooks(self._modules)
 
     def change(self) -> str | None:
         """A change that a forward would not take into account, in words; None for none."""
@@ -84,7 +84,7 @@ class ModelSnapshot:
             return "modules were replaced or added"
         if _addresses(modules) != self._addresses:
             return "weights were moved or replaced"
-        if _foreign_hooks(modules) != self._hooks:
+        if foreign_hooks(modules) != self._hooks:
             return "hooks were added or removed"
         return None
 
@@ -159,7 +159,7 @@ def _versions(parameters: Sequence[nn.Parameter]) -> list[int]:
     return [0 if p.is_inference() else p._version for p in parameters]
 
 
-def _foreign_hooks(modules: Sequence[nn.Module]) -> int:
+def foreign_hooks(modules: Sequence[nn.Module]) -> int:
     """The number of hooks that other packages added; C++ layers and CUDA graphs do not run them."""
     hooks = [
         hook

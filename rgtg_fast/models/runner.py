@@ -71,7 +71,7 @@ class ModelRunner:
         self.engine, self.layers = choose_layers(model, engine)
         self.rope = RowRope.of(model.base_model, limit)
         self._snapshot = ModelSnapshot(model, head)
-        if self.engine == "native" or self.device.type != "cpu":
+        if self.engine != "transformers" or self.device.type != "cpu":
             self._snapshot.pin()
         config: Any = model.config.get_text_config()
         language = head is model.get_output_embeddings()

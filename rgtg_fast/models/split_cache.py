@@ -363,20 +363,10 @@ class SplitCache(Cache):
         part = self._by_layer[layer_idx]
         return part.cache.update(key_states, value_states, layer_idx - part.first)
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, *call: Any) -> torch.Tensor:
         """As `PrefixCache.attend`."""
         part = self._by_layer[layer]
-        return part.cache.attend(layer - part.first, query, key, value, scale, window, softcap, sinks)
+        return part.cache.attend(layer - part.first, *call)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are always passed explicitly, since rows differ in length."""

@@ -14,7 +14,8 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import prefix_attention
 from rgtg_fast.models.kv_cache import CachePart, PrefixCache
-from rgtg_fast.models.lora import LowRankRows, repeats_rows
+from rgtg_fast.models.lora import LowRankRows
+from rgtg_fast.models.model_state import foreign_hooks
 from rgtg_fast.models.native_families import ACTIVATIONS, FAMILIES, window
 from rgtg_fast.models.split_cache import SplitCache
 from rgtg_fast.ops import act_and_mul, add_rms_norm, rope_and_store
@@ -185,16 +186,17 @@ class TritonLayers:
 def _bypassed(decoder: Any) -> Iterator[tuple[str, nn.Module]]:
     """Modules of a decoder whose forward is not called, with their names."""
     for index, layer in enumerate(decoder.layers):
-        name = f"layers.{index}"
-        yield from ((name, layer), (f"{name}.self_attn", layer.self_attn), (f"{name}.mlp", layer.mlp))
+        name, attention = f"layers.{index}", layer.self_attn
+        yield from ((name, layer), (f"{name}.self_attn", attention), (f"{name}.mlp", layer.mlp))
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{name}.{norm}", getattr(layer, norm)
+        for norm in ("q_norm", "k_norm"):
+            if hasattr(attention, norm):
+                yield f"{name}.self_attn.{norm}", getattr(attention, norm)
     yield from (("the decoder", decoder), ("norm", decoder.norm))
 
 
 def _changed(module: nn.Module) -> bool:
-    """Whether a module has hooks, a forward of its own or a class that transformers does not have."""
-    # Rows under adapters are repeated here too, in `forward`.
-    before = [hook for hook in module._forward_pre_hooks.values() if not repeats_rows(hook)]
-    hooked = before or module._forward_hooks or "forward" in vars(module)
-    return bool(hooked) or not type(module).__module__.startswith("transformers.models.")
+    """Whether a module has hooks of others, a forward of its own or a class that transformers does not have."""
+    own = "forward" in vars(module) or not type(module).__module__.startswith("transformers.models.")
+    return own or foreign_hooks([module]) > 0

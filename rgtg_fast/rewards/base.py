@@ -160,9 +160,8 @@ class Reward(ABC):
 
     def row_bytes(self, length: int, undo: int = 0) -> int:
         """Bytes that a row of `length` tokens takes in its own cache; `undo` as in `reserve`."""
-        per_token: int | None = getattr(
-            self, "cache_bytes_per_token", None
-        )  # of a class from before this method
+        # A class from before this method states bytes per token.
+        per_token: int | None = getattr(self, "cache_bytes_per_token", None)
         if per_token is None:
             return 0
         warn_renamed(f"{type(self).__name__}.cache_bytes_per_token", "row_bytes(length, undo)")

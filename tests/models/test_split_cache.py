@@ -260,6 +260,7 @@ def test_an_adapter_shares_the_forward(family: str, engine: str, tmp_path: Path)
     assert parts == expected[family]
 
 
+@pytest.mark.slow
 def test_compiled_blocks() -> None:
     dropping, keeping = decoders("gemma2", "mistral", engine="transformers", compile=True)
     greedy = Guidance(k=4, temperature=0)

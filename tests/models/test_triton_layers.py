@@ -228,3 +228,12 @@ def test_compiled_steps_are_the_models_own_blocks(monkeypatch: pytest.MonkeyPatc
     with Launches() as launches:
         runner.step(torch.tensor([[3, 4]]))
     assert launches.found["add_rms_norm"] == 0
+
+
+def test_a_hook_that_is_added_later_is_noticed() -> None:
+    model, tokenizer = make_lm(), make_tokenizer()
+    decoder = RewardGuidedDecoder.from_pretrained((model, tokenizer), engine="triton")
+    layer: Any = model.model.layers[1]
+    layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(RGTGError, match="hooks were added or removed"):
+        decoder.generate(prompts_of(1), 3, GREEDY)

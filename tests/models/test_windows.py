@@ -198,7 +198,9 @@ def test_an_adapter_shares_the_forward(family: str, engine: str, tmp_path: Path)
         assert shared.rewards == pytest.approx(own.rewards, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize(
+    "family", ["gpt-oss", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "gemma2"))]
+)
 def test_compiled_blocks(family: str) -> None:
     lm, rm = language_model(family), reward_model("gemma2")
     found = []
