@@ -138,9 +138,7 @@ class RequestScorer:
         with self._turns.taken():
             self._turns.begin()
             self._turns.claim(self)
-            reward.reserve(self.max_requests, self.max_length)
-            if self._contexts is not None:
-                self._contexts.reserve(self.max_requests, self.max_length)
+            self._reserve()
         self._served = self._turns.served()
 
     @classmethod
@@ -444,7 +442,14 @@ class RequestScorer:
             self._forget()
             raise
 
+    def _reserve(self) -> None:
+        """Empties the caches."""
+        self.reward.reserve(self.max_requests, self.max_length)
+        if self._contexts is not None:
+            self._contexts.reserve(self.max_requests, self.max_length)
+
     def _forget(self) -> None:
+        self._reserve()
         self._rows, self._step = [None] * self.max_requests, None
         for request in self._requests.values():
             request.slot = None
