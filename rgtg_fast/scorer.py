@@ -274,7 +274,8 @@ class RequestScorer:
             RGTGError: ids outside the vocabulary, or more tokens than `max_length`.
         """
         known = self._request(request)
-        answer = [int(token) for token in answer]
+        before = len(known.prefix.answer)
+        answer = [*answer[:before], *map(int, answer[before:])]  # told anew with each token: most are known
         self._check_length(known, answer)
         known.prefix.answer = answer
 
@@ -291,7 +292,6 @@ class RequestScorer:
         return found
 
     def _check_length(self, request: _Request, answer: Sequence[int]) -> None:
-        # Only new tokens are checked: an answer is told anew with each of its tokens.
         check_known(answer[len(request.prefix.answer) :], self.vocabulary, "the answer")
         longest = max(map(len, [request.prefix.prompt_ids, *request.encoded]))
         if longest + len(answer) > self.max_length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -373,3 +374,17 @@ def test_a_newer_run_takes_the_models_over() -> None:
     # The same object in a decoder is a copy of its own.
     RewardGuidedDecoder.from_pretrained(pair, shared).generate([[7, 8]], 2)
     assert torch.equal(scorer.score([request], torch.tensor([[9]])), first)
+
+
+def test_the_example_of_an_own_loop_decodes_as_the_decoder_does() -> None:
+    path = Path(__file__).parent.parent / "examples" / "own_loop.py"
+    spec = importlib.util.spec_from_file_location("own_loop", path)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    pair, reward = (make_lm(0), make_tokenizer()), (make_rm(1), None)
+    scorer = RequestScorer.from_pretrained(pair, reward, max_requests=3, max_length=64)
+    guidance = Guidance(k=5, beta=0.8, temperature=0)
+    answers = example.decode(pair[0], scorer, PROMPTS[:3], guidance, NEW_TOKENS)
+    rows = RewardGuidedDecoder.from_pretrained(pair, reward).generate(PROMPTS[:3], NEW_TOKENS, guidance)
+    assert answers == [[*row.tokens, *([] if row.end_token is None else [row.end_token])] for row in rows]
