@@ -185,6 +185,9 @@ def test_guided_logits_decode_as_the_decoder_does(kind: str, guidance: Guidance)
         for request, token in zip(requests, guided.argmax(1).tolist(), strict=True):
             answers[request].append(token)
             scorer.advance(request, answers[request])
+    if kind == "sequence" and guidance.gate_entropy is None:
+        # A candidate that became a token is committed: nothing runs twice.
+        assert scorer.reward.counter.tokens == NEW_TOKENS * len(PROMPTS) * guidance.k
     for row, request in zip(expected, requests, strict=True):
         end = [] if row.end_token is None else [row.end_token]
         assert answers[request][: len(row.tokens) + len(end)] == [*row.tokens, *end]
@@ -379,7 +382,8 @@ def test_a_newer_run_takes_the_models_over() -> None:
 def test_the_example_of_an_own_loop_decodes_as_the_decoder_does() -> None:
     path = Path(__file__).parent.parent / "examples" / "own_loop.py"
     spec = importlib.util.spec_from_file_location("own_loop", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     pair, reward = (make_lm(0), make_tokenizer()), (make_rm(1), None)
