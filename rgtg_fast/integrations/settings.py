@@ -123,6 +123,16 @@ class ServerSettings:
             raise RGTGError(f"rgtg={shown(asked)} is neither true nor false: use rgtg=0 for no guidance")
         return guidance if state in ON else None
 
+    def named_reward(self) -> Reward:
+        """The reward before it is bound: its class and its number of parts are known, and no weights are read.
+
+        Raises:
+            RGTGError: a name that cannot be read.
+        """
+        from rgtg_fast.rewards import named_guide
+
+        return named_guide(self.reward, self.label, self.trust_remote_code, self.reward_weights)
+
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ) -> ServerSettings:
         """Reads the settings that the environment names.

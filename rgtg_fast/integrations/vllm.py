@@ -8,7 +8,7 @@ from typing import Any
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.integrations.settings import ServerSettings, check_reward
-from rgtg_fast.rewards import Reward, named_guide
+from rgtg_fast.rewards import Reward
 
 
 def _base_classes() -> tuple[type, ...]:
@@ -82,6 +82,4 @@ def _settings() -> ServerSettings:
 
 @functools.lru_cache(maxsize=1)
 def _reward() -> Reward:
-    """The server's reward before it is bound: its class and its number of parts are known, no weights are read."""
-    settings = _settings()
-    return named_guide(settings.reward, settings.label, settings.trust_remote_code, settings.reward_weights)
+    return _settings().named_reward()

@@ -12,6 +12,8 @@ from rgtg_fast.errors import RGTGError
 from rgtg_fast.integrations.settings import ServerSettings, check_reward
 from rgtg_fast.scorer import RequestScorer
 
+# Tokens that a reward's instructions may put before a prompt (contrastive prompts).
+INSTRUCTION = 256
 # Below vLLM's own logger, so that a server shows it.
 logger = logging.getLogger("vllm.rgtg_fast")
 
@@ -105,28 +107,29 @@ def _has_logits(vllm_config: Any) -> bool:
 
 
 def _scorer(vllm_config: Any, settings: ServerSettings, requests: int, device: torch.device) -> RequestScorer:
-    model = vllm_config.model_config
+    model, reward = vllm_config.model_config, settings.named_reward()
+    check_reward(settings.guidance, reward)
     scorer = RequestScorer.from_pretrained(
         settings.lm or model.model,
-        settings.reward,
+        reward,
         device=settings.device or str(device),
         dtype=settings.dtype or model.dtype,
         max_requests=requests,
-        max_length=model.max_model_len,
-        label=settings.label,
+        max_length=model.max_model_len + (INSTRUCTION if reward.prompt_contexts else 0),
         trust_remote_code=settings.trust_remote_code,
-        reward_weights=settings.reward_weights,
     )
     served = model.get_vocab_size()
     if scorer.vocabulary > served or (settings.lm and scorer.vocabulary != served):
         raise RGTGError(
-            f"lm={settings.lm or model.model} has {scorer.vocabulary} tokens and the served model {served}: "
-            "use the reward model of a base model with the same tokens"
+            f"{settings.lm or model.model} has {scorer.vocabulary} tokens and the served model {served}: "
+            "set lm to a base model with the same tokens"
         )
-    if scorer.max_length < model.max_model_len:
+    probe = scorer.add([min(scorer.eos_ids, default=0)])
+    length = 1 + scorer.remaining(probe)
+    scorer.drop(probe)
+    if length < model.max_model_len:
         raise RGTGError(
-            f"the reward model {settings.reward} reads {scorer.max_length} tokens and a request may have "
-            f"{model.max_model_len}: start the server with --max-model-len {scorer.max_length}"
+            f"{settings.reward} reads requests of up to {length} tokens and the server takes {model.max_model_len}: "
+            f"start it with --max-model-len {length}"
         )
-    check_reward(settings.guidance, scorer.reward)
     return scorer

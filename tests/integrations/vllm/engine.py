@@ -45,7 +45,6 @@ def main(path: Path) -> None:
 def decode(engine: Any, requests: list[dict[str, Any]], guide: Any) -> dict[str, Any]:
     """Answers requests that all come at once; some are cancelled on the way."""
     answers: dict[str, list[int]] = {}
-    names = {}
     for number, request in enumerate(requests):
         params = SamplingParams(
             temperature=0,
@@ -53,7 +52,7 @@ def decode(engine: Any, requests: list[dict[str, Any]], guide: Any) -> dict[str,
             extra_args=request["arguments"],
             detokenize=False,
         )
-        names[str(number)] = engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, params)
+        engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, params)
     cancelled = {str(number) for number, request in enumerate(requests) if request["cancel"] is not None}
     most, step = 0, 0
     while engine.has_unfinished_requests():
@@ -63,7 +62,7 @@ def decode(engine: Any, requests: list[dict[str, Any]], guide: Any) -> dict[str,
         most, step = max(most, len(guide.scorer)), step + 1
         gone = [str(number) for number, request in enumerate(requests) if request["cancel"] == step]
         if gone:
-            engine.abort_request([names[name] or name for name in gone])
+            engine.abort_request(gone)
     # The engine tells what has ended with its next step.
     engine.step()
     return {

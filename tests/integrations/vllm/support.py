@@ -48,7 +48,7 @@ def save_models(folder: Path) -> dict[str, str]:
         "lm": make_lm(0, **SHAPE),
         "sequence": make_rm(1, max_position_embeddings=512),
         "genarm": make_lm(2, max_position_embeddings=512),
-        "farma": make_rm(3, max_position_embeddings=512, num_labels=64),
+        "farma": make_lm(3, max_position_embeddings=512),
         "short": make_rm(1, max_position_embeddings=64),
         "other-vocabulary": make_rm(1, vocab_size=96),
     }
