@@ -15,13 +15,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample.logits_processor import (
+    BatchUpdate,
+    LogitsProcessor,
+    MoveDirectionality,
+    build_logitsprocs,
+)
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 
 from rgtg_fast import Guidance, RequestScorer, RGTGError
 from rgtg_fast.integrations.vllm import RewardGuide
 from rgtg_fast.integrations.vllm_v1 import RewardGuideV1
-from tests.integrations.vllm.support import save_models
+from tests.integrations.vllm.support import PROCESSOR, save_models
 
 PLACES, V = 4, 64
 
@@ -241,3 +248,18 @@ def test_bad_settings_are_refused_in_one_line(
         RewardGuide(server(models), torch.device("cpu"), False)
     assert FILES[text] in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_vllm_refuses_and_validates_itself(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Speculative decoding on V1, and requests on V2, whose front end loads the class by itself."""
+    monkeypatch.setenv("RGTG_FAST_REWARD", models["sequence"])
+    with pytest.raises(ValueError, match="not supported when speculative decoding is enabled"):
+        build_logitsprocs(
+            SimpleNamespace(speculative_config=object()), torch.device("cpu"), False, False, [PROCESSOR]
+        )
+    validate = build_custom_logits_processors_params_validator([PROCESSOR])
+    validate(SamplingParams(extra_args={"rgtg_k": 3}))
+    with pytest.raises(VLLMValidationError, match="rgtg_k=0 is below 1"):
+        validate(SamplingParams(extra_args={"rgtg_k": 0}))
