@@ -34,6 +34,7 @@ ALLOWED = {
     "engine": ENGINE,
     "decoder": DECODER,
     "training": TRAINING,
+    "integrations": DECODER | {"integrations", "scorer"},
     "bench": EVALUATION,
     "evaluation": EVALUATION,
     "cli": EVALUATION | {"cli"},
