@@ -15,7 +15,6 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from rgtg_fast.config import Guidance
@@ -41,8 +40,8 @@ from rgtg_fast.rewards.vocabulary import (
 
 # Entries of a configuration that change no state of the trunk.
 _NEUTRAL = frozenset(
-    "architectures _name_or_path tie_word_embeddings dtype transformers_version use_cache bos_token_id eos_token_id "
-    "pad_token_id id2label label2id problem_type return_dict output_hidden_states output_attentions chunk_size_feed_forward".split()
+    {"architectures", "_name_or_path", "tie_word_embeddings", "dtype", "transformers_version", "use_cache"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"}
 )
 _INSTEAD = "use RewardGuidedDecoder, or the server's logits processor"
 
@@ -92,12 +91,10 @@ def export_folded(
         dtype=None if isinstance(lm, tuple) else torch.float32,
         fuse_projections=False,
     )
-    if decoder.reward is None:
-        raise RGTGError("export_folded got no reward: name one, such as 'farma:PATH'")
     model: Any = decoder.lm.runner.model
     refuse_quantized(model, "have a reward folded into their head")
-    change, bias = _change(decoder.lm, decoder.reward, beta)
-    state = _folded_state(model, decoder.lm.runner.head, change, bias)
+    weight, bias = linear_reward(decoder)
+    state = _folded_state(model, decoder.lm.runner.head, weight * beta, bias * beta)
     kind = _stored_dtype(lm, model) if dtype is None else resolve_dtype(dtype, torch.device("cpu"))
     _write(target, model, decoder.lm.tokenizer, _rounded(state, model, kind), kind)
     return target
@@ -106,13 +103,26 @@ def export_folded(
 # ---- what is linear --------------------------------------------------------------------------------------------------
 
 
-def _change(lm: LanguageModel, reward: Reward, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """β·W_r [V, E] and β·b_r [V] in at least float32."""
-    head: nn.Linear = lm.runner.head  # pyright: ignore[reportAssignmentType]
+def linear_reward(decoder: RewardGuidedDecoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_r [V, E] and b_r [V] of a reward r(v) = W_r[v]·h + b_r[v] + a constant of the row.
+
+    Args:
+        decoder: a base model, whose final states are h, and the reward.
+
+    Returns:
+        Both in at least float32.
+
+    Raises:
+        RGTGError: no reward, or one that is not of this form; a base model that caps its logits.
+    """
+    lm = decoder.lm
+    if decoder.reward is None:
+        raise RGTGError("there is no reward: name one, such as 'farma:PATH'")
+    head: Any = lm.runner.head
     cap = lm.runner.logit_softcap
     if cap is not None:
         raise RGTGError(
-            f"{lm.runner.name} caps its logits ({cap:g}·tanh(head / {cap:g})), which is not linear in its head: "
+            f"{lm.runner.name} caps its logits ({cap:g}·tanh(head / {cap:g})), which is not linear in its states: "
             f"{_INSTEAD}"
         )
     if lm.vocabulary != head.out_features:
@@ -122,17 +132,17 @@ def _change(lm: LanguageModel, reward: Reward, beta: float) -> tuple[torch.Tenso
         )
     weight = torch.zeros_like(head.weight, dtype=torch.promote_types(head.weight.dtype, torch.float32))
     bias = weight.new_zeros(len(weight))
-    for factor, scorer in _terms(reward):
+    for factor, scorer in _terms(decoder.reward):
         _check_own_states(lm, scorer)
         own: Any = scorer.runtime.head
-        weight += own.weight[: lm.vocabulary].to(weight) * (beta * factor)
+        weight += own.weight[: lm.vocabulary].to(weight) * factor
         if own.bias is not None:
-            bias += own.bias[: lm.vocabulary].to(bias) * (beta * factor)
+            bias += own.bias[: lm.vocabulary].to(bias) * factor
     return weight, bias
 
 
 def _terms(reward: Reward) -> list[tuple[float, CausalScorer]]:
-    """The heads of a reward with their factors: r(v) = Σ factor · head(h)[v] + a constant of the row.
+    """The heads of a reward with their factors: r(v) = Σ factor·head(h)[v] + a constant of the row.
 
     Raises:
         RGTGError: a reward that is not such a sum.
@@ -192,12 +202,12 @@ def _settings(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _folded_state(
-    model: PreTrainedModel, head: Any, change: torch.Tensor, bias: torch.Tensor
+    model: PreTrainedModel, head: Any, weight: torch.Tensor, bias: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The model's weights with the changed head, which is no longer tied to the embeddings; the model stays as it is."""
+    """The model's weights with the changed head, no longer tied to the embeddings; the model stays as it is."""
     state = dict(model.state_dict())
     name = next(name for name, module in model.named_modules() if module is head)
-    state[f"{name}.weight"] = change.add_(head.weight)
+    state[f"{name}.weight"] = weight + head.weight
     if head.bias is not None:
         state[f"{name}.bias"] = bias + head.bias
     elif not torch.equal(

@@ -156,14 +156,14 @@ def test_what_is_not_linear_is_refused_by_name(tmp_path: Path) -> None:
     output = tmp_path / "folded"
     pair = (lm, tokenizer)
     deeper = write_adapter(tmp_path / "deeper", lm, fork=1, head=64)
-    with pytest.raises(RGTGError, match="deeper cannot be folded .* changes layers below the head"):
+    with pytest.raises(RGTGError, match=r"deeper cannot be folded .* changes layers below the head"):
         export_folded(pair, VocabularyReward(deeper), 1.0, output)
     scalar = write_adapter(tmp_path / "scalar", lm, fork=2, head=1)
     with pytest.raises(RGTGError, match="a SequenceReward is not linear"):
         export_folded(pair, SequenceReward(scalar), 1.0, output)
     with pytest.raises(RGTGError, match="a ContrastiveReward is not linear"):
         export_folded(pair, "contrastive", 1.0, output)
-    with pytest.raises(RGTGError, match="got no reward"):
+    with pytest.raises(RGTGError, match="there is no reward"):
         export_folded(pair, None, 1.0, output)
     path = head_only(tmp_path / "reward", lm)
     with pytest.raises(RGTGError, match="beta"):

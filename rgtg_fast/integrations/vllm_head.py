@@ -1,0 +1,162 @@
+"""vLLM's logits processor for rewards that are linear in the served model's own states, with β per request.
+
+Such a reward costs one product with a matrix of the head's size, or k dot products a row, and no model of its own.
+`RewardWorker` (`vllm_worker.py`) hands it the states.
+
+    vllm serve MODEL --worker-cls rgtg_fast.integrations.vllm_worker.RewardWorker \\
+        --logits-processors rgtg_fast.integrations.vllm_head:HeadRewardGuide
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from rgtg_fast.config import Guidance
+from rgtg_fast.decoder import RewardGuidedDecoder
+from rgtg_fast.errors import RGTGError
+from rgtg_fast.integrations.fold import linear_reward
+from rgtg_fast.integrations.settings import ServerSettings
+from rgtg_fast.ops import topk_logprobs
+
+WORKER = "rgtg_fast.integrations.vllm_worker.RewardWorker"
+# Relative difference of logits that rounding explains.
+_ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+class HeadRewardGuide(LogitsProcessor):
+    """Adds β·(W_r·h) to the log-probabilities of a request's candidates, where h is the state that its logits have.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        device: of the logits.
+        is_pin_memory: unused.
+
+    Raises:
+        RGTGError: settings that cannot be used, speculative decoding, or pipeline ranks.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
+        if vllm_config.speculative_config is not None:
+            raise RGTGError("a guided server decodes one token a step: start it without speculative decoding")
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise RGTGError(
+                "a head-only reward was not tried with pipeline ranks: start the server without them"
+            )
+        self._settings = ServerSettings.load()
+        self._device, self._model_config = device, vllm_config.model_config
+        self._requests: dict[int, Guidance] = {}
+        self._states: torch.Tensor | None = None
+        self._weight = self._bias = torch.empty(0)
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Refuses a request with bad arguments.
+
+        Raises:
+            RGTGError: a ValueError, which the server answers with status 400.
+        """
+        guidance = ServerSettings.load().guidance_of(sampling_params.extra_args)
+        for name in ("weights", "gate_entropy"):
+            if guidance is not None and getattr(guidance, name) is not None:
+                raise RGTGError(f"rgtg_{name} is not served with a head-only reward: leave it out")
+
+    def attach(self, model: Any) -> None:
+        """Keeps the states that a loaded model computes logits of, and loads the reward.
+
+        Args:
+            model: vLLM's, with `compute_logits`.
+
+        Raises:
+            RGTGError: a reward that is not linear in this model's states, or a model whose logits are not a product of
+                its head with them.
+        """
+        settings, compute = self._settings, model.compute_logits
+        decoder = RewardGuidedDecoder.from_pretrained(
+            settings.lm or self._model_config.model,
+            settings.reward,
+            device="cpu",
+            dtype=torch.float32,
+            label=settings.label,
+            trust_remote_code=settings.trust_remote_code,
+            reward_weights=settings.reward_weights,
+        )
+        weight, bias = linear_reward(decoder)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise RGTGError(f"{settings.reward} has weights that are NaN or infinite: check its files")
+        _check_product(compute, decoder.lm.runner.head, self._device, self._model_config.dtype)
+        self._weight, self._bias = (
+            each.to(self._device, self._model_config.dtype) for each in (weight, bias)
+        )
+
+        def kept(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._states = states
+            return compute(states, *args, **kwargs)
+
+        model.compute_logits = kept
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(
+            self._requests,
+            batch_update,
+            lambda params, prompt, output: self._settings.guidance_of(params.extra_args),
+        )
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self._requests:
+            return logits
+        if self._states is None or len(self._states) != len(logits):
+            found = "none" if self._states is None else len(self._states)
+            raise RGTGError(
+                f"{len(logits)} rows of logits and {found} of states: start the server with --worker-cls {WORKER}"
+            )
+        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for row, guidance in self._requests.items():
+            groups[guidance.support, guidance.k].append(row)
+        for (support, k), members in groups.items():
+            rows = torch.tensor(members, device=logits.device)
+            beta = torch.tensor([self._requests[row].beta for row in members], device=logits.device)
+            logits[rows] = self._guided(logits[rows], self._states[rows], beta, support, k)
+        return logits
+
+    def _guided(
+        self, logits: torch.Tensor, states: torch.Tensor, beta: torch.Tensor, support: str, k: int
+    ) -> torch.Tensor:
+        """log π + β·r [R, V] on the support of rows with logits [R, V] and states [R, E], -inf elsewhere."""
+        by_row = beta.unsqueeze(-1)
+        if support == "lm":
+            logprobs, tokens, _ = topk_logprobs(logits, min(k, logits.shape[-1]))
+            rewards = torch.einsum("rke,re->rk", self._weight[tokens], states) + self._bias[tokens]
+            return torch.full_like(logits, -torch.inf).scatter_(-1, tokens, logprobs + by_row * rewards)
+        rewards = torch.nn.functional.linear(states, self._weight, self._bias).float()  # [R, V]
+        if support == "all":
+            return logits.log_softmax(-1) + by_row * rewards
+        logprobs, tokens, _ = topk_logprobs(logits, min(k, logits.shape[-1]), guidance=rewards, beta=beta)
+        values = logprobs + by_row * rewards.gather(-1, tokens)
+        return torch.full_like(logits, -torch.inf).scatter_(-1, tokens, values)
+
+
+@torch.no_grad()
+def _check_product(compute: Any, head: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses a model whose logits are another function of the states than its head.
+
+    Raises:
+        RGTGError: the logits differ by more than rounding.
+    """
+    noise = torch.randn(2, head.in_features, generator=torch.Generator().manual_seed(0))
+    states = noise.to(device, dtype)
+    own = compute(states).float().cpu()[:, : head.out_features]
+    expected = head(states.float().cpu())
+    error = float((own - expected).norm() / expected.norm())
+    if own.shape != expected.shape or not error <= _ROUNDING.get(dtype, 1e-3):
+        raise RGTGError(
+            f"the served model's logits are not its head's product with its states (they differ by {error:.1%}): use "
+            "rgtg_fast.integrations.vllm:RewardGuide"
+        )
