@@ -34,12 +34,13 @@ ALLOWED = {
     "engine": ENGINE,
     "decoder": DECODER,
     "training": TRAINING,
+    "scorer": ENGINE | {"scorer"},
     "integrations": DECODER | {"integrations", "scorer"},
     "bench": EVALUATION,
     "evaluation": EVALUATION,
     "cli": EVALUATION | {"cli"},
     "__main__": {"cli"},
-    "__init__": DECODER,
+    "__init__": DECODER | {"integrations", "scorer"},
 }
 
 

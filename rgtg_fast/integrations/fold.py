@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from rgtg_fast.config import Guidance
-from rgtg_fast.decoder import RewardGuidedDecoder, RewardLike
+from rgtg_fast.decoder import RewardGuidedDecoder
 from rgtg_fast.errors import RGTGError, one_line
 from rgtg_fast.files import publish, reason, same_file
 from rgtg_fast.models.adapter import is_adapter
@@ -30,6 +30,7 @@ from rgtg_fast.models.quantized import refuse_quantized
 from rgtg_fast.rewards.base import Reward
 from rgtg_fast.rewards.compatibility import other_prompts
 from rgtg_fast.rewards.mixture import MixtureReward
+from rgtg_fast.rewards.parse import RewardLike
 from rgtg_fast.rewards.runtime import SharedForward
 from rgtg_fast.rewards.vocabulary import (
     AutoregressiveReward,

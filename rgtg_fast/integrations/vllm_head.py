@@ -9,7 +9,6 @@ Such a reward costs one product with a matrix of the head's size, or k dot produ
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from rgtg_fast.config import Guidance
 from rgtg_fast.decoder import RewardGuidedDecoder
+from rgtg_fast.engine.guided_logits import GuidedLogits
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.integrations.fold import linear_reward
 from rgtg_fast.integrations.settings import ServerSettings
-from rgtg_fast.ops import topk_logprobs
 
 WORKER = "rgtg_fast.integrations.vllm_worker.RewardWorker"
 # Relative difference of logits that rounding explains.
@@ -117,30 +116,22 @@ class HeadRewardGuide(LogitsProcessor):
             raise RGTGError(
                 f"{len(logits)} rows of logits and {found} of states: start the server with --worker-cls {WORKER}"
             )
-        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for row, guidance in self._requests.items():
-            groups[guidance.support, guidance.k].append(row)
-        for (support, k), members in groups.items():
-            rows = torch.tensor(members, device=logits.device)
-            beta = torch.tensor([self._requests[row].beta for row in members], device=logits.device)
-            logits[rows] = self._guided(logits[rows], self._states[rows], beta, support, k)
+        rows = torch.tensor(list(self._requests), device=logits.device)
+        logits[rows] = self._guided(logits[rows], self._states[rows], list(self._requests.values()))
         return logits
 
-    def _guided(
-        self, logits: torch.Tensor, states: torch.Tensor, beta: torch.Tensor, support: str, k: int
-    ) -> torch.Tensor:
-        """log π + β·r [R, V] on the support of rows with logits [R, V] and states [R, E], -inf elsewhere."""
-        by_row = beta.unsqueeze(-1)
-        if support == "lm":
-            logprobs, tokens, _ = topk_logprobs(logits, min(k, logits.shape[-1]))
-            rewards = torch.einsum("rke,re->rk", self._weight[tokens], states) + self._bias[tokens]
-            return torch.full_like(logits, -torch.inf).scatter_(-1, tokens, logprobs + by_row * rewards)
-        rewards = torch.nn.functional.linear(states, self._weight, self._bias).float()  # [R, V]
-        if support == "all":
-            return logits.log_softmax(-1) + by_row * rewards
-        logprobs, tokens, _ = topk_logprobs(logits, min(k, logits.shape[-1]), guidance=rewards, beta=beta)
-        values = logprobs + by_row * rewards.gather(-1, tokens)
-        return torch.full_like(logits, -torch.inf).scatter_(-1, tokens, values)
+    def _guided(self, logits: torch.Tensor, states: torch.Tensor, settings: list[Guidance]) -> torch.Tensor:
+        """log π + β·r [R, V] on each row's support, -inf elsewhere, from logits [R, V] and states [R, E]."""
+        support = GuidedLogits(logits, settings)
+        if all(guidance.support == "lm" for guidance in settings):
+            support.select()
+            tokens = support.candidates  # [R, K]
+            products = torch.einsum("rke,re->rk", self._weight[tokens], states)
+            support.rewards = (products + self._bias[tokens]).float()
+        else:
+            support.select_with(torch.nn.functional.linear(states, self._weight, self._bias).float())
+        scores, _ = support.scores()
+        return torch.full_like(logits, -torch.inf).scatter_(1, support.candidates, scores)
 
 
 @torch.no_grad()
