@@ -31,6 +31,7 @@ from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import Reward
 from rgtg_fast.rewards.base import NoReward
+from rgtg_fast.rewards.parse import RewardLike, as_reward
 
 
 class RewardGuidedDecoder:

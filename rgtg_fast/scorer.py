@@ -505,16 +505,12 @@ class RequestScorer:
         for index, slot in enumerate(step.slots):
             row = self._row(slot)
             token = self._next_token(row)
-            known = token is not None and (step.candidates is None or token in step.candidates[index])
-            if not known:
-                token = None
-            tokens.append(-1 if token is None else token)
-            choice.append(
-                tokens[-1]
-                if token is None or step.candidates is None
-                else step.candidates[index].index(token)
-            )
-            if token is not None:
+            candidates = None if step.candidates is None else step.candidates[index]
+            if token is None or (candidates is not None and token not in candidates):
+                token = -1
+            tokens.append(token)
+            choice.append(token if token < 0 or candidates is None else candidates.index(token))
+            if token >= 0:
                 row.held.append(token)
         if all(token < 0 for token in tokens):
             return

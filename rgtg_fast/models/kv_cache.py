@@ -56,9 +56,9 @@ class PrefixCache(Cache):
     """Keys and values of each row's prefix, and of new tokens that are not decided yet.
 
     `keys` and `values` are [L, slots, G, T_max, D]. Row b of a batch of n rows lives in slot b, so that the n active
-    rows are a leading slice, or in the slot that the step names (`Slots`). A forward writes the keys and values of its new tokens beside the prefix
-    (`k_new`, `v_new`: [L, n, G, S, D]); `commit` moves the chosen one to the prefix's end. The prefix is never copied
-    per candidate and never computed again.
+    rows are a leading slice, or in the slot that the step names (`Slots`). A forward writes the keys and values of its
+    new tokens beside the prefix (`k_new`, `v_new`: [L, n, G, S, D]); `commit` moves the chosen one to the prefix's end.
+    The prefix is never copied per candidate and never computed again.
 
     Args:
         layers: L.

@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -160,10 +160,8 @@ def read_description(
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    try:
+    with suppress(OSError):  # where it has none, that of its config stays
         model.generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:
-        pass  # it has none: that of its config stays
     model.config._name_or_path = str(source)
     return model, read_tokenizer(source, role, trust_remote_code=trust_remote_code)
 

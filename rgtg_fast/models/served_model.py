@@ -64,8 +64,12 @@ class ServedModel(LanguageModel):
             model, tokenizer = load_causal_lm(source, device, dtype, trust_remote_code)
             runner: Any = language_runner(model, engine, max_length)
         else:
-            described = not isinstance(source, (tuple, list)) and not is_adapter(source)
-            if described and gguf_file(source, f"language model {str(source)!r}") is None:
+            pair = isinstance(source, (tuple, list))
+            if (
+                not pair
+                and not is_adapter(source)
+                and gguf_file(source, f"language model {source!s}") is None
+            ):
                 place = resolve_device(device)
                 kind = resolve_dtype(dtype, place)
                 model, tokenizer = read_description(source, "language model", trust_remote_code)

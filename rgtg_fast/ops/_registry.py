@@ -126,8 +126,6 @@ def register(
 
     def cpu(*arguments: Any) -> Any:
         backend = op.backend("cpu", arguments[0].dtype, lambda: sizes(*arguments))
-        if backend == "triton" and parameters[-1] == "slots" and arguments[-1] is not None:
-            backend = "reference"
         if backend == "cpp":
             try:
                 results = outputs(*arguments)
@@ -143,8 +141,6 @@ def register(
 
     def cuda(*arguments: Any) -> Any:
         backend = op.backend("cuda", arguments[0].dtype, lambda: sizes(*arguments))
-        if backend == "triton" and parameters[-1] == "slots" and arguments[-1] is not None:
-            backend = "reference"
         return op.launch(*arguments) if backend == "triton" else reference(*arguments)
 
     schema = torch.library.infer_schema(reference, mutates_args=writes)

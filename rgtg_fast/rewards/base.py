@@ -56,7 +56,7 @@ class Reward(ABC):
     that enters a slot, and per step `begin_step`, `guidance` (where `scores_vocabulary`), `score` for the candidates,
     then `commit`. `move` follows a row to another slot. Rows occupy the slots 0..n-1.
 
-    A `RequestScorer` names the slots of each step (`use_slots`), and lets tokens follow that it has not scored (`follow`).
+    A `RequestScorer` names the slots of each step (`use_slots`), and tokens follow that were not scored (`follow`).
 
     A reward that is given to a second decoder works there as a copy (`for_decoder`), which shares nothing but settings
     and loaded models.

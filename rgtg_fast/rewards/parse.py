@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from typing import Any
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.models.loading import ModelAndTokenizer
 from rgtg_fast.models.quantized import check_weights
 from rgtg_fast.rewards.base import Reward
 from rgtg_fast.rewards.contrastive import ContrastiveReward
+from rgtg_fast.rewards.function import FunctionReward
 from rgtg_fast.rewards.mixture import MixtureReward
 from rgtg_fast.rewards.sequence import RADReward, SequenceReward
 from rgtg_fast.rewards.text import TextReward

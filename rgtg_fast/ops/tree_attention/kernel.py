@@ -110,9 +110,8 @@ def _block(b_q, b_k, b_v, m_mn, factor, softcap, b_m, b_l, b_acc):
 @triton.jit
 def _slot(p_slots, i_b, N):
     """The slot of row b's prefix. A wrong one is brought inside: nothing outside the cache is read."""
-    if p_slots is None:
-        i_c = i_b
-    else:
+    i_c = i_b
+    if p_slots is not None:
         i_c = tl.minimum(tl.maximum(tl.load(p_slots + i_b), 0), N - 1)
     return i_c
 
@@ -436,9 +435,9 @@ def launch(
     settings = configuration(D, S * R, mode, q.dtype, architecture(q.device))
     programs = B * G * triton.cdiv(S * R, settings["BLOCK_M"])
     least = least_leaf(settings["BLOCK_M"])
-    # The largest number of slots that a row reads.
-    slots = T if limit is None else min(T, limit - 1)
-    span, splits = split_prefix(programs, S * R, slots, least, multiprocessors(q.device))
+    # The largest number of positions that a row reads.
+    most = T if limit is None else min(T, limit - 1)
+    span, splits = split_prefix(programs, S * R, most, least, multiprocessors(q.device))
     leaves = int(span == 0)
     # A single split writes the result itself.
     parts = (B * G * S * R, splits) if splits > 1 else (0, 0)

@@ -117,7 +117,7 @@ def slots_of(shape: Mapping[str, Any], device: str | torch.device) -> torch.Tens
     """The slots of B rows among `shape["slots"]`, in no order; None where the shape has none."""
     if not shape.get("slots"):
         return None
-    order = torch.randperm(shape["slots"], generator=torch.Generator().manual_seed(4))
+    order = torch.randperm(shape["slots"], generator=torch.Generator().manual_seed(5))
     return order[: shape["B"]].to(device)
 
 

@@ -127,12 +127,12 @@ def _merge(
 
 
 # By head, what models with a window, a softcap or sinks add to the kernel (64: gpt-oss; 128: Mistral, Gemma 2 27B; 256:
-# Gemma 2), in which modes, and over a leaf (1) or a span (0).
+# Gemma 2) or a cache with slots, in which modes, and over a leaf (1) or a span (0).
 _DECODED = ((0, 1), (0, 0), (2, 0))
 VARIANTS = {
-    64: ((("window", "sinks"), (*_DECODED, (1, 0))), (("sinks",), ((0, 0),))),
-    128: ((("window",), _DECODED), (("window", "softcap"), ((0, 0),))),
-    256: ((("window", "softcap"), _DECODED), (("softcap",), ((0, 0),))),
+    64: ((("window", "sinks"), (*_DECODED, (1, 0))), (("sinks",), ((0, 0),)), (("slots",), _DECODED)),
+    128: ((("window",), _DECODED), (("window", "softcap"), ((0, 0),)), (("slots",), _DECODED)),
+    256: ((("window", "softcap"), _DECODED), (("softcap",), ((0, 0),)), (("slots",), ((0, 0),))),
 }
 
 
@@ -168,6 +168,7 @@ def compiled(kernel: Any) -> tuple[KernelSpec, ...]:
         _merge(kernel, torch.bfloat16, 128, 0),
         _merge(kernel, torch.bfloat16, 64, 1, ("window", "sinks")),
         _merge(kernel, torch.bfloat16, 128, 0, ("window",)),
+        _merge(kernel, torch.bfloat16, 128, 1, ("slots",)),
     )
     return (
         *(
