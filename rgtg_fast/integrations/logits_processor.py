@@ -122,7 +122,9 @@ class RewardGuidedLogitsProcessor(LogitsProcessor):
             for handle, answer in zip(self._rows, self._answers, strict=True):
                 self._scorer.advance(handle, answer)
         self._ids = ids
-        return self._scorer.guide(self._rows, scores, self._guidance).to(scores.dtype)
+        guided = self._scorer.guide(self._rows, scores, self._guidance)
+        # A copy, since later processors may write to it and the scorer's are tensors of inference mode.
+        return guided.to(scores.dtype, copy=True)
 
     def _sources(self, ids: torch.Tensor) -> list[int] | None:
         """The row of the last step that each row continues by a token; None for a new call.

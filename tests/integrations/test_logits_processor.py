@@ -153,7 +153,9 @@ def test_a_loop_of_ones_own(pair: Any) -> None:
     ids, lm = torch.tensor([PROMPTS[2]]), pair[0]
     for _ in range(STEPS):
         with torch.no_grad():
-            token = guide(ids, lm(ids).logits[:, -1]).argmax(-1, keepdim=True)
+            scores = guide(ids, lm(ids).logits[:, -1])
+        scores[:, 2] = -torch.inf  # as later processors may
+        token = scores.argmax(-1, keepdim=True)
         if int(token) == 1:
             break
         ids = torch.cat([ids, token], 1)
