@@ -9,11 +9,19 @@ Such a reward costs one product with a matrix of the head's size, or k dot produ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.logits_processor import (  # pyright: ignore[reportMissingImports]
+    BatchUpdate,
+    LogitsProcessor,
+)
+from vllm.v1.sample.logits_processor.builtin import (  # pyright: ignore[reportMissingImports]
+    process_dict_updates,
+)
 
 from rgtg_fast.config import Guidance
 from rgtg_fast.decoder import RewardGuidedDecoder
@@ -21,6 +29,7 @@ from rgtg_fast.engine.guided_logits import GuidedLogits
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.integrations.fold import linear_reward
 from rgtg_fast.integrations.settings import ServerSettings
+from rgtg_fast.integrations.vllm_start import logger
 
 WORKER = "rgtg_fast.integrations.vllm_worker.RewardWorker"
 # Relative difference of logits that rounding explains.
@@ -59,10 +68,7 @@ class HeadRewardGuide(LogitsProcessor):
         Raises:
             RGTGError: a ValueError, which the server answers with status 400.
         """
-        guidance = ServerSettings.load().guidance_of(sampling_params.extra_args)
-        for name in ("weights", "gate_entropy"):
-            if guidance is not None and getattr(guidance, name) is not None:
-                raise RGTGError(f"rgtg_{name} is not served with a head-only reward: leave it out")
+        _check_guidance(_settings().guidance_of(sampling_params.extra_args))
 
     def attach(self, model: Any) -> None:
         """Keeps the states that a loaded model computes logits of, and loads the reward.
@@ -112,10 +118,7 @@ class HeadRewardGuide(LogitsProcessor):
         if not self._requests:
             return logits
         if self._states is None or len(self._states) != len(logits):
-            found = "none" if self._states is None else len(self._states)
-            raise RGTGError(
-                f"{len(logits)} rows of logits and {found} of states: start the server with --worker-cls {WORKER}"
-            )
+            raise RGTGError(f"{len(logits)} rows of logits have no states: report this with vLLM's version")
         rows = torch.tensor(list(self._requests), device=logits.device)
         logits[rows] = self._guided(logits[rows], self._states[rows], list(self._requests.values()))
         return logits
@@ -134,6 +137,27 @@ class HeadRewardGuide(LogitsProcessor):
         return torch.full_like(logits, -torch.inf).scatter_(1, support.candidates, scores)
 
 
+@contextmanager
+def logged() -> Iterator[None]:
+    """Logs an error in one line, since vLLM reports an engine that does not start by a traceback."""
+    try:
+        yield
+    except RGTGError as error:
+        logger.error("rgtg_fast: %s", error)
+        raise
+
+
+def _check_guidance(guidance: Guidance | None) -> None:
+    for name in ("weights", "gate_entropy"):
+        if guidance is not None and getattr(guidance, name) is not None:
+            raise RGTGError(f"{name} is not served with a head-only reward: leave it out")
+
+
+@lru_cache(maxsize=1)
+def _settings() -> ServerSettings:
+    return ServerSettings.load()
+
+
 @torch.no_grad()
 def _check_product(compute: Any, head: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Refuses a model whose logits are another function of the states than its head.
@@ -143,10 +167,15 @@ def _check_product(compute: Any, head: Any, device: torch.device, dtype: torch.d
     """
     noise = torch.randn(2, head.in_features, generator=torch.Generator().manual_seed(0))
     states = noise.to(device, dtype)
-    own = compute(states).float().cpu()[:, : head.out_features]
-    expected = head(states.float().cpu())
-    error = float((own - expected).norm() / expected.norm())
-    if own.shape != expected.shape or not error <= _ROUNDING.get(dtype, 1e-3):
+    own, expected = compute(states), head(states.float().cpu())
+    if own is None:
+        return  # a rank that samples nothing
+    if own.shape != expected.shape:
+        raise RGTGError(
+            f"the served model has {own.shape[1]} logits and its files a head of {expected.shape[1]}"
+        )
+    error = float((own.float().cpu() - expected).norm() / expected.norm())
+    if not error <= _ROUNDING.get(dtype, 1e-3):
         raise RGTGError(
             f"the served model's logits are not its head's product with its states (they differ by {error:.1%}): use "
             "rgtg_fast.integrations.vllm:RewardGuide"
