@@ -173,7 +173,7 @@ def check_reward(guidance: Guidance, reward: Reward) -> None:
         RGTGError: a support over a vocabulary that the reward does not score, or weights for other rewards.
     """
     kind = type(reward).__name__
-    if guidance.support != "lm" and not reward.scores_vocabulary and not reward.parts:
+    if guidance.support != "lm" and not reward.scores_vocabulary:
         raise RGTGError(
             f"support={guidance.support!r} needs a reward over the whole vocabulary and this server has a {kind}: "
             "use 'lm'"

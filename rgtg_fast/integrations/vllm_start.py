@@ -31,8 +31,8 @@ def start_scorer(vllm_config: Any, device: torch.device) -> tuple[ServerSettings
     Raises:
         RGTGError: the settings, the reward model or the server do not fit each other.
     """
-    settings = ServerSettings.load()
     try:
+        settings = ServerSettings.load()
         _check_server(vllm_config)
         requests = _requests(vllm_config, settings)
         return settings, _scorer(vllm_config, settings, requests, device) if _has_logits(

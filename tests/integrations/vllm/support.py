@@ -50,7 +50,7 @@ def save_models(folder: Path) -> dict[str, str]:
         "genarm": make_lm(2, max_position_embeddings=512),
         "farma": make_lm(3, max_position_embeddings=512),
         "short": make_rm(1, max_position_embeddings=64),
-        "other-vocabulary": make_rm(1, vocab_size=96),
+        "smaller": make_lm(2, vocab_size=48),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)

@@ -34,7 +34,11 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def expected(
-    decoder: RewardGuidedDecoder, prompt: list[int], count: int, arguments: dict[str, Any] | None, default: Guidance
+    decoder: RewardGuidedDecoder,
+    prompt: list[int],
+    count: int,
+    arguments: dict[str, Any] | None,
+    default: Guidance,
 ) -> list[int]:
     """The decoder's greedy tokens, with the end-of-sequence token that ends them."""
     given = arguments or {}
@@ -50,7 +54,9 @@ def expected(
     return tokens if len(tokens) == count else [*tokens, EOS]
 
 
-def request(prompt: list[int], tokens: int, arguments: Any = None, cancel: int | None = None) -> dict[str, Any]:
+def request(
+    prompt: list[int], tokens: int, arguments: Any = None, cancel: int | None = None
+) -> dict[str, Any]:
     return {"prompt": prompt, "tokens": tokens, "arguments": arguments, "cancel": cancel}
 
 
