@@ -44,7 +44,7 @@ _NEUTRAL = frozenset(
     {"architectures", "_name_or_path", "tie_word_embeddings", "dtype", "transformers_version", "use_cache"}
     | {"bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"}
 )
-_INSTEAD = "use RewardGuidedDecoder, or the server's logits processor"
+_INSTEAD = "use RewardGuidedDecoder, or RewardGuide in vLLM"
 
 
 def export_folded(
@@ -85,11 +85,12 @@ def export_folded(
     """
     target = _free_target(Path(output), overwrite, lm, reward)
     beta = Guidance(beta=beta, support="all").beta
+    loaded = isinstance(lm, (tuple, list))
     decoder = RewardGuidedDecoder.from_pretrained(
         lm,
         reward,
-        device=None if isinstance(lm, tuple) else "cpu",
-        dtype=None if isinstance(lm, tuple) else torch.float32,
+        device=None if loaded else "cpu",
+        dtype=None if loaded else torch.float32,
         fuse_projections=False,
     )
     model: Any = decoder.lm.runner.model
@@ -97,7 +98,12 @@ def export_folded(
     weight, bias = linear_reward(decoder)
     state = _folded_state(model, decoder.lm.runner.head, weight * beta, bias * beta)
     kind = _stored_dtype(lm, model) if dtype is None else resolve_dtype(dtype, torch.device("cpu"))
-    _write(target, model, decoder.lm.tokenizer, _rounded(state, model, kind), kind)
+    state = _rounded(state, model, kind)
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise RGTGError(
+            f"folded weights are beyond the range of {kind}: pass dtype='float32', or a smaller beta"
+        )
+    _write(target, model, decoder.lm.tokenizer, state, kind)
     return target
 
 
@@ -114,7 +120,8 @@ def linear_reward(decoder: RewardGuidedDecoder) -> tuple[torch.Tensor, torch.Ten
         Both in at least float32.
 
     Raises:
-        RGTGError: no reward, or one that is not of this form; a base model that caps its logits.
+        RGTGError: no reward, one that is not of this form or has weights that are NaN; a base model that caps its
+            logits.
     """
     lm = decoder.lm
     if decoder.reward is None:
@@ -139,6 +146,10 @@ def linear_reward(decoder: RewardGuidedDecoder) -> tuple[torch.Tensor, torch.Ten
         weight += own.weight[: lm.vocabulary].to(weight) * factor
         if own.bias is not None:
             bias += own.bias[: lm.vocabulary].to(bias) * factor
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise RGTGError(
+            f"the head of {decoder.reward.name} has weights that are NaN or infinite: check its files"
+        )
     return weight, bias
 
 

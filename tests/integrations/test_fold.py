@@ -113,6 +113,7 @@ def test_log_probabilities_fold_up_to_a_constant_per_row(tmp_path: Path) -> None
             assert (logprobs(folded, prompt) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:the chat template of the reward model")
 def test_a_whole_model_whose_trunk_is_the_base(tmp_path: Path) -> None:
     lm, tokenizer = make_lm(tie_word_embeddings=True), make_tokenizer()
     own = with_head(lm, 5)
@@ -168,6 +169,12 @@ def test_what_is_not_linear_is_refused_by_name(tmp_path: Path) -> None:
     path = head_only(tmp_path / "reward", lm)
     with pytest.raises(RGTGError, match="beta"):
         export_folded(pair, VocabularyReward(path), float("nan"), output)
+    broken = with_head(lm, 1)
+    broken.lm_head.weight.data[5, 3] = torch.nan
+    with pytest.raises(RGTGError, match="NaN or infinite"):
+        export_folded(pair, VocabularyReward((broken, tokenizer)), 1.0, output)
+    with pytest.raises(RGTGError, match=r"beyond the range of torch.float16"):
+        export_folded(pair, VocabularyReward(path), 1e6, output, dtype="float16")
     torch.manual_seed(0)
     config = tf.Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,

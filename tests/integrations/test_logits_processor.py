@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,17 @@ def test_the_bundled_reward(smollm2: Path) -> None:
         row.tokens for row in rows
     ]
     assert all(row.tokens for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_example(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(__file__).parents[2] / "examples" / "logits_processor.py"
+    monkeypatch.setattr("sys.argv", [str(path), "--tokens", "4"])
+    runpy.run_path(str(path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        way for way in ("unguided", "greedy", "sampled", "beams") for _ in range(2)
+    ]
