@@ -35,11 +35,13 @@ ALLOWED = {
     "decoder": DECODER,
     "scorer": ENGINE | {"scorer"},
     "training": TRAINING,
+    "scorer": ENGINE | {"scorer"},
+    "integrations": DECODER | {"integrations", "scorer"},
     "bench": EVALUATION,
     "evaluation": EVALUATION,
     "cli": EVALUATION | {"cli"},
     "__main__": {"cli"},
-    "__init__": DECODER,
+    "__init__": DECODER | {"integrations", "scorer"},
 }
 
 
