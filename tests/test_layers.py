@@ -36,6 +36,7 @@ ALLOWED = {
     "training": TRAINING,
     "bench": EVALUATION,
     "evaluation": EVALUATION,
+    "integrations": DECODER | {"integrations"},
     "cli": EVALUATION | {"cli"},
     "__main__": {"cli"},
     "__init__": DECODER,

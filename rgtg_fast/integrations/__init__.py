@@ -1,0 +1,1 @@
+"""Reward-guided decoding inside other libraries and servers."""
