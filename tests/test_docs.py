@@ -45,8 +45,10 @@ def check_names(source: str) -> None:
                 module = importlib.import_module(node.module or "")
             except ModuleNotFoundError as error:
                 # Another program's plug-in, where that program is not installed: its own text names what it holds.
-                assert error.name in OPTIONAL, node.module
-                assert {alias.name for alias in node.names} <= defined_by(node.module or "")
+                if error.name not in OPTIONAL or not {alias.name for alias in node.names} <= defined_by(
+                    node.module or ""
+                ):
+                    raise
                 continue
             for alias in node.names:
                 assert getattr(module, alias.name) is not None
