@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rgtg_fast.rewards.vocabulary import AutoregressiveReward as AutoregressiveReward
     from rgtg_fast.rewards.vocabulary import LogRatioReward as LogRatioReward
     from rgtg_fast.rewards.vocabulary import VocabularyReward as VocabularyReward
+    from rgtg_fast.scorer import RequestScorer as RequestScorer
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _HOMES = {
     "AutoregressiveReward": "rewards.vocabulary",
     "Prefix": "rewards.base",
     "Reward": "rewards.base",
+    "RequestScorer": "scorer",
     "ContrastiveReward": "rewards.contrastive",
     "FunctionReward": "rewards.function",
     "LogRatioReward": "rewards.vocabulary",
@@ -78,6 +80,7 @@ __all__ = [
     "Prefix",
     "RADReward",
     "RGTGError",
+    "RequestScorer",
     "Reward",
     "RewardGuidedDecoder",
     "RewardNaNError",

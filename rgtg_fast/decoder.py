@@ -26,13 +26,12 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
-from rgtg_fast.models.quantized import check_weights, quantization
+from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.profiling import PhaseTimer
-from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
+from rgtg_fast.rewards import Reward
 from rgtg_fast.rewards.base import NoReward
-
-RewardLike = Reward | str | os.PathLike[str] | ModelAndTokenizer | Callable[..., Any] | None
+from rgtg_fast.rewards.parse import RewardLike, as_reward
 
 
 class RewardGuidedDecoder:
@@ -157,7 +156,7 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 "batch_invariant=True and compile, whose products are the library's: use one of them"
             )
-        own = _as_reward(reward, label, trust_remote_code, reward_weights)
+        own = as_reward(reward, label, trust_remote_code, reward_weights)
         model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code)
         runner = language_runner(model, engine, max_length)
         warn_of_template(tokenizer, "language model", runner.name, texts=False)
@@ -385,27 +384,3 @@ def _quantization(reward: Reward) -> str | None:
     """How the weights of a reward's models are quantized, by the first of them that are."""
     models = (each for each in reward.loaded() if isinstance(each, PreTrainedModel))
     return next((method for model in models if (method := quantization(model)) is not None), None)
-
-
-def _as_reward(
-    reward: RewardLike, label: str | int | None, trust_remote_code: bool, weights: str | None
-) -> Reward | None:
-    check_weights(weights, "reward_weights")
-    if isinstance(reward, str):
-        return named_guide(reward, label, trust_remote_code, weights)
-    if isinstance(reward, (os.PathLike, tuple, list)):
-        source: Any = reward
-        return SequenceReward(source, label=label, trust_remote_code=trust_remote_code, weights=weights)
-    if weights is not None:
-        raise RGTGError(
-            f"reward_weights={weights!r} and reward={shown(reward)}: it belongs to the path or hub id of a reward "
-            f"model; a reward has weights of its own, as SequenceReward(..., weights={weights!r})"
-        )
-    if label is not None:
-        raise RGTGError(
-            f"label={label!r} and reward={shown(reward)}: a label belongs to the path or pair of a reward model, or to "
-            "SequenceReward(..., label=...)"
-        )
-    if reward is None or isinstance(reward, Reward):
-        return reward
-    return FunctionReward(reward)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.models.runner import ModelRunner
 
@@ -28,6 +28,15 @@ class LanguageModel:
     runner: ModelRunner
     tokenizer: PreTrainedTokenizerBase | None
     vocabulary: int
+
+    @property
+    def shares_forward(self) -> bool:
+        """Whether an adapter may run in this model's forward."""
+        return True
+
+    def pair(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+        """The model with its weights, and its tokenizer."""
+        return self.runner.model, self.tokenizer
 
     @property
     def eos_ids(self) -> frozenset[int]:

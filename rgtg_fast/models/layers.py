@@ -178,6 +178,7 @@ class FusedLayers:
                 part.v_new,
                 causal=part.causal,
                 ancestors=part.ancestors,
+                slots=part.slots_of_rows,
                 first=first,
                 last=last,
                 branches=branches,

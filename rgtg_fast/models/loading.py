@@ -86,7 +86,7 @@ def load_causal_lm(
 
 def load_sequence_classifier(
     source: Source,
-    lm: PreTrainedModel,
+    lm: PreTrainedModel | ModelRunner,
     dtype: torch.dtype | None,
     label: str | int | None = None,
     trust_remote_code: bool = False,
@@ -128,7 +128,10 @@ def load_sequence_classifier(
 
 
 def load_vocabulary_model(
-    source: Source, lm: PreTrainedModel, dtype: torch.dtype | None, trust_remote_code: bool = False
+    source: Source,
+    lm: PreTrainedModel | ModelRunner,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool = False,
 ) -> ModelAndTokenizer:
     """Loads a reward model that is a causal language model; arguments as in `load_sequence_classifier`.
 

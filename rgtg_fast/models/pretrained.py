@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -20,7 +20,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -131,6 +133,37 @@ def read_pretrained(
     if file is not None:
         model.config._name_or_path = str(given)
     return model, tokenizer, headless
+
+
+@_one_at_a_time
+def read_description(
+    source: Source, role: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model without its weights, on the device "meta", and its tokenizer.
+
+    Args:
+        source: folder or hub id.
+        role: what it is used as, for messages.
+        trust_remote_code: whether code that comes with this model may run.
+
+    Raises:
+        RGTGError: nothing there, or files that cannot be read.
+    """
+    title = f"{role} {str(source)!r}"
+    path = _local_path(source, role)
+    if path is not None:
+        with _file_errors(title):
+            check_model(path)
+    with _loader_errors(title, source, trust_remote_code):
+        if trust_remote_code:
+            _check_code(source, title)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with suppress(OSError):  # where it has none, that of its config stays
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    model.config._name_or_path = str(source)
+    return model, read_tokenizer(source, role, trust_remote_code=trust_remote_code)
 
 
 def read_tokenizer(

@@ -76,7 +76,8 @@ def place_adapter(
         return tokenizer, "share_trunk=False"
     if weights is not None:
         return tokenizer, f"weights={weights!r}"
-    why = adapter.base_mismatch(lm.runner.model)
+    why = None if lm.shares_forward else "another engine executes the base model"
+    why = why or adapter.base_mismatch(lm.runner.model)
     why = why or other_prompts(lm.tokenizer, tokenizer, chat_template, adapter.name)
     if share_trunk and why is not None:
         raise RGTGError(f"share_trunk=True: {why}; use share_trunk=None for a model of its own")

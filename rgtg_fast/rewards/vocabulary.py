@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter, is_adapter
+from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
     ModelAndTokenizer,
@@ -124,16 +125,14 @@ class CausalScorer:
                 return SharedForward(lm, adapter, head, tokenizer, "the base model's")
             # Its head, whatever name it was saved under, takes the vocabulary head's place.
             causal = replace(adapter, head_name="lm_head")
-            model, _ = adapter_model(causal, (lm.runner.model, lm.tokenizer), dtype)
+            model, _ = adapter_model(causal, lm.pair(), dtype)
             trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
                 f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
             )
         else:
-            model, tokenizer = load_vocabulary_model(
-                self.source, lm.runner.model, dtype, self.trust_remote_code
-            )
+            model, tokenizer = load_vocabulary_model(self.source, lm.runner, dtype, self.trust_remote_code)
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk = "a model of its own"
         round_weights(model, self.weights)
@@ -295,6 +294,13 @@ class VocabularyScorer(Reward):
     def move(self, source: int, target: int) -> None:
         for scorer in self._scorers:
             scorer.runtime.move(source, target)
+
+    def use_slots(self, slots: Slots | None) -> None:
+        for scorer in self._scorers:
+            scorer.runtime.slots = slots
+
+    def follow(self, tokens: torch.Tensor) -> None:
+        self.commit(tokens)
 
     def begin_step(self, context_logits: torch.Tensor) -> None:
         # Until candidates are scored, a choice is a token id: the support is the whole vocabulary.
