@@ -195,6 +195,17 @@ def test_the_tested_versions_are_allowed_and_complete() -> None:
         assert name not in wanted or wanted[name].specifier.contains(version.version), name
 
 
+def test_entry_points_name_what_exists() -> None:
+    """Those of other programs too, which are not installed here."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML: entry points are NOT checked")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    points = {**project["scripts"], **project["entry-points"]["lm_eval.models"]}
+    assert points.keys() == {"rgtg-fast", "rgtg"}
+    for target in points.values():
+        module, _, name = target.partition(":")
+        assert name in defined_by(module), target
+
+
 def test_readme_has_a_place_for_the_benchmarks() -> None:
     text = PAGES[0].read_text(encoding="utf-8")
     assert text.index("<!-- shared-trunk:begin -->") < text.index("<!-- shared-trunk:end -->")
