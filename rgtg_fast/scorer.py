@@ -138,9 +138,7 @@ class RequestScorer:
         with self._turns.taken():
             self._turns.begin()
             self._turns.claim(self)
-            reward.reserve(self.max_requests, self.max_length)
-            if self._contexts is not None:
-                self._contexts.reserve(self.max_requests, self.max_length)
+            self._reserve()
         self._served = self._turns.served()
 
     @classmethod
@@ -276,7 +274,8 @@ class RequestScorer:
             RGTGError: ids outside the vocabulary, or more tokens than `max_length`.
         """
         known = self._request(request)
-        answer = [int(token) for token in answer]
+        before = len(known.prefix.answer)
+        answer = [*answer[:before], *map(int, answer[before:])]  # told anew with each token: most are known
         self._check_length(known, answer)
         known.prefix.answer = answer
 
@@ -293,7 +292,6 @@ class RequestScorer:
         return found
 
     def _check_length(self, request: _Request, answer: Sequence[int]) -> None:
-        # Only new tokens are checked: an answer is told anew with each of its tokens.
         check_known(answer[len(request.prefix.answer) :], self.vocabulary, "the answer")
         longest = max(map(len, [request.prefix.prompt_ids, *request.encoded]))
         if longest + len(answer) > self.max_length:
@@ -444,7 +442,14 @@ class RequestScorer:
             self._forget()
             raise
 
+    def _reserve(self) -> None:
+        """Empties the caches."""
+        self.reward.reserve(self.max_requests, self.max_length)
+        if self._contexts is not None:
+            self._contexts.reserve(self.max_requests, self.max_length)
+
     def _forget(self) -> None:
+        self._reserve()
         self._rows, self._step = [None] * self.max_requests, None
         for request in self._requests.values():
             request.slot = None

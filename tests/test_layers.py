@@ -15,7 +15,7 @@ OPS = BASE | {"ops", "_C"}
 MODELS = OPS | {"bundled", "models"}
 REWARDS = MODELS | {"rewards"}
 ENGINE = REWARDS | {"engine"}
-DECODER = ENGINE | {"decoder"}
+DECODER = ENGINE | {"decoder", "scorer"}
 TRAINING = MODELS | {"training"}
 EVALUATION = DECODER | {"bench", "evaluation", "methods", "training"}
 ALLOWED = {
@@ -33,6 +33,7 @@ ALLOWED = {
     "rewards": REWARDS,
     "engine": ENGINE,
     "decoder": DECODER,
+    "scorer": ENGINE | {"scorer"},
     "training": TRAINING,
     "bench": EVALUATION,
     "evaluation": EVALUATION,

@@ -1,1 +1,1 @@
-"""Reward-guided decoding inside other libraries and servers."""
+"""Reward-guided decoding in other libraries: one module for each, which imports that library."""
