@@ -39,6 +39,7 @@ ALLOWED = {
     "integrations": DECODER | {"integrations", "scorer"},
     "bench": EVALUATION,
     "evaluation": EVALUATION,
+    "integrations": DECODER | {"integrations"},
     "cli": EVALUATION | {"cli"},
     "__main__": {"cli"},
     "__init__": DECODER | {"integrations", "scorer"},
