@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rgtg_fast.engine.outputs import StreamChunk as StreamChunk
     from rgtg_fast.errors import RewardNaNError as RewardNaNError
     from rgtg_fast.errors import RGTGError as RGTGError
+    from rgtg_fast.integrations.transformers import custom_generate as custom_generate
     from rgtg_fast.rewards.base import Prefix as Prefix
     from rgtg_fast.rewards.base import Reward as Reward
     from rgtg_fast.rewards.contrastive import ContrastiveReward as ContrastiveReward
@@ -49,6 +50,7 @@ _HOMES = {
     "Step": "engine.outputs",
     "RGTGError": "errors",
     "RewardNaNError": "errors",
+    "custom_generate": "integrations.transformers",
     "AutoregressiveReward": "rewards.vocabulary",
     "Prefix": "rewards.base",
     "Reward": "rewards.base",
@@ -89,6 +91,7 @@ __all__ = [
     "TextReward",
     "VocabularyReward",
     "__version__",
+    "custom_generate",
     "named_guide",
 ]
 

@@ -17,6 +17,7 @@ REWARDS = MODELS | {"rewards"}
 ENGINE = REWARDS | {"engine"}
 DECODER = ENGINE | {"decoder"}
 TRAINING = MODELS | {"training"}
+INTEGRATIONS = DECODER | {"integrations"}
 EVALUATION = DECODER | {"bench", "evaluation", "methods", "training"}
 ALLOWED = {
     "config": {"deprecation", "errors"},
@@ -33,12 +34,13 @@ ALLOWED = {
     "rewards": REWARDS,
     "engine": ENGINE,
     "decoder": DECODER,
+    "integrations": INTEGRATIONS,
     "training": TRAINING,
     "bench": EVALUATION,
     "evaluation": EVALUATION,
-    "cli": EVALUATION | {"cli"},
+    "cli": EVALUATION | {"cli", "integrations"},
     "__main__": {"cli"},
-    "__init__": DECODER,
+    "__init__": INTEGRATIONS,
 }
 
 
