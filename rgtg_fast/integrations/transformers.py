@@ -142,7 +142,7 @@ def custom_generate(
             call.step(rows, run)
     sequences = call.finish()
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)
+        return GenerateDecoderOnlyOutput(sequences=sequences)  # pyright: ignore[reportArgumentType]
     return sequences
 
 
@@ -420,8 +420,7 @@ class _Kept:
         self, model: PreTrainedModel, reward: RewardLike, tokenizer: PreTrainedTokenizerBase | None
     ) -> RewardGuidedDecoder:
         """The decoder, made anew where the reward is another one or the model was changed beyond its weights."""
-        named = isinstance(reward, str) and reward == self.reward
-        if self.decoder is not None and (named or reward is self.reward) and tokenizer is self.tokenizer:
+        if self.decoder is not None and _same(reward, self.reward) and tokenizer is self.tokenizer:
             try:
                 return _begun(self.decoder)
             except RGTGError:
@@ -436,6 +435,14 @@ class _Kept:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def _same(one: RewardLike, other: RewardLike) -> bool:
+    """Whether two rewards are one object, one name, or made from the same settings of a guided folder."""
+    if one is other or (isinstance(one, str) and one == other):
+        return True
+    made = getattr(one, "_made_from", None)
+    return made is not None and made == getattr(other, "_made_from", None)
 
 
 @contextmanager

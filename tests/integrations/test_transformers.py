@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import make_lm, make_rm, make_tokenizer
 from transformers import DynamicCache, TextIteratorStreamer
 from transformers.generation import MaxLengthCriteria
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward, custom_generate
+from tests.conftest import make_lm, make_rm, make_tokenizer
 
 PROMPTS = [[5, 9, 12], [7, 8, 30, 41, 22], [6]]
 GUIDED = Guidance(k=8, beta=2.0)
@@ -74,7 +74,8 @@ def test_tokens_equal_the_decoders(
         max_new_tokens=NEW,
         **sampling,
     )
-    assert torch.equal(sequences[:, :5], batch["input_ids"]) and sequences.dtype == torch.int64
+    assert torch.equal(sequences[:, :5], batch["input_ids"])
+    assert sequences.dtype == torch.int64
     want = expected(PROMPTS, Guidance(k=8, beta=2.0, temperature=temperature), 3)
     assert answers(sequences, 5) == want
 
@@ -127,7 +128,8 @@ def test_sequences_of_one_prompt_have_seeds_of_their_own(lm: torch.nn.Module, re
     first = call()
     second = call()
     torch.manual_seed(5)
-    assert torch.equal(call(), first) and not torch.equal(second, first)
+    assert torch.equal(call(), first)
+    assert not torch.equal(second, first)
 
 
 def test_stopping_criteria_see_every_step(lm: torch.nn.Module, reward: SequenceReward) -> None:
@@ -220,7 +222,8 @@ def test_return_dict(lm: torch.nn.Module, reward: SequenceReward) -> None:
         return_dict_in_generate=True,
         max_new_tokens=2,
     )
-    assert found.sequences.shape == (1, 5) and found.scores is None
+    assert found.sequences.shape == (1, 5)
+    assert found.scores is None
 
 
 def test_the_models_weights_may_change_between_calls(lm: torch.nn.Module, reward: SequenceReward) -> None:
@@ -244,7 +247,8 @@ def test_the_models_weights_may_change_between_calls(lm: torch.nn.Module, reward
     second = call()
     assert vars(lm)["_rgtg_fast_decoder"].decoder is decoder
     want = expected(PROMPTS[:1], Guidance(k=8, beta=2.0, temperature=0), lm=other)
-    assert not torch.equal(first, second) and answers(second, 3) == want
+    assert not torch.equal(first, second)
+    assert answers(second, 3) == want
     assert vars(copy.deepcopy(lm))["_rgtg_fast_decoder"] is None
     assert torch.equal(pickle.loads(pickle.dumps(lm)).lm_head.weight, lm.lm_head.weight)
     lm.double()  # which a decoder cannot follow: a new one is made
@@ -284,7 +288,7 @@ def test_a_reward_over_the_vocabulary(lm: torch.nn.Module) -> None:
         max_new_tokens=NEW,
     )
     assert answers(call(top_k=0), 5) == expected(PROMPTS, guidance, 2, reward="contrastive")
-    with pytest.raises(RGTGError, match="top_k=50 .* would cut the guidance's support='all'"):
+    with pytest.raises(RGTGError, match=r"top_k=50 .* would cut the guidance's support='all'"):
         call()
 
 
