@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -246,7 +245,7 @@ def test_folders_are_complete_or_absent(
     done = export(run, models, "contrastive", target, "--overwrite", "--json")
     assert done.rows == [{"output": str(target), "left_out": ["top_p=0.9"]}]
     assert not (target / "reward").exists()
-    assert os.listdir(tmp_path) == ["guided"]
+    assert [path.name for path in tmp_path.iterdir()] == ["guided"]
 
 
 def test_what_an_export_refuses(run: Run, models: dict[str, str], tmp_path: Path) -> None:

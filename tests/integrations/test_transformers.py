@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
 import threading
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, TextIteratorStreamer
+from transformers import DynamicCache, LlamaForCausalLM, TextIteratorStreamer
 from transformers.generation import MaxLengthCriteria
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward, custom_generate
@@ -19,6 +20,9 @@ from tests.conftest import make_lm, make_rm, make_tokenizer
 PROMPTS = [[5, 9, 12], [7, 8, 30, 41, 22], [6]]
 GUIDED = Guidance(k=8, beta=2.0)
 NEW = 16
+# transformers 5.19 calls it past_key_values, 5.24 cache.
+INPUTS = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in INPUTS else "past_key_values"
 
 
 def padded(prompts: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
@@ -311,7 +315,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "prefixes": ({"prefix_allowed_tokens_fn": lambda i, ids: [5]}, "prefix_allowed_tokens_fn"),
     "processor": ({"logits_processor": [Words()]}, "logits_processor Words"),
     "static cache": ({"cache_implementation": "static"}, "cache_implementation='static'"),
-    "cache": ({"cache": DynamicCache()}, "past_key_values"),
+    "cache": ({CACHE: DynamicCache()}, "past_key_values"),
     "scores": ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
     "temperature": ({"guidance": Guidance(temperature=0.5)}, "do_sample=False"),
     "guidance": ({"guidance": 3}, "guidance=3 is not a Guidance"),
