@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError
 from rgtg_fast.cli import main as cli
-from tests.cli.support import Outcome
+from tests.cli.support import HANGS, Outcome
 from tests.models.adapters import write_adapter
 from tests.models.kinds.tiny import language_model, reward_model, save
 
@@ -287,3 +289,38 @@ def test_fold_is_passed_on(
         "needs a reward with a vocabulary head"
         in export(run, models, "contrastive", tmp_path / "new", "--fold").error
     )
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_the_example_of_custom_generate_runs(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With tiny models here, with the embedded one below."""
+    monkeypatch.setattr(sys, "argv", ["custom_generate.py", models["lm"], models["full"]])
+    runpy.run_path(str(EXAMPLES / "custom_generate.py"))
+    out = capsys.readouterr().out
+    assert out.startswith("Greedy:\n- ")
+    assert "As a stream:\n" in out
+
+
+def printed(name: str) -> list[str]:
+    """The lines that an example prints in a process of its own."""
+    command = [sys.executable, str(EXAMPLES / name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_examples_guide_the_embedded_model(smollm2: Path) -> None:
+    lines = printed("custom_generate.py")
+    greedy, stream = lines.index("Greedy:"), lines.index("As a stream:")
+    assert sum(line.startswith("- ") for line in lines) == 2 + 6
+    assert lines[greedy + 1] == "- " + lines[stream + 1]
+    folder, *found = printed("export_folder.py")
+    assert folder.endswith("guided")
+    by_name = dict(line.split(":", 1) for line in "\n".join(found).split("\n") if ":" in line)
+    assert by_name["guided"].strip() == by_name["pipeline"].strip() != by_name["unguided"].strip()
