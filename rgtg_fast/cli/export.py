@@ -1,6 +1,6 @@
 """`rgtg-fast export`: a folder that other engines decode guided."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rgtg_fast.bundled import embedded
@@ -50,22 +50,25 @@ class Export:
         if self.fold:
             self._fold(setup.lm or embedded.NAME, setup)
             return
-        from rgtg_fast.integrations.guided_folder import check_target, export_folder, with_temperature
+        from rgtg_fast.integrations.guided_folder import check_target, export_folder, with_own_temperature
 
         target = Path(self.output)
         check_target(target, self.overwrite, setup.lm, setup.reward)
         guidance = self.decoding.guidance()
+        if self.temperature is not None:
+            guidance = replace(guidance, temperature=self.temperature)
         with status("Loading") as progress:
             source = setup.source(progress)
             decoder = setup.decoder(progress)
             progress(f"Writing {target}")
-            config = decoder.lm.runner.model.generation_config
+            if self.temperature is None:
+                guidance = with_own_temperature(guidance, decoder)
             dropped = export_folder(
                 decoder,
                 source,
                 setup.reward,
                 target,
-                with_temperature(guidance, self.temperature, config),
+                guidance,
                 setup.reward_label,
                 setup.reward_weights,
                 setup.trust_remote_code,

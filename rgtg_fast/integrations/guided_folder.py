@@ -285,22 +285,23 @@ def check_target(
     Raises:
         RGTGError: a file, a folder that is no guided folder, one without `overwrite`, or that of a model that is read.
     """
-    if target.is_file():
-        raise RGTGError(f"cannot write {target}: it is a file, name a folder")
-    if not target.exists():
-        return
-    if not overwrite:
-        raise RGTGError(f"{target} exists: name another folder, or replace it with --overwrite")
-    if any(target.iterdir()) and not (target / SETTINGS).is_file():
-        raise RGTGError(f"{target} is not a guided folder and is not replaced: name another folder")
-    inside = target.resolve()
-    for name in [str(lm or ""), *re.split(r"[:,*+]", reward or "")]:
-        if (
-            name.strip()
-            and Path(name.strip()).exists()
-            and Path(name.strip()).resolve().is_relative_to(inside)
-        ):
-            raise RGTGError(f"{target} holds the model that is read ({name.strip()}): name another folder")
+    try:
+        if target.is_file():
+            raise RGTGError(f"cannot write {target}: it is a file, name a folder")
+        if not target.exists():
+            return
+        if not overwrite:
+            raise RGTGError(f"{target} exists: name another folder, or replace it with --overwrite")
+        if any(target.iterdir()) and not (target / SETTINGS).is_file():
+            raise RGTGError(f"{target} is not a guided folder and is not replaced: name another folder")
+        inside = target.resolve()
+        for name in (name.strip() for name in [str(lm or ""), *re.split(r"[:,*+]", reward or "")]):
+            if name and Path(name).exists() and Path(name).resolve().is_relative_to(inside):
+                raise RGTGError(f"{target} holds the model that is read ({name}): name another folder")
+    except (OSError, ValueError) as error:
+        if isinstance(error, RGTGError):
+            raise
+        raise RGTGError(f"cannot write {target}: {reason(error)}") from error
 
 
 class _Copies:
@@ -445,8 +446,8 @@ Settings (`{SETTINGS}`):
 """
 
 
-def with_temperature(guidance: Guidance, temperature: float | None, config: Any) -> Guidance:
-    """The guidance with a temperature: the one given, else that of a model's generation config."""
-    if temperature is None:
-        temperature = (config.temperature or 1.0) if getattr(config, "do_sample", False) else 0.0
-    return replace(guidance, temperature=temperature)
+def with_own_temperature(guidance: Guidance, decoder: RewardGuidedDecoder) -> Guidance:
+    """The guidance with the temperature of the base model's generation config."""
+    config: Any = decoder.lm.runner.model.generation_config
+    sampled = config is not None and config.do_sample
+    return replace(guidance, temperature=(config.temperature or 1.0) if sampled else 0.0)
