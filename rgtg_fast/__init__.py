@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rgtg_fast.integrations.logits_processor import (
         RewardGuidedLogitsProcessor as RewardGuidedLogitsProcessor,
     )
+    from rgtg_fast.integrations.transformers import custom_generate as custom_generate
     from rgtg_fast.rewards.base import Prefix as Prefix
     from rgtg_fast.rewards.base import Reward as Reward
     from rgtg_fast.rewards.contrastive import ContrastiveReward as ContrastiveReward
@@ -54,6 +55,7 @@ _HOMES = {
     "RGTGError": "errors",
     "RewardNaNError": "errors",
     "RewardGuidedLogitsProcessor": "integrations.logits_processor",
+    "custom_generate": "integrations.transformers",
     "AutoregressiveReward": "rewards.vocabulary",
     "Prefix": "rewards.base",
     "Reward": "rewards.base",
@@ -97,6 +99,7 @@ __all__ = [
     "TextReward",
     "VocabularyReward",
     "__version__",
+    "custom_generate",
     "named_guide",
 ]
 

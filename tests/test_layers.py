@@ -17,6 +17,7 @@ REWARDS = MODELS | {"rewards"}
 ENGINE = REWARDS | {"engine"}
 DECODER = ENGINE | {"decoder", "scorer"}
 TRAINING = MODELS | {"training"}
+INTEGRATIONS = DECODER | {"integrations"}
 EVALUATION = DECODER | {"bench", "evaluation", "methods", "training"}
 ALLOWED = {
     "config": {"deprecation", "errors"},
@@ -33,16 +34,14 @@ ALLOWED = {
     "rewards": REWARDS,
     "engine": ENGINE,
     "decoder": DECODER,
-    "scorer": ENGINE | {"scorer"},
     "training": TRAINING,
     "scorer": ENGINE | {"scorer"},
-    "integrations": DECODER | {"integrations", "scorer"},
+    "integrations": INTEGRATIONS,
     "bench": EVALUATION,
     "evaluation": EVALUATION,
-    "integrations": DECODER | {"integrations"},
-    "cli": EVALUATION | {"cli"},
+    "cli": EVALUATION | {"cli", "integrations"},
     "__main__": {"cli"},
-    "__init__": DECODER | {"integrations", "scorer"},
+    "__init__": INTEGRATIONS,
 }
 
 

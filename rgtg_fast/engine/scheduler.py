@@ -156,6 +156,10 @@ class Scheduler:
             yield StreamChunk(text[shown:], row.last_token, candidates, row.finish_reason)
             shown = max(shown, len(text))
 
+    def steps(self, run: Run) -> Iterator[list[Row]]:
+        """The rows that each step advanced; one that the caller ends (`run.stopping.finish`) leaves its slot."""
+        return self._steps(run)
+
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def _steps(self, run: Run) -> Iterator[list[Row]]:
