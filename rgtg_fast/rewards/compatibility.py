@@ -76,6 +76,13 @@ def place_adapter(
         return tokenizer, "share_trunk=False"
     if weights is not None:
         return tokenizer, f"weights={weights!r}"
+    if lm.other_device is not None:
+        if share_trunk:
+            raise RGTGError(
+                f"share_trunk=True runs {adapter.name} in the base model's forward on {lm.runner.device} and "
+                f"reward_device is {lm.other_device}: leave out one of them"
+            )
+        return tokenizer, f"reward_device={str(lm.other_device)!r}"
     why = adapter.base_mismatch(lm.runner.model)
     why = why or other_prompts(lm.tokenizer, tokenizer, chat_template, adapter.name)
     if share_trunk and why is not None:
