@@ -29,6 +29,7 @@ from rgtg_fast.models.loading import (
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
 from rgtg_fast.models.quantized import check_weights, quantization
 from rgtg_fast.models.templates import warn_of_template
+from rgtg_fast.models.tensor_parallel import check_plan, spread_over
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import FunctionReward, Reward, SequenceReward, named_guide
 from rgtg_fast.rewards.base import NoReward
@@ -109,6 +110,7 @@ class RewardGuidedDecoder:
         reward_weights: str | None = None,
         batch_invariant: bool = False,
         reward_device: str | torch.device | None = None,
+        tp_plan: str | None = None,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its reward.
 
@@ -147,6 +149,10 @@ class RewardGuidedDecoder:
             reward_device: device of the reward's own models, by default the base model's. On another one a step sends
                 the candidates there and the rewards back; steps are neither CUDA graphs nor ahead of the host, and an
                 adapter is merged into a copy of its base there.
+            tp_plan: "auto" spreads the base model's weights over the processes that torchrun has started, by
+                transformers' tensor-parallel plan, for a model that is larger than a device. Every process makes the
+                same calls and gets the same tokens; each has the whole reward model. Engine "transformers", without
+                CUDA graphs, compile and fuse_projections; `lm` is a path or hub id, and `reward` no adapter.
 
         Raises:
             RGTGError: an argument or model that cannot work, in one line.
@@ -162,8 +168,11 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 "batch_invariant=True and compile, whose products are the library's: use one of them"
             )
+        check_plan(tp_plan, lm, engine)
         own = _as_reward(reward, label, trust_remote_code, reward_weights)
-        model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code)
+        model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code, tp_plan)
+        if spread_over(model) > 1:
+            graphs, fuse_projections = _spread(graphs, compile is not False, fuse_projections)
         runner = language_runner(model, engine, max_length)
         warn_of_template(tokenizer, "language model", runner.name, texts=False)
         vocabulary = min(runner.head.out_features, runner.embeddings)
@@ -387,6 +396,20 @@ class RewardGuidedDecoder:
             return self._scheduler.rows(run)
         check_strategy(chosen, self._scheduler.reward, run)
         return run_strategy(chosen, run, self._scheduler)
+
+
+def _spread(graphs: bool | None, compile: bool, fuse_projections: bool | None) -> tuple[bool, bool]:
+    """Turns off what a model in several processes does not have.
+
+    Raises:
+        RGTGError: the user has turned it on.
+    """
+    for name, value in (("graphs", graphs), ("compile", compile), ("fuse_projections", fuse_projections)):
+        if value:
+            raise RGTGError(
+                f"{name}=True and a model that is spread over several processes: leave {name} out"
+            )
+    return False, False
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -72,18 +72,21 @@ class ProcessGroup:
 
     Args:
         place: which process this is.
+        by_device: whether tensors on GPUs are exchanged too, over NCCL.
 
     Raises:
         RGTGError: the other processes cannot be reached.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, by_device: bool = False) -> None:
+        import torch
         import torch.distributed as dist
 
+        backend = "cpu:gloo,cuda:nccl" if by_device and torch.cuda.is_available() else "gloo"
         self.place, self._dist = place, dist
         try:
             store, rank, count = next(dist.rendezvous("env://", timeout=_START))
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_WORK)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_WORK)
         except (RuntimeError, ValueError, OSError) as error:
             raise RGTGError(
                 f"process {place.rank} of {place.count} cannot reach the others ({one_line(error)}): start all of "

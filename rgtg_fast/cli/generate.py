@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,37 +61,52 @@ class Generate:
         self.setup = self.setup.with_reward(self.decoding.support)
         place = Place.from_environment()
         if place.count > 1:
-            from rgtg_fast.cli.processes import answer_in_processes
+            from rgtg_fast.cli import processes
 
-            answer_in_processes(self, place)
+            answer = processes.answer_together if self.setup.tp_plan else processes.answer_in_processes
+            answer(self, place)
         else:
-            self._answer()
+            with ExitStack() as held:
+                self.carry_out(*self.plan(held))
 
-    def _answer(self) -> None:
+    def plan(self, held: ExitStack) -> tuple[list[Job], AnswerFile | None, int]:
+        """Reads the prompts and opens the output.
+
+        Args:
+            held: closes the output.
+
+        Returns:
+            The prompts that have no answer yet, the output, and the number of lines that are no prompts.
+        """
         jobs, broken = self.jobs()
-        answers = None
-        if self.output is not None:
-            answers = AnswerFile(self.output, self.resume, self.overwrite, self.input)
-        with nullcontext() if answers is None else answers:
+        if self.output is None:
+            return jobs, None, broken
+        answers = held.enter_context(AnswerFile(self.output, self.resume, self.overwrite, self.input))
+        return answers.remaining(jobs, self.common()), answers, broken
+
+    def carry_out(self, jobs: list[Job], answers: AnswerFile | None, broken: int) -> None:
+        """Answers the prompts of `plan`.
+
+        Raises:
+            Exit: with code 2, some prompts could not be answered.
+        """
+        try:
+            if self.stream:
+                self._stream_one(jobs[0])
+            elif self.input is None and self.output is None:
+                self._answer_one(jobs[0])
+            elif jobs:
+                broken += self._answer_many(jobs, answers)
+        except KeyboardInterrupt:
             if answers is not None:
-                jobs = answers.remaining(jobs, self.common())
-            try:
-                if self.stream:
-                    self._stream_one(jobs[0])
-                elif self.input is None and answers is None:
-                    self._answer_one(jobs[0])
-                elif jobs:
-                    broken += self._answer_many(jobs, answers)
-            except KeyboardInterrupt:
-                if answers is not None:
-                    note_interrupted(answers)
-                raise
-            if answers is not None:
-                answers.check_place()
-                report(answers, broken)
-            # Where no prompt could be answered, rows that were to be overwritten stay.
-            if broken:
-                raise typer.Exit(USER_ERROR)
+                note_interrupted(answers)
+            raise
+        if answers is not None:
+            answers.check_place()
+            report(answers, broken)
+        # Where no prompt could be answered, rows that were to be overwritten stay.
+        if broken:
+            raise typer.Exit(USER_ERROR)
 
     def jobs(self) -> tuple[list[Job], int]:
         """The prompts, and the number of lines that are none; each of those is reported in one line.

@@ -1,13 +1,18 @@
 """`generate` in several processes: torchrun --nproc-per-node N -m rgtg_fast generate --input ... --output ...
 
+With --tp-plan the processes hold one model together and answer every prompt side by side (`answer_together`). Without
+it each has the models and answers its share (`answer_in_processes`):
+
 Process 0 reads the prompts and deals them out in turn. Each process loads the models and writes its rows to a part of
 its own beside the output, so that a process that is killed costs its unfinished rows only. At the end process 0 merges
 the parts in the order of the prompts. A row depends on its own prompt, seed and settings alone, so it is the row that
 one process gives.
 """
 
-from contextlib import ExitStack
+import os
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -34,6 +39,40 @@ def answer_in_processes(command: "Generate", place: Place) -> None:
         with ProcessGroup(place) as group, ExitStack() as held:
             _Share(command, group, held).run()
     except FailedElsewhereError as error:
+        raise typer.Exit(USER_ERROR) from error
+
+
+def answer_together(command: "Generate", place: Place) -> None:
+    """Answers all prompts in every process, which hold the language model together (--tp-plan).
+
+    Process 0 reads, prints and writes; the others compute the same answers beside it.
+
+    Raises:
+        RGTGError: as in one process; process 0 reports it.
+        Exit: with code 2, some prompts could not be answered, or another process reports an error.
+    """
+    planned: list[tuple[list[Job], AnswerFile | None, int]] = []
+
+    def plan() -> list[list[Job]]:
+        planned.append(command.plan(held))
+        return [planned[0][0]] * place.count
+
+    try:
+        with ProcessGroup(place, by_device=True) as group, ExitStack() as held:
+            jobs = group.scatter(plan)
+            device = device_of_process(command.setup.device, place)
+            command.setup = replace(command.setup, device=device)
+            if place.main:
+                command.carry_out(*planned[0])
+                return
+            nowhere = held.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                command.carry_out(jobs, None, 0)
+    except FailedElsewhereError as error:
+        raise typer.Exit(USER_ERROR) from error
+    except RGTGError as error:
+        if place.main:
+            raise
         raise typer.Exit(USER_ERROR) from error
 
 

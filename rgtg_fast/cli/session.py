@@ -59,6 +59,13 @@ class Setup:
     reward_device: str | None = option(
         "Device of the reward model, such as cuda:1.", None, MODELS, shown="that of the language model"
     )
+    tp_plan: str | None = option(
+        "auto: the processes that torchrun starts hold the language model together, for one that is larger than a "
+        "device.",
+        None,
+        MODELS,
+        shown="each process has the whole model",
+    )
     trust_remote_code: bool = option(
         "Run code that comes with the models named by --lm and --reward: read it first.", False, MODELS
     )
@@ -167,6 +174,7 @@ class Setup:
             reward_weights=self.reward_weights,
             device=self.device,
             reward_device=self.reward_device,
+            tp_plan=self.tp_plan,
             dtype=self.dtype,
             max_batch=max_batch,
             max_length=max_length,

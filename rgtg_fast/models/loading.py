@@ -48,6 +48,7 @@ def load_causal_lm(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     trust_remote_code: bool = False,
+    tp_plan: str | None = None,
 ) -> ModelAndTokenizer:
     """Loads the base language model and its tokenizer.
 
@@ -57,6 +58,7 @@ def load_causal_lm(
         device: None keeps a loaded pair where it is, and takes the default of `resolve_device` otherwise.
         dtype: None keeps a loaded pair's, and takes the default of `resolve_dtype` otherwise.
         trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
+        tp_plan: "auto" spreads the weights over the processes of the run, which has checked it (`check_plan`).
 
     Raises:
         RGTGError: nothing there, or an adapter of a reward model or of another base.
@@ -71,6 +73,10 @@ def load_causal_lm(
     target = resolve_device(device)
     kind = resolve_dtype(dtype, target)
     if is_adapter(source):
+        if tp_plan is not None:
+            raise RGTGError(
+                f"tp_plan={tp_plan!r} and {source}, an adapter: merge it into its base and name that"
+            )
         return _load_policy(Adapter.load(source), target, kind)
     model, tokenizer, _ = read_pretrained(
         AutoModelForCausalLM,
@@ -79,6 +85,7 @@ def load_causal_lm(
         kind,
         target,
         trust_remote_code=trust_remote_code,
+        tp_plan=tp_plan,
     )
     _check_dtype(model, None if dtype is None else kind)
     return _place(model, target, kind), tokenizer

@@ -10,6 +10,7 @@ from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
 from rgtg_fast.models.prompts import text_ids
 from rgtg_fast.models.quantized import check_weights
+from rgtg_fast.models.tensor_parallel import spread_over
 
 # Tokenized under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
@@ -66,6 +67,11 @@ def place_adapter(
     Raises:
         RGTGError: another tokenizer, or `share_trunk=True` where it cannot be.
     """
+    if (count := spread_over(lm.runner.model)) > 1:
+        raise RGTGError(
+            f"{adapter.name} is an adapter and the base model is spread over {count} processes: name a reward model "
+            "with weights of its own, such as the adapter merged into its base"
+        )
     tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
     try:
         check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, adapter.name)

@@ -244,3 +244,21 @@ def test_a_killed_process_costs_its_unfinished_rows_alone(
     assert torchrun(3, *args, "--resume").code == 0
     assert output.read_bytes() == expected
     assert all(lines in expected for part in before.values() for lines in part.splitlines())
+
+
+@pytest.mark.slow
+def test_two_processes_hold_one_model_together(
+    run: Callable, prompts_file: Callable, tmp_path: Path, lm: str, rm: str
+) -> None:
+    source = prompts_file("broken", *PROMPTS)
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    args = ("generate", "--input", source, "--lm", lm, "--reward", rm, "--temperature", 0, *SHORT)
+    assert run(*args, "--output", one).code == 2
+    started = torchrun(2, *args, "--output", two, "--tp-plan", "auto")
+    assert started.out == ""
+    assert started.err.count("rgtg-fast: error: ") == 1
+    rows = list(zip(read_rows(one), read_rows(two), strict=True))
+    assert len(rows) == len(PROMPTS)
+    for expected, row in rows:
+        assert row["tokens"] == expected["tokens"]
+        assert row["reward"] == pytest.approx(expected["reward"], rel=1e-5)
