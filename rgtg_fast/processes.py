@@ -175,6 +175,22 @@ def _connected() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """Names what it means that a forward fails in an exchange with the other processes that hold the model.
+
+    Raises:
+        RGTGError: one of them has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(library in str(error).lower() for library in ("gloo", "nccl")):
+            raise
+        with _connected():
+            raise
+
+
 def device_of_process(device: str | None, place: Place) -> str | None:
     """The device of one of several processes: each has a GPU of its own.
 

@@ -21,7 +21,13 @@ from rgtg_fast.cli.generate import note_interrupted, report
 from rgtg_fast.cli.jobs import AnswerFile, Job, Key, part_of
 from rgtg_fast.cli.terminal import USER_ERROR, complain, note
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.processes import FailedElsewhereError, Place, ProcessGroup, device_of_process
+from rgtg_fast.processes import (
+    FailedElsewhereError,
+    Place,
+    ProcessGroup,
+    device_of_process,
+    noticing_lost_processes,
+)
 
 if TYPE_CHECKING:
     from rgtg_fast import RewardGuidedDecoder
@@ -58,7 +64,7 @@ def answer_together(command: "Generate", place: Place) -> None:
         return [planned[0][0]] * place.count
 
     try:
-        with ProcessGroup(place, by_device=True) as group, ExitStack() as held:
+        with ProcessGroup(place, by_device=True) as group, noticing_lost_processes(), ExitStack() as held:
             jobs = group.scatter(plan)
             device = device_of_process(command.setup.device, place)
             command.setup = replace(command.setup, device=device)
