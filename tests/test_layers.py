@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rgtg_fast"
 
 # What a layer may import of ours, besides itself.
-BASE = {"config", "deprecation", "errors", "files", "plaintext", "profiling"}
+BASE = {"config", "deprecation", "errors", "files", "plaintext", "processes", "profiling"}
 OPS = BASE | {"ops", "_C"}
 MODELS = OPS | {"bundled", "models"}
 REWARDS = MODELS | {"rewards"}
@@ -26,6 +26,7 @@ ALLOWED = {
     "files": {"errors"},
     "methods": set(),
     "plaintext": set(),
+    "processes": {"errors"},
     "profiling": {"config", "errors"},
     "app": {"bundled", "deprecation"},
     "bundled": {"errors", "files"},
