@@ -115,25 +115,25 @@ def load_sequence_classifier(
         RGTGError: nothing there, several labels and none chosen, no trained head in the files, or a head that is not
             served.
     """
-    source, device = _as_source(source, "reward model"), device or lm.device
+    source, place = _as_source(source, "reward model"), device or lm.device
     if isinstance(source, tuple):
         model, tokenizer = source
         name = type(model).__name__
         check_labels(model.config, label, name)
         _check_dtype(model, dtype)
-        return _place(with_reward_head(model, label, name), device, dtype or model.dtype), tokenizer
+        return _place(with_reward_head(model, label, name), place, dtype or model.dtype), tokenizer
     loader, kind = ClassifierLoader(AutoModelForSequenceClassification, source, label), dtype or lm.dtype
     model, tokenizer, _ = read_pretrained(
         loader,
         source,
         "reward model",
         kind,
-        device,
+        place,
         configure=loader.configure,
         trust_remote_code=trust_remote_code,
     )
     _check_dtype(model, dtype)
-    return _place(loader.finished(model), device, kind), tokenizer
+    return _place(loader.finished(model), place, kind), tokenizer
 
 
 def load_vocabulary_model(
@@ -148,22 +148,22 @@ def load_vocabulary_model(
     Raises:
         RGTGError: nothing there, or no vocabulary head in the files.
     """
-    source, device = _as_source(source, "reward model"), device or lm.device
+    source, place = _as_source(source, "reward model"), device or lm.device
     if isinstance(source, tuple):
         model, tokenizer = source
         _check_dtype(model, dtype)
-        return _place(model, device, dtype or model.dtype), tokenizer
+        return _place(model, place, dtype or model.dtype), tokenizer
     model, tokenizer, _ = read_pretrained(
         AutoModelForCausalLM,
         source,
         "reward model",
         dtype or lm.dtype,
-        device,
+        place,
         configure=lambda config: _check_vocabulary_head(config, source),
         trust_remote_code=trust_remote_code,
     )
     _check_dtype(model, dtype)
-    return _place(model, device, dtype or lm.dtype), tokenizer
+    return _place(model, place, dtype or lm.dtype), tokenizer
 
 
 def _as_source(source: Any, role: str) -> Source:
