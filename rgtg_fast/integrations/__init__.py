@@ -1,0 +1,1 @@
+"""Reward-guided decoding in other libraries: one module for each, which imports that library."""
