@@ -1,7 +1,7 @@
 """The fused ops: six for decoding, four for a model's layers, partial_bt_loss for training.
 
 Each is one torch.library op with a reference in plain PyTorch, Triton kernels for CUDA and, for most, a C++ kernel for
-the CPU; README.md has the legend of shapes.
+the CPU; README.md has the legend of shapes, docs/ops.md says which of them other programs can rely on.
 """
 
 from typing import Any

@@ -101,7 +101,7 @@ def over_one_tensor(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, T
     )
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_views_of_a_dynamic_cache_are_prefix_and_candidates(compiled: bool) -> None:
     """Nothing is copied, and torch.compile finds no graph break; the mask is what SDPA would need."""
     cache, T, k = DynamicCache(), 5, 3

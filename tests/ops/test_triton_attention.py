@@ -60,7 +60,7 @@ def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask, window):
     assert torch.equal(tree_attention(**row_of(arguments, row)), results[0][row : row + 1])
 
 
-@pytest.mark.parametrize("T", [300, SPAN + 300])
+@pytest.mark.parametrize("T", [300, pytest.param(SPAN + 300, marks=pytest.mark.slow)])
 @interpreted
 @use_backend("triton")
 def test_a_slot_has_the_bits_of_a_cache_of_its_own(T):
