@@ -38,6 +38,7 @@ ALLOWED = {
     "bench": EVALUATION,
     "evaluation": EVALUATION,
     "cli": EVALUATION | {"cli"},
+    "integrations": DECODER | {"integrations", "scorer"},
     "__main__": {"cli"},
     "__init__": DECODER,
 }
