@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.options import include, json_option
 from rgtg_fast.cli.session import CONTRASTIVE, NONE, Decoding, Setup
 from rgtg_fast.cli.terminal import note, print_json, print_line, status
@@ -48,7 +47,7 @@ class Export:
         if setup.reward == NONE:
             raise RGTGError("--reward none leaves nothing to export: name a reward")
         if self.fold:
-            self._fold(setup.lm or embedded.NAME, setup)
+            self._fold(setup)
             return
         from rgtg_fast.integrations.guided_folder import check_target, export_folder, with_own_temperature
 
@@ -83,14 +82,33 @@ class Export:
         else:
             print_line(str(target))
 
-    def _fold(self, lm: str, setup: Setup) -> None:
+    def _fold(self, setup: Setup) -> None:
+        changed = {
+            "--support": self.decoding.support not in ("lm", "all"),
+            "--gate-entropy": self.decoding.gate_entropy is not None,
+            "--temperature": self.temperature is not None,
+            "--reward-weights": setup.reward_weights is not None,
+            "--trust-remote-code": setup.trust_remote_code,
+        }
+        for option_name, given in changed.items():
+            if given:
+                raise RGTGError(
+                    f"{option_name} does not go with --fold, whose checkpoint holds beta alone: leave it out"
+                )
         if setup.reward == CONTRASTIVE:
             raise RGTGError("--fold needs a reward with a vocabulary head: use --reward farma:PATH")
         with status("Loading") as progress:
             source = setup.source(progress)
             from rgtg_fast.integrations.fold import export_folded
 
-            export_folded(source, setup.reward, self.decoding.beta, self.output)
+            export_folded(
+                source,
+                setup.reward,
+                self.decoding.beta,
+                self.output,
+                dtype=setup.dtype,
+                overwrite=self.overwrite,
+            )
         if self.json:
             print_json({"output": self.output, "left_out": []})
         else:

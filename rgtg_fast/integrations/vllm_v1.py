@@ -151,7 +151,8 @@ class RewardGuideV1(LogitsProcessor):
     def _guide(self, rows: list[_Row], logits: torch.Tensor) -> torch.Tensor:
         """New logits of rows; NaN for a request that cannot be guided."""
         assert self.scorer is not None
-        requests, guidance = [row.request for row in rows], [row.guidance for row in rows]
+        requests = [row.request for row in rows if row.request is not None]
+        guidance = [row.guidance for row in rows]
         try:
             return self.scorer.guide(requests, logits, guidance, check=False)
         except RGTGError as error:

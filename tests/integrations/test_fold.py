@@ -21,6 +21,7 @@ from rgtg_fast import (
     SequenceReward,
     VocabularyReward,
 )
+from rgtg_fast.cli.main import main
 from rgtg_fast.integrations.fold import export_folded
 from tests.conftest import CHAT_TEMPLATE, make_lm, make_tokenizer
 from tests.models.adapters import write_adapter
@@ -218,3 +219,26 @@ def test_the_folder_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Mo
     assert (first.dtype, second.dtype) == (torch.float32, torch.bfloat16)
     exact = lm.lm_head.weight + 2 * (first - lm.lm_head.weight)
     assert (second - exact).abs().max() < 0.02
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm, tokenizer = make_lm(), make_tokenizer()
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    reward, output = "farma:" + head_only(tmp_path / "reward", lm), tmp_path / "folded"
+
+    def export(*options: str) -> tuple[str, str]:
+        capsys.readouterr()
+        command = ["--fold", "--lm", str(tmp_path / "lm"), "--reward", reward, "--output", str(output)]
+        with pytest.raises(SystemExit) as end:
+            main(["export", *command, *options])
+        printed = capsys.readouterr()
+        assert bool(end.value.code) is not bool(printed.out)
+        return printed.out, printed.err
+
+    assert export("--beta", "1.5")[0] == f"{output}\n"
+    check(output, lm, tokenizer, VocabularyReward(reward.removeprefix("farma:")), 1.5)
+    assert "exists: name another folder" in export("--beta", "0.5")[1]
+    assert export("--beta", "0.5", "--overwrite")[0] == f"{output}\n"
+    check(output, lm, tokenizer, VocabularyReward(reward.removeprefix("farma:")), 0.5)
+    assert "--temperature does not go with --fold" in export("--temperature", "0.5")[1]

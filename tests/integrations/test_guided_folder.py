@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -276,19 +275,10 @@ def test_what_an_export_refuses(run: Run, models: dict[str, str], tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
-def test_fold_is_passed_on(
-    run: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[tuple[Any, ...]] = []
-    module = ModuleType("rgtg_fast.integrations.fold")
-    module.export_folded = lambda *args: given.append(args)  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "rgtg_fast.integrations.fold", module)
-    done = export(run, models, "farma:x", tmp_path / "new", "--fold", "--beta", 2)
-    assert (done.code, given) == (0, [(models["lm"], "farma:x", 2.0, str(tmp_path / "new"))])
-    assert (
-        "needs a reward with a vocabulary head"
-        in export(run, models, "contrastive", tmp_path / "new", "--fold").error
-    )
+def test_fold_needs_a_vocabulary_head(run: Run, models: dict[str, str], tmp_path: Path) -> None:
+    """What it writes: tests/integrations/test_fold.py."""
+    done = export(run, models, "contrastive", tmp_path / "new", "--fold")
+    assert "needs a reward with a vocabulary head" in done.error
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

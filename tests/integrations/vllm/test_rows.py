@@ -263,3 +263,20 @@ def test_what_vllm_refuses_and_validates_itself(
     validate(SamplingParams(extra_args={"rgtg_k": 3}))
     with pytest.raises(VLLMValidationError, match="rgtg_k=0 is below 1"):
         validate(SamplingParams(extra_args={"rgtg_k": 0}))
+
+
+def test_pipeline_ranks_without_logits_load_nothing(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RGTG_FAST_REWARD", models["sequence"])
+    ranks = SimpleNamespace(is_last_rank=False)
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_pp_group", lambda: ranks)
+    config = server(models)
+    config.parallel_config.pipeline_parallel_size = 2
+    made: Any = RewardGuide(config, torch.device("cpu"), False)
+    assert made.scorer is None
+    added = [(0, SamplingParams(max_tokens=8), [7, 8], [])]
+    made.update_state(BatchUpdate(batch_size=1, removed=[], added=added, moved=[]))
+    ranks.is_last_rank = True
+    last: Any = RewardGuide(config, torch.device("cpu"), False)
+    assert last.scorer.max_requests == PLACES
