@@ -104,9 +104,11 @@ class RewardGuidedPredictor:
 
     def _why_not(self, prompt: Any, seed: Any) -> str:
         """Why a row cannot be answered; empty where it can."""
+        # Padding is only looked for in rows of equal length: a row of ids is compared with itself.
+        count = 2 if isinstance(prompt, list) else 1
         try:
             # A call checks its arguments at once and decodes only when its rows are asked for.
-            self._begin([prompt], [seed])
+            self._begin([prompt] * count, [seed] * count)
         except RGTGError as error:
             return _of_row(error, 0)
         except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
