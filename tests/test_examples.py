@@ -18,7 +18,9 @@ TESTS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "test
 def test_a_test_runs_it_or_it_says_why_none_does(example: Path) -> None:
     """A file that no test names and whose first lines do not say "No test runs it" is what this finds."""
     named = [str(path.relative_to(ROOT)) for path, text in TESTS.items() if example.name in text]
-    assert named or "No test runs it" in example.read_text(encoding="utf-8")[:2000], f"add {example.name} to a test, such as those of {__file__}"
+    assert named or "No test runs it" in example.read_text(encoding="utf-8")[:2000], (
+        f"add {example.name} to a test, such as those of {__file__}"
+    )
 
 
 def run(example: str, *arguments: str) -> list[str]:

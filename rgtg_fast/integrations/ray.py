@@ -21,7 +21,8 @@ class RewardGuidedPredictor:
 
     It adds the columns `answer` (text), `tokens` (ids), `reward` (NaN where there is none), `finish_reason` and
     `error`. A row that cannot be answered has the reason in `error`, no answer and no tokens; where there is no error,
-    `error` is an empty string. An answer depends on its own row alone, not on batches, blocks or the number of actors.
+    `error` is an empty string. An answer depends on its own row alone, not on batches, blocks or the number of actors;
+    on CUDA, where products round by the number of rows, with `pad_batch` or `batch_invariant` among `loading`.
 
     Args:
         lm: as in `RewardGuidedDecoder.from_pretrained`; each actor loads it.
