@@ -21,7 +21,8 @@ class RewardGuidedPredictor:
 
     It adds the columns `answer` (text), `tokens` (ids), `reward` (NaN where there is none), `finish_reason` and
     `error`. A row that cannot be answered has the reason in `error`, no answer and no tokens; where there is no error,
-    `error` is an empty string. An answer depends on its own row alone, not on batches, blocks or the number of actors.
+    `error` is an empty string. An answer depends on its own row alone, not on batches, blocks or the number of actors;
+    on CUDA, where products round by the number of rows, with `pad_batch` or `batch_invariant` among `loading`.
 
     Args:
         lm: as in `RewardGuidedDecoder.from_pretrained`; each actor loads it.
@@ -104,9 +105,11 @@ class RewardGuidedPredictor:
 
     def _why_not(self, prompt: Any, seed: Any) -> str:
         """Why a row cannot be answered; empty where it can."""
+        # Padding is only looked for in rows of equal length: a row of ids is compared with itself.
+        count = 2 if isinstance(prompt, list) else 1
         try:
             # A call checks its arguments at once and decodes only when its rows are asked for.
-            self._begin([prompt], [seed])
+            self._begin([prompt] * count, [seed] * count)
         except RGTGError as error:
             return _of_row(error, 0)
         except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:

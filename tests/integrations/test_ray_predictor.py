@@ -54,6 +54,15 @@ def test_chats_and_ids_are_read_as_ray_hands_them_over() -> None:
     assert table["answer"][0] == wanted[1].text
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_padded_ids_are_refused_in_any_batch(size: int) -> None:
+    actor = predictor()
+    rows = np.array([[7, 8, 9], [0, 8, 10], [7, 8, 0]])
+    found = [error for at in range(0, 3, size) for error in actor({"prompt": rows[at : at + size]})["error"]]
+    assert found[0] == ""
+    assert all("padded with token 0" in error for error in found[1:])
+
+
 def test_a_bad_row_keeps_the_others() -> None:
     actor = predictor()
     found = actor({"prompt": column("w1 w2 w3", None, "", "w1 " * 200, [99], 3.5, "w4 w5")})

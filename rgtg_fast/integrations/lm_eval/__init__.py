@@ -75,7 +75,8 @@ class RewardGuidedLM(TemplateLM):
     """Answers the harness's generation tasks with a `RewardGuidedDecoder`.
 
     The length, the stop strings and the temperature of an answer are the task's. Request i of a run samples with seed
-    `seed` + i, so that the repeats of a document differ. Answers do not depend on the batch.
+    `seed` + i, so that the repeats of a document differ. No request changes another's answer; on CUDA products round by
+    the number of rows, unless `decoder` was made with `pad_batch` or `batch_invariant`.
 
     Args:
         lm: path or hub id of the base model, or a (model, tokenizer) pair.
