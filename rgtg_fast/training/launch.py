@@ -162,7 +162,7 @@ def _check_sharding(device: str | None, cached: bool) -> None:
     """Checks what it needs that processes hold the weights together.
 
     Raises:
-        RGTGError: a single process, a CPU, where accelerate leaves FSDP out without a word, or layers that are detached.
+        RGTGError: a single process, a CPU, where accelerate leaves FSDP out silently, or layers that are detached.
     """
     if Place.from_environment().count == 1:
         raise RGTGError(
@@ -172,7 +172,7 @@ def _check_sharding(device: str | None, cached: bool) -> None:
         raise RGTGError("fsdp on a CPU: accelerate shards weights on GPUs alone, leave fsdp out")
     if cached:
         raise RGTGError(
-            "fsdp and a cache of the layers below the fork, which are detached: use cache_trunk=False (--no-trunk-cache)"
+            "fsdp and a cache of what the layers below the fork compute: use cache_trunk=False (--no-trunk-cache)"
         )
 
 
