@@ -81,6 +81,11 @@ class Train(TrainingCommand):
     no_trunk_cache: bool = option(
         "Run the layers below --fork-layer in every step, to save disk space.", False, TRAINED
     )
+    fsdp: bool = option(
+        "The processes that torchrun starts hold the weights together (FSDP2), for a model that is larger than a GPU.",
+        False,
+        TRAINED,
+    )
     eval_steps: int | None = option(
         "Steps between evaluations.", None, OUTPUT, shown="at the end", min=1, before="logging_steps"
     )
@@ -111,6 +116,7 @@ class Train(TrainingCommand):
             trunk_cache=self.trunk_cache or embedded.cache_folder() / "trunk",
             cache_trunk=not self.no_trunk_cache,
             eval_steps=self.eval_steps,
+            fsdp=self.fsdp,
             metrics=accuracy,
             **self.arguments(),
         )

@@ -14,6 +14,8 @@ from transformers.trainer_utils import IntervalStrategy
 from rgtg_fast.deprecation import RenamedAttribute, renamed_keywords
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import fingerprint
+from rgtg_fast.models.device import resolve_device
+from rgtg_fast.processes import Place
 from rgtg_fast.training.config import TrainConfig
 from rgtg_fast.training.data import TokenizedPair, TrainingData, load_pairs, prepare_pairs, read_rows
 from rgtg_fast.training.folder import Progress, no_progress, one_run
@@ -58,6 +60,7 @@ def train_reward_model(
     report_to: str | Sequence[str] = "none",
     callbacks: Sequence[TrainerCallback] = (),
     device: str | None = None,
+    fsdp: bool = False,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> TrainResult:
@@ -84,6 +87,8 @@ def train_reward_model(
         metrics: computes further metrics from the evaluation pairs' rewards.
         report_to, callbacks: transformers' integrations and callbacks.
         device: "cpu" or "cuda"; None for CUDA where there is one.
+        fsdp: whether the processes hold the weights together (accelerate's FSDP2), for a model that is larger than a
+            GPU. The saved files are those of one process.
         progress: receives lines about the progress.
         settings: fields of `TrainConfig` that take the place of those of `config`.
 
@@ -99,11 +104,13 @@ def train_reward_model(
     config = (config or TrainConfig()).updated(settings)
     if importlib.util.find_spec("accelerate") is None:
         raise RGTGError(f"training needs accelerate, which is not installed: {EXTRA}")
+    if fsdp:
+        _check_sharding(device, config.fork_layer > 0 and cache_trunk)
     run = Run.prepare(
         config,
         output,
         TrainingArguments,
-        _arguments(config, eval_steps),
+        _arguments(config, eval_steps, fsdp),
         resume=resume,
         merged=merged,
         save_steps=save_steps,
@@ -151,8 +158,28 @@ def train_reward_model(
     return TrainResult(**vars(result), rows=rows, packing_efficiency=efficiency)
 
 
-def _arguments(config: TrainConfig, eval_steps: int | None) -> dict[str, Any]:
+def _check_sharding(device: str | None, cached: bool) -> None:
+    """Checks what it needs that processes hold the weights together.
+
+    Raises:
+        RGTGError: a single process, a CPU, where accelerate leaves FSDP out silently, or layers that are detached.
+    """
+    if Place.from_environment().count == 1:
+        raise RGTGError(
+            "fsdp in a single process: start it with torchrun --nproc-per-node N, or leave fsdp out"
+        )
+    if resolve_device(device).type == "cpu":
+        raise RGTGError("fsdp on a CPU: accelerate shards weights on GPUs alone, leave fsdp out")
+    if cached:
+        raise RGTGError(
+            "fsdp and a cache of what the layers below the fork compute: use cache_trunk=False (--no-trunk-cache)"
+        )
+
+
+def _arguments(config: TrainConfig, eval_steps: int | None, fsdp: bool = False) -> dict[str, Any]:
+    sharding: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if fsdp else {}
     return {
+        **sharding,
         "per_device_train_batch_size": 1,
         "num_train_epochs": config.num_train_epochs * config.objective_config.passes,
         "eval_strategy": "no" if eval_steps is None else "steps",
