@@ -405,7 +405,8 @@ def _write_generation_config(decoder: RewardGuidedDecoder, guidance: Guidance, f
 
 
 def _card(decoder: RewardGuidedDecoder, lm: str | os.PathLike[str], reward: str, settings: str) -> str:
-    """The model card; the hub finds the folder by its tag `custom_generate`."""
+    """The model card, which names no folder of this machine; the hub finds it by its tag `custom_generate`."""
+    reward = re.sub(r"[^:*+,]*/", "", reward)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

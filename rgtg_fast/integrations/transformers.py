@@ -238,16 +238,16 @@ class _Call:
 
 
 def _caller() -> dict[str, Any]:
-    """The local variables of the call of generate() that this module serves, which tell what it does not pass on.
+    """What the calling generate() keeps to itself, by name; empty where another function has called.
 
-    transformers keeps a streamer, an assistant model and `synced_gpus` to itself. Empty where nothing of the kind has
-    called.
+    transformers passes a streamer, an assistant model and `synced_gpus` to no callable, though it has given the prompt
+    to the streamer and would leave it without an end.
     """
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__")
         if frame.f_code.co_name == "generate" and name == "transformers.generation.utils":
-            return dict(frame.f_locals)
+            return {key: frame.f_locals.get(key) for key in ("streamer", "assistant_model", "synced_gpus")}
         frame = frame.f_back
     return {}
 

@@ -339,24 +339,27 @@ def by_hand(prompt: list[int], row: int, processors: list[Any], guidance: Guidan
 
 def test_processors_apply_to_the_base_model(lm: torch.nn.Module, reward: SequenceReward) -> None:
     """Before candidates are selected, at each row's place in the batch, while rows end at different steps."""
-    prompts = [[prompt, 9, prompt + 1][: 1 + prompt % 3] for prompt in range(6, 14)]
-    batch = padded(prompts)
+    # Of one length: versions of transformers differ in whether a penalty reads padding.
+    prompts = [[prompt, 9, prompt + 1] for prompt in range(6, 14)]
+    want = []
+    for row, prompt in enumerate(prompts):
+        processors = [RepetitionPenaltyLogitsProcessor(1.3), AfterOwnRow()]
+        want.append(by_hand(prompt, row, processors, GUIDED, NEW))
+    end = want[0][4]
+    want = [answer[: answer.index(end) + 1] if end in answer else answer for answer in want]
+    assert len({len(answer) for answer in want}) > 1
     sequences = lm.generate(
-        **batch,
+        torch.tensor(prompts),
         custom_generate=custom_generate,
         reward=reward,
         guidance=GUIDED,
         logits_processor=[AfterOwnRow()],
         repetition_penalty=1.3,
-        eos_token_id=1,
+        eos_token_id=[1, end],
         max_new_tokens=NEW,
     )
-    want = []
-    for row, prompt in enumerate(prompts):
-        processors = [RepetitionPenaltyLogitsProcessor(1.3), AfterOwnRow()]
-        want.append(by_hand(prompt, row, processors, GUIDED, NEW))
-    assert answers(sequences, 3) == want
-    assert len({len(answer) for answer in want}) > 1
+    for row, answer in zip(sequences[:, 3:].tolist(), want, strict=True):
+        assert row == answer + [0] * (len(row) - len(answer))
 
 
 def test_an_answer_may_have_a_shortest_length(lm: torch.nn.Module, reward: SequenceReward) -> None:
