@@ -105,6 +105,19 @@ inline void expect_apart(const Array& a, const char* name) {
   }
 }
 
+// `slots`, of a cache of so many: [rows] int64, each one of them and, if `distinct`, no two the same.
+inline void expect_slots(const Array& slots, int64_t rows, int64_t count, bool distinct) {
+  expect_contiguous(slots, "slots", kInt64, {rows});
+  std::vector<bool> named(distinct ? static_cast<size_t>(count) : 0);
+  for (int64_t b = 0; b < rows; ++b) {
+    const int64_t slot = memory<int64_t>(slots)[b];
+    if (slot < 0 || slot >= count) refuse("a slot is outside the cache");
+    if (!distinct) continue;
+    if (named[static_cast<size_t>(slot)]) refuse("two rows have one slot");
+    named[static_cast<size_t>(slot)] = true;
+  }
+}
+
 inline void expect_float(const Array& a, const char* name, bool half) {
   const int code = dtype(a);
   if (code != kFloat32 && code != kBFloat16 && !(half && code == kFloat16)) {

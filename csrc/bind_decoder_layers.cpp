@@ -39,6 +39,7 @@ TreeAttention decoder_attention(const DecoderShape& s, const DecoderCall& call) 
   a.dtype = s.dtype;
   a.B = call.batch, a.H = s.heads, a.G = s.groups, a.S = call.tokens, a.T = call.cache_tokens, a.D = s.head_dim;
   a.lengths = call.lengths;
+  a.slots = call.slots;
   a.ancestors = call.ancestors;
   a.scale = s.scale;
   a.softcap = s.softcap;
@@ -126,23 +127,27 @@ class DecoderLayers {
   }
 
   // Layers first to last - 1 over x [B, S, hidden]; the last of all is followed by the final norm. Without ids [B, S], x
-  // contains the input states. kv: k_cache, v_cache [last - first, B, G, T, D], k_new, v_new [last - first, B, G, S, D].
+  // contains the input states. kv: k_cache, v_cache [last - first, N, G, T, D], k_new, v_new [last - first, B, G, S, D];
+  // slots: [B] or nothing, then N = B.
   // windows: of each of these layers, 0 for none; empty: none in any. False, with nothing computed, where an id is
   // outside the vocabulary.
   bool forward(int64_t first, int64_t last, int64_t variants, const Optional& ids, const Array& x, const Array& cos,
                const Array& sin, const Array& positions, const std::vector<Array>& kv, const Array& lengths,
-               const Optional& ancestors, const std::vector<int64_t>& windows, bool causal, int threads) {
+               const Optional& ancestors, const Optional& slots, const std::vector<int64_t>& windows, bool causal,
+               int threads) {
     if (first < 0 || first >= last || last > static_cast<int64_t>(layers_.size())) refuse("no such layers");
     if (kv.size() != 4) refuse("keys and values are k_cache, v_cache, k_new and v_new");
     expect_rank(positions, "positions", 2);
     expect_rank(kv[0], "k_cache", 5);
     expect_rank(cos, "cos", 3);
     const int64_t B = size(positions, 0), S = size(positions, 1), T = size(kv[0], 3), P = size(cos, 1);
+    const int64_t N = slots ? size(kv[0], 1) : B;
     expect_contiguous(positions, "positions", kInt64, {B, S});
     expect_contiguous(x, "x", kFloat32, {B, S, shape_.hidden});
     expect_contiguous(cos, "cos", kFloat32, {ropes_, P, shape_.rotary});
     expect_contiguous(sin, "sin", kFloat32, {ropes_, P, shape_.rotary});
-    expect_contiguous(lengths, "lengths", kInt64, {B});
+    expect_contiguous(lengths, "lengths", kInt64, {N});
+    if (slots) expect_slots(*slots, B, N, false);
     if (ids) expect_contiguous(*ids, "ids", kInt64, {B, S});
     if (ids && first != 0) refuse("ids enter layer 0");
     if (ancestors) expect_contiguous(*ancestors, "ancestors", kInt64, {B, S});
@@ -152,12 +157,14 @@ class DecoderLayers {
       if (window < 0) refuse("a window is negative");
     }
     for (size_t i = 0; i < kv.size(); ++i) {
-      expect(kv[i], "keys or values", shape_.dtype, {last - first, B, shape_.groups, i < 2 ? T : S, shape_.head_dim});
+      expect(kv[i], "keys or values", shape_.dtype,
+             {last - first, i < 2 ? N : B, shape_.groups, i < 2 ? T : S, shape_.head_dim});
       expect_dense(kv[i], "keys or values");
       if (i >= 2) expect_apart(kv[i], "new keys or values");
     }
     for (int64_t b = 0; b < B; ++b) {
-      if (memory<int64_t>(lengths)[b] < 0 || memory<int64_t>(lengths)[b] > T) refuse("a length is outside the cache");
+      const int64_t length = memory<int64_t>(lengths)[slots ? memory<int64_t>(*slots)[b] : b];
+      if (length < 0 || length > T) refuse("a length is outside the cache");
     }
     for (int64_t n = 0; n < B * S; ++n) {
       if (memory<int64_t>(positions)[n] < 0 || memory<int64_t>(positions)[n] >= P) {
@@ -194,6 +201,7 @@ class DecoderLayers {
                            key_values(2),
                            key_values(3),
                            memory<int64_t>(lengths),
+                           slots ? memory<int64_t>(*slots) : nullptr,
                            ancestors ? memory<int64_t>(*ancestors) : nullptr,
                            windows.empty() ? nullptr : windows.data(),
                            causal,

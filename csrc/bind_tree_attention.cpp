@@ -1,5 +1,5 @@
 // Python's tree_attention(threads, q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal, window, softcap, sinks,
-// out).
+// slots, out).
 #include <optional>
 
 #include "arguments.hpp"
@@ -14,25 +14,26 @@ HeadsView view(const Array& x) { return {memory<void>(x), stride(x, 0), stride(x
 
 void call(int threads, const Array& q, const Array& k, const Array& v, const Array& k_cache, const Array& v_cache,
           const Array& lengths, const std::optional<Array>& ancestors, double scale, bool causal, int64_t window,
-          double softcap, const std::optional<Array>& sinks, const Array& out) {
+          double softcap, const std::optional<Array>& sinks, const std::optional<Array>& slots, const Array& out) {
   expect_rank(q, "q", 4);
   expect_rank(k_cache, "k_cache", 4);
   expect_float(q, "q", true);
   const int code = dtype(q);
   const int64_t B = size(q, 0), H = size(q, 1), S = size(q, 2), D = size(q, 3);
-  const int64_t G = size(k_cache, 1), T = size(k_cache, 2);
+  const int64_t N = slots ? size(k_cache, 0) : B, G = size(k_cache, 1), T = size(k_cache, 2);
   if (G < 1 || H < 1 || H % G != 0 || D < 1) {
     refuse("q has shape " + listed(shape(q)) + " and k_cache " + listed(shape(k_cache)) +
            ": H must be a multiple of G, and D at least 1");
   }
   expect(k, "k", code, {B, G, S, D});
   expect(v, "v", code, {B, G, S, D});
-  expect(k_cache, "k_cache", code, {B, G, T, D});
-  expect(v_cache, "v_cache", code, {B, G, T, D});
+  expect(k_cache, "k_cache", code, {N, G, T, D});
+  expect(v_cache, "v_cache", code, {N, G, T, D});
   expect(out, "out", code, {B, H, S, D});
   for (const Array* x : {&q, &k, &v, &k_cache, &v_cache, &out}) expect_dense(*x, "a tensor");
   expect_apart(out, "out");
-  expect_contiguous(lengths, "lengths", kInt64, {B});
+  expect_contiguous(lengths, "lengths", kInt64, {N});
+  if (slots) expect_slots(*slots, B, N, false);
   if (ancestors) {
     expect_contiguous(*ancestors, "ancestors", kInt64, {B, S});
     if (causal || S > kMaskBits) refuse("ancestors want causal=False and S <= " + std::to_string(kMaskBits));
@@ -66,9 +67,11 @@ void call(int threads, const Array& q, const Array& k, const Array& v, const Arr
                      B * S,
                      window < most ? window : most,
                      static_cast<float>(softcap),
-                     sinks ? memory<void>(*sinks) : nullptr};
+                     sinks ? memory<void>(*sinks) : nullptr,
+                     slots ? memory<int64_t>(*slots) : nullptr};
   for (int64_t b = 0; b < B; ++b) {
-    if (a.lengths[b] < 0 || a.lengths[b] > T) refuse("a length is outside the cache");
+    const int64_t length = attention::length_of(a, b);
+    if (length < 0 || length > T) refuse("a length is outside the cache");
   }
   if (B * S == 0) return;
   int64_t items = 0;

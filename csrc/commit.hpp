@@ -16,9 +16,10 @@ struct Commit {
   int64_t L, B, G, S, T;
   int64_t bytes;  // of the D numbers of one token and head
   LayersView k_new, v_new, k_cache, v_cache;
-  int64_t* lengths;  // [B], lengths_stride apart
+  int64_t* lengths;  // [slots of the cache], lengths_stride apart
   int64_t lengths_stride;
   const int64_t* choice;  // [B], each from -1 to S - 1
+  const int64_t* slots;   // [B], all different: the slot of row b in the caches and lengths; null: b
 };
 
 // False, with nothing written, where a choice is no new token or a row's cache is full.

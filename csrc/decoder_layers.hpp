@@ -38,7 +38,7 @@ struct DecoderShape {
   bool out_norms;  // whether layers have the norms of what is added to the residual stream
 };
 
-// Keys or values [layers, batch, groups, tokens, head_dim]: strides in elements, the last dimension contiguous.
+// Keys or values [layers, rows, groups, tokens, head_dim]: strides in elements, the last dimension contiguous.
 struct KeyValues {
   void* data;
   int64_t layer, row, group, token;
@@ -60,7 +60,8 @@ struct DecoderCall {
   int64_t table;             // numbers of one table
   const int64_t* positions;  // [N]
   KeyValues k_cache, v_cache, k_new, v_new;
-  const int64_t* lengths;    // [batch]: tokens in the cache
+  const int64_t* lengths;    // [slots of the cache]: tokens of each
+  const int64_t* slots;      // [batch]: the slot of each row's prefix, or nullptr: row b's is b
   const int64_t* ancestors;  // [batch, tokens] bit masks or nullptr
   const int64_t* windows;  // [layer_count]: positions that a new token sees, 0 for all; or nullptr: all in every layer
   bool causal;

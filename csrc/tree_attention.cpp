@@ -1,7 +1,7 @@
 // Attention of new tokens to a shared prefix and to each other. A work item is one row of the batch, one key-value
-// head, up to kRows query rows (new tokens x heads of the group) and kSplit slots of the prefix. It loops over blocks
+// head, up to kRows query rows (new tokens x heads of the group) and kSplit positions of the prefix. It loops over blocks
 // of kBlock keys that stay in the first-level cache while all its query rows use them; the softmax is kept online.
-// Items of one query row are merged, in the order of their slots, by the thread that finishes the last of them.
+// Items of one query row are merged, in the order of their positions, by the thread that finishes the last of them.
 #include "tree_attention.hpp"
 
 #include "vec.hpp"
@@ -179,7 +179,7 @@ class Item {
   // Query row r of the item is new token (first + r) / group of batch row b, in head (first + r) % group of the group.
   Item(const TreeAttention& a, const Scratch& s, int64_t b, int64_t g, int64_t first, int64_t rows, int64_t split)
       : a_(a), s_(s), b_(b), g_(g), group_(a.H / a.G), first_(first), split_(split), units_(P::units(a.D)),
-        width_(padded(a.D)), rows_(rows) {}
+        width_(padded(a.D)), rows_(rows), slot_(attention::slot_of(a, b)), length_(attention::length_of(a, b)) {}
 
   void run() {
     for (int64_t r = 0; r < rows_; ++r) {
@@ -188,7 +188,7 @@ class Item {
     const bool independent = a_.ancestors == nullptr && !a_.causal;
     // Positions after the prefix that all query rows have left behind; negative: before its end. A block of these would
     // change no bit, so it is left out.
-    const int64_t length = a_.lengths[b_], unseen = a_.causal && a_.window > 0 ? token(0) - a_.window + 1 : -length;
+    const int64_t length = length_, unseen = a_.causal && a_.window > 0 ? token(0) - a_.window + 1 : -length;
     if (split_ == 0 && independent) {
       start_with_itself();
     } else {
@@ -205,10 +205,10 @@ class Item {
                     visible - j < kBlock ? visible - j : kBlock, j);
       }
     }
-    const int64_t begin = attention::first_slot(a_, b_) + split_ * kSplit;
+    const int64_t begin = attention::first_seen(a_, b_) + split_ * kSplit;
     const int64_t end = length < begin + kSplit ? length : begin + kSplit;
     for (int64_t t = begin + whole_blocks(length + unseen - begin); t < end; t += kBlock) {
-      block<false>(at<T>(a_.k_cache, b_, g_, t), a_.k_cache.token, at<T>(a_.v_cache, b_, g_, t), a_.v_cache.token,
+      block<false>(at<T>(a_.k_cache, slot_, g_, t), a_.k_cache.token, at<T>(a_.v_cache, slot_, g_, t), a_.v_cache.token,
                    end - t < kBlock ? end - t : kBlock, t);
     }
   }
@@ -302,7 +302,7 @@ class Item {
     return bits > 0 ? bits - 1 : 0;
   }
 
-  // Clears the scores x of those of n new tokens or slots, from number first_key on, that query row r's window has left
+  // Clears the scores x of those of n new tokens or positions, from number first_key on, that query row r's window has left
   // behind.
   template <bool kNew>
   void clear_unseen(int64_t r, float* x, int64_t n, int64_t first_key) const {
@@ -313,7 +313,7 @@ class Item {
       }
       return;
     }
-    const int64_t seen = (kNew ? least : a_.lengths[b_] + least) - first_key;
+    const int64_t seen = (kNew ? least : length_ + least) - first_key;
     for (int64_t t = 0; t < n && t < seen; ++t) x[t] = -kInf;
   }
 
@@ -331,7 +331,7 @@ class Item {
     return s_.values;
   }
 
-  // Adds n keys, of which `first_key` is the number of the first among the new tokens, or its slot.
+  // Adds n keys, of which `first_key` is the number of the first among the new tokens, or its position.
   template <bool kNew>
   void block(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t n, int64_t first_key) {
     pack_keys<T, P>(k, k_stride, n, units_, s_.keys);
@@ -419,7 +419,7 @@ class Item {
 
   const TreeAttention& a_;
   const Scratch& s_;
-  int64_t b_, g_, group_, first_, split_, units_, width_, rows_;
+  int64_t b_, g_, group_, first_, split_, units_, width_, rows_, slot_, length_;
 };
 
 // Takes work items until none is left.
@@ -440,7 +440,7 @@ void work(const TreeAttention& a, char* workspace, int thread, int threads) {
   attention::Header* header = layout.header;
 
   int64_t item = __atomic_fetch_add(&header->next, 1, __ATOMIC_RELAXED);
-  int64_t before = 0, slots = 0;
+  int64_t before = 0, saved = 0;
   for (int64_t b = 0; b < a.B; ++b) {
     const Range tokens = attention::tokens_of_row(a, b);
     const int64_t rows = (tokens.end - tokens.begin) * group, blocks = (rows + kRows - 1) / kRows;
@@ -455,7 +455,7 @@ void work(const TreeAttention& a, char* workspace, int thread, int threads) {
       if (splits == 1) {
         work_item.finish();
       } else {
-        float* partials = layout.partials + (slots + (block * a.G + g) * splits) * attention::partial_floats(a);
+        float* partials = layout.partials + (saved + (block * a.G + g) * splits) * attention::partial_floats(a);
         work_item.save(partials + split * attention::partial_floats(a));
         int32_t* done = layout.done + (b * attention::row_blocks(a) + block) * a.G + g;
         if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == splits) {
@@ -466,7 +466,7 @@ void work(const TreeAttention& a, char* workspace, int thread, int threads) {
       item = __atomic_fetch_add(&header->next, 1, __ATOMIC_RELAXED);
     }
     before += items;
-    if (splits > 1) slots += items;
+    if (splits > 1) saved += items;
   }
   // The last thread to find no item resets the counters.
   if (__atomic_add_fetch(&header->finished, 1, __ATOMIC_ACQ_REL) == threads) {

@@ -32,7 +32,7 @@ struct TreeAttention {
   int dtype;
   int64_t B, H, G, S, T, D;
   HeadsView q, k, v, k_cache, v_cache, out;
-  const int64_t* lengths;    // [B], each from 0 to T
+  const int64_t* lengths;    // [slots of the cache], each from 0 to T
   const int64_t* ancestors;  // [B, S] bit masks, or null
   float scale;
   bool causal;
@@ -43,6 +43,8 @@ struct TreeAttention {
   int64_t window = 0;
   float softcap = 0;            // c: a scaled score x becomes c tanh(x / c); 0: it stays
   const void* sinks = nullptr;  // [H] of dtype: logits of the softmax without a value, or null
+  // [B]: row b's prefix is in slots[b] of k_cache, v_cache and lengths, which are then of any number of slots; null: in b.
+  const int64_t* slots = nullptr;
 };
 
 // Bytes of memory that the threads share while they work.
@@ -54,7 +56,7 @@ namespace attention {
 
 // Query rows (a new token of a query head) of one work item.
 constexpr int64_t kRows = 120;
-// Slots of the prefix of one work item. Fixed, so that the order of additions depends on the row's own length (and the
+// Positions of the prefix of one work item. Fixed, so that the order of additions depends on the row's own length (and the
 // window) only.
 constexpr int64_t kSplit = 128;
 
@@ -71,13 +73,17 @@ struct Layout {
 };
 
 static inline int64_t row_blocks(const TreeAttention& a) { return (a.S * (a.H / a.G) + kRows - 1) / kRows; }
-// The first slot that a new token of row b sees. Those before it are not read: splits are counted from here.
-static inline int64_t first_slot(const TreeAttention& a, int64_t b) {
-  return a.window > 0 && a.lengths[b] >= a.window ? a.lengths[b] - a.window + 1 : 0;
+// Where the prefix of row b is, and its tokens.
+static inline int64_t slot_of(const TreeAttention& a, int64_t b) { return a.slots == nullptr ? b : a.slots[b]; }
+static inline int64_t length_of(const TreeAttention& a, int64_t b) { return a.lengths[slot_of(a, b)]; }
+// The first position that a new token of row b sees. Those before it are not read: splits are counted from here.
+static inline int64_t first_seen(const TreeAttention& a, int64_t b) {
+  const int64_t length = length_of(a, b);
+  return a.window > 0 && length >= a.window ? length - a.window + 1 : 0;
 }
 static inline int64_t splits(const TreeAttention& a, int64_t b) {
-  const int64_t slots = a.lengths[b] - first_slot(a, b);
-  return slots <= kSplit ? 1 : (slots + kSplit - 1) / kSplit;
+  const int64_t seen = length_of(a, b) - first_seen(a, b);
+  return seen <= kSplit ? 1 : (seen + kSplit - 1) / kSplit;
 }
 static inline int64_t padded(int64_t d) { return (d + 15) / 16 * 16; }
 // Query rows of the largest work item.

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rgtg_fast.engine.outputs import StreamChunk as StreamChunk
     from rgtg_fast.errors import RewardNaNError as RewardNaNError
     from rgtg_fast.errors import RGTGError as RGTGError
+    from rgtg_fast.integrations.logits_processor import (
+        RewardGuidedLogitsProcessor as RewardGuidedLogitsProcessor,
+    )
     from rgtg_fast.integrations.transformers import custom_generate as custom_generate
     from rgtg_fast.rewards.base import Prefix as Prefix
     from rgtg_fast.rewards.base import Reward as Reward
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from rgtg_fast.rewards.vocabulary import AutoregressiveReward as AutoregressiveReward
     from rgtg_fast.rewards.vocabulary import LogRatioReward as LogRatioReward
     from rgtg_fast.rewards.vocabulary import VocabularyReward as VocabularyReward
+    from rgtg_fast.scorer import RequestScorer as RequestScorer
 
 __version__ = "0.1.0"
 
@@ -50,10 +54,12 @@ _HOMES = {
     "Step": "engine.outputs",
     "RGTGError": "errors",
     "RewardNaNError": "errors",
+    "RewardGuidedLogitsProcessor": "integrations.logits_processor",
     "custom_generate": "integrations.transformers",
     "AutoregressiveReward": "rewards.vocabulary",
     "Prefix": "rewards.base",
     "Reward": "rewards.base",
+    "RequestScorer": "scorer",
     "ContrastiveReward": "rewards.contrastive",
     "FunctionReward": "rewards.function",
     "LogRatioReward": "rewards.vocabulary",
@@ -80,8 +86,10 @@ __all__ = [
     "Prefix",
     "RADReward",
     "RGTGError",
+    "RequestScorer",
     "Reward",
     "RewardGuidedDecoder",
+    "RewardGuidedLogitsProcessor",
     "RewardNaNError",
     "Segments",
     "SequenceReward",

@@ -30,7 +30,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Launch options, which are not arguments of the kernel.
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # Arguments that are compiled away where they are None.
-OPTIONAL = ("p_guidance", "p_normalizer", "window", "softcap", "p_sinks", "p_residual", "p_q_norm")
+OPTIONAL = ("p_guidance", "p_normalizer", "window", "softcap", "p_sinks", "p_slots", "p_residual", "p_q_norm")
 # Instructions of the tensor cores in PTX, by generation.
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 

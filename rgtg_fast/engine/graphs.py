@@ -161,7 +161,7 @@ class StepGraphs:
     def __call__(self, batch: Batch, trace: bool) -> Tensors:
         """The step's tensors for this batch; valid until the next call."""
         for model in self._changing:
-            model.follow_lengths(batch.width * model.prompt_contexts)
+            model.follow_lengths(range(batch.width * model.prompt_contexts))
         shape = (batch.shape, trace)
         if shape not in self._recorded and not self._failed:
             self._try_to_record(batch, trace, shape)

@@ -135,19 +135,26 @@ class Turns:
             # A run knows its models, which must not live as long as this reference.
             _turn(resource).run = weakref.ref(run)
 
+    def check(self, run: object) -> None:
+        """Checks, before anything is written, that the state is still a run's and that no weights have changed.
+
+        Raises:
+            RGTGError: another run has begun, or weights were written to.
+        """
+        if any(_turn(resource).run() is not run for resource in self._stateful):
+            raise RGTGError(
+                "this decoder was called again before the run had finished, or another decoder with the same "
+                "reward: finish or drop an iterator first"
+            )
+        for runner in self._runners:
+            runner.check_run()
+
     def of(self, run: object, items: Iterator[Item]) -> Iterator[Item]:
         """The items of a run, as long as no newer one begins. No lock is held between two items."""
         served = self.served()
         while True:
             with self.taken(served):
-                # Before anything is written: the state may be another run's.
-                if any(_turn(resource).run() is not run for resource in self._stateful):
-                    raise RGTGError(
-                        "this decoder was called again before the run had finished, or another decoder with the same "
-                        "reward: finish or drop an iterator first"
-                    )
-                for runner in self._runners:
-                    runner.check_run()
+                self.check(run)
                 try:
                     item = next(items)
                 except StopIteration:

@@ -1,1 +1,1 @@
-"""Reward-guided decoding inside other libraries: each module needs the library that it is named after."""
+"""Reward-guided decoding in other libraries: one module for each, which imports that library."""

@@ -278,21 +278,32 @@ class NativeLayers:
             )
 
     def _check_prefixes(
-        self, lengths: torch.Tensor, ancestors: torch.Tensor | None, shape: tuple[int, int], longest: int
+        self,
+        lengths: torch.Tensor,
+        ancestors: torch.Tensor | None,
+        slots: torch.Tensor | None,
+        shape: tuple[int, int],
+        cache: tuple[int, int],
     ) -> None:
-        rows, tokens = shape
-        if lengths.shape != (rows,) or lengths.dtype != torch.int64:
-            raise RGTGError(f"lengths are {tuple(lengths.shape)} {lengths.dtype}, not {(rows,)} int64")
+        (rows, tokens), (count, longest) = shape, cache
+        if slots is not None:
+            if slots.shape != (rows,) or slots.dtype != torch.int64:
+                raise RGTGError(f"slots are {tuple(slots.shape)} {slots.dtype}, not {(rows,)} int64")
+            if rows and (int(slots.min()) < 0 or int(slots.max()) >= count):
+                raise RGTGError(
+                    f"slots are {slots.tolist()}: each must be in 0..{count - 1}, the cache's slots"
+                )
+        if lengths.shape != (count,) or lengths.dtype != torch.int64:
+            raise RGTGError(f"lengths are {tuple(lengths.shape)} {lengths.dtype}, not {(count,)} int64")
         if ancestors is not None and (ancestors.shape != (rows, tokens) or ancestors.dtype != torch.int64):
             raise RGTGError(
                 f"ancestors are {tuple(ancestors.shape)} {ancestors.dtype}, not {(rows, tokens)} int64"
             )
         if ancestors is not None and tokens > 64:
             raise RGTGError(f"S={tokens} exceeds 64, the tokens that an ancestor mask can name")
-        if rows and (int(lengths.min()) < 0 or int(lengths.max()) > longest):
-            raise RGTGError(
-                f"lengths are {lengths.tolist()}: each must be in 0..{longest}, the cache's length"
-            )
+        read = lengths if slots is None else lengths[slots]
+        if rows and (int(read.min()) < 0 or int(read.max()) > longest):
+            raise RGTGError(f"lengths are {read.tolist()}: each must be in 0..{longest}, the cache's length")
 
     def forward(
         self,
@@ -308,15 +319,17 @@ class NativeLayers:
         first: int = 0,
         last: int | None = None,
         branches: int = 1,
+        slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs layers over S new tokens per row, beside each row's prefix.
 
         Args:
             inputs: [B, S] int64 token ids, or [B, S, E] float32 states that enter layer `first`.
             position_ids: [B, S] int64.
-            k_cache: [L, B, G, T, D], keys of the prefixes in these layers; only the last dimension must be contiguous.
-            v_cache: [L, B, G, T, D], values.
-            lengths: [B] int64, tokens of each row in the cache.
+            k_cache: [L, N, G, T, D], keys of the prefixes in these layers, N = B without `slots`; only the last
+                dimension must be contiguous.
+            v_cache: [L, N, G, T, D], values.
+            lengths: [N] int64, tokens in each slot of the cache.
             k_new: [L, B, G, S, D], receives the new tokens' keys; may be a window of the cache beyond `lengths`.
             v_new: [L, B, G, S, D], receives the values.
             causal: new token s sees new tokens 0..s; otherwise itself alone, or what `ancestors` says.
@@ -325,6 +338,7 @@ class NativeLayers:
             last: the layer after the last that runs; by default all run.
             branches: row b has the correction of adapter b % branches - 1, none where that is -1: 1, or one more than
                 the adapters of `adapt`.
+            slots: [B] int64, the slot of each row's prefix; by default row b's is b.
 
         Returns:
             States [B, S, E] float32 after these layers, and after the final norm where the last one is among them.
@@ -336,13 +350,14 @@ class NativeLayers:
         last = self.layers if last is None else last
         positions, states = position_ids.contiguous(), inputs.ndim == 3
         self._check_inputs(inputs, positions, first, last)
+        count = rows if slots is None else k_cache.shape[1]
         kv = [
-            self._check(k_cache, "k_cache", last - first, rows, None),
-            self._check(v_cache, "v_cache", last - first, rows, None),
+            self._check(k_cache, "k_cache", last - first, count, None),
+            self._check(v_cache, "v_cache", last - first, count, None),
             self._check(k_new, "k_new", last - first, rows, tokens),
             self._check(v_new, "v_new", last - first, rows, tokens),
         ]
-        self._check_prefixes(lengths, ancestors, (rows, tokens), k_cache.shape[3])
+        self._check_prefixes(lengths, ancestors, slots, (rows, tokens), (count, k_cache.shape[3]))
         if states:
             x = inputs.clone(memory_format=torch.contiguous_format)
         else:
@@ -361,6 +376,7 @@ class NativeLayers:
         ids = None if states else inputs.contiguous()
         lengths = lengths.contiguous()
         ancestors = None if ancestors is None else ancestors.contiguous()
+        slots = None if slots is None else slots.contiguous()
         done = self._native.forward(
             first,
             last,
@@ -370,6 +386,7 @@ class NativeLayers:
             kv,
             _extension.array(lengths),
             _extension.optional_array(ancestors),
+            _extension.optional_array(slots),
             self.windows[first:last],
             causal,
             torch.get_num_threads(),

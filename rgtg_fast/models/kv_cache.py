@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache as memoized
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.device import to_device
 from rgtg_fast.ops import commit, tree_attention
 
 
@@ -23,6 +24,23 @@ def cache_keyword(kind: type[nn.Module]) -> str:
     It is `cache` from transformers 5.24 on, and `past_key_values` before and in models whose own code is older.
     """
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+class Slots(NamedTuple):
+    """The slots of the rows of a step, in the order of the batch and all different.
+
+    Attributes:
+        host: the slots.
+        index: [B] int64, the same on the device.
+    """
+
+    host: list[int]
+    index: torch.Tensor
+
+    @classmethod
+    def of(cls, slots: Sequence[int], device: torch.device) -> Slots:
+        """Slots as a step takes them."""
+        return cls(list(slots), to_device(list(slots), torch.int64, device))
 
 
 class CachePart(NamedTuple):
@@ -38,9 +56,9 @@ class PrefixCache(Cache):
     """Keys and values of each row's prefix, and of new tokens that are not decided yet.
 
     `keys` and `values` are [L, slots, G, T_max, D]. Row b of a batch of n rows lives in slot b, so that the n active
-    rows are always a leading slice. A forward writes the keys and values of its new tokens beside the prefix
-    (`k_new`, `v_new`: [L, n, G, S, D]); `commit` moves the chosen one to the prefix's end. The prefix is never copied
-    per candidate and never computed again.
+    rows are a leading slice, or in the slot that the step names (`Slots`). A forward writes the keys and values of its
+    new tokens beside the prefix (`k_new`, `v_new`: [L, n, G, S, D]); `commit` moves the chosen one to the prefix's end.
+    The prefix is never copied per candidate and never computed again.
 
     Args:
         layers: L.
@@ -52,10 +70,12 @@ class PrefixCache(Cache):
     Attributes:
         windows: whether layers may have sliding windows shorter than a row: those of the model have been verified.
         slides: whether rows lose tokens that no window reaches any more.
+        slots_of_rows: [n] int64, the slots of the rows of the step that has begun; None: its rows are a slice.
     """
 
     windows = False
     slides = False
+    slots_of_rows: torch.Tensor | None = None
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers=[])
@@ -116,14 +136,29 @@ class PrefixCache(Cache):
             )
         window = slice(start, start + new_tokens)
         self._first, self._rows, self._causal, self._ancestors = slot, rows, True, None
+        self.slots_of_rows = None
         self._empty_prefix = start == 0
         self.k_new = self.keys[:, slot : slot + rows, :, window]
         self.v_new = self.values[:, slot : slot + rows, :, window]
 
-    def begin_step(self, rows: int, new_tokens: int, ancestors: torch.Tensor | None = None) -> None:
-        """The next forward runs `new_tokens` undecided tokens for each of the first `rows` slots."""
+    def begin_step(
+        self,
+        rows: int,
+        new_tokens: int,
+        ancestors: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> None:
+        """The next forward runs `new_tokens` undecided tokens for each of `rows` rows.
+
+        Args:
+            rows: n.
+            new_tokens: S.
+            ancestors: [n, S] int64, as in `tree_attention`.
+            slots: [n] int64, the slot of each row; None: the first n.
+        """
         layers, kv_heads, head_dim = self.shape
         self._first, self._rows, self._causal, self._ancestors = 0, rows, False, ancestors
+        self.slots_of_rows = slots
         self._empty_prefix = False
         count = 2 * layers * rows * kv_heads * new_tokens * head_dim
         if self._scratch.numel() < count:
@@ -132,7 +167,12 @@ class PrefixCache(Cache):
 
     @property
     def active(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys [L, n, G, T_max, D], values and lengths [n] of the rows of the forward that has begun."""
+        """Keys [L, n, G, T_max, D], values and lengths [n] of the rows of the forward that has begun.
+
+        With `slots_of_rows` those of all slots.
+        """
+        if self.slots_of_rows is not None:
+            return self.keys, self.values, self.lengths
         rows = slice(self._first, self._first + self._rows)
         return self.keys[:, rows], self.values[:, rows], self.lengths[rows]
 
@@ -150,7 +190,7 @@ class PrefixCache(Cache):
         """Adds the tokens of the prefill to the prefix."""
         self.lengths[self._first : self._first + self._rows] += new_tokens
 
-    def make_room(self, lengths: Sequence[int]) -> None:
+    def make_room(self, slots: Iterable[int], lengths: Sequence[int]) -> None:
         """Nothing: rows have room for all their tokens."""
 
     def keeps(self, slot: int, length: int) -> bool:
@@ -164,7 +204,7 @@ class PrefixCache(Cache):
     def commit(self, choice: torch.Tensor) -> None:
         """Moves new token `choice[b]` of each row to its prefix's end, in every layer; -1 leaves a row as it is."""
         keys, values, lengths = self.active
-        commit(self.k_new, self.v_new, keys, values, lengths, choice)
+        commit(self.k_new, self.v_new, keys, values, lengths, choice, self.slots_of_rows)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies one slot's prefix of `length` tokens over another's: the last row takes a finished row's slot."""
@@ -234,6 +274,7 @@ class PrefixCache(Cache):
             window=window,
             softcap=softcap,
             sinks=sinks,
+            slots=self.slots_of_rows,
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.models.runner import ModelRunner
 
@@ -23,11 +23,27 @@ class LanguageModel:
         runner: the model and its prefix cache.
         tokenizer: None for a model given without one; prompts are token ids then.
         vocabulary: number of tokens that may be chosen (V); a reward model with fewer embeddings lowers it.
+        reward_device: where a reward's own models are loaded, None for the base model's device.
     """
 
     runner: ModelRunner
     tokenizer: PreTrainedTokenizerBase | None
     vocabulary: int
+    reward_device: torch.device | None = None
+
+    @property
+    def other_device(self) -> torch.device | None:
+        """The device of a reward's own models where it is not the base model's."""
+        return None if self.reward_device == self.runner.device else self.reward_device
+
+    @property
+    def shares_forward(self) -> bool:
+        """Whether an adapter may run in this model's forward."""
+        return True
+
+    def pair(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+        """The model with its weights, and its tokenizer."""
+        return self.runner.model, self.tokenizer
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -125,10 +125,16 @@ class RowRope:
         """Tokens [S] follow the first `start` of a slot."""
         self.ids[slot, start : start + len(tokens)] = tokens
 
-    def commit(self, choice: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Token `choice[b]` of the last step follows the `lengths[b]` tokens of row b; -1 adds none."""
-        rows = self.ids[: len(choice)]
+    def commit(self, choice: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None) -> None:
+        """Token `choice[b]` of the last step follows the prefix of row b, in slot `slots[b]` or b; -1 adds none.
+
+        `lengths` are those of all slots.
+        """
         chosen = self.stepped.gather(1, choice.clamp_min(0).unsqueeze(1))
+        if slots is not None:
+            self.ids[slots, lengths[slots]] = chosen.squeeze(1)
+            return
+        rows = self.ids[: len(choice)]
         rows.scatter_(1, lengths[: len(choice)].unsqueeze(1), chosen)
 
     def move(self, source: int, target: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,14 @@ from rgtg_fast.models.attached import Attached
 from rgtg_fast.models.device import to_device
 from rgtg_fast.models.fused_projections import fuse_projections
 from rgtg_fast.models.heads import Head, RewardHead, scores_of
-from rgtg_fast.models.kv_cache import PrefixCache
+from rgtg_fast.models.kv_cache import PrefixCache, Slots
 from rgtg_fast.models.layers import choose_layers
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.model_state import ModelSnapshot
 from rgtg_fast.models.rope import RowRope
 from rgtg_fast.models.split_cache import SplitCache
 from rgtg_fast.models.support import layer_windows
+from rgtg_fast.models.tensor_parallel import spread_over
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
 
 
@@ -39,8 +40,8 @@ class Counter:
 class ModelRunner:
     """One transformers model, its head and its PrefixCache.
 
-    Rows live in slots 0..n-1. `prefill` fills one slot's prefix, `step` runs S undecided tokens per row, `commit`
-    appends the chosen one. No key or value is computed twice.
+    Rows live in slots 0..n-1, or in those that a step names. `prefill` fills one slot's prefix, `step` runs S undecided
+    tokens per row, `commit` appends the chosen one. No key or value is computed twice.
 
     A reward model that is an adapter on this model can share its forward (`attach`): from the first layer that an
     adapter changes on, each row runs once more under that adapter.
@@ -79,7 +80,8 @@ class ModelRunner:
         heads = config.num_attention_heads
         self.geometry = (
             int(config.num_hidden_layers),
-            int(getattr(config, "num_key_value_heads", None) or heads),
+            # Of the heads, a process of several has its share.
+            int(getattr(config, "num_key_value_heads", None) or heads) // spread_over(model),
             int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         )
         self.counter = Counter()
@@ -95,6 +97,8 @@ class ModelRunner:
         # The prompt that each slot's prefix begins with (`begin`).
         self._prompts: list[Sequence[int]] = []
         self._encoded: list[int] = []
+        # The slots of the last step's rows, None for the first ones.
+        self._slots: Slots | None = None
 
     @property
     def name(self) -> str:
@@ -200,13 +204,18 @@ class ModelRunner:
             self._snapshot.remember()
         self.layers.refresh()
 
+    @property
+    def written(self) -> bool:
+        """Whether weights were written to since the last run began."""
+        return self._snapshot.written()
+
     def check_run(self) -> None:
         """Checks the model between the steps of a run.
 
         Raises:
             RGTGError: weights were written to since it began.
         """
-        if self._snapshot.written():
+        if self.written:
             raise RGTGError(
                 f"the weights of {self.name} changed in the middle of a run: finish or drop an iterator first"
             )
@@ -340,16 +349,17 @@ class ModelRunner:
         """Whether prefixes may have to change before a step (`follow_lengths`)."""
         return self.rope is not None or self.cache.slides
 
-    def follow_lengths(self, rows: int) -> None:
-        """Prepares the first `rows` slots for a step, whose tokens may make their texts too long for their keys.
+    def follow_lengths(self, slots: Iterable[int]) -> None:
+        """Prepares slots for a step, whose tokens may make their texts too long for their keys.
 
         `step` does so itself. A step that is replayed without the host needs it before.
         """
+        slots = list(slots)
         if self.rope is not None:
-            for slot in range(rows):
+            for slot in slots:
                 self._follow(slot, self._lengths[slot] + 1)
         if self.cache.slides:
-            self.cache.make_room(self._lengths[:rows])
+            self.cache.make_room(slots, self._lengths)
 
     def roll_back(self, slot: int, length: int) -> None:
         """Cuts a slot's prefix back to its first `length` tokens; nothing is copied or computed.
@@ -366,19 +376,23 @@ class ModelRunner:
         """Tokens in a slot's prefix, from the host's own count."""
         return self._lengths[slot]
 
-    def step(self, tokens: torch.Tensor, normed: bool = True) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, normed: bool = True, slots: Slots | None = None) -> torch.Tensor:
         """States [B, S, E] of S undecided tokens [B, S] per row, each of which sees its prefix and itself.
 
         Args:
+            tokens: int64 token ids.
             normed: whether the final norm is part of the forward; False only where `layers.final_norm` is known.
+            slots: slots of the rows; None: the first B.
         """
         rows, new_tokens = tokens.shape
         if self.follows_lengths:
-            self.follow_lengths(rows)
+            self.follow_lengths(range(rows) if slots is None else slots.host)
         if self.rope is not None:
             self.rope.stepped = tokens
-        self.cache.begin_step(rows, new_tokens)
-        positions = self.cache.lengths[:rows, None].expand(rows, new_tokens)
+        self._slots, index = slots, None if slots is None else slots.index
+        self.cache.begin_step(rows, new_tokens, slots=index)
+        lengths = self.cache.lengths[:rows] if index is None else self.cache.lengths[index]
+        positions = lengths[:, None].expand(rows, new_tokens)
         self.counter.calls += 1
         self.counter.tokens += rows * new_tokens
         with nullcontext() if self.rope is None else self.rope.chosen(None):
@@ -387,13 +401,19 @@ class ModelRunner:
         return self._stepped[:, 0]
 
     def commit(self, choice: torch.Tensor) -> None:
-        """Appends undecided token `choice[b]` [B] to each row's prefix."""
+        """Appends undecided token `choice[b]` [B] of the last step to each row's prefix; -1: none."""
+        slots = self._slots
         if self.rope is not None:
-            self.rope.commit(choice, self.cache.lengths)
+            self.rope.commit(choice, self.cache.lengths, None if slots is None else slots.index)
         self.cache.commit(choice)
         if self.shared_forward:
             rows = torch.arange(len(choice), device=self.device)
             self._states[: len(choice)] = self._stepped[rows, :, choice]
+        if slots is not None:
+            # Rows of named slots go on after a step that added no token, so that their lengths must be known.
+            for slot, chosen in zip(slots.host, choice.tolist(), strict=True):
+                self._lengths[slot] += chosen >= 0
+            return
         for slot in range(len(choice)):
             self._lengths[slot] += 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -311,11 +311,13 @@ class SplitCache(Cache):
         for part in self.parts:
             part.cache.begin_prefill(slot * part.branches, start, new_tokens, part.branches)
 
-    def make_room(self, lengths: Sequence[int]) -> None:
-        """Makes room for one more token in each of the first slots, whose prefixes have these lengths."""
+    def make_room(self, slots: Iterable[int], lengths: Sequence[int]) -> None:
+        """Makes room for one more token in each of these slots, given the length of every slot's prefix."""
+        slots = list(slots)
         for alike in self._sliding.values():
             branches, first = alike[0]
-            for slot, length in enumerate(lengths):
+            for slot in slots:
+                length = lengths[slot]
                 # The host's count of a slot without a row goes on.
                 if length >= self.max_length or not first.is_full(slot * branches, length, 1):
                     continue
@@ -323,10 +325,20 @@ class SplitCache(Cache):
                     for row in range(slot * branches_of, (slot + 1) * branches_of):
                         cache.make_room(row, length)
 
-    def begin_step(self, rows: int, new_tokens: int) -> None:
-        """The next forward runs `new_tokens` undecided tokens for each of the first `rows` slots."""
+    def begin_step(
+        self,
+        rows: int,
+        new_tokens: int,
+        ancestors: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> None:
+        """As `PrefixCache.begin_step`, for the first `rows` slots or those of `slots`, with all their branches."""
         for part in self.parts:
-            part.cache.begin_step(rows * part.branches, new_tokens)
+            own = slots
+            if slots is not None and part.branches > 1:
+                branch = torch.arange(part.branches, device=slots.device)
+                own = (slots.unsqueeze(1) * part.branches + branch).flatten()
+            part.cache.begin_step(rows * part.branches, new_tokens, ancestors, own)
 
     def end_prefill(self, new_tokens: int) -> None:
         """Adds the tokens of the prefill to the prefix."""

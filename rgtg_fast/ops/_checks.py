@@ -43,3 +43,18 @@ def together(op: str, first: torch.Tensor, **others: torch.Tensor | None) -> Non
             raise RGTGError(
                 f"{op}: {name} is on {x.device}: move it to {first.device}, where the first argument is"
             )
+
+
+def slots(op: str, slots: torch.Tensor, count: int, distinct: bool = False) -> None:
+    """Raises unless every slot is one of `count` and, if `distinct`, no two rows name the same; reads the values."""
+    row_of: dict[int, int] = {}
+    for row, slot in enumerate(slots.tolist()):
+        if not 0 <= slot < count:
+            raise RGTGError(
+                f"{op}: slots[{row}]={slot} is outside the cache (N={count}): use 0 to {count - 1}"
+            )
+        if distinct and slot in row_of:
+            raise RGTGError(
+                f"{op}: slots[{row_of[slot]}] and slots[{row}] are both {slot}: give every row a slot of its own"
+            )
+        row_of[slot] = row

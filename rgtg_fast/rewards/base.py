@@ -15,6 +15,7 @@ import torch
 
 from rgtg_fast.deprecation import RenamedAttribute, renamed_method, warn_renamed
 from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.models.runner import Counter, ModelRunner
@@ -54,6 +55,8 @@ class Reward(ABC):
     A reward is bound once to a base model. Then, for each call of the decoder: `reserve` once, `admit` for every row
     that enters a slot, and per step `begin_step`, `guidance` (where `scores_vocabulary`), `score` for the candidates,
     then `commit`. `move` follows a row to another slot. Rows occupy the slots 0..n-1.
+
+    A `RequestScorer` names the slots of each step (`use_slots`), and tokens follow that were not scored (`follow`).
 
     A reward that is given to a second decoder works there as a copy (`for_decoder`), which shares nothing but settings
     and loaded models.
@@ -208,8 +211,27 @@ class Reward(ABC):
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` moves to slot `target`."""
 
+    def set_prefix(self, slot: int, prefix: Prefix) -> None:
+        """The row in a slot goes on as this prefix, whose tokens are the same."""
+
+    def use_slots(self, slots: Slots | None) -> None:
+        """The rows of the steps that follow are in these slots, in their order; None: in slots 0..B-1.
+
+        Raises:
+            RGTGError: the class does not define it.
+        """
+        raise RGTGError(
+            f"{self.name} scores slots 0..B-1 alone and requests come and go: define {type(self).__name__}.use_slots, "
+            "or use RewardGuidedDecoder"
+        )
+
+    def follow(self, tokens: torch.Tensor) -> None:
+        """Tokens [B] follow in the rows of the step that has begun, without being scored."""
+        self.score(tokens.unsqueeze(-1))
+        self.commit(torch.zeros_like(tokens))
+
     def begin_step(self, context_logits: torch.Tensor) -> None:
-        """A step begins for slots 0..B-1.
+        """A step begins for slots 0..B-1, or those of `use_slots`.
 
         Args:
             context_logits: [B, prompt_contexts, V], the base model's logits in the reward's contexts.
@@ -254,7 +276,7 @@ class Reward(ABC):
         return rewards, *resample(logprobs, rewards, beta, temperature, seed, position)
 
     def commit(self, choice: torch.Tensor) -> None:
-        """Candidate `choice[b]` [B] has become row b's next token; -1: the row has ended and does not change."""
+        """Candidate `choice[b]` [B] has become row b's next token; -1: none has, the row does not change."""
 
     def answer_reward(self, rewards: Sequence[float]) -> float:
         """The reward of a whole answer from its tokens' rewards: their sum or the last prefix's."""

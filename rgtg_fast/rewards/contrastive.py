@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.ops import topk_logprobs
@@ -64,6 +65,12 @@ class ContrastiveReward(Reward):
 
     def encode(self, prompt: Prompt) -> list[list[int]]:
         return [self._under(prompt, self.better), self._under(prompt, self.worse)]
+
+    def use_slots(self, slots: Slots | None) -> None:
+        """The base model holds its rows."""
+
+    def follow(self, tokens: torch.Tensor) -> None:
+        """The base model holds its rows."""
 
     def begin_step(self, context_logits: torch.Tensor) -> None:
         # The one-pass top-k also computes the log-sum-exp: no vocabulary-sized tensor is written.

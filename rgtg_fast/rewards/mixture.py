@@ -9,6 +9,7 @@ import torch
 from rgtg_fast.config import as_weights
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.device import to_device
+from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.prompts import Prompt
 from rgtg_fast.models.runner import Counter, ModelRunner
@@ -62,6 +63,7 @@ class MixtureReward(Reward):
         self.additive = all(reward.additive for reward in self.rewards)
         self.prompt_contexts = sum(reward.prompt_contexts for reward in self.rewards)
         self._by_slot = torch.empty(0)  # [slots, J]
+        self._slots: Slots | None = None
         self._owned: list[int] = []
 
     @property
@@ -147,6 +149,7 @@ class MixtureReward(Reward):
 
     def reserve(self, slots: int, length: int, undo: int = 0) -> None:
         super().reserve(slots, length)
+        self._slots = None
         for reward in self.rewards:
             # A class from before `undo` does not take it.
             reward.reserve(slots, length, *([undo] if undo else []))
@@ -166,6 +169,20 @@ class MixtureReward(Reward):
         self._by_slot[target] = self._by_slot[source]
         for reward in self.rewards:
             reward.move(source, target)
+
+    def set_prefix(self, slot: int, prefix: Prefix) -> None:
+        for reward in self.rewards:
+            reward.set_prefix(slot, prefix)
+
+    def use_slots(self, slots: Slots | None) -> None:
+        self._slots = slots
+        for reward in self.rewards:
+            reward.use_slots(slots)
+
+    def follow(self, tokens: torch.Tensor) -> None:
+        for reward in self.rewards:
+            reward.follow(tokens)
+        self._count()
 
     def begin_step(self, context_logits: torch.Tensor) -> None:
         sizes = [reward.prompt_contexts for reward in self.rewards]
@@ -195,8 +212,9 @@ class MixtureReward(Reward):
     def _sum(self, rewards: list[torch.Tensor]) -> torch.Tensor:
         """Σ_j w_j · rewards_j [B, n], each row with its own weights; a weight of 0 ignores infinities and NaN."""
         total = None
+        weights = self._by_slot if self._slots is None else self._by_slot[self._slots.index]
         for j, values in enumerate(rewards):
-            weight = self._by_slot[: len(values), j : j + 1]
+            weight = weights[: len(values), j : j + 1]
             term = (values * weight).masked_fill_(weight == 0, 0)
             total = term if total is None else total.add_(term)
         assert total is not None

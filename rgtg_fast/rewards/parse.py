@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from typing import Any
 
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.models.loading import ModelAndTokenizer
 from rgtg_fast.models.quantized import check_weights
 from rgtg_fast.rewards.base import Reward
 from rgtg_fast.rewards.contrastive import ContrastiveReward
+from rgtg_fast.rewards.function import FunctionReward
 from rgtg_fast.rewards.mixture import MixtureReward
 from rgtg_fast.rewards.sequence import RADReward, SequenceReward
 from rgtg_fast.rewards.text import TextReward
@@ -20,6 +24,7 @@ from rgtg_fast.rewards.vocabulary import (
 )
 
 CONTRASTIVE = "contrastive"
+RewardLike = Reward | str | os.PathLike[str] | ModelAndTokenizer | Callable[..., Any] | None
 _TERM = re.compile(r"\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)
 
 
@@ -116,3 +121,35 @@ def named_guide(
     if not rest.strip():
         raise RGTGError(f"reward {name!r} names no model: put a path or hub id after the colon")
     return PREFIXES[prefix](rest.strip())
+
+
+def as_reward(
+    reward: RewardLike, label: str | int | None, trust_remote_code: bool, weights: str | None
+) -> Reward | None:
+    """The reward that `RewardGuidedDecoder.from_pretrained(reward=...)` means; arguments as there.
+
+    Args:
+        weights: its `reward_weights`.
+
+    Raises:
+        RGTGError: something else, or a label or weights that belong to another kind of reward.
+    """
+    check_weights(weights, "reward_weights")
+    if isinstance(reward, str):
+        return named_guide(reward, label, trust_remote_code, weights)
+    if isinstance(reward, (os.PathLike, tuple, list)):
+        source: Any = reward
+        return SequenceReward(source, label=label, trust_remote_code=trust_remote_code, weights=weights)
+    if weights is not None:
+        raise RGTGError(
+            f"reward_weights={weights!r} and reward={shown(reward)}: it belongs to the path or hub id of a reward "
+            f"model; a reward has weights of its own, as SequenceReward(..., weights={weights!r})"
+        )
+    if label is not None:
+        raise RGTGError(
+            f"label={label!r} and reward={shown(reward)}: a label belongs to the path or pair of a reward model, or to "
+            "SequenceReward(..., label=...)"
+        )
+    if reward is None or isinstance(reward, Reward):
+        return reward
+    return FunctionReward(reward)

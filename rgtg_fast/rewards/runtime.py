@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.heads import Head
+from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.layers import FinalNorm
 from rgtg_fast.models.prompts import Prompt, check_known
@@ -37,10 +38,12 @@ class RewardRuntime(ABC):
         prompt_contexts: prefixes per prompt in a cache of its own.
         shared: whether the base model's forward executes it.
         final_norm: the norm that `candidate_states(normed=False)` leaves out, None where it cannot.
+        slots: slots of the rows of a step; None: the first ones.
     """
 
     prompt_contexts: int
     shared: bool
+    slots: Slots | None = None
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class RewardRuntime(ABC):
 
     @abstractmethod
     def commit(self, choice: torch.Tensor) -> None:
-        """Candidate `choice[b]` [B] is row b's next token; -1: the row has ended."""
+        """Candidate `choice[b]` [B] is row b's next token; -1: none is."""
 
     # ---- next tokens: the state after the newest --------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ class RewardRuntime(ABC):
 
     @abstractmethod
     def accept(self, tokens: torch.Tensor) -> None:
-        """Tokens [B] have been decided; -1: the row has ended."""
+        """Tokens [B] have been decided; -1: the row has ended, or its token is not known yet."""
 
     @abstractmethod
     def step_state(self) -> list[torch.Tensor]:
@@ -180,7 +183,7 @@ class OwnModel(RewardRuntime):
         return [ids]
 
     def reserve(self, slots: int, length: int, counter: Counter, undo: int = 0) -> None:
-        self.counter = counter
+        self.counter, self.slots = counter, None
         self.runner.reserve(slots, length, counter=counter, undo=undo)
         if len(self._newest) < slots:
             self._newest = self._newest.new_zeros(slots)
@@ -198,7 +201,7 @@ class OwnModel(RewardRuntime):
         self.runner.begin(slot, encoded[0])
 
     def candidate_states(self, candidates: torch.Tensor, normed: bool = True) -> torch.Tensor:
-        return self.runner.step(candidates, normed)
+        return self.runner.step(candidates, normed, self.slots)
 
     def commit(self, choice: torch.Tensor) -> None:
         self.runner.commit(choice)
@@ -209,20 +212,52 @@ class OwnModel(RewardRuntime):
         self._newest[slot].fill_(ids[-1])
 
     def next_states(self, rows: int) -> torch.Tensor:
-        newest = self._newest[:rows]
-        states = self.runner.step(newest.clamp_min(0).unsqueeze(-1)).squeeze(1)
-        # The only token of the step is accepted: 0. A row that has ended accepts none: -1.
-        self.runner.commit(newest.clamp_max(0))
-        return states
+        newest = self._newest[:rows] if self.slots is None else self._newest[self.slots.index]
+        return self.runner.step(newest.clamp_min(0).unsqueeze(-1), slots=self.slots).squeeze(1)
 
     def count_candidates(self, candidates: torch.Tensor) -> None:
         """They cost nothing: `next_states` has counted its forward."""
 
     def accept(self, tokens: torch.Tensor) -> None:
-        self._newest[: len(tokens)] = tokens
+        # Where a token follows, the one that was stepped is part of the prefix: it was the only one of the step, 0.
+        self.runner.commit(tokens.clamp_max(0))
+        if self.slots is None:
+            self._newest[: len(tokens)] = tokens
+        else:
+            index = self.slots.index
+            self._newest[index] = torch.where(tokens < 0, self._newest[index], tokens)
 
     def step_state(self) -> list[torch.Tensor]:
         return [self._newest]
+
+
+class DistantModel(OwnModel):
+    """A model of its own on another device than the base model's.
+
+    A step sends candidates or newest tokens there, and the choices; rewards or scores come back.
+    """
+
+    @property
+    def final_norm(self) -> FinalNorm | None:
+        # The fused draw reads log-probabilities, which are on the base model's device.
+        return None
+
+    def candidate_states(self, candidates: torch.Tensor, normed: bool = True) -> torch.Tensor:
+        return super().candidate_states(candidates.to(self.runner.device), normed)
+
+    def commit(self, choice: torch.Tensor) -> None:
+        super().commit(choice.to(self.runner.device))
+
+
+def own_model(runner: ModelRunner, lm: LanguageModel, *settings: Any) -> OwnModel:
+    """An `OwnModel`, or a `DistantModel` where it is on another device than the base model.
+
+    Args:
+        runner: the model.
+        lm: the base model.
+        settings: further arguments of `OwnModel`.
+    """
+    return (OwnModel if runner.device == lm.runner.device else DistantModel)(runner, lm, *settings)
 
 
 class SharedForward(RewardRuntime):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import ModelAndTokenizer, load_sequence_classifier
 from rgtg_fast.models.prompts import Prompt, rendered
@@ -77,17 +78,18 @@ class TextReward(Reward):
         self._classifier: Classifier | None = None
         self._lm: LanguageModel | None = None
         self._rows: dict[int, Prefix] = {}
+        self._slots: Slots | None = None
 
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        self._lm, self._rows = lm, {}
+        self._lm, self._rows, self._slots = lm, {}, None
         if callable(self.source):
             self._function = self.source
             return
         source: Any = self.source
         model, tokenizer = load_sequence_classifier(
-            source, lm.runner.model, dtype, self.label, self.trust_remote_code
+            source, lm.runner, dtype, self.label, self.trust_remote_code, lm.reward_device
         )
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
@@ -137,12 +139,22 @@ class TextReward(Reward):
         self._rows[slot] = prefix
 
     def move(self, source: int, target: int) -> None:
-        self._rows[target] = self._rows.pop(source)
+        self._rows[target] = self._rows[source]
+
+    def set_prefix(self, slot: int, prefix: Prefix) -> None:
+        self._rows[slot] = prefix
+
+    def use_slots(self, slots: Slots | None) -> None:
+        self._slots = slots
+
+    def follow(self, tokens: torch.Tensor) -> None:
+        """The prefixes hold the answers."""
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         assert self._lm is not None
         rows, answers = [], []
-        for slot, tokens in enumerate(candidates.tolist()):
+        slots = range(len(candidates)) if self._slots is None else self._slots.host
+        for slot, tokens in zip(slots, candidates.tolist(), strict=True):
             prefix = self._rows[slot]
             rows += [prefix] * len(tokens)
             answers += [self._lm.text([*prefix.answer, token]) for token in tokens]
@@ -168,7 +180,8 @@ class TextReward(Reward):
         for kind in (chats, texts):
             for start in range(0, len(kind), self.batch_size):
                 part = kind[start : start + self.batch_size]
-                rewards[part] = self._forward([rows[i] for i in part], [answers[i] for i in part])
+                values = self._forward([rows[i] for i in part], [answers[i] for i in part])
+                rewards[part] = values.to(device)
         return rewards
 
     def _forward(self, rows: list[Prefix], answers: list[str]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter, is_adapter
+from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import (
     ModelAndTokenizer,
@@ -32,7 +33,7 @@ from rgtg_fast.rewards.compatibility import (
     place_adapter,
     unbound,
 )
-from rgtg_fast.rewards.runtime import OwnModel, RewardRuntime, SharedForward
+from rgtg_fast.rewards.runtime import RewardRuntime, SharedForward, own_model
 
 Source = str | os.PathLike[str] | ModelAndTokenizer
 
@@ -124,7 +125,7 @@ class CausalScorer:
                 return SharedForward(lm, adapter, head, tokenizer, "the base model's")
             # Its head, whatever name it was saved under, takes the vocabulary head's place.
             causal = replace(adapter, head_name="lm_head")
-            model, _ = adapter_model(causal, (lm.runner.model, lm.tokenizer), dtype)
+            model, _ = adapter_model(causal, lm.pair(), dtype, lm.reward_device)
             trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
@@ -132,12 +133,12 @@ class CausalScorer:
             )
         else:
             model, tokenizer = load_vocabulary_model(
-                self.source, lm.runner.model, dtype, self.trust_remote_code
+                self.source, lm.runner, dtype, self.trust_remote_code, lm.reward_device
             )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk = "a model of its own"
         round_weights(model, self.weights)
-        runtime = OwnModel(
+        runtime = own_model(
             language_runner(model, engine, max_length), lm, tokenizer, self.chat_template, trunk
         )
         self._check_width(lm, tokenizer, runtime.head, runtime.name)
@@ -192,7 +193,8 @@ class CausalScorer:
         assert self._bound is not None
         lm, runtime = self._bound
         # Another part of a mixture may have lowered the vocabulary after this one was bound.
-        return Scores(runtime.runner.logits(states, runtime.head)[:, : lm.vocabulary])
+        logits = runtime.runner.logits(states, runtime.head)[:, : lm.vocabulary]
+        return Scores(logits.to(lm.runner.device))
 
 
 class VocabularyScorer(Reward):
@@ -296,6 +298,13 @@ class VocabularyScorer(Reward):
         for scorer in self._scorers:
             scorer.runtime.move(source, target)
 
+    def use_slots(self, slots: Slots | None) -> None:
+        for scorer in self._scorers:
+            scorer.runtime.slots = slots
+
+    def follow(self, tokens: torch.Tensor) -> None:
+        self.commit(tokens)
+
     def begin_step(self, context_logits: torch.Tensor) -> None:
         # Until candidates are scored, a choice is a token id: the support is the whole vocabulary.
         self._candidates = None
@@ -317,9 +326,9 @@ class VocabularyScorer(Reward):
             scorer.runtime.accept(tokens)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        device = self._scorers[0].runtime.runner.device
-        tokens = torch.tensor(list(answer), dtype=torch.int64, device=device).unsqueeze(-1)
         scores = [scorer.answer_scores(prefix, answer) for scorer in self._scorers]
+        device = scores[0].logits.device
+        tokens = torch.tensor(list(answer), dtype=torch.int64, device=device).unsqueeze(-1)
         return self.rewards_at(scores, tokens).squeeze(-1).tolist()
 
 

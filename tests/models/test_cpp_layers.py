@@ -273,6 +273,61 @@ def test_rows_are_the_same_bits_in_any_batch_on_any_threads(name: str, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_slots_give_the_bits_of_leading_rows(name: str, dtype: torch.dtype) -> None:
+    """Any subset of the rows, in any order; the slots of the others hold NaN and lengths outside the cache."""
+    model = make(name, dtype)
+    texts = [torch.randint(0, 61, (n,)) for n in (3, 200, 40, 1)]
+    rows, slots = Rows(model, 4, 210), torch.tensor([5, 0, 6, 2])
+    for row, text in enumerate(texts):
+        rows.prefill(row, text)
+    cache = []
+    for part in (rows.keys, rows.values):
+        whole = part.new_full((part.shape[0], 7, *part.shape[2:]), torch.nan)
+        cache.append(whole.index_copy_(1, slots, part))
+    lengths = torch.full((7,), 999).index_copy_(0, slots, rows.lengths)
+    candidates = torch.randint(0, 61, (4, 5))
+    together = rows.step(candidates)
+    before = [part.clone() for part in cache]
+    for chosen in ([0, 1, 2, 3], [2, 0], [3]):
+        positions = rows.lengths[chosen, None].expand(-1, 5)
+        new = [torch.empty_like(part[:, chosen]) for part in together[1:]]
+        hidden = rows.native.forward(
+            candidates[chosen], positions, *cache, lengths, *new, slots=slots[chosen]
+        )
+        assert torch.equal(hidden, together[0][chosen])
+        assert all(torch.equal(a, b[:, chosen]) for a, b in zip(new, together[1:], strict=True))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(cache, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": torch.tensor([0, 3])}, "slots are .0, 3.: each must be in 0..2, the cache's slots"),
+        ({"slots": torch.tensor([-1, 0])}, "slots are .-1, 0.: each must be in 0..2"),
+        ({"slots": torch.tensor([0])}, "slots are .1,. torch.int64, not .2,. int64"),
+        ({"slots": torch.tensor([0, 1], dtype=torch.int32)}, "slots are .2,. torch.int32"),
+        ({"lengths": torch.tensor([1, 1])}, "lengths are .2,. torch.int64, not .3,. int64"),
+        ({"lengths": torch.tensor([1, 1, 9])}, "lengths are .9, 1.: each must be in 0..8"),
+    ],
+)
+def test_wrong_slots_are_one_line(change: dict[str, torch.Tensor], message: str) -> None:
+    rows = Rows(make("llama"), 3, 8)
+    new = [torch.empty(3, 2, 2, 1, 12) for _ in "kv"]
+    arguments = {"lengths": torch.ones(3, dtype=torch.int64), "slots": torch.tensor([2, 0]), **change}
+    with pytest.raises(RGTGError, match=message):
+        rows.native.forward(
+            torch.tensor([[1], [2]]),
+            torch.tensor([[1], [1]]),
+            rows.keys,
+            rows.values,
+            k_new=new[0],
+            v_new=new[1],
+            **arguments,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("inner", [5, 33, 64, 1100])
 @pytest.mark.parametrize("outer", [1, 6, 203])
 def test_logits(outer: int, inner: int, dtype: torch.dtype) -> None:

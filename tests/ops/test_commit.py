@@ -18,12 +18,13 @@ SPEC = SPECS["commit"]
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
-def naive(k_new, v_new, k_cache, v_cache, lengths, choice):
+def naive(k_new, v_new, k_cache, v_cache, lengths, choice, slots):
     for b, chosen in enumerate(choice.tolist()):
+        slot = b if slots is None else slots[b]
         if chosen >= 0:
-            k_cache[:, b, :, lengths[b]] = k_new[:, b, :, chosen]
-            v_cache[:, b, :, lengths[b]] = v_new[:, b, :, chosen]
-            lengths[b] += 1
+            k_cache[:, slot, :, lengths[slot]] = k_new[:, b, :, chosen]
+            v_cache[:, slot, :, lengths[slot]] = v_new[:, b, :, chosen]
+            lengths[slot] += 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -34,7 +35,8 @@ def naive(k_new, v_new, k_cache, v_cache, lengths, choice):
 )
 @settings(deadline=None, max_examples=80)
 def test_equals_a_loop(backend, sizes, dtype, data):
-    arguments = SPEC.make_inputs(dict(zip("LBGSTD", sizes, strict=True)), dtype)
+    slots = data.draw(st.sampled_from([None, sizes[1], sizes[1] + 3]))
+    arguments = SPEC.make_inputs({**dict(zip("LBGSTD", sizes, strict=True)), "slots": slots}, dtype)
     B, S = sizes[1], sizes[3]
     arguments["choice"] = torch.tensor(data.draw(st.lists(st.integers(-1, S - 1), min_size=B, max_size=B)))
     want = copy.deepcopy(arguments)
@@ -79,7 +81,7 @@ def test_caches_may_be_views_of_one_buffer(backend):
     [
         ({"choice": torch.tensor([0, 3])}, r"choice\[1\]=3 is not a new token \(S=3\): use -1 to 2"),
         ({"choice": torch.tensor([-2, 0])}, r"choice\[0\]=-2 is not a new token"),
-        ({"lengths": torch.tensor([0, 4])}, r"lengths\[1\]=4 leaves no free slot in the cache \(T=4\)"),
+        ({"lengths": torch.tensor([0, 4])}, r"lengths\[1\]=4 leaves no free position in the cache \(T=4\)"),
         ({"k_new": torch.zeros(1, 2, 3, 2)}, r"k_new has shape \[1, 2, 3, 2\]"),
         (
             {"v_cache": torch.zeros(1, 2, 1, 4, 3)},
@@ -87,6 +89,17 @@ def test_caches_may_be_views_of_one_buffer(backend):
         ),
         ({"v_new": torch.zeros(1, 2, 1, 3, 2).double()}, "v_new has dtype torch.float64: use torch.float32"),
         ({"k_cache": torch.zeros(1, 2, 1, 2, 4).mT}, "their last dimension must be contiguous"),
+        (
+            {"slots": torch.tensor([1, 1])},
+            r"slots\[0\] and slots\[1\] are both 1: give every row a slot of its own",
+        ),
+        ({"slots": torch.tensor([0, 2])}, r"slots\[1\]=2 is outside the cache \(N=2\): use 0 to 1"),
+        ({"slots": torch.tensor([0, -1])}, r"slots\[1\]=-1 is outside the cache"),
+        ({"slots": torch.tensor([0])}, r"slots has shape \[1\]: use \[B\] = \[2\]"),
+        (
+            {"slots": torch.tensor([1, 0]), "lengths": torch.tensor([4, 0])},
+            r"lengths\[0\]=4 leaves no free position",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(backend, change, message):

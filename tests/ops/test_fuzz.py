@@ -39,6 +39,8 @@ def _shape(name: str, data: st.DataObject) -> dict[str, Any]:
     if "H" in shape:
         shape["H"] *= shape["G"]
         shape.pop("lengths", None)
+    if "slots" in shape:
+        shape["slots"] += shape["B"]
     if "V" in shape:
         shape["V"] += data.draw(st.sampled_from([0, 0, 500, 9000]))
         shape["k"] = min(shape["k"], shape["V"])

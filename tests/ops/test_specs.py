@@ -19,9 +19,12 @@ CASES = daily(cases_of({name: spec.shapes for name, spec in SPECS.items() if spe
 
 
 def small(dtypes: tuple[torch.dtype, ...], names: Iterable[str] = SPECS) -> list[Any]:
-    """The first shapes of every op in these dtypes, and those of attention with a window."""
-    windows = {name: [shape for shape in SPECS[name].shapes[6:] if "window" in shape] for name in names}
-    cases = cases_of({name: (*SPECS[name].shapes[:6], *windows[name]) for name in names}, dtypes)
+    """The first shapes of every op in these dtypes, and those with a window or slots."""
+    others = {
+        name: [shape for shape in SPECS[name].shapes[6:] if {"window", "slots"} & set(shape)]
+        for name in names
+    }
+    cases = cases_of({name: (*SPECS[name].shapes[:6], *others[name]) for name in names}, dtypes)
     return daily(cases, shape_and_dtype)
 
 

@@ -39,10 +39,24 @@ def visible(s: int, j: int, b: int, ancestors: torch.Tensor | None, causal: bool
 
 
 def naive(
-    q, k, v, k_cache, v_cache, lengths, ancestors, scale, causal, window=None, softcap=None, sinks=None
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    lengths,
+    ancestors,
+    scale,
+    causal,
+    window=None,
+    softcap=None,
+    sinks=None,
+    slots=None,
 ):
     """One query at a time, in float64, over exactly what it sees."""
     B, H, S, D = q.shape
+    if slots is not None:
+        k_cache, v_cache, lengths = (torch.stack([x[i] for i in slots]) for x in (k_cache, v_cache, lengths))
     group = H // k.shape[1]
     out = torch.zeros(B, H, S, D, dtype=torch.float64)
     for b in range(B):
@@ -80,6 +94,7 @@ def problems(draw):
         "softcap": draw(st.sampled_from([None, None, 0.5, 30.0])),
         "sinks": draw(st.booleans()),
     }
+    shape["slots"] = draw(st.sampled_from([None, shape["B"], shape["B"] + 2]))
     shape["lengths"] = draw(st.lists(st.integers(0, shape["T"]), min_size=shape["B"], max_size=shape["B"]))
     return shape
 
@@ -189,6 +204,24 @@ def test_a_window_that_nothing_leaves_changes_no_bit(backend, mask, window):
     arguments = SPEC.make_inputs(shape, torch.float32)
     with use_backend(backend):
         assert torch.equal(tree_attention(**{**arguments, "window": window}), tree_attention(**arguments))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", [{}, {"mask": "causal"}, {"window": 150, "mask": "tree", "sinks": True}])
+def test_a_slot_has_the_bits_of_a_cache_of_its_own(backend, dtype, more):
+    """The other slots hold NaN and lengths outside the cache; two rows may read one slot."""
+    shape = {"B": 3, "H": 6, "G": 2, "S": 5, "T": 300, "D": 32, "lengths": [0, 300, 161], "slots": 7, **more}
+    arguments = SPEC.make_inputs(shape, dtype)
+    slots = arguments["slots"]
+    own = {name: arguments[name][slots] for name in ("k_cache", "v_cache", "lengths")}
+    with use_backend(backend):
+        got = tree_attention(**arguments)
+        assert torch.equal(got, tree_attention(**{**arguments, **own, "slots": None}))
+        twice = {name: x[[2, 1, 2]] for name, x in own.items()}
+        gaps = torch.stack([slots[[2, 1, 2]]] * 2, 1)[:, 0]
+        want = tree_attention(**{**arguments, **twice, "slots": None})
+        assert torch.equal(tree_attention(**{**arguments, "slots": gaps}), want)
 
 
 @pytest.mark.usefixtures("cpp")
@@ -319,6 +352,27 @@ def test_inputs_are_left_alone():
         ({"softcap": "50"}, "softcap='50': use 1e-30"),
         ({"sinks": torch.zeros(5)}, r"sinks has shape \[5\]: use \[H\] = \[4\]"),
         ({"sinks": torch.zeros(4).half()}, "sinks has dtype torch.float16: use torch.float32"),
+        ({"slots": torch.tensor([1, 2])}, r"slots\[1\]=2 is outside the cache \(N=2\): use 0 to 1"),
+        ({"slots": torch.tensor([-1, 0])}, r"slots\[0\]=-1 is outside the cache \(N=2\): use 0 to 1"),
+        ({"slots": torch.tensor([1])}, r"slots has shape \[1\]: use \[B\] = \[2\]"),
+        ({"slots": torch.tensor([1.0, 0.0])}, "slots has dtype torch.float32: use torch.int64"),
+        (
+            {"slots": torch.tensor([0, 1]), "lengths": torch.tensor([1])},
+            r"lengths has shape \[1\]: use \[N\] = \[2\]",
+        ),
+        (
+            {"slots": torch.tensor([1, 0]), "lengths": torch.tensor([3, 9])},
+            r"lengths\[1\]=9 is outside the cache \(T=8\): use 0 to 8",
+        ),
+        (
+            {
+                "slots": torch.tensor([0, 0]),
+                "k_cache": torch.zeros(0, 2, 8, 16),
+                "v_cache": torch.zeros(0, 2, 8, 16),
+                "lengths": torch.zeros(0, dtype=torch.int64),
+            },
+            "k_cache has no slots for 2 rows: use N >= 1",
+        ),
     ],
 )
 def test_bad_input_is_one_line(backend, change, message):

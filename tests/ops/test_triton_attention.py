@@ -60,6 +60,28 @@ def test_the_cut_of_the_prefix_changes_no_bit(T, lengths, mask, window):
     assert torch.equal(tree_attention(**row_of(arguments, row)), results[0][row : row + 1])
 
 
+@pytest.mark.parametrize("T", [300, SPAN + 300])
+@interpreted
+@use_backend("triton")
+def test_a_slot_has_the_bits_of_a_cache_of_its_own(T):
+    """With the leaves merged by their last program, and by a kernel."""
+    shape = {"B": 2, "H": 2, "G": 1, "S": 3, "T": T, "D": 16, "lengths": [T, 70], "slots": 4}
+    arguments = SPECS["tree_attention"].make_inputs(shape, torch.float32)
+    own = {name: arguments[name][arguments["slots"]] for name in ("k_cache", "v_cache", "lengths")}
+    got = tree_attention(**arguments)
+    assert torch.equal(got, tree_attention(**{**arguments, **own, "slots": None}))
+
+
+@interpreted
+def test_a_slot_outside_the_cache_reads_nothing_there():
+    """On a GPU nobody checks the slots: the kernel stays inside."""
+    launch = SPECS["tree_attention"].kernel.launch
+    shape = {"B": 2, "H": 2, "G": 1, "S": 1, "T": 6, "D": 16, "lengths": [6, 3]}
+    arguments = SPECS["tree_attention"].make_inputs(shape, torch.float32)
+    inside = launch(**{**arguments, "slots": torch.tensor([0, 1])})
+    assert torch.equal(launch(**{**arguments, "slots": torch.tensor([-(2**40), 2**40])}), inside)
+
+
 def test_tickets_that_graphs_have_recorded_stay_when_more_are_needed():
     few = tickets(torch.device("cpu"), 10)
     many = tickets(torch.device("cpu"), len(few) + 1)

@@ -324,14 +324,26 @@ def test_commit_moves_every_bit_and_rows_stand_still(dtype):
 def test_a_full_cache_is_never_written_past_its_end():
     """On a GPU nobody checks the lengths: the kernel does as the reference does and stays inside."""
     launch = SPECS["commit"].kernel.launch
-    room = torch.full((1, 2, 1, 6, 4), -1.0)
+    room, new = torch.full((1, 2, 1, 6, 4), -1.0), torch.ones(1, 1, 1, 2, 4)
     k_cache, v_cache = room[:, :1, :, :4], room[:, 1:, :, :4]
     lengths = torch.tensor([4])
-    launch(torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 1, 2, 4), k_cache, v_cache, lengths, torch.tensor([1]))
+    launch(new, new, k_cache, v_cache, lengths, torch.tensor([1]), None)
     assert (room[:, :, :, 4:] == -1).all()
     assert (k_cache[0, 0, 0, 3] == 1).all()
-    launch(torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 1, 2, 4), k_cache, v_cache, lengths, torch.tensor([2]))
+    launch(new, new, k_cache, v_cache, lengths, torch.tensor([2]), None)
     assert lengths.tolist() == [5]
+
+
+@interpreted
+def test_a_row_with_a_slot_outside_the_cache_stands_still():
+    """On a GPU nobody checks the slots: nothing is written outside."""
+    launch = SPECS["commit"].kernel.launch
+    new, room = torch.ones(2, 3, 1, 2, 4), torch.zeros(2, 4, 1, 4, 4)
+    k_cache, v_cache, lengths = room[:, 1:3], room[:, 1:3].clone(), torch.tensor([7, 2, 0, 7])
+    choice, slots = torch.tensor([1, 0, 1]), torch.tensor([2, 1, -1])
+    launch(new, new, k_cache, v_cache, lengths[1:3], choice, slots)
+    assert lengths.tolist() == [7, 2, 1, 7]
+    assert room.sum() == v_cache.sum() == k_cache[:, 1, :, 0].sum() == 8
 
 
 # --- partial_bt_loss

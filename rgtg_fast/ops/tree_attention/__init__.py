@@ -34,25 +34,28 @@ def reference(
     window: int,
     softcap: float,
     sinks: torch.Tensor | None,
+    slots: torch.Tensor | None,
 ) -> torch.Tensor:
     B, H, S, D = q.shape
     G, T = k_cache.shape[1:3]
+    if slots is not None:
+        k_cache, v_cache, lengths = k_cache[slots], v_cache[slots], lengths[slots]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(dtype).view(B, G, H // G, S, D)
     k, v = k.to(dtype)[:, :, None], v.to(dtype)[:, :, None]  # [B, G, 1, S, D]
 
-    # Slots that no token of a row sees may hold anything, NaN included: they are cleared, not only masked.
-    slot = torch.arange(T, device=q.device)
-    filled = slot < lengths[:, None]  # [B, T]
+    # Positions that no token of a row sees may hold anything, NaN included: they are cleared, not only masked.
+    position = torch.arange(T, device=q.device)
+    filled = position < lengths[:, None]  # [B, T]
     if window:
-        filled = filled & (slot > lengths[:, None] - window)
-    slots = filled[:, None, :, None]
-    k_cache = torch.where(slots, k_cache.to(dtype), 0)[:, :, None]  # [B, G, 1, T, D]
-    v_cache = torch.where(slots, v_cache.to(dtype), 0)[:, :, None]
+        filled = filled & (position > lengths[:, None] - window)
+    kept = filled[:, None, :, None]
+    k_cache = torch.where(kept, k_cache.to(dtype), 0)[:, :, None]  # [B, G, 1, T, D]
+    v_cache = torch.where(kept, v_cache.to(dtype), 0)[:, :, None]
     seen = filled[:, None]  # [B, 1 or S, T]
     depth = _depth(q, ancestors, causal) if window else None
     if depth is not None:
-        seen = seen & (slot > (lengths[:, None] + depth - window)[..., None])
+        seen = seen & (position > (lengths[:, None] + depth - window)[..., None])
     prefix = _capped(grouped @ k_cache.mT * scale, softcap).masked_fill(~seen[:, None, None], float("-inf"))
 
     independent = ancestors is None and not causal
@@ -106,13 +109,16 @@ def outputs(q: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty((B, S, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def check(k_cache: torch.Tensor, lengths: torch.Tensor) -> None:
-    """Refuses prefixes longer than the cache."""
-    T = k_cache.shape[2]
-    for row, length in enumerate(lengths.tolist()):
-        if not 0 <= length <= T:
+def check(k_cache: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None) -> None:
+    """Refuses slots that the cache does not have, and prefixes longer than the cache."""
+    N, T = k_cache.shape[0], k_cache.shape[2]
+    if slots is not None:
+        _checks.slots("tree_attention", slots, N)
+    read, every = range(N) if slots is None else slots.tolist(), lengths.tolist()
+    for slot in read:
+        if not 0 <= every[slot] <= T:
             raise RGTGError(
-                f"tree_attention: lengths[{row}]={length} is outside the cache (T={T}): use 0 to {T}"
+                f"tree_attention: lengths[{slot}]={every[slot]} is outside the cache (T={T}): use 0 to {T}"
             )
 
 
@@ -146,14 +152,15 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of S new tokens to their row's prefix and to the new tokens that a mask names.
 
         out[b, h, s] = Σ_t softmax_t( scale · q[b, h, s] · key_t ) value_t
 
-    where t runs over the row's prefix, slots 0 to lengths[b] − 1 of the cache, and over the new tokens visible to s:
-    s alone (no mask: k candidates for one position), tokens 0 to s (`causal`: a prompt), or the tokens whose bit is set
-    (`ancestors`: a tree). Head h reads the keys and values of head h // (H/G). The prefix is read once for all new
+    where t runs over the row's prefix, positions 0 to lengths[b] − 1 of the cache, and over the new tokens visible to
+    s: s alone (no mask: k candidates for one position), tokens 0 to s (`causal`: a prompt), or the tokens whose bit is
+    set (`ancestors`: a tree). Head h reads the keys and values of head h // (H/G). The prefix is read once for all new
     tokens and all heads of a group; accumulation is in float32.
 
     New token s stands at position p = lengths[b] + depth: depth 0 without a mask, s with `causal`, else the number of
@@ -161,30 +168,35 @@ def tree_attention(
     p − window, of the prefix and of the new tokens. With a `softcap` c a score x becomes c · tanh(x / c). With `sinks`
     the softmax of head h has one more term, e^sinks[h], that has no value.
 
+    With `slots` the cache has N slots, and row b's prefix is in one of them: k_cache[slots[b]], v_cache[slots[b]] and
+    lengths[slots[b]]. Nothing is copied, and the result has the bits of a cache with these prefixes alone.
+
     Of every tensor only the last dimension need be contiguous.
 
     Args:
         q: `[B, H, S, D]`, queries, any floating dtype.
         k: `[B, G, S, D]`, keys of the new tokens, same dtype; G divides H.
         v: `[B, G, S, D]`, values of the new tokens, same dtype.
-        k_cache: `[B, G, T, D]`, keys of the prefix, same dtype. Slots from lengths[b] on are never used, whatever they
-            contain.
-        v_cache: `[B, G, T, D]`, values of the prefix, likewise.
-        lengths: `[B]` int64, tokens of each row's prefix, 0 ≤ lengths[b] ≤ T.
+        k_cache: `[N, G, T, D]`, keys of the prefixes, same dtype; N = B without `slots`. Positions from the length of a
+            slot on are never used, whatever they contain.
+        v_cache: `[N, G, T, D]`, values of the prefixes, likewise.
+        lengths: `[N]` int64, tokens of the prefix in each slot, 0 to T.
         ancestors: `[B, S]` int64 bit masks, or None; bit j of ancestors[b, s]: new token j is visible to s. S ≤ 64. A
             token to which nothing is visible yields zeros.
         scale: factor of the scores; 1/√D where None.
         causal: new tokens 0 to s are visible to s.
-        window: positions that a token sees, its own included; None or 0: all. Slots at or below
+        window: positions that a token sees, its own included; None or 0: all. Positions of the cache at or below
             lengths[b] − window are never read, whatever they contain.
         softcap: bound of the scaled scores, 1e-30 to 1e30; None or 0: none.
         sinks: `[H]`, logits without a value, same dtype as q and never capped; or None.
+        slots: `[B]` int64, the slot of each row's prefix, 0 to N − 1; None: row b is in slot b.
 
     Returns:
         `[B, H, S, D]` of q's dtype, a view of memory laid out `[B, S, H, D]`.
 
     Raises:
-        RGTGError: shapes, dtypes, lengths or masks do not fit, or window or softcap is out of range.
+        RGTGError: shapes, dtypes, lengths or masks do not fit, or window or softcap is out of range; on the CPU also: a
+            length or a slot is outside the cache.
 
     Source:
         Tree attention: SpecInfer (arXiv 2305.09781), §4; split softmax merged by log-sum-exp: FlashAttention-2
@@ -200,6 +212,37 @@ def tree_attention(
         >>> tree_attention(q, k, v, k_cache, v_cache, lengths=torch.tensor([3]))[0, 0, 0]
         tensor([0.7500, 0.7500, 0.7500, 0.7500])
     """
+    _check_arguments(q, k, v, k_cache, v_cache, lengths, ancestors, causal, sinks, slots)
+    return torch.ops.rgtg_fast.tree_attention(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        lengths,
+        None if ancestors is None else ancestors.contiguous(),
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        causal,
+        0 if window is None else _window(window),
+        0.0 if softcap is None else _softcap(softcap),
+        None if sinks is None else sinks.contiguous(),
+        None if slots is None else slots.contiguous(),
+    )
+
+
+def _check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    ancestors: torch.Tensor | None,
+    causal: bool,
+    sinks: torch.Tensor | None,
+    slots: torch.Tensor | None,
+) -> None:
+    """Raises where shapes, dtypes or devices do not fit."""
     op = "tree_attention"
     if q.ndim != 4 or k_cache.ndim != 4:
         raise RGTGError(
@@ -207,16 +250,22 @@ def tree_attention(
         )
     _checks.floating(op, "q", q)
     B, H, S, D = q.shape
-    G, T = k_cache.shape[1], k_cache.shape[2]
+    G, T = k_cache.shape[1:3]
+    N, legend = (B, "B") if slots is None else (k_cache.shape[0], "N")
     if G < 1 or H < 1 or H % G:
         raise RGTGError(f"{op}: {H} query heads cannot share {G} key-value heads: H must be a multiple of G")
     if D < 1:
         raise RGTGError(f"{op}: heads have {D} numbers: use D >= 1")
     _checks.shaped(op, "k", k, "[B, G, S, D]", (B, G, S, D))
     _checks.shaped(op, "v", v, "[B, G, S, D]", (B, G, S, D))
-    _checks.shaped(op, "k_cache", k_cache, "[B, G, T, D]", (B, G, T, D))
-    _checks.shaped(op, "v_cache", v_cache, "[B, G, T, D]", (B, G, T, D))
-    _checks.shaped(op, "lengths", lengths, "[B]", (B,))
+    if slots is not None:
+        _checks.shaped(op, "slots", slots, "[B]", (B,))
+        _checks.of_dtype(op, "slots", slots, torch.int64)
+        if B and not N:
+            raise RGTGError(f"{op}: k_cache has no slots for {B} rows: use N >= 1")
+    _checks.shaped(op, "k_cache", k_cache, f"[{legend}, G, T, D]", (N, G, T, D))
+    _checks.shaped(op, "v_cache", v_cache, f"[{legend}, G, T, D]", (N, G, T, D))
+    _checks.shaped(op, "lengths", lengths, f"[{legend}]", (N,))
     _checks.of_dtype(op, "lengths", lengths, torch.int64)
     if not k.dtype == v.dtype == k_cache.dtype == v_cache.dtype == q.dtype:
         raise RGTGError(
@@ -230,29 +279,20 @@ def tree_attention(
             raise RGTGError(f"{op}: S={S} exceeds the {MAX_MASKED} bits of a mask: use S <= {MAX_MASKED}")
         _checks.shaped(op, "ancestors", ancestors, "[B, S]", (B, S))
         _checks.of_dtype(op, "ancestors", ancestors, torch.int64)
-        ancestors = ancestors.contiguous()
     if sinks is not None:
         _checks.shaped(op, "sinks", sinks, "[H]", (H,))
         _checks.of_dtype(op, "sinks", sinks, q.dtype)
-        sinks = sinks.contiguous()
     _checks.together(
-        op, q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, lengths=lengths, ancestors=ancestors, sinks=sinks
-    )
-    if scale is None:
-        scale = D**-0.5
-    return torch.ops.rgtg_fast.tree_attention(
+        op,
         q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        lengths,
-        ancestors,
-        scale,
-        causal,
-        0 if window is None else _window(window),
-        0.0 if softcap is None else _softcap(softcap),
-        sinks,
+        k=k,
+        v=v,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        lengths=lengths,
+        ancestors=ancestors,
+        sinks=sinks,
+        slots=slots,
     )
 
 

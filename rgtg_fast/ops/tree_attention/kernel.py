@@ -108,6 +108,15 @@ def _block(b_q, b_k, b_v, m_mn, factor, softcap, b_m, b_l, b_acc):
 
 
 @triton.jit
+def _slot(p_slots, i_b, N):
+    """The slot of row b's prefix. A wrong one is brought inside: nothing outside the cache is read."""
+    i_c = i_b
+    if p_slots is not None:
+        i_c = tl.minimum(tl.maximum(tl.load(p_slots + i_b), 0), N - 1)
+    return i_c
+
+
+@triton.jit
 def _leaf(length, least):
     """Slots of a leaf in a row of `length`: `leaf_of`."""
     few = tl.where(
@@ -119,7 +128,7 @@ def _leaf(length, least):
 
 
 # Without this, sizes that happen to be 1 or a multiple of 16 would compile the kernel again.
-@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "least", "window"])
+@triton.jit(do_not_specialize=["N", "G", "S", "T", "R", "span", "least", "window"])
 def tree_attention_kernel(
     p_q,
     p_k,
@@ -134,7 +143,9 @@ def tree_attention_kernel(
     p_lengths,
     p_ancestors,
     p_sinks,
+    p_slots,
     scale,
+    N,
     G,
     S,
     T,
@@ -173,9 +184,10 @@ def tree_attention_kernel(
     i_m, i_bg, i_t = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1)
     splits = tl.num_programs(1)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
-    length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    i_c = _slot(p_slots, i_b, N)
+    length = tl.minimum(tl.maximum(tl.load(p_lengths + i_c), 0), T).to(tl.int32)
     if window is not None:
-        # From here on slots are counted from the first that the window of a token of depth 0 reaches.
+        # From here on positions are counted from the first that the window of a token of depth 0 reaches.
         unseen = length - window + 1
         begin = tl.maximum(unseen, 0)
         length -= begin
@@ -249,8 +261,8 @@ def tree_attention_kernel(
                         m_mn = m_mn & (o_j[None, :] > (b_depth - window)[:, None])
                     b_m, b_l, b_acc = _block(b_q, b_k, b_v, m_mn, factor, softcap, b_m, b_l, b_acc)
 
-        p_k_cache += i_b * k_cache_b + i_g * k_cache_h
-        p_v_cache += i_b * v_cache_b + i_g * v_cache_h
+        p_k_cache += i_c * k_cache_b + i_g * k_cache_h
+        p_v_cache += i_c * v_cache_b + i_g * v_cache_h
         lowest = start
         if window is not None:
             p_k_cache += begin.to(tl.int64) * k_cache_s
@@ -271,7 +283,7 @@ def tree_attention_kernel(
                     b_l = tl.zeros([BLOCK_M], tl.float32)
                     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             o_t = first + o_n
-            # Slots past the length may contain NaN: they are not loaded.
+            # Positions past the length may contain NaN: they are not loaded.
             m_t = o_t < length
             m_td = m_t[:, None] & m_d[None, :]
             o_t64 = o_t.to(tl.int64)[:, None]
@@ -325,14 +337,16 @@ def tree_attention_kernel(
                     )
 
 
-@triton.jit(do_not_specialize=["G", "S", "T", "R", "span", "least", "window", "splits"])
+@triton.jit(do_not_specialize=["N", "G", "S", "T", "R", "span", "least", "window", "splits"])
 def tree_attention_merge_kernel(
     p_acc,
     p_m,
     p_l,
     p_lengths,
     p_sinks,
+    p_slots,
     p_out,
+    N,
     G,
     S,
     T,
@@ -350,7 +364,7 @@ def tree_attention_merge_kernel(
 ):
     i_m, i_bg = tl.program_id(0) % (S * R), tl.program_id(0) // (S * R)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
-    length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    length = tl.minimum(tl.maximum(tl.load(p_lengths + _slot(p_slots, i_b, N)), 0), T).to(tl.int32)
     if window is not None:
         length = tl.minimum(length, window - 1)
     if LEAVES:
@@ -403,6 +417,7 @@ def launch(
     window: int,
     softcap: float,
     sinks: torch.Tensor | None,
+    slots: torch.Tensor | None,
 ) -> torch.Tensor:
     B, H, S, D = q.shape
     G, T = k_cache.shape[1:3]
@@ -416,12 +431,13 @@ def launch(
     # None is resolved at compile time. Positions are 32-bit integers.
     limit = min(window, MAX_WINDOW) or None
     cap = softcap or None
+    count = None if slots is None else k_cache.shape[0]
     settings = configuration(D, S * R, mode, q.dtype, architecture(q.device))
     programs = B * G * triton.cdiv(S * R, settings["BLOCK_M"])
     least = least_leaf(settings["BLOCK_M"])
-    # The largest number of slots that a row reads.
-    slots = T if limit is None else min(T, limit - 1)
-    span, splits = split_prefix(programs, S * R, slots, least, multiprocessors(q.device))
+    # The largest number of positions that a row reads.
+    most = T if limit is None else min(T, limit - 1)
+    span, splits = split_prefix(programs, S * R, most, least, multiprocessors(q.device))
     leaves = int(span == 0)
     # A single split writes the result itself.
     parts = (B * G * S * R, splits) if splits > 1 else (0, 0)
@@ -442,7 +458,9 @@ def launch(
             lengths,
             ancestors,
             sinks,
+            slots,
             scale,
+            count,
             G,
             S,
             T,
@@ -467,7 +485,9 @@ def launch(
                 l_parts,
                 lengths,
                 sinks,
+                slots,
                 out,
+                count,
                 G,
                 S,
                 T,

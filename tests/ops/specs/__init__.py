@@ -28,6 +28,8 @@ TYPES = {
 FLOAT32 = ("beta", "temperature", "guidance")
 # Weights that belong to no row.
 SHARED = ("norm", "head", "bias", "eos", "sinks", "weight", "q_norm", "k_norm")
+# What has a row for every slot of the cache.
+CACHED = ("k_cache", "v_cache", "lengths")
 
 
 class Tolerance(NamedTuple):
@@ -111,6 +113,21 @@ def signature(arguments: Mapping[str, str], configuration: Mapping[str, object])
     return {**arguments, **{name: str(value) for name, value in configuration.items()}}
 
 
+def slots_of(shape: Mapping[str, Any], device: str | torch.device) -> torch.Tensor | None:
+    """The slots of B rows among `shape["slots"]`, in no order; None where the shape has none."""
+    if not shape.get("slots"):
+        return None
+    order = torch.randperm(shape["slots"], generator=torch.Generator().manual_seed(5))
+    return order[: shape["B"]].to(device)
+
+
+def spread(x: torch.Tensor, slots: torch.Tensor, count: int, other: float, dim: int = 0) -> torch.Tensor:
+    """The rows of x in their slots of `count`; the other slots are filled with `other`."""
+    size = list(x.shape)
+    size[dim] = count
+    return torch.full(size, other, dtype=x.dtype, device=x.device).index_copy_(dim, slots, x)
+
+
 def call(name: str, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """The op's results, then the arguments that it has written in place."""
     result = getattr(ops, name)(**arguments)
@@ -119,9 +136,10 @@ def call(name: str, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
 
 
 def row_of(arguments: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """The arguments of one row of the batch."""
+    """The arguments of one row of the batch; a cache with slots stays whole."""
+    whole = (*SHARED, *CACHED) if arguments.get("slots") is not None else SHARED
     return {
-        name: x[row : row + 1] if isinstance(x, torch.Tensor) and name not in SHARED else x
+        name: x[row : row + 1] if isinstance(x, torch.Tensor) and name not in whole else x
         for name, x in arguments.items()
     }
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from tests.ops.specs import TYPES, KernelSpec, OpSpec, Tolerance, signature
+from tests.ops.specs import TYPES, KernelSpec, OpSpec, Tolerance, signature, slots_of, spread
 
 
 def make_inputs(
     shape: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """Ragged prefixes from T down to about T/2 (`lengths` overrides); slots that no token sees hold NaN.
+    """Ragged prefixes from T down to about T/2 (`lengths` overrides); positions that no token sees hold NaN.
 
+    With `slots`, the rows' prefixes are in so many slots, of which the others hold NaN and lengths outside the cache.
     Generated on the device, so the numbers of a seed depend on the device.
     """
     B, H, G, S, T, D = (shape[name] for name in "BHGSTD")
@@ -25,12 +26,16 @@ def make_inputs(
 
     lengths = torch.tensor(shape.get("lengths", [T - b * T // (2 * B) for b in range(B)]), dtype=torch.int64)
     lengths = lengths.to(device)
-    slot = torch.arange(T, device=device)
+    position = torch.arange(T, device=device)
     window = shape.get("window", 0)
-    seen = (slot < lengths[:, None]) & (slot > lengths[:, None] - (window or 1 << 40))
+    seen = (position < lengths[:, None]) & (position > lengths[:, None] - (window or 1 << 40))
     empty = ~seen[:, None, :, None]
     k_cache = normal(B, G, T, D).masked_fill(empty, float("nan"))
     v_cache = normal(B, G, T, D).masked_fill(empty, float("nan"))
+    slots = slots_of(shape, device)
+    if slots is not None:
+        k_cache, v_cache = (spread(x, slots, shape["slots"], float("nan")) for x in (k_cache, v_cache))
+        lengths = spread(lengths, slots, shape["slots"], T + 1)
     mask = shape.get("mask")
     ancestors = None
     if mask == "chain":
@@ -56,6 +61,7 @@ def make_inputs(
         "window": window,
         "softcap": shape.get("softcap", 0.0),
         "sinks": normal(H).to(dtype) if shape.get("sinks") else None,
+        "slots": slots,
     }
 
 
@@ -82,7 +88,16 @@ def _attention(
     arguments |= {"p_tickets": "*i32:16", "p_lengths": "*i64:16"}
     arguments["p_ancestors"] = "*i64:16" if mode == kernel.MASKED else "None"
     arguments["p_sinks"] = pointer if "sinks" in variant else "None"
-    arguments |= {"scale": "fp32", "G": "i32", "S": "i32", "T": "i32", "R": "i32", "span": "i32"}
+    arguments["p_slots"] = "*i64:16" if "slots" in variant else "None"
+    arguments |= {
+        "scale": "fp32",
+        "N": "i32" if "slots" in variant else "None",
+        "G": "i32",
+        "S": "i32",
+        "T": "i32",
+        "R": "i32",
+        "span": "i32",
+    }
     arguments["least"] = "i32"
     arguments["window"] = "i32" if "window" in variant else "None"
     arguments["softcap"] = "fp32" if "softcap" in variant else "None"
@@ -96,7 +111,15 @@ def _merge(
 ) -> dict[str, str]:
     arguments = {"p_acc": "*fp32:16", "p_m": "*fp32:16", "p_l": "*fp32:16", "p_lengths": "*i64:16"}
     arguments["p_sinks"] = f"*{TYPES[dtype]}:16" if "sinks" in variant else "None"
-    arguments |= {"p_out": f"*{TYPES[dtype]}:16", "G": "i32", "S": "i32", "T": "i32", "R": "i32"}
+    arguments["p_slots"] = "*i64:16" if "slots" in variant else "None"
+    arguments |= {
+        "p_out": f"*{TYPES[dtype]}:16",
+        "N": "i32" if "slots" in variant else "None",
+        "G": "i32",
+        "S": "i32",
+        "T": "i32",
+        "R": "i32",
+    }
     arguments |= {"span": "i32", "least": "i32", "splits": "i32"}
     arguments["window"] = "i32" if "window" in variant else "None"
     arguments |= {f"out_{letter}": "i64:16" for letter in ("b", "h", "s")}
@@ -104,12 +127,12 @@ def _merge(
 
 
 # By head, what models with a window, a softcap or sinks add to the kernel (64: gpt-oss; 128: Mistral, Gemma 2 27B; 256:
-# Gemma 2), in which modes, and over a leaf (1) or a span (0).
+# Gemma 2) or a cache with slots, in which modes, and over a leaf (1) or a span (0).
 _DECODED = ((0, 1), (0, 0), (2, 0))
 VARIANTS = {
-    64: ((("window", "sinks"), (*_DECODED, (1, 0))), (("sinks",), ((0, 0),))),
-    128: ((("window",), _DECODED), (("window", "softcap"), ((0, 0),))),
-    256: ((("window", "softcap"), _DECODED), (("softcap",), ((0, 0),))),
+    64: ((("window", "sinks"), (*_DECODED, (1, 0))), (("sinks",), ((0, 0),)), (("slots",), _DECODED)),
+    128: ((("window",), _DECODED), (("window", "softcap"), ((0, 0),)), (("slots",), _DECODED)),
+    256: ((("window", "softcap"), _DECODED), (("softcap",), ((0, 0),)), (("slots",), ((0, 0),))),
 }
 
 
@@ -145,6 +168,7 @@ def compiled(kernel: Any) -> tuple[KernelSpec, ...]:
         _merge(kernel, torch.bfloat16, 128, 0),
         _merge(kernel, torch.bfloat16, 64, 1, ("window", "sinks")),
         _merge(kernel, torch.bfloat16, 128, 0, ("window",)),
+        _merge(kernel, torch.bfloat16, 128, 1, ("slots",)),
     )
     return (
         *(
@@ -184,6 +208,12 @@ SPEC = OpSpec(
         _shape(2, 4, 2, 64, 140, 24, mask="tree", lengths=[140, 1], window=3, softcap=2.0),
         _shape(2, 4, 1, 9, 60, 16, mask="chain", lengths=[60, 4], window=5, sinks=True),
         _shape(1, 2, 1, 2, 5000, 16, window=4500, sinks=True),
+        _shape(3, 6, 2, 5, 130, 16, lengths=[0, 130, 41], slots=5),
+        _shape(2, 4, 2, 20, 300, 48, mask="causal", slots=2),
+        _shape(
+            2, 4, 2, 9, 150, 24, mask="tree", lengths=[140, 1], window=30, softcap=2.0, sinks=True, slots=4
+        ),
+        _shape(1, 2, 1, 2, 2500, 16, slots=4),
     ),
     # 16-bit inputs are rounded before the comparison; the output is rounded once more.
     tolerances={

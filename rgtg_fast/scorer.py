@@ -1,0 +1,605 @@
+"""Rewards for decoders and servers that have a loop of their own: requests come, grow and go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rgtg_fast.config import Guidance, whole
+from rgtg_fast.engine.guided_logits import GuidedLogits
+from rgtg_fast.engine.locks import Turns
+from rgtg_fast.engine.request import check_fits, check_guidance, encoded_row
+from rgtg_fast.errors import RewardNaNError, RGTGError
+from rgtg_fast.models.context_rows import ContextRows
+from rgtg_fast.models.device import free_bytes, resolve_dtype, to_device, without_autocast
+from rgtg_fast.models.kv_cache import Slots
+from rgtg_fast.models.language_model import LanguageModel
+from rgtg_fast.models.loading import ModelAndTokenizer
+from rgtg_fast.models.prompts import PromptLike, as_prompts, check_known
+from rgtg_fast.models.runner import ModelRunner
+from rgtg_fast.models.served_model import ServedModel
+from rgtg_fast.rewards.base import Prefix, Reward, as_score
+from rgtg_fast.rewards.parse import RewardLike, as_reward
+
+
+@dataclass
+class _Request:
+    """A request that is present.
+
+    Attributes:
+        prefix: its prompt and the answer decided so far.
+        encoded: the prompt's ids in the reward's contexts.
+        slot: where the models hold its prefix, None where they do not yet.
+    """
+
+    prefix: Prefix
+    encoded: list[list[int]]
+    slot: int | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two requests have in common whose prefixes may be exchanged."""
+        return self.prefix.prompt_ids, self.encoded, self.prefix.weights
+
+
+@dataclass
+class _Row:
+    """What the models hold in a slot.
+
+    Attributes:
+        request: the prompt's; of the request that has the slot, or had it last.
+        owner: handle of the request that has the slot, None where it is free.
+        held: answer tokens in the prefix.
+        freed: number of the drop that freed the slot: the oldest content is replaced first.
+    """
+
+    request: _Request
+    owner: int | None
+    held: list[int] = field(default_factory=list)
+    freed: int = 0
+
+    def is_prefix(self, answer: Sequence[int]) -> bool:
+        """Whether an answer begins with the tokens held."""
+        return list(answer[: len(self.held)]) == self.held
+
+
+@dataclass
+class _Step:
+    """The last step, whose decisions are not known yet.
+
+    Attributes:
+        slots: slots of its rows.
+        candidates: for each row the tokens that were scored; None: all of the vocabulary were.
+    """
+
+    slots: list[int]
+    candidates: list[list[int]] | None
+
+
+class RequestScorer:
+    """Scores the candidates of requests that come and go, for decoders and servers with a loop of their own.
+
+    Add a request, score its next token together with any other requests', tell the token that was decided, and drop the
+    request. Only tokens drive the scorer, so that it follows chunked prompts, preempted and cancelled requests, and
+    beams. Rewards are those of `RewardGuidedDecoder`.
+
+    Args:
+        lm: the base model.
+        reward: bound to it.
+        max_requests: requests that may be present at once.
+        max_length: tokens of prompt and answer.
+        binding: the settings of `Reward.bind`.
+
+    Attributes:
+        lm: the base model, as far as rewards need it.
+        reward: bound to it.
+        max_requests: as given.
+        max_length: tokens that a prompt and its answer may have together, in every context.
+
+    Example:
+        >>> scorer = RequestScorer.from_pretrained("lm", reward="reward-model")  # doctest: +SKIP
+        >>> request = scorer.add([1, 2, 3])  # doctest: +SKIP
+        >>> guided = scorer.guide([request], logits, Guidance(k=10, beta=1.0))  # doctest: +SKIP
+        >>> scorer.advance(request, [int(guided.argmax())])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        reward: Reward,
+        max_requests: int,
+        max_length: int | None,
+        binding: dict[str, Any],
+    ):
+        self.lm, self.reward = lm, reward
+        self.max_requests = whole("max_requests", max_requests, 1, 8)
+        limits = [each for each in (lm.runner.limit, reward.limit, max_length) if each is not None]
+        self.max_length = min(limits)
+        reward.use_slots(None)
+        reward.used_by(self)
+        self._turns = Turns(lm, reward, binding)
+        self._contexts = ContextRows(lm, reward.prompt_contexts) if reward.prompt_contexts else None
+        contexts = reward.prompt_contexts * (
+            lm.runner.cache.row_bytes(self.max_length) if self._contexts else 0
+        )
+        free = free_bytes(lm.runner.device)
+        row_bytes = contexts + reward.row_bytes(self.max_length)
+        check_fits(row_bytes, self.max_requests, self.max_length, free, "max_requests")
+        self._rows: list[_Row | None] = [None] * self.max_requests
+        self._requests: dict[int, _Request] = {}
+        self._step: _Step | None = None
+        self._added = self._dropped = 0
+        with self._turns.taken():
+            self._turns.begin()
+            self._turns.claim(self)
+            self._reserve()
+        self._served = self._turns.served()
+
+    @classmethod
+    @without_autocast()
+    def from_pretrained(
+        cls,
+        lm: str | os.PathLike[str] | ModelAndTokenizer,
+        reward: RewardLike,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_requests: int = 8,
+        max_length: int | None = None,
+        engine: str = "auto",
+        label: str | int | None = None,
+        trust_remote_code: bool = False,
+        reward_weights: str | None = None,
+    ) -> RequestScorer:
+        """Loads a reward for a base model that another engine decodes with.
+
+        Args:
+            lm: path, hub id or (model, tokenizer) of the base model. Of a path only the config and the tokenizer are
+                read, and the weights where the reward needs them: an adapter, which is merged into a copy of them, or
+                contrastive prompts, which the scorer runs itself.
+            reward: as in `RewardGuidedDecoder.from_pretrained`.
+            device: "cpu" or "cuda"; by default CUDA where there is one, and a loaded model's own.
+            dtype: of a reward model that is loaded; by default float32 on a CPU and bfloat16 on a GPU.
+            max_requests: requests that may be present at once; their caches are allocated here.
+            max_length: tokens of prompt and answer; by default the context of both models.
+            engine: as in `RewardGuidedDecoder.from_pretrained`.
+            label: as there.
+            trust_remote_code: as there.
+            reward_weights: as there.
+
+        Raises:
+            RGTGError: an argument or model that cannot work, in one line.
+        """
+        if max_length is not None:
+            max_length = whole("max_length", max_length, 2, 512)
+        own = as_reward(reward, label, trust_remote_code, reward_weights)
+        if own is None:
+            raise RGTGError("reward=None scores nothing: name a reward")
+        executed = own.prompt_contexts > 0
+        base = ServedModel.load(lm, device, dtype, engine, max_length, trust_remote_code, executed)
+        kind = None if dtype is None else resolve_dtype(dtype, base.runner.device)
+        binding = {"dtype": kind, "engine": engine, "max_length": max_length}
+        own = own.for_decoder()
+        own.bind(base, **binding)
+        return cls(base, own, max_requests, max_length, binding)
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Requests that are present."""
+        return len(self._requests)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base model's tokenizer."""
+        return self.lm.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that may be chosen (V)."""
+        return self.lm.vocabulary
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return self.lm.eos_ids
+
+    @property
+    def device(self) -> torch.device:
+        """Where rewards are computed."""
+        return self.lm.runner.device
+
+    def cache_bytes(self) -> int:
+        """Bytes of all prefix caches."""
+        return self.reward.cache_bytes() + (0 if self._contexts is None else self.lm.runner.cache.nbytes())
+
+    def add(
+        self, prompt: PromptLike, answer: Sequence[int] = (), weights: Sequence[float] | None = None
+    ) -> int:
+        """A request comes; its prompt is prefilled with the next score.
+
+        Args:
+            prompt: text, a chat or token ids, as in `RewardGuidedDecoder.generate`.
+            answer: ids of answer tokens that were decided before, of a request that was preempted.
+            weights: this request's weights of a `MixtureReward`.
+
+        Returns:
+            Its handle.
+
+        Raises:
+            RGTGError: an empty or unknown prompt, one that leaves no room for a token, or `max_requests` are present.
+        """
+        if len(self._requests) >= self.max_requests:
+            raise RGTGError(
+                f"{self.max_requests} requests are present: drop one, or raise max_requests (each takes cache memory)"
+            )
+        (given,) = as_prompts([prompt], self.tokenizer)
+        guidance = Guidance(weights=None if weights is None else tuple(weights))
+        check_guidance(guidance, self.lm, self.reward)
+        with self._turns.taken(self._served):
+            if not self._requests:
+                self._begin_run()
+            row = encoded_row(given, 1, self.lm, self.reward, guidance)
+            prefix = Prefix(row.prompt, row.prompt_ids, weights=row.weights)
+            request = _Request(prefix, row.encoded)
+            self._check_length(request, answer)
+            self._added += 1
+            self._requests[self._added] = request
+            prefix.answer = [int(token) for token in answer]
+            return self._added
+
+    def drop(self, request: int) -> None:
+        """A request has ended. Its slot keeps its prefix until it is needed, should the request come back."""
+        gone = self._request(request)
+        del self._requests[request]
+        self._dropped += 1
+        row = None if gone.slot is None else self._rows[gone.slot]
+        if row is not None:
+            row.owner, row.freed = None, self._dropped
+
+    def advance(self, request: int, answer: Sequence[int]) -> None:
+        """Tells the answer decided so far; the reward's models follow with the next score.
+
+        Args:
+            request: its handle.
+            answer: ids of all its tokens. Where it does not continue the answer told before, the prefix of another
+                request that it continues is copied, or it is computed again.
+
+        Raises:
+            RGTGError: ids outside the vocabulary, or more tokens than `max_length`.
+        """
+        known = self._request(request)
+        before = len(known.prefix.answer)
+        answer = [*answer[:before], *map(int, answer[before:])]  # told anew with each token: most are known
+        self._check_length(known, answer)
+        known.prefix.answer = answer
+
+    def remaining(self, request: int) -> int:
+        """Tokens that may still follow in a request."""
+        known = self._request(request)
+        longest = max(map(len, [known.prefix.prompt_ids, *known.encoded]))
+        return self.max_length - longest - len(known.prefix.answer)
+
+    def _request(self, handle: int) -> _Request:
+        found = self._requests.get(handle)
+        if found is None:
+            raise RGTGError(f"request {handle!r} is not present: add it first")
+        return found
+
+    def _check_length(self, request: _Request, answer: Sequence[int]) -> None:
+        check_known(answer[len(request.prefix.answer) :], self.vocabulary, "the answer")
+        longest = max(map(len, [request.prefix.prompt_ids, *request.encoded]))
+        if longest + len(answer) > self.max_length:
+            raise RGTGError(
+                f"the prompt has {longest} tokens and its answer {len(answer)}, more than max_length="
+                f"{self.max_length}: end the request, or raise max_length up to the context of both models"
+            )
+
+    # ---- rewards ----------------------------------------------------------------------------------------------------
+
+    def score(self, requests: Sequence[int], candidates: torch.Tensor) -> torch.Tensor:
+        """Rewards of candidates for the next token, from one batched forward.
+
+        Scoring changes nothing that `advance` has not told: it may be repeated.
+
+        Args:
+            requests: handles of B different requests.
+            candidates: [B, K] int64 token ids.
+
+        Returns:
+            [B, K] rewards, in at least float32.
+
+        Raises:
+            RGTGError: an unknown request, the same one twice, or candidates of another shape.
+        """
+        if candidates.ndim != 2 or len(candidates) != len(requests):
+            raise RGTGError(
+                f"candidates have shape {list(candidates.shape)} for {len(requests)} requests: use [B, K]"
+            )
+        with self._turns.taken(self._served):
+            return self._score(requests, candidates.to(self.device))
+
+    def guidance(self, requests: Sequence[int]) -> torch.Tensor:
+        """Rewards [B, V] of every next token; only where `reward.scores_vocabulary`. Arguments as in `score`."""
+        with self._turns.taken(self._served):
+            return self._guidance(requests)
+
+    def guide(
+        self,
+        requests: Sequence[int],
+        logits: torch.Tensor,
+        guidance: Guidance | Sequence[Guidance],
+        check: bool = True,
+    ) -> torch.Tensor:
+        """The base model's logits, guided: log π + β·r on the support of each row, -inf elsewhere.
+
+        What samples from the result divides it by the temperature; that of a `Guidance` is not read.
+
+        Args:
+            requests: handles of B different requests.
+            logits: [B, V'] of the base model for the next token, V' >= V; tokens from V on are never chosen. Entries
+                of -inf stay so.
+            guidance: one, or one per request. Weights of a mixture are those of `add`.
+            check: whether a row without a usable reward raises. Otherwise its result is NaN throughout, for a server
+                that ends that request alone.
+
+        Returns:
+            [B, V'] float32.
+
+        Raises:
+            RewardNaNError: a reward is NaN or +inf; `row` is the request's handle.
+            RGTGError: settings that the reward does not allow, logits of another shape, or no candidate.
+        """
+        rows = [guidance] * len(requests) if isinstance(guidance, Guidance) else list(guidance)
+        if logits.ndim != 2 or len(logits) != len(requests) or logits.shape[1] < self.vocabulary:
+            raise RGTGError(
+                f"logits have shape {list(logits.shape)} for {len(requests)} requests: use [B, V], "
+                f"V >= {self.vocabulary}"
+            )
+        if len(rows) != len(requests):
+            raise RGTGError(f"{len(rows)} guidances for {len(requests)} requests: pass one, or one each")
+        for each in set(rows):
+            self._check_guidance(each)
+        with self._turns.taken(self._served):
+            support = GuidedLogits(logits[:, : self.vocabulary].to(self.device), rows)
+            if self.reward.scores_vocabulary:
+                support.select_with(self._guidance(requests))
+            else:
+                self._score_support(requests, support)
+            return self._guided(requests, support, logits, check)
+
+    def _check_guidance(self, guidance: Guidance) -> None:
+        if not isinstance(guidance, Guidance) or guidance.weights is not None:
+            raise RGTGError(
+                f"guidance={guidance!r}: pass Guidance(k=..., beta=...); a mixture's weights belong to add"
+            )
+        if guidance.gate_entropy is not None and self.reward.scores_vocabulary:
+            raise RGTGError(
+                f"gate_entropy={guidance.gate_entropy} and {self.reward.name}, which scores the whole vocabulary in "
+                "every step: leave it out"
+            )
+        ungated = Guidance(guidance.k, guidance.beta, guidance.temperature, guidance.support)
+        check_guidance(ungated, self.lm, self.reward)
+
+    def _score_support(self, requests: Sequence[int], support: GuidedLogits) -> None:
+        """Scores the k most probable tokens of the rows whose gates are open."""
+        guided = support.select()
+        if not guided:
+            return
+        candidates = support.candidates[guided] if len(guided) < len(requests) else support.candidates
+        rewards = self._score([requests[row] for row in guided], candidates)
+        support.rewards[guided] = rewards.to(support.rewards.dtype)
+
+    def _guided(
+        self, requests: Sequence[int], support: GuidedLogits, logits: torch.Tensor, check: bool
+    ) -> torch.Tensor:
+        scores, unusable = support.scores()  # [B, K], [B, K]
+        out = torch.full(logits.shape, -torch.inf, dtype=torch.float32, device=scores.device)
+        out.scatter_(1, support.candidates, scores.float())
+        empty = (scores == -torch.inf).all(1)
+        bad = unusable.any(1) | empty
+        if not check:
+            return out.masked_fill_(bad.unsqueeze(1), torch.nan).to(logits.device)
+        for row, wrong in enumerate(bad.tolist()):
+            if not wrong:
+                continue
+            handle, step = requests[row], len(self._request(requests[row]).prefix.answer)
+            if not unusable[row].any():
+                raise RGTGError(f"no candidate of request {handle}, token {step} has a finite score")
+            token = int(support.candidates[row, unusable[row].int().argmax()])
+            raise RewardNaNError(handle, step, token, self.lm.token_text(token))
+        return out.to(logits.device)
+
+    # ---- the models -------------------------------------------------------------------------------------------------
+
+    def _score(self, requests: Sequence[int], candidates: torch.Tensor) -> torch.Tensor:
+        with self._forgetting():
+            slots = self._follow(requests)
+            self._begin_step(slots)
+            rewards = as_score(self.reward.score(candidates), self.reward)
+        self._step = _Step(slots, candidates.tolist())
+        return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+
+    def _guidance(self, requests: Sequence[int]) -> torch.Tensor:
+        with self._forgetting():
+            slots = self._follow(requests)
+            self._begin_step(slots)
+            rewards = as_score(self.reward.guidance(), self.reward)
+        self._step = _Step(slots, None)
+        return rewards
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Where the models' forward fails, what they hold is not known: prompts are prefilled again."""
+        try:
+            yield
+        except BaseException:
+            self._forget()
+            raise
+
+    def _reserve(self) -> None:
+        """Empties the caches."""
+        self.reward.reserve(self.max_requests, self.max_length)
+        if self._contexts is not None:
+            self._contexts.reserve(self.max_requests, self.max_length)
+
+    def _forget(self) -> None:
+        self._reserve()
+        self._rows, self._step = [None] * self.max_requests, None
+        for request in self._requests.values():
+            request.slot = None
+
+    def _begin_step(self, slots: list[int]) -> None:
+        placed = Slots.of(slots, self.device)
+        if self._contexts is None:
+            logits = torch.empty(len(slots), 0, self.vocabulary, device=self.device)
+        else:
+            logits = self._contexts.logits(placed)
+        self.reward.use_slots(placed)
+        self.reward.begin_step(logits)
+
+    def _models(self) -> list[ModelRunner]:
+        return [*self.reward.models(), *([] if self._contexts is None else [self.lm.runner])]
+
+    def _begin_run(self) -> None:
+        """Takes over changes of the weights while no request is present: prefixes of old ones are forgotten."""
+        if any(model.written for model in self._models()):
+            self._forget()
+        self._turns.begin()
+
+    def _follow(self, requests: Sequence[int]) -> list[int]:
+        """Brings the models to the answers of these requests; returns their slots."""
+        if len(set(requests)) < len(requests):
+            raise RGTGError(f"requests {list(requests)} name one twice: give each once")
+        present = {handle: self._request(handle) for handle in requests}
+        self._turns.check(self)
+        self._settle()
+        self._place(present)
+        slots = [self._slot(request) for request in present.values()]
+        rows = [self._row(slot) for slot in slots]
+        if not self._models():
+            # Such a reward reads the prefixes.
+            for row, request in zip(rows, present.values(), strict=True):
+                row.held = list(request.prefix.answer)
+            return slots
+        while behind := [slot for slot in slots if self._next_token(self._row(slot)) is not None]:
+            self._begin_step(behind)
+            self._accept([self._next_token(self._row(slot)) for slot in behind], behind)
+        return slots
+
+    def _accept(self, tokens: Sequence[Any], slots: list[int]) -> None:
+        """Appends tokens that the reward has not scored to the prefixes of the step that has begun."""
+        decided = to_device(list(tokens), torch.int64, self.device)
+        self.reward.follow(decided)
+        if self._contexts is not None:
+            self._contexts.accept(decided)
+        for slot, token in zip(slots, tokens, strict=True):
+            self._row(slot).held.append(token)
+
+    def _settle(self) -> None:
+        """Commits the candidates of the last step that have become answer tokens."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        choice, tokens = [], []
+        for index, slot in enumerate(step.slots):
+            row = self._row(slot)
+            token = self._next_token(row)
+            candidates = None if step.candidates is None else step.candidates[index]
+            if token is None or (candidates is not None and token not in candidates):
+                token = -1
+            tokens.append(token)
+            choice.append(token if token < 0 or candidates is None else candidates.index(token))
+            if token >= 0:
+                row.held.append(token)
+        if all(token < 0 for token in tokens):
+            return
+        self.reward.commit(to_device(choice, torch.int64, self.device))
+        if self._contexts is not None:
+            self._contexts.accept(to_device(tokens, torch.int64, self.device))
+
+    def _next_token(self, row: _Row) -> int | None:
+        """The token that follows those held, where the answer of the slot's request continues them."""
+        request = None if row.owner is None else self._requests.get(row.owner)
+        if request is None or len(request.prefix.answer) <= len(row.held):
+            return None
+        answer = request.prefix.answer
+        return answer[len(row.held)] if row.is_prefix(answer) else None
+
+    # ---- slots ------------------------------------------------------------------------------------------------------
+
+    def _row(self, slot: int) -> _Row:
+        row = self._rows[slot]
+        assert row is not None
+        return row
+
+    def _slot(self, request: _Request) -> int:
+        assert request.slot is not None
+        return request.slot
+
+    def _place(self, requests: dict[int, _Request]) -> None:
+        """Gives each request a slot that holds its prompt and the beginning of its answer."""
+        lost = []
+        for handle, request in requests.items():
+            row = None if request.slot is None else self._rows[request.slot]
+            if row is None or not row.is_prefix(request.prefix.answer):
+                lost.append(handle)
+                request.slot = None
+                if row is not None:
+                    row.owner = None
+        copies, new = [], []
+        for handle in lost:
+            request = requests[handle]
+            source = self._longest(request)
+            if source is not None and self._row(source).owner is None:
+                self._take(source, handle, request)
+            elif source is not None and self._row(source).held:
+                copies.append((handle, source))
+            else:
+                new.append(handle)
+        # A source has an owner by now: nothing that is still to be copied is overwritten.
+        for handle, source in copies:
+            self._copy(source, handle, requests[handle])
+        for handle in new:
+            self._admit(handle, requests[handle])
+
+    def _longest(self, request: _Request) -> int | None:
+        """The slot that holds most of a request's answer, a free one where there is a choice."""
+        found = [
+            (len(row.held), row.owner is None, slot)
+            for slot, row in enumerate(self._rows)
+            if row is not None and row.request.key == request.key and row.is_prefix(request.prefix.answer)
+        ]
+        return max(found)[2] if found else None
+
+    def _free(self) -> int:
+        """A free slot, whose content is the oldest."""
+        free = [(-1 if row is None else row.freed, slot) for slot, row in enumerate(self._rows)]
+        return min(each for each in free if (row := self._rows[each[1]]) is None or row.owner is None)[1]
+
+    def _take(self, slot: int, handle: int, request: _Request) -> None:
+        row = self._row(slot)
+        row.owner, request.slot = handle, slot
+        self.reward.set_prefix(slot, request.prefix)
+
+    def _copy(self, source: int, handle: int, request: _Request) -> None:
+        slot, held = self._free(), list(self._row(source).held)
+        self.reward.move(source, slot)
+        if self._contexts is not None:
+            self._contexts.move(source, slot)
+        self._rows[slot] = _Row(request, handle, held)
+        self._take(slot, handle, request)
+
+    def _admit(self, handle: int, request: _Request) -> None:
+        slot = self._free()
+        own = self.reward.prompt_contexts
+        if self._contexts is not None:
+            self._contexts.admit(slot, request.encoded[:own])
+        self.reward.admit(slot, request.prefix, request.encoded)
+        self._rows[slot] = _Row(request, handle)
+        request.slot = slot
