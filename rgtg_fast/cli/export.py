@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.options import include, json_option
 from rgtg_fast.cli.session import CONTRASTIVE, NONE, Decoding, Setup
 from rgtg_fast.cli.terminal import note, print_json, print_line, status
@@ -23,7 +22,7 @@ class Export:
     output: str = option("The folder to write.", panel=OUTPUT)
     overwrite: bool = option("Replace an older folder that this command wrote.", False, OUTPUT)
     fold: bool = option(
-        "Write lm_head + beta * W of a head-only reward over the whole vocabulary (farma:PATH) as an ordinary "
+        "Write lm_head + beta * W of a reward whose head alone was trained (farma:PATH) as an ordinary "
         "checkpoint: no cost in any engine, and beta is fixed.",
         False,
         OUTPUT,
@@ -48,7 +47,7 @@ class Export:
         if setup.reward == NONE:
             raise RGTGError("--reward none leaves nothing to export: name a reward")
         if self.fold:
-            self._fold(setup.lm or embedded.NAME, setup)
+            self._fold(setup)
             return
         from rgtg_fast.integrations.guided_folder import check_target, export_folder, with_own_temperature
 
@@ -83,14 +82,31 @@ class Export:
         else:
             print_line(str(target))
 
-    def _fold(self, lm: str, setup: Setup) -> None:
+    def _fold(self, setup: Setup) -> None:
         if setup.reward == CONTRASTIVE:
             raise RGTGError("--fold needs a reward with a vocabulary head: use --reward farma:PATH")
+        usual, given = Decoding(), self.decoding
+        set_here = {
+            "--k": given.k != usual.k,
+            "--support": given.support not in (usual.support, "all"),
+            "--gate-entropy": given.gate_entropy is not None,
+            "--temperature": self.temperature is not None,
+            "--reward-label": setup.reward_label is not None,
+            "--reward-weights": setup.reward_weights is not None,
+            "--trust-remote-code": setup.trust_remote_code,
+        }
+        if asked := [name for name, there in set_here.items() if there]:
+            raise RGTGError(
+                f"--fold writes the weights of every token with --beta and {asked[0]} has no part in it: leave it out"
+            )
+        beta = given.guidance().beta
         with status("Loading") as progress:
             source = setup.source(progress)
             from rgtg_fast.integrations.fold import export_folded
 
-            export_folded(source, setup.reward, self.decoding.beta, self.output)
+            export_folded(
+                source, setup.reward, beta, self.output, dtype=setup.dtype, overwrite=self.overwrite
+            )
         if self.json:
             print_json({"output": self.output, "left_out": []})
         else:
