@@ -22,7 +22,7 @@ class Export:
     output: str = option("The folder to write.", panel=OUTPUT)
     overwrite: bool = option("Replace an older folder that this command wrote.", False, OUTPUT)
     fold: bool = option(
-        "Write lm_head + beta * W of a head-only reward over the whole vocabulary (farma:PATH) as an ordinary "
+        "Write lm_head + beta * W of a reward whose head alone was trained (farma:PATH) as an ordinary "
         "checkpoint: no cost in any engine, and beta is fixed.",
         False,
         OUTPUT,
@@ -83,31 +83,29 @@ class Export:
             print_line(str(target))
 
     def _fold(self, setup: Setup) -> None:
-        changed = {
-            "--support": self.decoding.support not in ("lm", "all"),
-            "--gate-entropy": self.decoding.gate_entropy is not None,
+        if setup.reward == CONTRASTIVE:
+            raise RGTGError("--fold needs a reward with a vocabulary head: use --reward farma:PATH")
+        usual, given = Decoding(), self.decoding
+        set_here = {
+            "--k": given.k != usual.k,
+            "--support": given.support not in (usual.support, "all"),
+            "--gate-entropy": given.gate_entropy is not None,
             "--temperature": self.temperature is not None,
+            "--reward-label": setup.reward_label is not None,
             "--reward-weights": setup.reward_weights is not None,
             "--trust-remote-code": setup.trust_remote_code,
         }
-        for option_name, given in changed.items():
-            if given:
-                raise RGTGError(
-                    f"{option_name} does not go with --fold, whose checkpoint holds beta alone: leave it out"
-                )
-        if setup.reward == CONTRASTIVE:
-            raise RGTGError("--fold needs a reward with a vocabulary head: use --reward farma:PATH")
+        if asked := [name for name, there in set_here.items() if there]:
+            raise RGTGError(
+                f"--fold writes the weights of every token with --beta and {asked[0]} has no part in it: leave it out"
+            )
+        beta = given.guidance().beta
         with status("Loading") as progress:
             source = setup.source(progress)
             from rgtg_fast.integrations.fold import export_folded
 
             export_folded(
-                source,
-                setup.reward,
-                self.decoding.beta,
-                self.output,
-                dtype=setup.dtype,
-                overwrite=self.overwrite,
+                source, setup.reward, beta, self.output, dtype=setup.dtype, overwrite=self.overwrite
             )
         if self.json:
             print_json({"output": self.output, "left_out": []})

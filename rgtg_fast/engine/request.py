@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from rgtg_fast.config import Guidance, whole
 from rgtg_fast.engine.batch import Row
@@ -82,6 +84,8 @@ class Run:
         timer: timer of the phases.
         stats: the cost so far.
         started: `time.perf_counter()` at the beginning.
+        process: changes the base model's logits [B, V] for the rows given before candidates are selected; None leaves
+            them.
     """
 
     rows: list[Row]
@@ -90,6 +94,7 @@ class Run:
     timer: PhaseTimer
     stats: Stats = field(default_factory=Stats)
     started: float = field(default_factory=time.perf_counter)
+    process: Callable[[list[Row], torch.Tensor], torch.Tensor] | None = None
 
     @property
     def max_new_tokens(self) -> int:

@@ -24,7 +24,7 @@ from rgtg_fast.engine.outputs import (
 )
 from rgtg_fast.engine.request import Run, check_candidates, check_fits
 from rgtg_fast.engine.step import DecodeStep
-from rgtg_fast.engine.step_variants import step_for
+from rgtg_fast.engine.step_variants import processed, step_for
 from rgtg_fast.engine.stopping import shown_text
 from rgtg_fast.errors import RewardNaNError, RGTGError
 from rgtg_fast.models.device import AsyncCopy, free_bytes, to_device
@@ -170,8 +170,8 @@ class Scheduler:
 
     def _steps(self, run: Run) -> Iterator[list[Row]]:
         """One iteration per step, when the host has seen its decisions: the rows that it advanced."""
-        # A gate is decided by the host, step by step; so is a reward that reads the rows' answers there.
-        device_only = self.reward.on_device and not run.gated and not self.two_devices
+        # A gate is decided by the host, step by step; so is a reward or a processor that reads the rows' answers there.
+        device_only = self.reward.on_device and not (run.gated or run.process or self.two_devices)
         # The phases of a graph could not be told apart.
         graphs = self.graphs if device_only and not (run.timer.spans or run.timer.synchronize) else None
         max_in_flight = self.max_in_flight if device_only else 0
@@ -185,6 +185,7 @@ class Scheduler:
                 changed = self._admit(run, batch, waiting)
             if changed or step is None:
                 step = step_for(batch, self.lm, self.reward, self.eos, run.timer)
+                step = step if run.process is None else processed(step, run.process)
             in_flight.append(self._launch(run, batch, step, graphs))
             while len(in_flight) > self._allowed(batch, len(in_flight), run, max_in_flight):
                 with run.timer("host"):

@@ -112,6 +112,13 @@ def step_for(
     return step if timer is None else _timed(step, timer)
 
 
+def processed(step: DecodeStep, process: Callable[[list[Row], torch.Tensor], torch.Tensor]) -> DecodeStep:
+    """A step that selects from the base model's logits [B, V] after `process(rows, logits)`."""
+    select = step.select
+    step.select = lambda batch, logits: select(batch, process(batch.rows, logits))
+    return step
+
+
 def _timed(step: DecodeStep, timer: PhaseTimer) -> DecodeStep:
     """A copy of a step whose parts are those of `step`, each timed under its phase."""
     timed = copy.copy(step)

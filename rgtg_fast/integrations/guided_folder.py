@@ -56,19 +56,13 @@ _UNGUIDED = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "top_h": None,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "sequence_bias": None,
     "guidance_scale": None,
-    "min_new_tokens": None,
-    "min_length": 0,
     "cache_implementation": None,
     "prompt_lookup_num_tokens": None,
     "penalty_alpha": None,
     "num_beams": 1,
+    "remove_invalid_values": False,
+    "watermarking_config": None,
 }
 
 
@@ -411,7 +405,8 @@ def _write_generation_config(decoder: RewardGuidedDecoder, guidance: Guidance, f
 
 
 def _card(decoder: RewardGuidedDecoder, lm: str | os.PathLike[str], reward: str, settings: str) -> str:
-    """The model card; the hub finds the folder by its tag `custom_generate`."""
+    """The model card, which names no folder of this machine; the hub finds it by its tag `custom_generate`."""
+    reward = re.sub(r"[^:*+,]*/", "", reward)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -449,5 +444,6 @@ Settings (`{SETTINGS}`):
 def with_own_temperature(guidance: Guidance, decoder: RewardGuidedDecoder) -> Guidance:
     """The guidance with the temperature of the base model's generation config."""
     config: Any = decoder.lm.runner.model.generation_config
-    sampled = config is not None and config.do_sample
-    return replace(guidance, temperature=(config.temperature or 1.0) if sampled else 0.0)
+    if config is None or not config.do_sample:
+        return replace(guidance, temperature=0)
+    return replace(guidance, temperature=1.0 if config.temperature is None else config.temperature)

@@ -40,32 +40,19 @@ if TYPE_CHECKING:
 
     from rgtg_fast.engine.batch import Row
 
-# The setting of generate() that adds a logits processor, by the processor's class; others are the caller's own.
-_SETTINGS = {
-    "EncoderNoRepeatNGramLogitsProcessor": "encoder_no_repeat_ngram_size",
-    "EncoderRepetitionPenaltyLogitsProcessor": "encoder_repetition_penalty",
-    "EpsilonLogitsWarper": "epsilon_cutoff",
-    "EtaLogitsWarper": "eta_cutoff",
-    "ExponentialDecayLengthPenalty": "exponential_decay_length_penalty",
-    "ForcedBOSTokenLogitsProcessor": "forced_bos_token_id",
-    "ForcedEOSTokenLogitsProcessor": "forced_eos_token_id",
-    "InfNanRemoveLogitsProcessor": "remove_invalid_values",
-    "MinLengthLogitsProcessor": "min_length",
-    "MinNewTokensLengthLogitsProcessor": "min_new_tokens",
-    "MinPLogitsWarper": "min_p",
-    "NoBadWordsLogitsProcessor": "bad_words_ids",
-    "NoRepeatNGramLogitsProcessor": "no_repeat_ngram_size",
-    "PrefixConstrainedLogitsProcessor": "prefix_allowed_tokens_fn",
-    "RepetitionPenaltyLogitsProcessor": "repetition_penalty",
-    "SequenceBiasLogitsProcessor": "sequence_bias",
-    "SuppressTokensAtBeginLogitsProcessor": "begin_suppress_tokens",
-    "SuppressTokensLogitsProcessor": "suppress_tokens",
-    "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
-    "TopHLogitsWarper": "top_h",
-    "TopPLogitsWarper": "top_p",
-    "TypicalLogitsWarper": "typical_p",
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
-    "WatermarkLogitsProcessor": "watermarking_config",
+# Processors that work on the distribution which is sampled from, or hide a mistake, or run a model of their own: by
+# their class, the setting of generate() that adds them and what switches it off.
+_REFUSED = {
+    "EpsilonLogitsWarper": ("epsilon_cutoff", "0.0"),
+    "EtaLogitsWarper": ("eta_cutoff", "0.0"),
+    "InfNanRemoveLogitsProcessor": ("remove_invalid_values", "False"),
+    "MinPLogitsWarper": ("min_p", "None"),
+    "SynthIDTextWatermarkLogitsProcessor": ("watermarking_config", "None"),
+    "TopHLogitsWarper": ("top_h", "None"),
+    "TopPLogitsWarper": ("top_p", "1.0"),
+    "TypicalLogitsWarper": ("typical_p", "1.0"),
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": ("guidance_scale", "None"),
+    "WatermarkLogitsProcessor": ("watermarking_config", "None"),
 }
 # Inputs of a forward that decoding does not depend on, or that are checked on their own.
 _INPUTS = {
@@ -132,10 +119,13 @@ def custom_generate(
     """
     caller = _caller()
     _check_call(model, caller, generation_config, input_ids, inputs)
-    chosen = _guidance(guidance, generation_config, logits_processor)
+    chosen = _guidance(guidance, generation_config)
+    processors = _processors(logits_processor, chosen, generation_config)
     prompts = _prompts(input_ids, inputs.get("attention_mask"), inputs.get("position_ids"))
     seeds = _seeds(seed, len(prompts), generation_config)
-    call = _Call(input_ids, generation_config, stopping_criteria, streamer, caller.get("streamer"))
+    call = _Call(
+        input_ids, generation_config, stopping_criteria, processors, streamer, caller.get("streamer")
+    )
     with _decoder(model, reward, tokenizer, decoder, len(prompts)) as used:
         run = _begin(used, prompts, chosen, seeds, call)
         for rows in used._turns.of(run, used._scheduler.steps(run)):
@@ -153,11 +143,13 @@ class _Call:
         input_ids: [B, P], as given.
         config: the call's generation config.
         criteria: all stopping criteria.
+        processors: change the base model's logits before candidates are selected.
         bound: a streamer that was bound to the callable, which has seen nothing yet.
         given: one that was given to generate(), which has the prompt already.
 
     Attributes:
         eos_ids: tokens that end a sequence.
+        process: as in `Run`, None without processors.
         max_new_tokens: tokens after the padded prompts.
 
     Raises:
@@ -169,6 +161,7 @@ class _Call:
         input_ids: torch.Tensor,
         config: GenerationConfig,
         criteria: StoppingCriteriaList,
+        processors: LogitsProcessorList,
         bound: BaseStreamer | None,
         given: BaseStreamer | None,
     ):
@@ -177,6 +170,8 @@ class _Call:
                 "two streamers, one bound to custom_generate and one given to generate: use one of them"
             )
         self._input_ids, self._columns = input_ids, list[list[int]]()
+        self._processors = processors
+        self.process = self._process if len(processors) else None
         self._streamer = bound if given is None else given
         if self._streamer is not None and given is None:
             self._streamer.put(input_ids.cpu())
@@ -220,6 +215,14 @@ class _Call:
         if self._streamer is not None:
             self._streamer.put(torch.tensor(column))
 
+    def _process(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [B', V] of the rows that go on, after the processors, which see all B rows at their places."""
+        places = torch.tensor([row.prompt.index for row in rows], device=logits.device)
+        whole = torch.zeros(len(self._input_ids), logits.shape[-1], device=logits.device)
+        whole[places] = logits[: len(rows)].float()
+        done = self._processors(self._sequences().to(logits.device), whole)  # pyright: ignore[reportArgumentType]
+        return torch.cat([done[places].float(), logits[len(rows) :].float()])
+
     def finish(self) -> torch.Tensor:
         """Ends the streamer; all sequences [B, P + N]."""
         if self._streamer is not None:
@@ -228,23 +231,23 @@ class _Call:
 
     def _sequences(self) -> torch.Tensor:
         answers = torch.tensor(self._columns, dtype=self._input_ids.dtype, device=self._input_ids.device)
-        return torch.cat([self._input_ids, answers.T], dim=-1)
+        return torch.cat([self._input_ids, answers.view(-1, len(self._input_ids)).T], dim=-1)
 
 
 # ---- what transformers has prepared ----------------------------------------------------------------------------------
 
 
 def _caller() -> dict[str, Any]:
-    """The local variables of the call of generate() that this module serves, which tell what it does not pass on.
+    """What the calling generate() keeps to itself, by name; empty where another function has called.
 
-    transformers keeps a streamer, an assistant model and `synced_gpus` to itself. Empty where nothing of the kind has
-    called.
+    transformers passes a streamer, an assistant model and `synced_gpus` to no callable, though it has given the prompt
+    to the streamer and would leave it without an end.
     """
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__")
         if frame.f_code.co_name == "generate" and name == "transformers.generation.utils":
-            return dict(frame.f_locals)
+            return {key: frame.f_locals.get(key) for key in ("streamer", "assistant_model", "synced_gpus")}
         frame = frame.f_back
     return {}
 
@@ -300,11 +303,11 @@ def _check_call(
             )
 
 
-def _guidance(given: Guidance, config: GenerationConfig, processors: LogitsProcessorList) -> Guidance:
+def _guidance(given: Guidance, config: GenerationConfig) -> Guidance:
     """The guidance with the temperature of the generation config.
 
     Raises:
-        RGTGError: another temperature in the guidance, or a processor that changes the distribution.
+        RGTGError: another temperature in the guidance.
     """
     if not isinstance(given, Guidance):
         raise RGTGError(f"guidance={shown(given)} is not a Guidance: pass Guidance(k=10, beta=1.0)")
@@ -317,49 +320,48 @@ def _guidance(given: Guidance, config: GenerationConfig, processors: LogitsProce
             f"Guidance(temperature={given.temperature}) and generate({asked}): set do_sample and temperature in "
             "generate, and leave it out of the guidance"
         )
-    for processor in processors:
-        _check_processor(processor, given, temperature, config)
     return replace(given, temperature=temperature)
 
 
-def _check_processor(
-    processor: Any, guidance: Guidance, temperature: float, config: GenerationConfig
-) -> None:
-    """Refuses a logits processor unless guided decoding computes exactly what it would."""
-    if isinstance(processor, LogitNormalization):
-        return
-    if isinstance(processor, TemperatureLogitsWarper) and processor.temperature == temperature:
-        return
-    if isinstance(processor, TopKLogitsWarper):
-        if guidance.support != "all" and processor.top_k >= guidance.k:
-            return
-        kept = "support='all'" if guidance.support == "all" else f"k={guidance.k} candidates"
-        raise RGTGError(
-            f"top_k={processor.top_k} (transformers' default when sampling is 50) would cut the guidance's {kept}: "
-            "pass top_k=0"
-        )
-    name = type(processor).__name__
-    setting = _SETTINGS.get(name)
-    if setting == "min_length" and config.min_new_tokens:
-        setting = "min_new_tokens"  # of which transformers makes a min_length
-    if setting is None:
-        raise RGTGError(
-            f"logits_processor {name} changes the distribution that the reward guides: leave it out, or put "
-            "RewardGuidedLogitsProcessor behind it in a generate() of transformers' own"
-        )
-    value = getattr(config, setting, None)
-    given = setting if value is None else f"{setting}={shown(value)}"
-    raise RGTGError(f"{given} changes the distribution that the reward guides ({name}): {_neutral(setting)}")
+def _processors(
+    given: LogitsProcessorList, guidance: Guidance, config: GenerationConfig
+) -> LogitsProcessorList:
+    """The processors that apply to the base model's logits, before candidates are selected.
 
+    Those that generate() puts behind them, at sampling, would apply to the guided distribution. Temperature and a
+    top-k that cuts no candidate are part of guided decoding; the others are not.
 
-def _neutral(setting: str) -> str:
-    """How to switch a setting off, which may come from the model's generation_config.json."""
-    numbers = {"top_p": "1.0", "repetition_penalty": "1.0", "typical_p": "1.0", "guidance_scale": "1.0"}
-    numbers |= {"encoder_repetition_penalty": "1.0", "min_new_tokens": "0", "min_length": "0"}
-    numbers |= {"no_repeat_ngram_size": "0", "epsilon_cutoff": "0.0", "eta_cutoff": "0.0"}
-    if setting == "prefix_allowed_tokens_fn":
-        return "leave it out"
-    return f"pass {setting}={numbers.get(setting, 'None')}"
+    Raises:
+        RGTGError: one of the others.
+    """
+    applied = LogitsProcessorList()
+    for processor in given:
+        name = type(processor).__name__
+        if name in _REFUSED:
+            setting, off = _REFUSED[name]
+            value = getattr(config, setting, None)
+            asked, way_out = f"{setting}={shown(value)}", f"pass {setting}={off}"
+            if str(value) in ("None", off):  # the caller's own
+                asked, way_out = f"logits_processor {name}", "leave it out"
+            raise RGTGError(
+                f"{asked} changes the guided distribution, which custom_generate samples as it is: {way_out}"
+            )
+        if isinstance(processor, TemperatureLogitsWarper):
+            if processor.temperature != guidance.temperature:
+                raise RGTGError(
+                    f"{name}({processor.temperature}) beside generate(temperature={guidance.temperature}): set "
+                    "do_sample=True and temperature in generate"
+                )
+        elif isinstance(processor, TopKLogitsWarper):
+            if guidance.support == "all" or processor.top_k < guidance.k:
+                kept = "support='all'" if guidance.support == "all" else f"k={guidance.k} candidates"
+                raise RGTGError(
+                    f"top_k={processor.top_k} (transformers' default when sampling is 50) would cut the guidance's "
+                    f"{kept}: pass top_k=0"
+                )
+        elif not isinstance(processor, LogitNormalization):
+            applied.append(processor)
+    return applied
 
 
 def _prompts(
@@ -511,6 +513,6 @@ def _begin(
         arguments = Arguments(prompts, call.max_new_tokens, guidance, seeds, None)
         rows = arguments.rows(decoder.lm, decoder._scheduler.reward)
         run = as_run(rows, decoder.lm, arguments.max_new_tokens, None, False, decoder.phase_timer())
-        run.stopping.eos_ids = call.eos_ids
+        run.stopping.eos_ids, run.process = call.eos_ids, call.process
         decoder._turns.claim(run)
         return run

@@ -275,10 +275,26 @@ def test_what_an_export_refuses(run: Run, models: dict[str, str], tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
-def test_fold_needs_a_vocabulary_head(run: Run, models: dict[str, str], tmp_path: Path) -> None:
-    """What it writes: tests/integrations/test_fold.py."""
-    done = export(run, models, "contrastive", tmp_path / "new", "--fold")
-    assert "needs a reward with a vocabulary head" in done.error
+def test_fold_is_passed_on(
+    run: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Any, ...]] = []
+    module = ModuleType("rgtg_fast.integrations.fold")
+    module.export_folded = lambda *args, **settings: given.append((*args, settings))  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "rgtg_fast.integrations.fold", module)
+    target = str(tmp_path / "new")
+    done = export(run, models, "farma:x", Path(target), "--fold", "--beta", 2)
+    assert (done.code, given) == (
+        0,
+        [(models["lm"], "farma:x", 2.0, target, {"dtype": None, "overwrite": False})],
+    )
+    assert (
+        "needs a reward with a vocabulary head"
+        in export(run, models, "contrastive", tmp_path / "new", "--fold").error
+    )
+    for option in (["--k", 5], ["--temperature", 1], ["--support", "combined"], ["--trust-remote-code"]):
+        refused = export(run, models, "farma:x", Path(target), "--fold", *option)
+        assert f"{option[0]} has no part in it: leave it out" in refused.error
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

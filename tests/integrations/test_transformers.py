@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, TextIteratorStreamer
-from transformers.generation import MaxLengthCriteria
+from transformers.generation import (
+    LogitsProcessor,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward, custom_generate
 from tests.conftest import make_lm, make_rm, make_tokenizer
@@ -296,9 +302,98 @@ def test_a_reward_over_the_vocabulary(lm: torch.nn.Module) -> None:
         call()
 
 
-class Words(torch.nn.Module):
+class NoToken(LogitsProcessor):
+    """Leaves no token."""
+
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf)
+
+
+class AfterOwnRow(LogitsProcessor):
+    """A processor that counts on the batch's rows: row i likes token 20 + i better."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        at = torch.arange(len(scores))
+        scores[at, 20 + at] += 2.0
         return scores
+
+
+@torch.no_grad()
+def by_hand(prompt: list[int], row: int, processors: list[Any], guidance: Guidance, new: int) -> list[int]:
+    """Greedy decoding of log π + β·r with π after the processors, by uncached forwards."""
+    lm, rm, text = make_lm(), make_rm(), list(prompt)
+    while len(text) < len(prompt) + new and text[-1] != 1:
+        # The row of the batch that a processor sees it in; those before it hold anything.
+        ids = torch.tensor([text]).expand(row + 1, -1)
+        logits = lm(input_ids=ids[:1]).logits[:, -1].expand(row + 1, -1)
+        for processor in processors:
+            logits = processor(ids, logits)
+        logprobs, candidates = logits[row].log_softmax(-1).topk(guidance.k)
+        longer = torch.tensor([[*text, int(token)] for token in candidates])
+        # The model itself would read the state before a padding token.
+        rewards = rm.score(rm.model(input_ids=longer).last_hidden_state[:, -1])[:, 0]
+        text.append(int(candidates[(logprobs + guidance.beta * rewards).argmax()]))
+    return text[len(prompt) :]
+
+
+def test_processors_apply_to_the_base_model(lm: torch.nn.Module, reward: SequenceReward) -> None:
+    """Before candidates are selected, at each row's place in the batch, while rows end at different steps."""
+    # Of one length: versions of transformers differ in whether a penalty reads padding.
+    prompts = [[prompt, 9, prompt + 1] for prompt in range(6, 14)]
+    want = []
+    for row, prompt in enumerate(prompts):
+        processors = [RepetitionPenaltyLogitsProcessor(1.3), AfterOwnRow()]
+        want.append(by_hand(prompt, row, processors, GUIDED, NEW))
+    end = want[0][4]
+    want = [answer[: answer.index(end) + 1] if end in answer else answer for answer in want]
+    assert len({len(answer) for answer in want}) > 1
+    sequences = lm.generate(
+        torch.tensor(prompts),
+        custom_generate=custom_generate,
+        reward=reward,
+        guidance=GUIDED,
+        logits_processor=[AfterOwnRow()],
+        repetition_penalty=1.3,
+        eos_token_id=[1, end],
+        max_new_tokens=NEW,
+    )
+    for row, answer in zip(sequences[:, 3:].tolist(), want, strict=True):
+        assert row == answer + [0] * (len(row) - len(answer))
+
+
+def test_an_answer_may_have_a_shortest_length(lm: torch.nn.Module, reward: SequenceReward) -> None:
+    """With every token after which transformers' own loop would end kept from the candidates."""
+    whole = expected(PROMPTS[:1], Guidance(k=8, beta=2.0, temperature=0))[0]
+    call = functools.partial(
+        lm.generate,
+        torch.tensor(PROMPTS[:1]),
+        custom_generate=custom_generate,
+        reward=reward,
+        guidance=GUIDED,
+        eos_token_id=[whole[2]],
+        max_new_tokens=NEW,
+    )
+    assert call().shape[1] == 3 + whole.index(whole[2]) + 1
+    longer = call(min_new_tokens=6)[0, 3:].tolist()
+    assert whole[2] not in longer[:6]
+    assert len(longer) >= 6
+
+
+@pytest.mark.parametrize("support", ["combined", "all"])
+def test_suppressed_tokens_of_a_vocabulary_reward(lm: torch.nn.Module, support: str) -> None:
+    allowed = [5, 9, 12, 30]
+    found = lm.generate(
+        **padded(PROMPTS),
+        custom_generate=functools.partial(custom_generate, tokenizer=make_tokenizer()),
+        reward="contrastive",
+        guidance=Guidance(k=8, support=support),
+        suppress_tokens=[token for token in range(64) if token not in allowed],
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=NEW,
+    )
+    assert set(found[:, 5:].flatten().tolist()) == set(allowed)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -309,11 +404,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "top_p": ({"do_sample": True, "top_p": 0.9}, r"top_p=0.9 .* pass top_p=1.0"),
     "min_p": ({"do_sample": True, "min_p": 0.1}, r"min_p=0.1 .* pass min_p=None"),
     "top_k": ({"do_sample": True, "top_k": 4}, "top_k=4 .* k=8"),
-    "penalty": ({"repetition_penalty": 1.2}, r"repetition_penalty=1.2 .* pass repetition_penalty=1.0"),
-    "shortest": ({"min_new_tokens": 3}, r"min_new_tokens=3 .* pass min_new_tokens=0"),
-    "bad words": ({"bad_words_ids": [[4]]}, "bad_words_ids"),
-    "prefixes": ({"prefix_allowed_tokens_fn": lambda i, ids: [5]}, "prefix_allowed_tokens_fn"),
-    "processor": ({"logits_processor": [Words()]}, "logits_processor Words"),
+    "classifier-free": ({"guidance_scale": 1.5}, "guidance_scale=1.5 .* pass guidance_scale=None"),
+    "NaN removed": ({"remove_invalid_values": True}, "remove_invalid_values=True"),
+    "own top_p": ({"logits_processor": [TopPLogitsWarper(0.5)]}, "TopPLogitsWarper .* leave it out"),
+    "own warper": ({"logits_processor": [TemperatureLogitsWarper(0.5)]}, r"TemperatureLogitsWarper\(0.5\)"),
+    "nothing allowed": ({"logits_processor": [NoToken()]}, "no candidate of prompt 0, step 0"),
     "static cache": ({"cache_implementation": "static"}, "cache_implementation='static'"),
     "cache": ({CACHE: DynamicCache()}, "past_key_values"),
     "scores": ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),

@@ -210,7 +210,11 @@ def test_steps_on_two_devices_are_not_ahead_of_the_host(two_devices: TwoDevices)
         )
 
 
-@pytest.mark.parametrize("reward", [None, ContrastiveReward("w8", "w9"), lambda prefix, ids: ids], ids=["none", "contrastive", "function"])
+@pytest.mark.parametrize(
+    "reward",
+    [None, ContrastiveReward("w8", "w9"), lambda prefix, ids: ids],
+    ids=["none", "contrastive", "function"],
+)
 def test_a_reward_without_a_model_has_no_device(reward: object) -> None:
     with pytest.raises(RGTGError, match=r"reward_device='cpu' and .* no model of its own"):
         RewardGuidedDecoder.from_pretrained((make_lm(), TOKENIZER), reward, reward_device="cpu")  # pyright: ignore[reportArgumentType]

@@ -9,12 +9,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rgtg_fast import Guidance, RewardGuidedDecoder
+from rgtg_fast import Guidance, RewardGuidedDecoder, __version__
 
 openai = pytest.importorskip("openai", reason="needs transformers[serving]")
 pytest.importorskip("fastapi", reason="needs transformers[serving]")
@@ -34,7 +35,26 @@ def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def address(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The server's environment: offline, and with the package's metadata, which a folder's requirements ask for."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    try:
+        metadata.version("rgtg-fast")
+    except metadata.PackageNotFoundError:  # used in place
+        place = tmp_path_factory.mktemp("metadata")
+        about = place / f"rgtg_fast-{__version__}.dist-info"
+        about.mkdir()
+        about.joinpath("METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: rgtg-fast\nVersion: {__version__}\n"
+        )
+        paths.append(str(place))
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="module")
+def address(
+    folder: str, surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """A running server's address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -43,7 +63,7 @@ def address(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, *settings]
     log = tmp_path_factory.mktemp("log") / "serve.log"
     with log.open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=surroundings)
     try:
         end = time.monotonic() + STARTS
         while time.monotonic() < end:
