@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rgtg_fast.engine.outputs import StreamChunk as StreamChunk
     from rgtg_fast.errors import RewardNaNError as RewardNaNError
     from rgtg_fast.errors import RGTGError as RGTGError
+    from rgtg_fast.integrations.logits_processor import (
+        RewardGuidedLogitsProcessor as RewardGuidedLogitsProcessor,
+    )
+    from rgtg_fast.integrations.transformers import custom_generate as custom_generate
     from rgtg_fast.rewards.base import Prefix as Prefix
     from rgtg_fast.rewards.base import Reward as Reward
     from rgtg_fast.rewards.contrastive import ContrastiveReward as ContrastiveReward
@@ -50,6 +54,8 @@ _HOMES = {
     "Step": "engine.outputs",
     "RGTGError": "errors",
     "RewardNaNError": "errors",
+    "RewardGuidedLogitsProcessor": "integrations.logits_processor",
+    "custom_generate": "integrations.transformers",
     "AutoregressiveReward": "rewards.vocabulary",
     "Prefix": "rewards.base",
     "Reward": "rewards.base",
@@ -83,6 +89,7 @@ __all__ = [
     "RequestScorer",
     "Reward",
     "RewardGuidedDecoder",
+    "RewardGuidedLogitsProcessor",
     "RewardNaNError",
     "Segments",
     "SequenceReward",
@@ -92,6 +99,7 @@ __all__ = [
     "TextReward",
     "VocabularyReward",
     "__version__",
+    "custom_generate",
     "named_guide",
 ]
 

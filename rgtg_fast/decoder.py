@@ -23,11 +23,13 @@ from rgtg_fast.models.loading import (
     ModelAndTokenizer,
     language_runner,
     load_causal_lm,
+    resolve_device,
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
 from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.templates import warn_of_template
+from rgtg_fast.models.tensor_parallel import check_plan, spread_over
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import Reward
 from rgtg_fast.rewards.base import NoReward
@@ -106,6 +108,8 @@ class RewardGuidedDecoder:
         trust_remote_code: bool = False,
         reward_weights: str | None = None,
         batch_invariant: bool = False,
+        reward_device: str | torch.device | None = None,
+        tp_plan: str | None = None,
     ) -> RewardGuidedDecoder:
         """Loads a base model and its reward.
 
@@ -141,6 +145,13 @@ class RewardGuidedDecoder:
                 depend on no other row: of any k, with a gate too, and without `pad_batch`, whose products are faster.
                 Engine "triton"; "native" does so by itself. Not with compile, quantized weights, an adapter in the
                 base model's forward, or a reward that reads on the host.
+            reward_device: device of the reward's own models, by default the base model's. On another one a step sends
+                the candidates there and the rewards back; steps are neither CUDA graphs nor ahead of the host, and an
+                adapter is merged into a copy of its base there.
+            tp_plan: "auto" spreads the base model's weights over the processes that torchrun has started, by
+                transformers' tensor-parallel plan, for a model that is larger than a device. Every process makes the
+                same calls and gets the same tokens; each has the whole reward model. Engine "transformers", without
+                CUDA graphs, compile and fuse_projections; `lm` is a path or hub id, and `reward` no adapter.
 
         Raises:
             RGTGError: an argument or model that cannot work, in one line.
@@ -156,21 +167,27 @@ class RewardGuidedDecoder:
             raise RGTGError(
                 "batch_invariant=True and compile, whose products are the library's: use one of them"
             )
+        check_plan(tp_plan, lm, engine)
         own = as_reward(reward, label, trust_remote_code, reward_weights)
-        model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code)
+        model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code, tp_plan)
+        if spread_over(model) > 1:
+            graphs, fuse_projections = _spread(graphs, compile is not False, fuse_projections)
         runner = language_runner(model, engine, max_length)
         warn_of_template(tokenizer, "language model", runner.name, texts=False)
         vocabulary = min(runner.head.out_features, runner.embeddings)
-        language_model = LanguageModel(runner, tokenizer, vocabulary)
+        elsewhere = None if reward_device is None else _with_index(resolve_device(reward_device))
+        language_model = LanguageModel(runner, tokenizer, vocabulary, elsewhere)
         kind = None if dtype is None else resolve_dtype(dtype, model.device)
         binding = {"dtype": kind, "engine": engine, "max_length": max_length}
         if own is not None:
             own = own.for_decoder()
             own.bind(language_model, **binding)
+        if reward_device is not None:
+            _check_reward_device(language_model, own)
         decoder = cls(language_model, own, max_batch, graphs, pad_batch, batch_invariant)
         decoder._binding = binding
-        if fuse_projections or (fuse_projections is None and runner.device.type == "cuda"):
-            for each in decoder._scheduler.models():
+        for each in decoder._scheduler.models():
+            if fuse_projections or (fuse_projections is None and each.device.type == "cuda"):
                 each.fuse_projections()
         if compile is not False:
             decoder.compile(None if compile is True else compile)
@@ -378,6 +395,39 @@ class RewardGuidedDecoder:
             return self._scheduler.rows(run)
         check_strategy(chosen, self._scheduler.reward, run)
         return run_strategy(chosen, run, self._scheduler)
+
+
+def _spread(graphs: bool | None, compile: bool, fuse_projections: bool | None) -> tuple[bool, bool]:
+    """Turns off what a model in several processes does not have.
+
+    Raises:
+        RGTGError: the user has turned it on.
+    """
+    for name, value in (("graphs", graphs), ("compile", compile), ("fuse_projections", fuse_projections)):
+        if value:
+            raise RGTGError(
+                f"{name}=True and a model that is spread over several processes: leave {name} out"
+            )
+    return False, False
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The device as a tensor there has it: "cuda" is the current CUDA device."""
+    return torch.empty(0, device=device).device
+
+
+def _check_reward_device(lm: LanguageModel, reward: Reward | None) -> None:
+    """Refuses a device for the models of a reward that has none.
+
+    Raises:
+        RGTGError: nothing would be on that device.
+    """
+    own = [] if reward is None else reward.loaded()
+    if not any(isinstance(each, PreTrainedModel) for each in own):
+        name = "no reward" if reward is None else reward.name
+        raise RGTGError(
+            f"reward_device={str(lm.reward_device)!r} and {name}, which has no model of its own: leave it out"
+        )
 
 
 def _quantization(reward: Reward) -> str | None:

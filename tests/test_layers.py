@@ -10,13 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rgtg_fast"
 
 # What a layer may import of ours, besides itself.
-BASE = {"config", "deprecation", "errors", "files", "plaintext", "profiling"}
+BASE = {"config", "deprecation", "errors", "files", "plaintext", "processes", "profiling"}
 OPS = BASE | {"ops", "_C"}
 MODELS = OPS | {"bundled", "models"}
 REWARDS = MODELS | {"rewards"}
 ENGINE = REWARDS | {"engine"}
 DECODER = ENGINE | {"decoder", "scorer"}
 TRAINING = MODELS | {"training"}
+INTEGRATIONS = DECODER | {"integrations"}
 EVALUATION = DECODER | {"bench", "evaluation", "methods", "training"}
 ALLOWED = {
     "config": {"deprecation", "errors"},
@@ -25,6 +26,7 @@ ALLOWED = {
     "files": {"errors"},
     "methods": set(),
     "plaintext": set(),
+    "processes": {"errors"},
     "profiling": {"config", "errors"},
     "app": {"bundled", "deprecation"},
     "bundled": {"errors", "files"},
@@ -33,14 +35,14 @@ ALLOWED = {
     "rewards": REWARDS,
     "engine": ENGINE,
     "decoder": DECODER,
-    "scorer": ENGINE | {"scorer"},
     "training": TRAINING,
+    "scorer": ENGINE | {"scorer"},
+    "integrations": INTEGRATIONS,
     "bench": EVALUATION,
     "evaluation": EVALUATION,
-    "cli": EVALUATION | {"cli"},
-    "integrations": DECODER | {"integrations", "scorer"},
+    "cli": EVALUATION | {"cli", "integrations"},
     "__main__": {"cli"},
-    "__init__": DECODER,
+    "__init__": INTEGRATIONS,
 }
 
 

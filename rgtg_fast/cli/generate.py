@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from rgtg_fast.cli.terminal import (
 )
 from rgtg_fast.config import OUTPUT, Guidance, option
 from rgtg_fast.errors import RewardNaNError, RGTGError
+from rgtg_fast.processes import Place
 
 if TYPE_CHECKING:
     from rgtg_fast import RewardGuidedDecoder
@@ -57,44 +58,71 @@ class Generate:
         Raises:
             Exit: with code 2, some prompts could not be answered.
         """
+        self.setup = self.setup.with_reward(self.decoding.support)
+        place = Place.from_environment()
+        if place.count > 1:
+            from rgtg_fast.cli import processes
+
+            answer = processes.answer_together if self.setup.tp_plan else processes.answer_in_processes
+            answer(self, place)
+        else:
+            with ExitStack() as held:
+                self.carry_out(*self.plan(held))
+
+    def plan(self, held: ExitStack) -> tuple[list[Job], AnswerFile | None, int]:
+        """Reads the prompts and opens the output.
+
+        Args:
+            held: closes the output.
+
+        Returns:
+            The prompts that have no answer yet, the output, and the number of lines that are no prompts.
+        """
+        jobs, broken = self.jobs()
+        if self.output is None:
+            return jobs, None, broken
+        answers = held.enter_context(AnswerFile(self.output, self.resume, self.overwrite, self.input))
+        return answers.remaining(jobs, self.common()), answers, broken
+
+    def carry_out(self, jobs: list[Job], answers: AnswerFile | None, broken: int) -> None:
+        """Answers the prompts of `plan`.
+
+        Raises:
+            Exit: with code 2, some prompts could not be answered.
+        """
+        try:
+            if self.stream:
+                self._stream_one(jobs[0])
+            elif self.input is None and self.output is None:
+                self._answer_one(jobs[0])
+            elif jobs:
+                broken += self._answer_many(jobs, answers)
+        except KeyboardInterrupt:
+            if answers is not None:
+                note_interrupted(answers)
+            raise
+        if answers is not None:
+            answers.check_place()
+            report(answers, broken)
+        # Where no prompt could be answered, rows that were to be overwritten stay.
+        if broken:
+            raise typer.Exit(USER_ERROR)
+
+    def jobs(self) -> tuple[list[Job], int]:
+        """The prompts, and the number of lines that are none; each of those is reported in one line.
+
+        Raises:
+            RGTGError: options that do not fit each other, or prompts that cannot be read.
+        """
         self._check_options()
         job = self._settings()
-        self.setup = self.setup.with_reward(self.decoding.support)
-        broken = 0
         if self.input is None:
             text = read_stdin() if self.prompt == "-" else self.prompt
             check_prompt(text)
             assert text is not None
-            jobs = [replace(job, prompt=text)]
-        else:
-            jobs, broken = read_prompts(self.input, job.guidance, job.seed, self.field, complain)
-            jobs = [replace(each, strategy=job.strategy) for each in jobs]
-        answers = None
-        if self.output is not None:
-            answers = AnswerFile(self.output, self.resume, self.overwrite, self.input)
-        with nullcontext() if answers is None else answers:
-            if answers is not None:
-                jobs = answers.remaining(jobs, self._common())
-            try:
-                if self.stream:
-                    self._stream_one(jobs[0])
-                elif self.input is None and answers is None:
-                    self._answer_one(jobs[0])
-                elif jobs:
-                    broken += self._answer_many(jobs, answers)
-            except KeyboardInterrupt:
-                if answers is not None:
-                    rows = f"{len(answers.done)} finished rows are in {answers.path}"
-                    note(f"interrupted: {rows}, use --resume")
-                raise
-            if answers is not None:
-                answers.check_place()
-                note(
-                    f"{len(answers.done)} rows in {answers.path}" + (f", {broken} left out" if broken else "")
-                )
-            # Where no prompt could be answered, rows that were to be overwritten stay.
-            if broken:
-                raise typer.Exit(USER_ERROR)
+            return [replace(job, prompt=text)], 0
+        jobs, broken = read_prompts(self.input, job.guidance, job.seed, self.field, complain)
+        return [replace(each, strategy=job.strategy) for each in jobs], broken
 
     def _check_options(self) -> None:
         if (self.prompt is None) == (self.input is None):
@@ -127,7 +155,7 @@ class Generate:
             raise RGTGError(f"max_batch={options.max_batch} leaves no row: use at least 1")
         return job
 
-    def _common(self) -> dict[str, Any]:
+    def common(self) -> dict[str, Any]:
         """The settings that all rows have in common; every row of the output repeats them."""
         return {**self.setup.names(), **self._lengths(), "chat": self.setup.chat}
 
@@ -182,22 +210,50 @@ class Generate:
         note(f"{count} tokens at {count / (time.perf_counter() - started):.1f} tokens/s")
 
     def _answer_many(self, jobs: list[Job], answers: AnswerFile | None) -> int:
-        """Answers many prompts; a finished row is written at once, to the file or as a line of JSON to stdout.
+        """Answers many prompts.
 
         Returns:
             The number of prompts that could not be answered; each was reported in one line.
 
         Raises:
-            RGTGError: nothing can be answered at all, or a reward is NaN (the rows finished before are written).
+            RGTGError: nothing can be answered at all, or as in `write_rows`.
         """
         with status("Loading") as progress:
-            decoder = self._load(progress)
-        jobs, refused = self._possible(decoder, jobs)
-        if not jobs:
-            return refused
+            decoder, jobs, refused = self.prepare(jobs, progress)
+        if jobs:
+            self.write_rows(decoder, jobs, answers)
+        return refused
+
+    def prepare(self, jobs: list[Job], progress: Progress) -> tuple["RewardGuidedDecoder", list[Job], int]:
+        """Loads the decoder.
+
+        Returns:
+            The decoder, the jobs that it can answer, and the number of the others; each of those is reported in one
+            line.
+
+        Raises:
+            RGTGError: nothing can be answered at all.
+        """
+        decoder = self._load(progress)
+        return decoder, *self._possible(decoder, jobs)
+
+    def write_rows(
+        self, decoder: "RewardGuidedDecoder", jobs: list[Job], answers: AnswerFile | None, shown: bool = True
+    ) -> None:
+        """Answers many prompts; a finished row is written at once, to the file or as a line of JSON to stdout.
+
+        Args:
+            decoder: as `prepare` gives it, with the jobs.
+            jobs: one at least.
+            answers: None for stdout.
+            shown: whether a progress bar is.
+
+        Raises:
+            RGTGError: a reward is NaN (the rows finished before are written), or the file cannot be written any more.
+        """
         done = 0 if answers is None else len(answers.done)
         count, tokens, started = 0, 0, time.perf_counter()
-        with _progress_bar(answers is None) as progress:
+        with _progress_bar(answers is None, shown) as progress:
             task = progress.add_task("answering", total=done + len(jobs), completed=done, speed="")
             rows = decoder.iterate(
                 [self.setup.as_chat(job.prompt, decoder) for job in jobs],
@@ -223,7 +279,6 @@ class Generate:
             except OutputError as error:
                 printed = f"{count} rows were printed: name --output to keep every row"
                 raise OutputError(f"{error}; {printed}") from error
-        return refused
 
     def _possible(self, decoder: "RewardGuidedDecoder", jobs: list[Job]) -> tuple[list[Job], int]:
         """The jobs whose prompts can be used, and the number of the others; each of those is reported in one line."""
@@ -249,10 +304,20 @@ class Generate:
 
     def _output(self, job: Job, row: Any) -> dict[str, Any]:
         names = ("text", "finish_reason", "reward", "tokens")
-        return {**job.header(), **{name: getattr(row, name) for name in names}, **self._common()}
+        return {**job.header(), **{name: getattr(row, name) for name in names}, **self.common()}
 
 
-def _progress_bar(to_stdout: bool) -> Any:
+def report(answers: AnswerFile, left_out: int) -> None:
+    """Says on stderr what the output file has."""
+    note(f"{len(answers.done)} rows in {answers.path}" + (f", {left_out} left out" if left_out else ""))
+
+
+def note_interrupted(answers: AnswerFile) -> None:
+    """Says on stderr what an interrupted run has left."""
+    note(f"interrupted: {len(answers.done)} finished rows are in {answers.path}, use --resume")
+
+
+def _progress_bar(to_stdout: bool, shown: bool) -> Any:
     from rich import progress
 
     columns = (
@@ -264,5 +329,5 @@ def _progress_bar(to_stdout: bool) -> Any:
         progress.TimeRemainingColumn(),
     )
     # The bar must not redirect rows that go to stdout; rows on the same terminal need no bar.
-    hidden = to_stdout and sys.stdout.isatty()
+    hidden = not shown or (to_stdout and sys.stdout.isatty())
     return progress.Progress(*columns, console=console(stderr=True), redirect_stdout=False, disable=hidden)

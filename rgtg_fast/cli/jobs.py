@@ -20,6 +20,7 @@ from rgtg_fast.files import reason, same_file
 Prompt: TypeAlias = "str | list[dict[str, str]] | list[int]"
 # Identifies a row across runs: ("id", its id), or ("line", its line in the prompts file) where it has none.
 Key: TypeAlias = tuple[str, Any]
+_INSTEAD = "name another --output"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ class AnswerFile:
     """The output file of a run, to which each finished row is written at once.
 
     A context manager: a run that fails before its first row leaves no new file, and rows to be overwritten are kept
-    until the first new one is written.
+    until the first new one is written. Several processes write a part each (`part_of`), and their rows are merged at
+    the end; where that run was interrupted, its parts belong to the file.
 
     Args:
         path: the file.
@@ -207,18 +209,21 @@ class AnswerFile:
             )
         if source is not None and same_file(path, source):
             raise RGTGError(f"--output {path} is the file of --input ({source}): name another --output")
-        if not (resume or overwrite) and _size(path):
+        # Parts that an interrupted run of several processes has left.
+        self._parts = _parts_of(path)
+        if not (resume or overwrite) and (_size(path) or self._parts):
             raise RGTGError(
-                f"{path} has rows already: pass --resume to continue it or --overwrite to start anew"
+                f"{path if _size(path) else self._parts[0]} has rows already: pass --resume to continue it or "
+                "--overwrite to start anew"
             )
         again = "continue with --resume"
-        self._journal = JsonlWriter(path, ("line",), "name another --output", again, anew=overwrite)
-        for number, row in enumerate(self._journal.rows, start=1):
-            key = ("id", row["id"]) if "id" in row else ("line", row["line"])
-            if not isinstance(key[1], (str, int)):
-                self._journal.close()
-                raise RGTGError(f"{path}:{number} is not a row of an earlier run: name another --output")
-            self.done[key] = row
+        self._resume = resume
+        self._journal = JsonlWriter(path, ("line",), _INSTEAD, again, anew=overwrite)
+        try:
+            self.done = _by_key(self._journal.rows, path)
+        except RGTGError:
+            self._journal.close()
+            raise
 
     def __enter__(self) -> "AnswerFile":
         return self
@@ -227,7 +232,7 @@ class AnswerFile:
         self._journal.__exit__(*error)
 
     def remaining(self, jobs: list[Job], run: dict[str, Any]) -> list[Job]:
-        """The jobs that have no row yet.
+        """The jobs that have no row yet; rows in parts of an earlier run are taken over first.
 
         Args:
             jobs: all jobs.
@@ -236,8 +241,12 @@ class AnswerFile:
         Raises:
             RGTGError: a row has another prompt or other settings, so that the file would mix two runs.
         """
+        found: dict[Key, dict[str, Any]] = {}
+        if self._resume:
+            for part in self._parts:
+                found |= rows_of(part)
         for job in jobs:
-            row = self.done.get(job.key)
+            row = self.done.get(job.key) or found.get(job.key)
             if row is None:
                 continue
             for name, value in plain({**job.header(), **run}).items():
@@ -247,6 +256,12 @@ class AnswerFile:
                         f"{name}={_short(row.get(name))} and this run has {_short(value)}: "
                         "name another --output or pass --overwrite"
                     )
+        if self._resume:
+            for key, row in found.items():
+                if key not in self.done:
+                    self._journal.add(row)
+                    self.done[key] = row
+            self._remove_parts()
         return [job for job in jobs if job.key not in self.done]
 
     def write(self, key: Key, row: dict[str, Any]) -> None:
@@ -259,8 +274,48 @@ class AnswerFile:
         Raises:
             RGTGError: the file cannot be written any more, for example because the disk is full.
         """
+        if self._parts:
+            self._remove_parts()
         self._journal.add(row)
         self.done[key] = row
+
+    def begin(self) -> None:
+        """Rows that are to be overwritten are dropped now: other processes write the new ones.
+
+        Raises:
+            RGTGError: the file cannot be written.
+        """
+        self._journal.finish()
+        self._remove_parts()
+
+    def merge(self, counts: list[int], order: list[Key]) -> None:
+        """Adds the rows of all parts and sorts the file; the parts are removed.
+
+        Args:
+            counts: rows that each process has written.
+            order: of the rows; others come last.
+
+        Raises:
+            RGTGError: a part is not to be seen here, or the file cannot be written.
+        """
+        places = {key: place for place, key in enumerate(order)}
+        self._parts = [part_of(self.path, rank) for rank in range(len(counts))]
+        for part, count in zip(self._parts, counts, strict=True):
+            rows = rows_of(part) if part.exists() else {}
+            if len(rows) != count:
+                raise RGTGError(
+                    f"{part} has {len(rows)} of the {count} rows that its process has written: put --output on a file "
+                    "system that all machines share, bring the parts there and continue with --resume"
+                )
+            self.done |= rows
+        rows = sorted(self.done.items(), key=lambda item: places.get(item[0], len(places)))
+        self._journal.rewrite([row for _, row in rows])
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        for part in self._parts:
+            part.unlink(missing_ok=True)
+        self._parts = []
 
     def check_place(self) -> None:
         """Checks that the file has not been deleted or replaced.
@@ -269,6 +324,45 @@ class AnswerFile:
             RGTGError: it has.
         """
         self._journal.check_place()
+
+
+def part_of(path: Path, rank: int) -> Path:
+    """The file to which one of several processes writes its rows of an output file."""
+    return path.with_name(f"{path.name}.rank-{rank}")
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """The parts of an output file that exist, by rank."""
+    begin = part_of(path, 0).name.removesuffix("0")
+    try:
+        parts = [part for part in path.parent.iterdir() if part.name.startswith(begin)]
+    except (OSError, ValueError):
+        return []
+    ranks = {part: part.name.removeprefix(begin) for part in parts}
+    return sorted((part for part in parts if ranks[part].isdecimal()), key=lambda part: int(ranks[part]))
+
+
+def rows_of(part: Path) -> dict[Key, dict[str, Any]]:
+    """The rows of a part; an unfinished last line is cut off.
+
+    Raises:
+        RGTGError: it is not a file of answers, or is being written.
+    """
+    journal = JsonlWriter(part, ("line",), _INSTEAD)
+    try:
+        return _by_key(journal.rows, part)
+    finally:
+        journal.close()
+
+
+def _by_key(rows: list[dict[str, Any]], path: Path) -> dict[Key, dict[str, Any]]:
+    found: dict[Key, dict[str, Any]] = {}
+    for number, row in enumerate(rows, start=1):
+        key = ("id", row["id"]) if "id" in row else ("line", row["line"])
+        if not isinstance(key[1], (str, int)):
+            raise RGTGError(f"{path}:{number} is not a row of an earlier run: name another --output")
+        found[key] = row
+    return found
 
 
 def _size(path: Path) -> int:

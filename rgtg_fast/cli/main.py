@@ -20,6 +20,7 @@ from rgtg_fast.cli.demo import Demo
 from rgtg_fast.cli.env import Env
 from rgtg_fast.cli.evaluate import Evaluate
 from rgtg_fast.cli.explain import Explain
+from rgtg_fast.cli.export import Export
 from rgtg_fast.cli.generate import Generate
 from rgtg_fast.cli.methods import Methods
 from rgtg_fast.cli.options import register
@@ -37,6 +38,7 @@ COMMANDS = (
     Generate,
     Check,
     Explain,
+    Export,
     Bench,
     Methods,
     Train,

@@ -56,6 +56,16 @@ class Setup:
         "float32, bfloat16, float16 or float64.", None, MODELS, shown="float32 on a CPU, bfloat16 on a GPU"
     )
     device: str | None = option("cpu or cuda.", None, MODELS, shown="cuda where there is one")
+    reward_device: str | None = option(
+        "Device of the reward model, such as cuda:1.", None, MODELS, shown="that of the language model"
+    )
+    tp_plan: str | None = option(
+        "auto: the processes that torchrun starts hold the language model together, for one that is larger than a "
+        "device.",
+        None,
+        MODELS,
+        shown="each process has the whole model",
+    )
     trust_remote_code: bool = option(
         "Run code that comes with the models named by --lm and --reward: read it first.", False, MODELS
     )
@@ -163,6 +173,8 @@ class Setup:
             label=self.reward_label,
             reward_weights=self.reward_weights,
             device=self.device,
+            reward_device=self.reward_device,
+            tp_plan=self.tp_plan,
             dtype=self.dtype,
             max_batch=max_batch,
             max_length=max_length,

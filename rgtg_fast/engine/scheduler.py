@@ -84,6 +84,10 @@ class Scheduler:
         self.invariant = batch_invariant and needs_products(self.models(), reward)
         device = lm.runner.device
         reason = None if device.type == "cuda" else f"the models are on {device}"
+        # The reward's own models may be on another device.
+        self.two_devices = any(model.device != device for model in self.models())
+        if reason is None and self.two_devices:
+            reason = "the models are on two devices"
         self.max_in_flight = 1 if reason is None else 0
         if not reward.on_device:
             reason = reason or f"{reward.name} reads on the host"
@@ -121,9 +125,11 @@ class Scheduler:
         Args:
             longest: tokens of the longest prompt, whose prefill may take memory besides its rows.
         """
-        free = free_bytes(self.lm.runner.device)
-        if free is None:
+        each = [free_bytes(device) for device in dict.fromkeys(model.device for model in self.models())]
+        if None in each:
             return None
+        # On two devices this is too much for a batch whose caches are uneven; then one of them refuses it.
+        free = sum(filter(None, each))
         prefill = max(model.cache.prefill_bytes(longest) for model in self.models())
         return max(0, free + sum(self.cache_bytes().values()) - prefill)
 
@@ -156,12 +162,16 @@ class Scheduler:
             yield StreamChunk(text[shown:], row.last_token, candidates, row.finish_reason)
             shown = max(shown, len(text))
 
+    def steps(self, run: Run) -> Iterator[list[Row]]:
+        """The rows that each step advanced; one that the caller ends (`run.stopping.finish`) leaves its slot."""
+        return self._steps(run)
+
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def _steps(self, run: Run) -> Iterator[list[Row]]:
         """One iteration per step, when the host has seen its decisions: the rows that it advanced."""
         # A gate is decided by the host, step by step; so is a reward that reads the rows' answers there.
-        device_only = self.reward.on_device and not run.gated
+        device_only = self.reward.on_device and not run.gated and not self.two_devices
         # The phases of a graph could not be told apart.
         graphs = self.graphs if device_only and not (run.timer.spans or run.timer.synchronize) else None
         max_in_flight = self.max_in_flight if device_only else 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.files import hold, reason, still_at
+from rgtg_fast.files import hold, reason, replacing, still_at
 
 # Characters that JSON allows unescaped but that control a terminal, end a line for some readers, or are not UTF-8.
 _UNSAFE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -135,6 +135,22 @@ class JsonlWriter:
             ) from error
         self._end += len(line)
         self.rows.append(row)
+
+    def rewrite(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces the file by one with these rows, completely or not at all.
+
+        Raises:
+            RGTGError: the file cannot be written, or it was deleted or replaced.
+        """
+        assert self._file is not None
+        self.check_place()
+        with replacing(self.path) as partial:
+            partial.write_bytes(b"".join(to_json(row).encode() + b"\n" for row in rows))
+        replaced, self._file = self._file, io.FileIO(self.path, "r+")
+        replaced.close()
+        hold(self._file, self.path, self._instead)
+        self._end = self._file.seek(0, io.SEEK_END)
+        self.rows, self._anew = rows, False
 
     def finish(self) -> None:
         """Ends a run without an error: with `anew`, the old rows are dropped even if no row was added.

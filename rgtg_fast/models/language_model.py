@@ -23,11 +23,18 @@ class LanguageModel:
         runner: the model and its prefix cache.
         tokenizer: None for a model given without one; prompts are token ids then.
         vocabulary: number of tokens that may be chosen (V); a reward model with fewer embeddings lowers it.
+        reward_device: where a reward's own models are loaded, None for the base model's device.
     """
 
     runner: ModelRunner
     tokenizer: PreTrainedTokenizerBase | None
     vocabulary: int
+    reward_device: torch.device | None = None
+
+    @property
+    def other_device(self) -> torch.device | None:
+        """The device of a reward's own models where it is not the base model's."""
+        return None if self.reward_device == self.runner.device else self.reward_device
 
     @property
     def shares_forward(self) -> bool:

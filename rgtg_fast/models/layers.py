@@ -21,6 +21,7 @@ from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.native_families import NATIVE_FAMILIES
 from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.split_cache import SplitCache, WindowCache
+from rgtg_fast.models.tensor_parallel import spread_over
 from rgtg_fast.models.triton_layers import TritonLayers
 from rgtg_fast.models.verification import OUTPUTS
 from rgtg_fast.ops import _triton
@@ -200,6 +201,13 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
     """
     if not isinstance(engine, str) or engine not in ENGINES:
         raise RGTGError(f"engine={shown(engine)} is unknown: use one of {', '.join(map(repr, ENGINES))}")
+    if spread_over(model) > 1:
+        if engine not in ("auto", "transformers"):
+            raise RGTGError(
+                f"engine={engine!r} cannot run {type(model).__name__}: its weights are spread over "
+                f"{spread_over(model)} processes; use engine='auto'"
+            )
+        return "transformers", TransformersLayers(model)
     if engine in ("auto", "native"):
         reason = native_refusal(model)
         if reason is None:

@@ -48,6 +48,7 @@ def load_causal_lm(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     trust_remote_code: bool = False,
+    tp_plan: str | None = None,
 ) -> ModelAndTokenizer:
     """Loads the base language model and its tokenizer.
 
@@ -57,6 +58,7 @@ def load_causal_lm(
         device: None keeps a loaded pair where it is, and takes the default of `resolve_device` otherwise.
         dtype: None keeps a loaded pair's, and takes the default of `resolve_dtype` otherwise.
         trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
+        tp_plan: "auto" spreads the weights over the processes of the run, which has checked it (`check_plan`).
 
     Raises:
         RGTGError: nothing there, or an adapter of a reward model or of another base.
@@ -71,6 +73,10 @@ def load_causal_lm(
     target = resolve_device(device)
     kind = resolve_dtype(dtype, target)
     if is_adapter(source):
+        if tp_plan is not None:
+            raise RGTGError(
+                f"tp_plan={tp_plan!r} and {source}, an adapter: merge it into its base and name that"
+            )
         return _load_policy(Adapter.load(source), target, kind)
     model, tokenizer, _ = read_pretrained(
         AutoModelForCausalLM,
@@ -79,6 +85,7 @@ def load_causal_lm(
         kind,
         target,
         trust_remote_code=trust_remote_code,
+        tp_plan=tp_plan,
     )
     _check_dtype(model, None if dtype is None else kind)
     return _place(model, target, kind), tokenizer
@@ -90,6 +97,7 @@ def load_sequence_classifier(
     dtype: torch.dtype | None,
     label: str | int | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> ModelAndTokenizer:
     """Loads a reward model that gives one score, and its tokenizer.
 
@@ -97,34 +105,35 @@ def load_sequence_classifier(
 
     Args:
         source: a path or hub id, or a loaded pair.
-        lm: the base model, whose device it shares.
+        lm: the base model.
         dtype: None keeps a loaded pair's, and takes the base model's otherwise.
         label: name or index of the label that is the reward, where there are several.
         trust_remote_code: whether code that comes with this model may run.
+        device: None for the base model's.
 
     Raises:
         RGTGError: nothing there, several labels and none chosen, no trained head in the files, or a head that is not
             served.
     """
-    source = _as_source(source, "reward model")
+    source, device = _as_source(source, "reward model"), device or lm.device
     if isinstance(source, tuple):
         model, tokenizer = source
         name = type(model).__name__
         check_labels(model.config, label, name)
         _check_dtype(model, dtype)
-        return _place(with_reward_head(model, label, name), lm.device, dtype or model.dtype), tokenizer
+        return _place(with_reward_head(model, label, name), device, dtype or model.dtype), tokenizer
     loader, kind = ClassifierLoader(AutoModelForSequenceClassification, source, label), dtype or lm.dtype
     model, tokenizer, _ = read_pretrained(
         loader,
         source,
         "reward model",
         kind,
-        lm.device,
+        device,
         configure=loader.configure,
         trust_remote_code=trust_remote_code,
     )
     _check_dtype(model, dtype)
-    return _place(loader.finished(model), lm.device, kind), tokenizer
+    return _place(loader.finished(model), device, kind), tokenizer
 
 
 def load_vocabulary_model(
@@ -132,28 +141,29 @@ def load_vocabulary_model(
     lm: PreTrainedModel | ModelRunner,
     dtype: torch.dtype | None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> ModelAndTokenizer:
     """Loads a reward model that is a causal language model; arguments as in `load_sequence_classifier`.
 
     Raises:
         RGTGError: nothing there, or no vocabulary head in the files.
     """
-    source = _as_source(source, "reward model")
+    source, device = _as_source(source, "reward model"), device or lm.device
     if isinstance(source, tuple):
         model, tokenizer = source
         _check_dtype(model, dtype)
-        return _place(model, lm.device, dtype or model.dtype), tokenizer
+        return _place(model, device, dtype or model.dtype), tokenizer
     model, tokenizer, _ = read_pretrained(
         AutoModelForCausalLM,
         source,
         "reward model",
         dtype or lm.dtype,
-        lm.device,
+        device,
         configure=lambda config: _check_vocabulary_head(config, source),
         trust_remote_code=trust_remote_code,
     )
     _check_dtype(model, dtype)
-    return _place(model, lm.device, dtype or lm.dtype), tokenizer
+    return _place(model, device, dtype or lm.dtype), tokenizer
 
 
 def _as_source(source: Any, role: str) -> Source:
@@ -239,7 +249,12 @@ def adapter_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase
     return read_tokenizer(folder, "adapter")
 
 
-def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype | None) -> ModelAndTokenizer:
+def adapter_model(
+    adapter: Adapter,
+    base: ModelAndTokenizer,
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
+) -> ModelAndTokenizer:
     """Merges an adapter into a copy of its base.
 
     Args:
@@ -247,6 +262,7 @@ def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype 
         base: copied where it is the adapter's base. Where it is a policy made from that base, the base is loaded by
             the name in the policy's adapter, else by the name in this adapter.
         dtype: dtype of a base that is loaded; None for the given one's.
+        device: of the merged model; None for the given base's.
 
     Returns:
         The merged model and the base's tokenizer.
@@ -268,7 +284,7 @@ def adapter_model(adapter: Adapter, base: ModelAndTokenizer, dtype: torch.dtype 
         raise RGTGError(f"{shape_mismatch}: name the model that the adapter was trained on")
     merged = adapter.merged(model)
     merged.config._name_or_path = adapter.name
-    return merged, tokenizer
+    return merged if device is None else _place(merged, device, merged.dtype), tokenizer
 
 
 def refuse_bundled(adapter: Adapter, model: PreTrainedModel) -> None:

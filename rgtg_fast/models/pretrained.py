@@ -37,6 +37,7 @@ from rgtg_fast.models.checkpoint import check_file, check_model, check_tokenizer
 from rgtg_fast.models.device import fits_in_memory, free_bytes, too_large
 from rgtg_fast.models.gguf import converted, gguf_file
 from rgtg_fast.models.state_dict import StateDictMismatch
+from rgtg_fast.models.tensor_parallel import loader_arguments
 
 # Terminal escapes and control characters, which libraries put into their messages.
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[a-zA-Z]|[\x00-\x08\x0e-\x1f\x7f]")
@@ -69,6 +70,7 @@ def read_pretrained(
     configure: Callable[[Any], None] = lambda config: None,
     new_head: bool = False,
     trust_remote_code: bool = False,
+    tp_plan: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
     """Loads a model with exactly the weights of its files, and its tokenizer.
 
@@ -81,6 +83,7 @@ def read_pretrained(
         configure: called with the configuration, which it may change or refuse.
         new_head: whether the head will be trained anew, so that the files may lack it.
         trust_remote_code: whether code that comes with this model may run.
+        tp_plan: "auto" spreads the weights over the processes of the run.
 
     Returns:
         The model, its tokenizer, and whether the files lack the head.
@@ -114,7 +117,9 @@ def read_pretrained(
     # The tokenizer of a GGUF file is complete; AutoTokenizer would replace parts of it by those of its family.
     tokenizer_kind = AutoTokenizer if file is None else PreTrainedTokenizerFast
     tokenizer = read_tokenizer(source, role, tokenizer_kind, trust_remote_code)
-    _check_memory(title, parameters, dtype, torch.device(device))
+    spread = loader_arguments(tp_plan, config, title)
+    if not spread:
+        _check_memory(title, parameters, dtype, torch.device(device))
     with _loader_errors(title, source, trust_remote_code), fits_in_memory(title, parameters, dtype):
         model, info = kind.from_pretrained(
             source,
@@ -124,6 +129,7 @@ def read_pretrained(
             output_loading_info=True,
             # Shapes that differ are refused below, with the weight's name.
             ignore_mismatched_sizes=True,
+            **spread,
         )
     _check_format(model, title)
     mismatch, headless = StateDictMismatch.of(model, info), False

@@ -40,8 +40,9 @@ def quantization(model: Any) -> str | None:
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    """Whether a weight is an ordinary tensor of floating-point numbers."""
-    return type(weight.data) is torch.Tensor and weight.dtype in _FLOATS
+    """Whether a weight is an ordinary tensor of floating-point numbers, in one process or spread over several."""
+    ordinary = type(weight.data) is torch.Tensor or hasattr(weight, "full_tensor")
+    return ordinary and weight.dtype in _FLOATS
 
 
 def refuse_quantized(model: Any, what: str) -> None:

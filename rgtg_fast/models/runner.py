@@ -24,6 +24,7 @@ from rgtg_fast.models.model_state import ModelSnapshot
 from rgtg_fast.models.rope import RowRope
 from rgtg_fast.models.split_cache import SplitCache
 from rgtg_fast.models.support import layer_windows
+from rgtg_fast.models.tensor_parallel import spread_over
 from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
 
 
@@ -79,7 +80,8 @@ class ModelRunner:
         heads = config.num_attention_heads
         self.geometry = (
             int(config.num_hidden_layers),
-            int(getattr(config, "num_key_value_heads", None) or heads),
+            # Of the heads, a process of several has its share.
+            int(getattr(config, "num_key_value_heads", None) or heads) // spread_over(model),
             int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         )
         self.counter = Counter()

@@ -78,7 +78,7 @@ class ServedModel(LanguageModel):
                 place, kind = model.device, model.dtype
             runner = UnloadedRunner(model, place, kind, max_length)
         vocabulary = min(runner.head.out_features, runner.embeddings)
-        return cls(runner, tokenizer, vocabulary, source, trust_remote_code)
+        return cls(runner, tokenizer, vocabulary, source=source, trust_remote_code=trust_remote_code)
 
 
 class UnloadedRunner:

@@ -20,6 +20,7 @@ from rgtg_fast.models.heads import Head
 from rgtg_fast.models.model_state import lock_of
 from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.support import TESTED_FAMILIES, beyond, exceeded_window, original_length
+from rgtg_fast.models.tensor_parallel import whole_weight
 
 if TYPE_CHECKING:
     from rgtg_fast.models.runner import ModelRunner
@@ -284,7 +285,7 @@ def _check_logits(runner: ModelRunner, state: torch.Tensor, own: torch.Tensor) -
     # A single reward may be near 0 by chance: the error is relative to the head's typical output for such a state.
     typical = state.double().norm()
     for layer in [head] if isinstance(head, nn.Linear) else head.linears():
-        typical = layer.weight.double().norm() * typical / layer.in_features**0.5
+        typical = whole_weight(layer).double().norm() * typical / layer.in_features**0.5
     size = own.norm() if own.shape[-1] > 1 else torch.maximum(own.norm(), typical)
     error = float((found - own).norm() / size.clamp_min(torch.finfo(torch.float64).tiny))
     if error <= _HEAD[runner.dtype]:
@@ -308,7 +309,7 @@ def _check_logits(runner: ModelRunner, state: torch.Tensor, own: torch.Tensor) -
 
 def _large_state(head: Head) -> torch.Tensor:
     """A state [E] for which an output of the head's first layer is `_LARGE`, or as large as half precision can hold."""
-    weight = (head if isinstance(head, nn.Linear) else head.linears()[0]).weight.detach().double()
+    weight = whole_weight(head if isinstance(head, nn.Linear) else head.linears()[0]).double()
     row = weight[weight.norm(dim=1).argmax()]
     square = row.square().sum()
     if not square > 0:

@@ -10,6 +10,7 @@ from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import adapter_tokenizer, refuse_bundled
 from rgtg_fast.models.prompts import text_ids
 from rgtg_fast.models.quantized import check_weights
+from rgtg_fast.models.tensor_parallel import spread_over
 
 # Tokenized under both tokenizers to see that they split text alike, which equal vocabularies do not promise.
 _PROBE = "Human: Is 1,234.5 °C hot?\n\nAssistant: Yes — it's  HOT, naïve friend! 你好 🙂"
@@ -66,6 +67,11 @@ def place_adapter(
     Raises:
         RGTGError: another tokenizer, or `share_trunk=True` where it cannot be.
     """
+    if (count := spread_over(lm.runner.model)) > 1:
+        raise RGTGError(
+            f"{adapter.name} is an adapter and the base model is spread over {count} processes: name a reward model "
+            "with weights of its own, such as the adapter merged into its base"
+        )
     tokenizer = adapter_tokenizer(adapter.name) or lm.tokenizer
     try:
         check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, adapter.name)
@@ -76,6 +82,13 @@ def place_adapter(
         return tokenizer, "share_trunk=False"
     if weights is not None:
         return tokenizer, f"weights={weights!r}"
+    if lm.other_device is not None:
+        if share_trunk:
+            raise RGTGError(
+                f"share_trunk=True runs {adapter.name} in the base model's forward on {lm.runner.device} and "
+                f"reward_device is {lm.other_device}: leave out one of them"
+            )
+        return tokenizer, f"reward_device={str(lm.other_device)!r}"
     why = None if lm.shares_forward else "another engine executes the base model"
     why = why or adapter.base_mismatch(lm.runner.model)
     why = why or other_prompts(lm.tokenizer, tokenizer, chat_template, adapter.name)

@@ -231,6 +231,35 @@ class OwnModel(RewardRuntime):
         return [self._newest]
 
 
+class DistantModel(OwnModel):
+    """A model of its own on another device than the base model's.
+
+    A step sends candidates or newest tokens there, and the choices; rewards or scores come back.
+    """
+
+    @property
+    def final_norm(self) -> FinalNorm | None:
+        # The fused draw reads log-probabilities, which are on the base model's device.
+        return None
+
+    def candidate_states(self, candidates: torch.Tensor, normed: bool = True) -> torch.Tensor:
+        return super().candidate_states(candidates.to(self.runner.device), normed)
+
+    def commit(self, choice: torch.Tensor) -> None:
+        super().commit(choice.to(self.runner.device))
+
+
+def own_model(runner: ModelRunner, lm: LanguageModel, *settings: Any) -> OwnModel:
+    """An `OwnModel`, or a `DistantModel` where it is on another device than the base model.
+
+    Args:
+        runner: the model.
+        lm: the base model.
+        settings: further arguments of `OwnModel`.
+    """
+    return (OwnModel if runner.device == lm.runner.device else DistantModel)(runner, lm, *settings)
+
+
 class SharedForward(RewardRuntime):
     """An adapter on the base model, executed in the base model's forward; the decoder moves and commits its rows.
 

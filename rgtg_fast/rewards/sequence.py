@@ -31,7 +31,7 @@ from rgtg_fast.rewards.compatibility import (
     place_adapter,
     unbound,
 )
-from rgtg_fast.rewards.runtime import OwnModel, RewardRuntime, SharedForward
+from rgtg_fast.rewards.runtime import RewardRuntime, SharedForward, own_model
 
 
 class SequenceReward(Reward):
@@ -100,7 +100,7 @@ class SequenceReward(Reward):
             if why is None:
                 self._bound = self._shared(source, head, lm, tokenizer)
                 return
-            model, _ = adapter_model(source, lm.pair(), dtype)
+            model, _ = adapter_model(source, lm.pair(), dtype, lm.reward_device)
             trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
             whole_chats = False  # the trainer of this package encodes prompt and answer apart
         elif self.share_trunk:
@@ -109,13 +109,13 @@ class SequenceReward(Reward):
             )
         else:
             model, tokenizer = load_sequence_classifier(
-                source, lm.runner, dtype, self.label, self.trust_remote_code
+                source, lm.runner, dtype, self.label, self.trust_remote_code, lm.reward_device
             )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk, whole_chats = "a model of its own", True
         round_weights(model, self.weights)
         runner = reward_runner(model, engine, max_length)
-        self._bound = OwnModel(runner, lm, tokenizer, self.chat_template, trunk, whole_chats)
+        self._bound = own_model(runner, lm, tokenizer, self.chat_template, trunk, whole_chats)
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)
         if runner.embeddings < used:
             raise RGTGError(
@@ -203,7 +203,7 @@ class SequenceReward(Reward):
 
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         runtime = self._runtime
-        return scores_of(runtime.candidate_states(candidates), runtime.head)
+        return scores_of(runtime.candidate_states(candidates), runtime.head).to(candidates.device)
 
     @property
     def fused(self) -> bool:

@@ -89,7 +89,7 @@ class TextReward(Reward):
             return
         source: Any = self.source
         model, tokenizer = load_sequence_classifier(
-            source, lm.runner, dtype, self.label, self.trust_remote_code
+            source, lm.runner, dtype, self.label, self.trust_remote_code, lm.reward_device
         )
         if tokenizer is None:
             raise RGTGError("TextReward needs the reward model's tokenizer: pass (model, tokenizer)")
@@ -180,7 +180,8 @@ class TextReward(Reward):
         for kind in (chats, texts):
             for start in range(0, len(kind), self.batch_size):
                 part = kind[start : start + self.batch_size]
-                rewards[part] = self._forward([rows[i] for i in part], [answers[i] for i in part])
+                values = self._forward([rows[i] for i in part], [answers[i] for i in part])
+                rewards[part] = values.to(device)
         return rewards
 
     def _forward(self, rows: list[Prefix], answers: list[str]) -> torch.Tensor:

@@ -33,7 +33,7 @@ from rgtg_fast.rewards.compatibility import (
     place_adapter,
     unbound,
 )
-from rgtg_fast.rewards.runtime import OwnModel, RewardRuntime, SharedForward
+from rgtg_fast.rewards.runtime import RewardRuntime, SharedForward, own_model
 
 Source = str | os.PathLike[str] | ModelAndTokenizer
 
@@ -125,18 +125,20 @@ class CausalScorer:
                 return SharedForward(lm, adapter, head, tokenizer, "the base model's")
             # Its head, whatever name it was saved under, takes the vocabulary head's place.
             causal = replace(adapter, head_name="lm_head")
-            model, _ = adapter_model(causal, lm.pair(), dtype)
+            model, _ = adapter_model(causal, lm.pair(), dtype, lm.reward_device)
             trunk = f"a model of its own, the adapter merged into a copy of its base ({why})"
         elif self.share_trunk:
             raise RGTGError(
                 f"share_trunk=True and {self.source!r} is not an adapter folder: only an adapter shares the base model"
             )
         else:
-            model, tokenizer = load_vocabulary_model(self.source, lm.runner, dtype, self.trust_remote_code)
+            model, tokenizer = load_vocabulary_model(
+                self.source, lm.runner, dtype, self.trust_remote_code, lm.reward_device
+            )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk = "a model of its own"
         round_weights(model, self.weights)
-        runtime = OwnModel(
+        runtime = own_model(
             language_runner(model, engine, max_length), lm, tokenizer, self.chat_template, trunk
         )
         self._check_width(lm, tokenizer, runtime.head, runtime.name)
@@ -191,7 +193,8 @@ class CausalScorer:
         assert self._bound is not None
         lm, runtime = self._bound
         # Another part of a mixture may have lowered the vocabulary after this one was bound.
-        return Scores(runtime.runner.logits(states, runtime.head)[:, : lm.vocabulary])
+        logits = runtime.runner.logits(states, runtime.head)[:, : lm.vocabulary]
+        return Scores(logits.to(lm.runner.device))
 
 
 class VocabularyScorer(Reward):
@@ -323,9 +326,9 @@ class VocabularyScorer(Reward):
             scorer.runtime.accept(tokens)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
-        device = self._scorers[0].runtime.runner.device
-        tokens = torch.tensor(list(answer), dtype=torch.int64, device=device).unsqueeze(-1)
         scores = [scorer.answer_scores(prefix, answer) for scorer in self._scorers]
+        device = scores[0].logits.device
+        tokens = torch.tensor(list(answer), dtype=torch.int64, device=device).unsqueeze(-1)
         return self.rewards_at(scores, tokens).squeeze(-1).tolist()
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.files import only_writer, reason, write_text
+from rgtg_fast.processes import Place
 
 Progress = Callable[[str], None]
 _P = ParamSpec("_P")
@@ -112,8 +113,7 @@ def one_run(train: Callable[_P, _R]) -> Callable[_P, _R]:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         values = given.arguments
-        # torchrun and accelerate number the processes of a run by RANK.
-        main = os.environ.get("RANK", "0") == "0"
+        main = Place.from_environment().main
         with training_folder(Path(values["output"]), values["resume"], main, values["progress"]):
             return train(*args, **kwargs)
 

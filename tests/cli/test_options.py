@@ -25,7 +25,7 @@ ANY = {
     ("bench", "--seed", "-1"),
     *(
         (command, "--beta", value)
-        for command in ("generate", "explain", "demo")
+        for command in ("generate", "explain", "demo", "export")
         for value in ("-1", "9" * 40)
     ),
     *((command, "--temperature", "9" * 40) for command in ("generate", "explain", "demo", "train-policy")),
@@ -91,6 +91,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], lis
         "token-rewards": ["token-rewards", "hi", "there", "--lm", "some/model"],
         "accuracy": ["accuracy", "--reward", "some/guide", "--data", str(pairs), "--lm", "some/model"],
         "evaluate": ["evaluate", "--config", str(study), "--output", folder],
+        "export": ["export", "--lm", "some/model", "--output", folder],
     }
     return lambda command: list(commands[command])
 
@@ -103,7 +104,7 @@ def one_line(outcome: Any, args: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "explain", "demo", "bench", "train", "train-policy", "accuracy"]
+    "command", ["generate", "explain", "demo", "bench", "train", "train-policy", "accuracy", "export"]
 )
 def test_numbers(run: Callable, base: Callable, command: str) -> None:
     checked = 0
@@ -138,7 +139,7 @@ def test_texts_and_paths(run: Callable, base: Callable) -> None:
 
 @pytest.mark.parametrize("device", ["mps", "meta", "cuda:99", "nonsense", "", "a\0b"])
 @pytest.mark.parametrize(
-    "command", ["generate", "explain", "demo", "bench", "train", "train-policy", "accuracy"]
+    "command", ["generate", "explain", "demo", "bench", "train", "train-policy", "accuracy", "export"]
 )
 def test_devices_that_there_are_not(run: Callable, base: Callable, command: str, device: str) -> None:
     assert "device=" in one_line(run(*base(command), "--device", device), [command, device])

@@ -131,8 +131,8 @@ def commit(
         )
     _checks.floating(op, "k_new", k_new)
     L, B, G, S, D = k_new.shape
-    N, T = B if slots is None else k_cache.shape[1], k_cache.shape[3]
-    legend = "B" if slots is None else "N"
+    N, legend = (B, "B") if slots is None else (k_cache.shape[1], "N")
+    T = k_cache.shape[3]
     _checks.shaped(op, "v_new", v_new, "[L, B, G, S, D]", (L, B, G, S, D))
     _checks.shaped(op, "k_cache", k_cache, f"[L, {legend}, G, T, D]", (L, N, G, T, D))
     _checks.shaped(op, "v_cache", v_cache, f"[L, {legend}, G, T, D]", (L, N, G, T, D))

@@ -212,6 +212,37 @@ def tree_attention(
         >>> tree_attention(q, k, v, k_cache, v_cache, lengths=torch.tensor([3]))[0, 0, 0]
         tensor([0.7500, 0.7500, 0.7500, 0.7500])
     """
+    _check_arguments(q, k, v, k_cache, v_cache, lengths, ancestors, causal, sinks, slots)
+    return torch.ops.rgtg_fast.tree_attention(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        lengths,
+        None if ancestors is None else ancestors.contiguous(),
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        causal,
+        0 if window is None else _window(window),
+        0.0 if softcap is None else _softcap(softcap),
+        None if sinks is None else sinks.contiguous(),
+        None if slots is None else slots.contiguous(),
+    )
+
+
+def _check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    ancestors: torch.Tensor | None,
+    causal: bool,
+    sinks: torch.Tensor | None,
+    slots: torch.Tensor | None,
+) -> None:
+    """Raises where shapes, dtypes or devices do not fit."""
     op = "tree_attention"
     if q.ndim != 4 or k_cache.ndim != 4:
         raise RGTGError(
@@ -219,22 +250,19 @@ def tree_attention(
         )
     _checks.floating(op, "q", q)
     B, H, S, D = q.shape
-    N, G, T = k_cache.shape[:3]
+    G, T = k_cache.shape[1:3]
+    N, legend = (B, "B") if slots is None else (k_cache.shape[0], "N")
     if G < 1 or H < 1 or H % G:
         raise RGTGError(f"{op}: {H} query heads cannot share {G} key-value heads: H must be a multiple of G")
     if D < 1:
         raise RGTGError(f"{op}: heads have {D} numbers: use D >= 1")
     _checks.shaped(op, "k", k, "[B, G, S, D]", (B, G, S, D))
     _checks.shaped(op, "v", v, "[B, G, S, D]", (B, G, S, D))
-    if slots is None:
-        N = B
-    else:
+    if slots is not None:
         _checks.shaped(op, "slots", slots, "[B]", (B,))
         _checks.of_dtype(op, "slots", slots, torch.int64)
-        slots = slots.contiguous()
         if B and not N:
             raise RGTGError(f"{op}: k_cache has no slots for {B} rows: use N >= 1")
-    legend = "B" if slots is None else "N"
     _checks.shaped(op, "k_cache", k_cache, f"[{legend}, G, T, D]", (N, G, T, D))
     _checks.shaped(op, "v_cache", v_cache, f"[{legend}, G, T, D]", (N, G, T, D))
     _checks.shaped(op, "lengths", lengths, f"[{legend}]", (N,))
@@ -251,11 +279,9 @@ def tree_attention(
             raise RGTGError(f"{op}: S={S} exceeds the {MAX_MASKED} bits of a mask: use S <= {MAX_MASKED}")
         _checks.shaped(op, "ancestors", ancestors, "[B, S]", (B, S))
         _checks.of_dtype(op, "ancestors", ancestors, torch.int64)
-        ancestors = ancestors.contiguous()
     if sinks is not None:
         _checks.shaped(op, "sinks", sinks, "[H]", (H,))
         _checks.of_dtype(op, "sinks", sinks, q.dtype)
-        sinks = sinks.contiguous()
     _checks.together(
         op,
         q,
@@ -267,23 +293,6 @@ def tree_attention(
         ancestors=ancestors,
         sinks=sinks,
         slots=slots,
-    )
-    if scale is None:
-        scale = D**-0.5
-    return torch.ops.rgtg_fast.tree_attention(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        lengths,
-        ancestors,
-        scale,
-        causal,
-        0 if window is None else _window(window),
-        0.0 if softcap is None else _softcap(softcap),
-        sinks,
-        slots,
     )
 
 

@@ -6,8 +6,8 @@ import torch
 
 from .._triton import power_of_two
 
-# A row's prefix is summed leaf by leaf. Leaves are folded within a span of slots, then span by span, whichever programs
-# do it, so the split never changes a bit. A leaf of a short row is a half or a quarter of `LEAF` where at most
+# A row's prefix is summed leaf by leaf. Leaves are folded within a span of positions, then span by span, whichever
+# programs do it, so the split never changes a bit. A leaf of a short row is a half or a quarter of `LEAF` where at most
 # `MAX_PARTS` leaves cover the row, and at least twice a block's query rows: partial sums would have more bytes than the
 # prefix.
 LEAF = 256
@@ -16,12 +16,12 @@ SPAN = LEAF * MAX_PARTS
 
 
 def leaf_of(length: int, least: int) -> int:
-    """Slots of a leaf in a row of `length`; the kernels compute the same."""
+    """Positions of a leaf in a row of `length`; the kernels compute the same."""
     return max(least, next((n for n in (LEAF // 4, LEAF // 2) if length <= n * MAX_PARTS), LEAF))
 
 
 def least_leaf(block_m: int) -> int:
-    """Slots of the smallest leaf for a block of query rows."""
+    """Positions of the smallest leaf for a block of query rows."""
     return min(max(2 * block_m, LEAF // 4), LEAF)
 
 
@@ -115,15 +115,15 @@ MANY_ROWS = 1024
 
 
 def split_prefix(programs: int, rows: int, T: int, least: int, multiprocessors: int) -> tuple[int, int]:
-    """Slots of the prefix that one program reads (0: a leaf of its row), and the number of such splits.
+    """Positions of the prefix that one program reads (0: a leaf of its row), and the number of such splits.
 
-    A program reads a span where spans fill the device, else a leaf, and all slots for many query rows.
+    A program reads a span where spans fill the device, else a leaf, and all positions for many query rows.
 
     Args:
         programs: programs per split: B · G · blocks of query rows.
         rows: query rows: new tokens times heads of the group.
-        T: the largest number of slots that a row reads.
-        least: slots of the smallest leaf.
+        T: the largest number of positions that a row reads.
+        least: positions of the smallest leaf.
         multiprocessors: multiprocessors of the device.
     """
     if rows >= MANY_ROWS:
@@ -131,5 +131,5 @@ def split_prefix(programs: int, rows: int, T: int, least: int, multiprocessors: 
     spans = max(1, -(-T // SPAN))
     if 4 * programs * spans >= 3 * multiprocessors:
         return SPAN, spans
-    # The largest number of leaves that a row of up to T slots can have.
+    # The largest number of leaves that a row of up to T positions can have.
     return 0, max(min(MAX_PARTS, -(-T // least)), -(-T // LEAF), 1)

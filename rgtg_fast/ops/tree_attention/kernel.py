@@ -187,7 +187,7 @@ def tree_attention_kernel(
     i_c = _slot(p_slots, i_b, N)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_c), 0), T).to(tl.int32)
     if window is not None:
-        # From here on slots are counted from the first that the window of a token of depth 0 reaches.
+        # From here on positions are counted from the first that the window of a token of depth 0 reaches.
         unseen = length - window + 1
         begin = tl.maximum(unseen, 0)
         length -= begin
@@ -283,7 +283,7 @@ def tree_attention_kernel(
                     b_l = tl.zeros([BLOCK_M], tl.float32)
                     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             o_t = first + o_n
-            # Slots past the length may contain NaN: they are not loaded.
+            # Positions past the length may contain NaN: they are not loaded.
             m_t = o_t < length
             m_td = m_t[:, None] & m_d[None, :]
             o_t64 = o_t.to(tl.int64)[:, None]

@@ -1,0 +1,516 @@
+"""`model.generate(..., custom_generate=rgtg_fast.custom_generate)`: transformers' call, decoded by our engine.
+
+transformers prepares a call (generation config, attention mask, stopping criteria) and leaves the decoding loop to a
+callable. Of what it prepares, everything that could change the tokens is either served or refused by name.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    LogitNormalization,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+
+from rgtg_fast.config import Guidance, whole
+from rgtg_fast.decoder import RewardGuidedDecoder, RewardLike
+from rgtg_fast.engine.request import Arguments, Run, as_run
+from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.models.pretrained import read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+    from rgtg_fast.engine.batch import Row
+
+# The setting of generate() that adds a logits processor, by the processor's class; others are the caller's own.
+_SETTINGS = {
+    "EncoderNoRepeatNGramLogitsProcessor": "encoder_no_repeat_ngram_size",
+    "EncoderRepetitionPenaltyLogitsProcessor": "encoder_repetition_penalty",
+    "EpsilonLogitsWarper": "epsilon_cutoff",
+    "EtaLogitsWarper": "eta_cutoff",
+    "ExponentialDecayLengthPenalty": "exponential_decay_length_penalty",
+    "ForcedBOSTokenLogitsProcessor": "forced_bos_token_id",
+    "ForcedEOSTokenLogitsProcessor": "forced_eos_token_id",
+    "InfNanRemoveLogitsProcessor": "remove_invalid_values",
+    "MinLengthLogitsProcessor": "min_length",
+    "MinNewTokensLengthLogitsProcessor": "min_new_tokens",
+    "MinPLogitsWarper": "min_p",
+    "NoBadWordsLogitsProcessor": "bad_words_ids",
+    "NoRepeatNGramLogitsProcessor": "no_repeat_ngram_size",
+    "PrefixConstrainedLogitsProcessor": "prefix_allowed_tokens_fn",
+    "RepetitionPenaltyLogitsProcessor": "repetition_penalty",
+    "SequenceBiasLogitsProcessor": "sequence_bias",
+    "SuppressTokensAtBeginLogitsProcessor": "begin_suppress_tokens",
+    "SuppressTokensLogitsProcessor": "suppress_tokens",
+    "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
+    "TopHLogitsWarper": "top_h",
+    "TopPLogitsWarper": "top_p",
+    "TypicalLogitsWarper": "typical_p",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
+    "WatermarkLogitsProcessor": "watermarking_config",
+}
+# Inputs of a forward that decoding does not depend on, or that are checked on their own.
+_INPUTS = {
+    "attention_mask",
+    "cache",
+    "cache_position",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
+# What generate() can return for each step; all need logits of the whole vocabulary or the model's own forward.
+_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_KEPT = "_rgtg_fast_decoder"
+_finding = threading.Lock()
+
+
+def custom_generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    reward: RewardLike = None,
+    guidance: Guidance = Guidance(),
+    seed: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    decoder: RewardGuidedDecoder | None = None,
+    streamer: BaseStreamer | None = None,
+    **inputs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """The decoding loop of `model.generate(..., custom_generate=rgtg_fast.custom_generate, reward=...)`.
+
+    transformers calls it with the first five arguments and `inputs`; `reward`, `guidance`, `seed` and `decoder` are
+    arguments of `generate`. A tokenizer does not reach it that way, since transformers keeps it: bind it with
+    `functools.partial(rgtg_fast.custom_generate, tokenizer=...)`.
+
+    The tokens are those of `RewardGuidedDecoder.generate` with the temperature of the generation config (0 without
+    `do_sample`). The decoder is made at the first call and kept with the model for calls with the same reward.
+
+    Args:
+        model: the base model.
+        input_ids: [B, P] int64, prompts, padded on either side where an attention mask says so.
+        logits_processor: those of the generation config and the caller's.
+        stopping_criteria: those of the generation config and the caller's; the latter are called after every step with
+            all sequences so far and None for the scores.
+        generation_config: of the call.
+        reward: as in `RewardGuidedDecoder.from_pretrained`.
+        guidance: k, β, support and the like; its temperature is generate()'s, so leave it out.
+        seed: of every prompt; the j-th of several sequences of a prompt has `seed + j`. None: seeds from torch's
+            generator, so that `torch.manual_seed` makes a call repeatable.
+        tokenizer: the base model's; by default the one in the folder that the model was loaded from, where there is
+            one.
+        decoder: used in place of one made here, for a choice of engine or dtype; not together with `reward`.
+        streamer: gets the tokens of every step, and its end. One given to `generate` is found in the caller.
+        inputs: further inputs of the model's forward that transformers has prepared.
+
+    Returns:
+        Sequences [B, P + N], each prompt as given with its answer, padded on the right as generate() does; in a
+        `GenerateDecoderOnlyOutput` with `return_dict_in_generate`.
+
+    Raises:
+        RGTGError: an argument that cannot be served exactly, in one line.
+    """
+    caller = _caller()
+    _check_call(model, caller, generation_config, input_ids, inputs)
+    chosen = _guidance(guidance, generation_config, logits_processor)
+    prompts = _prompts(input_ids, inputs.get("attention_mask"), inputs.get("position_ids"))
+    seeds = _seeds(seed, len(prompts), generation_config)
+    call = _Call(input_ids, generation_config, stopping_criteria, streamer, caller.get("streamer"))
+    with _decoder(model, reward, tokenizer, decoder, len(prompts)) as used:
+        run = _begin(used, prompts, chosen, seeds, call)
+        for rows in used._turns.of(run, used._scheduler.steps(run)):
+            call.step(rows, run)
+    sequences = call.finish()
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences)  # pyright: ignore[reportArgumentType]
+    return sequences
+
+
+class _Call:
+    """What a call of generate() sees of a run: the tokens of every step.
+
+    Args:
+        input_ids: [B, P], as given.
+        config: the call's generation config.
+        criteria: all stopping criteria.
+        bound: a streamer that was bound to the callable, which has seen nothing yet.
+        given: one that was given to generate(), which has the prompt already.
+
+    Attributes:
+        eos_ids: tokens that end a sequence.
+        max_new_tokens: tokens after the padded prompts.
+
+    Raises:
+        RGTGError: two streamers, or no padding token for sequences of different lengths.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        config: GenerationConfig,
+        criteria: StoppingCriteriaList,
+        bound: BaseStreamer | None,
+        given: BaseStreamer | None,
+    ):
+        if bound is not None and given is not None and bound is not given:
+            raise RGTGError(
+                "two streamers, one bound to custom_generate and one given to generate: use one of them"
+            )
+        self._input_ids, self._columns = input_ids, list[list[int]]()
+        self._streamer = bound if given is None else given
+        if self._streamer is not None and given is None:
+            self._streamer.put(input_ids.cpu())
+        own = EosTokenCriteria, MaxLengthCriteria
+        self._criteria: list[StoppingCriteria] = [each for each in criteria if not isinstance(each, own)]
+        ends = [each.eos_token_id for each in criteria if isinstance(each, EosTokenCriteria)]
+        self.eos_ids = frozenset(token for ids in ends for token in ids.tolist())
+        lengths = [each.max_length for each in criteria if isinstance(each, MaxLengthCriteria)]
+        if not lengths:
+            raise RGTGError("there is no length limit: pass max_new_tokens")
+        # generate() decodes one token before it asks the criteria.
+        self.max_new_tokens = max(1, min(lengths) - input_ids.shape[1])
+        pad = config._pad_token_tensor
+        self._pad = None if pad is None else int(pad)
+        if self._pad is None and self._criteria and len(input_ids) > 1:
+            raise RGTGError(
+                "stopping criteria may end one sequence before another and there is no padding token: pass pad_token_id"
+            )
+
+    def step(self, rows: Sequence[Row], run: Run) -> None:
+        """Notes the tokens of a step, and ends the rows that a stopping criterion ends.
+
+        Args:
+            rows: all rows that had not ended.
+            run: the run.
+        """
+        column = [0 if self._pad is None else self._pad] * len(self._input_ids)
+        for row in rows:
+            column[row.prompt.index] = row.last_token
+        self._columns.append(column)
+        if self._criteria:
+            sequences, ended = self._sequences(), None
+            for criterion in self._criteria:
+                answer = criterion(sequences, None)  # pyright: ignore[reportArgumentType]
+                done = torch.as_tensor(answer).cpu().bool().expand(len(column))
+                ended = done if ended is None else ended | done
+            assert ended is not None
+            for row in rows:
+                if row.finish_reason is None and ended[row.prompt.index]:
+                    run.stopping.finish(row, "stop")
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor(column))
+
+    def finish(self) -> torch.Tensor:
+        """Ends the streamer; all sequences [B, P + N]."""
+        if self._streamer is not None:
+            self._streamer.end()
+        return self._sequences()
+
+    def _sequences(self) -> torch.Tensor:
+        answers = torch.tensor(self._columns, dtype=self._input_ids.dtype, device=self._input_ids.device)
+        return torch.cat([self._input_ids, answers.T], dim=-1)
+
+
+# ---- what transformers has prepared ----------------------------------------------------------------------------------
+
+
+def _caller() -> dict[str, Any]:
+    """The local variables of the call of generate() that this module serves, which tell what it does not pass on.
+
+    transformers keeps a streamer, an assistant model and `synced_gpus` to itself. Empty where nothing of the kind has
+    called.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__")
+        if frame.f_code.co_name == "generate" and name == "transformers.generation.utils":
+            return dict(frame.f_locals)
+        frame = frame.f_back
+    return {}
+
+
+def _check_call(
+    model: PreTrainedModel,
+    caller: dict[str, Any],
+    config: GenerationConfig,
+    input_ids: torch.Tensor,
+    inputs: dict[str, Any],
+) -> None:
+    """Refuses what our engine does not decode.
+
+    Raises:
+        RGTGError: naming the argument of generate().
+    """
+    if model.config.is_encoder_decoder:
+        raise RGTGError(
+            f"{type(model).__name__} is an encoder-decoder: custom_generate decodes causal models"
+        )
+    if caller.get("assistant_model") is not None:
+        raise RGTGError("assistant_model has no part in guided decoding: leave it out")
+    if caller.get("synced_gpus"):
+        raise RGTGError(
+            "synced_gpus needs transformers' own loop: decode a model that is whole on its device"
+        )
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise RGTGError(
+            f"the generation config asks for {str(mode.value).replace('_', ' ')} (num_beams={config.num_beams}): "
+            "custom_generate decodes greedily or samples, num_beams=1"
+        )
+    if config.cache_implementation not in (None, "dynamic"):
+        raise RGTGError(
+            f"cache_implementation={config.cache_implementation!r} chooses a cache of transformers and this decoder "
+            "has its own: leave it out"
+        )
+    asked = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
+    if asked:
+        raise RGTGError(f"{asked[0]}=True needs logits of every token: leave it out")
+    if inputs.get("inputs_embeds") is not None or not input_ids.shape[1]:
+        raise RGTGError("inputs_embeds have no token ids, which rewards read: pass input_ids")
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
+        raise RGTGError(
+            "past_key_values of an earlier call are not read: leave them out and pass the whole input_ids"
+        )
+    for name, value in inputs.items():
+        zero = name == "token_type_ids" and not torch.any(value)
+        if name not in _INPUTS and value is not None and value is not False and not zero:
+            raise RGTGError(
+                f"{name}={shown(value)} is an input that guided decoding does not read: leave it out"
+            )
+
+
+def _guidance(given: Guidance, config: GenerationConfig, processors: LogitsProcessorList) -> Guidance:
+    """The guidance with the temperature of the generation config.
+
+    Raises:
+        RGTGError: another temperature in the guidance, or a processor that changes the distribution.
+    """
+    if not isinstance(given, Guidance):
+        raise RGTGError(f"guidance={shown(given)} is not a Guidance: pass Guidance(k=10, beta=1.0)")
+    temperature = 0.0
+    if config.do_sample:
+        temperature = 1.0 if config.temperature is None else float(config.temperature)
+    if given.temperature not in (1.0, temperature):
+        asked = f"do_sample=True, temperature={temperature}" if config.do_sample else "do_sample=False"
+        raise RGTGError(
+            f"Guidance(temperature={given.temperature}) and generate({asked}): set do_sample and temperature in "
+            "generate, and leave it out of the guidance"
+        )
+    for processor in processors:
+        _check_processor(processor, given, temperature, config)
+    return replace(given, temperature=temperature)
+
+
+def _check_processor(
+    processor: Any, guidance: Guidance, temperature: float, config: GenerationConfig
+) -> None:
+    """Refuses a logits processor unless guided decoding computes exactly what it would."""
+    if isinstance(processor, LogitNormalization):
+        return
+    if isinstance(processor, TemperatureLogitsWarper) and processor.temperature == temperature:
+        return
+    if isinstance(processor, TopKLogitsWarper):
+        if guidance.support != "all" and processor.top_k >= guidance.k:
+            return
+        kept = "support='all'" if guidance.support == "all" else f"k={guidance.k} candidates"
+        raise RGTGError(
+            f"top_k={processor.top_k} (transformers' default when sampling is 50) would cut the guidance's {kept}: "
+            "pass top_k=0"
+        )
+    name = type(processor).__name__
+    setting = _SETTINGS.get(name)
+    if setting == "min_length" and config.min_new_tokens:
+        setting = "min_new_tokens"  # of which transformers makes a min_length
+    if setting is None:
+        raise RGTGError(
+            f"logits_processor {name} changes the distribution that the reward guides: leave it out, or put "
+            "RewardGuidedLogitsProcessor behind it in a generate() of transformers' own"
+        )
+    value = getattr(config, setting, None)
+    given = setting if value is None else f"{setting}={shown(value)}"
+    raise RGTGError(f"{given} changes the distribution that the reward guides ({name}): {_neutral(setting)}")
+
+
+def _neutral(setting: str) -> str:
+    """How to switch a setting off, which may come from the model's generation_config.json."""
+    numbers = {"top_p": "1.0", "repetition_penalty": "1.0", "typical_p": "1.0", "guidance_scale": "1.0"}
+    numbers |= {"encoder_repetition_penalty": "1.0", "min_new_tokens": "0", "min_length": "0"}
+    numbers |= {"no_repeat_ngram_size": "0", "epsilon_cutoff": "0.0", "eta_cutoff": "0.0"}
+    if setting == "prefix_allowed_tokens_fn":
+        return "leave it out"
+    return f"pass {setting}={numbers.get(setting, 'None')}"
+
+
+def _prompts(
+    input_ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+) -> list[list[int]]:
+    """The token ids of each prompt without its padding.
+
+    Raises:
+        RGTGError: an empty prompt, or positions that are not those of its tokens.
+    """
+    kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device) != 0
+    if kept.shape != input_ids.shape:
+        raise RGTGError(
+            f"attention_mask has shape {tuple(kept.shape)} and input_ids {tuple(input_ids.shape)}: pass one mask value "
+            "for each id"
+        )
+    empty = (~kept.any(-1)).nonzero()
+    if len(empty):
+        raise RGTGError(f"prompt {int(empty[0])} is empty under its attention_mask: pass at least one token")
+    if positions is not None:
+        expected = kept.cumsum(-1) - 1
+        if positions.shape[-1] != input_ids.shape[1] or torch.any((positions != expected) & kept):
+            raise RGTGError("position_ids differ from the places of the tokens: leave them out")
+    return [ids[row].tolist() for ids, row in zip(input_ids, kept, strict=True)]
+
+
+def _seeds(seed: int | None, rows: int, config: GenerationConfig) -> list[int]:
+    """A seed for each row; rows of one prompt are next to each other."""
+    copies = config.num_return_sequences or 1
+    if seed is not None:
+        first = whole("seed", seed, example=0)
+        return [first + row % copies for row in range(rows)]
+    return torch.randint(2**62, (rows,)).tolist() if config.do_sample else [0] * rows
+
+
+# ---- the decoder -----------------------------------------------------------------------------------------------------
+
+
+class _Kept:
+    """The decoder of a model's last call, in an attribute of the model that its copies and pickles do without."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = weakref.ref(model)
+        self.lock = threading.RLock()
+        self.decoder: RewardGuidedDecoder | None = None
+        self.reward: RewardLike = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Kept:
+        with _finding:
+            kept = vars(model).get(_KEPT)
+            if not isinstance(kept, cls) or kept.model() is not model:
+                kept = vars(model)[_KEPT] = cls(model)
+            return kept
+
+    def begun(
+        self, model: PreTrainedModel, reward: RewardLike, tokenizer: PreTrainedTokenizerBase | None
+    ) -> RewardGuidedDecoder:
+        """The decoder, made anew where the reward is another one or the model was changed beyond its weights."""
+        if self.decoder is not None and _same(reward, self.reward) and tokenizer is self.tokenizer:
+            try:
+                return _begun(self.decoder)
+            except RGTGError:
+                pass  # the new one says what is wrong, if anything still is
+        self.decoder = None  # its memory is free before the next one takes more
+        self.decoder = _make(model, reward, tokenizer)
+        self.reward, self.tokenizer = reward, tokenizer
+        return _begun(self.decoder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _same(one: RewardLike, other: RewardLike) -> bool:
+    """Whether two rewards are one object, one name, or made from the same settings of a guided folder."""
+    if one is other or (isinstance(one, str) and one == other):
+        return True
+    made = getattr(one, "_made_from", None)
+    return made is not None and made == getattr(other, "_made_from", None)
+
+
+@contextmanager
+def _decoder(
+    model: PreTrainedModel,
+    reward: RewardLike,
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: RewardGuidedDecoder | None,
+    rows: int,
+) -> Iterator[RewardGuidedDecoder]:
+    """A decoder that has taken over the model's weights, for one call at a time, with a slot for each of its rows.
+
+    All rows are decoded at once, as generate() does, so that stopping criteria and streamers see whole steps.
+
+    Raises:
+        RGTGError: a decoder of another model, or one beside a reward; the models do not fit.
+    """
+    if given is not None and (reward is not None or tokenizer is not None):
+        raise RGTGError("decoder and a reward or tokenizer, which it has already: pass one of the two")
+    if given is not None and given.lm.runner.model is not model:
+        raise RGTGError("this decoder belongs to another model: make it from (model, tokenizer)")
+    kept = _Kept.of(model)
+    with kept.lock:
+        used = _begun(given) if given is not None else kept.begun(model, reward, tokenizer)
+        before, used._scheduler.max_batch = used.max_batch, rows
+        try:
+            yield used
+        finally:
+            used._scheduler.max_batch = before
+
+
+def _begun(decoder: RewardGuidedDecoder) -> RewardGuidedDecoder:
+    with decoder._turns.taken():
+        decoder._turns.begin()
+    return decoder
+
+
+def _make(
+    model: PreTrainedModel, reward: RewardLike, tokenizer: PreTrainedTokenizerBase | None
+) -> RewardGuidedDecoder:
+    """A decoder of the caller's model, whose training mode and weights stay as they are."""
+    training = [module for module in model.modules() if module.training]
+    name = model.config._name_or_path
+    if tokenizer is None and name:
+        try:
+            tokenizer = read_tokenizer(name, "language model")
+        except RGTGError:
+            tokenizer = None  # prompts are token ids; a reward that needs text says so
+    try:
+        return RewardGuidedDecoder.from_pretrained((model, tokenizer), reward, fuse_projections=False)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _begin(
+    decoder: RewardGuidedDecoder,
+    prompts: list[list[int]],
+    guidance: Guidance,
+    seeds: list[int],
+    call: _Call,
+) -> Run:
+    """A run of all rows, to which the caches belong from now on."""
+    with decoder._turns.taken():
+        # Without a tokenizer, whose padding token could be a prompt's own: the mask has told what padding is.
+        arguments = Arguments(prompts, call.max_new_tokens, guidance, seeds, None)
+        rows = arguments.rows(decoder.lm, decoder._scheduler.reward)
+        run = as_run(rows, decoder.lm, arguments.max_new_tokens, None, False, decoder.phase_timer())
+        run.stopping.eos_ids = call.eos_ids
+        decoder._turns.claim(run)
+        return run
