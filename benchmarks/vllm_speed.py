@@ -100,7 +100,7 @@ def measure(name: str, tokens: int, rounds: int) -> None:
     from rgtg_fast.bench.roofline import machine
     from rgtg_fast.bundled import default_model
 
-    model, reward = default_model(), os.environ["RGTG_FAST_REWARD"]
+    model, reward = str(default_model()), os.environ["RGTG_FAST_REWARD"]
     llm = LLM(
         model,
         logits_processors=["rgtg_fast.integrations.vllm:RewardGuide"],
