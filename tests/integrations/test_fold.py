@@ -241,4 +241,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "exists: name another folder" in export("--beta", "0.5")[1]
     assert export("--beta", "0.5", "--overwrite")[0] == f"{output}\n"
     check(output, lm, tokenizer, VocabularyReward(reward.removeprefix("farma:")), 0.5)
-    assert "--temperature does not go with --fold" in export("--temperature", "0.5")[1]
+    assert "--temperature has no part in it" in export("--temperature", "0.5")[1]

@@ -35,7 +35,7 @@ SIGNATURES = {
 
 
 def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"example_{Path(name).stem}", FOLDER / name)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +58,7 @@ def test_a_stable_signature_is_the_promised_one(name: str) -> None:
 
 def test_a_loop_of_ones_own_decodes_as_the_decoder_does() -> None:
     """Greedy and sampled: the same seeds give the same draws."""
-    loop, model = example("ops_own_loop"), make_lm()
+    loop, model = example("ops_own_loop.py"), make_lm()
     prompts = torch.randint(3, V, (2, 7), generator=torch.Generator().manual_seed(0))
     penalty = torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(1))
     decoder = RewardGuidedDecoder.from_pretrained(
@@ -86,7 +86,7 @@ def naive(model: nn.Module, prompt: torch.Tensor, steps: int, k: int, beta: floa
 
 @torch.inference_mode()
 def test_the_ops_over_a_static_cache_decode_as_without_a_cache() -> None:
-    foreign, model = example("ops_foreign_cache"), make_lm()
+    foreign, model = example("ops_foreign_cache.py"), make_lm()
     prompts = [torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 9, 5)]
     got = foreign.decode(model, prompts, [2, 0], 5)
     model.set_attn_implementation("sdpa")
@@ -116,10 +116,10 @@ def test_views_of_a_dynamic_cache_are_prefix_and_candidates(compiled: bool) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ops_own_loop", "ops_foreign_cache"])
+@pytest.mark.parametrize("name", ["ops_own_loop.py", "ops_foreign_cache.py"])
 def test_the_examples_compile_without_a_graph_break(name: str) -> None:
     module, model = example(name), make_lm()
-    if name == "ops_own_loop":
+    if name == "ops_own_loop.py":
         arguments = (model, torch.randint(3, V, (2, 7)), torch.randn(model.config.vocab_size), 2.0, 0.9, 4)
         run = module.generate
     else:
@@ -128,7 +128,7 @@ def test_the_examples_compile_without_a_graph_break(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ops_own_loop", "ops_foreign_cache"])
+@pytest.mark.parametrize("name", ["ops_own_loop.py", "ops_foreign_cache.py"])
 def test_the_examples_run(name: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", [name])
     example(name).main()
