@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rgtg_fast.config import Guidance
 from rgtg_fast.decoder import RewardGuidedDecoder
@@ -26,6 +26,7 @@ from rgtg_fast.models.device import resolve_dtype
 from rgtg_fast.models.gguf import gguf_file
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import ModelAndTokenizer
+from rgtg_fast.models.pretrained import read_description
 from rgtg_fast.models.quantized import refuse_quantized
 from rgtg_fast.rewards.base import Reward
 from rgtg_fast.rewards.compatibility import other_prompts
@@ -238,8 +239,8 @@ def _stored_dtype(lm: str | os.PathLike[str] | ModelAndTokenizer, model: PreTrai
         return model.dtype
     if is_adapter(lm) or gguf_file(lm, str(lm)) is not None:
         return torch.float32
-    # The model was loaded from there: the file can be read.
-    stored = AutoConfig.from_pretrained(lm).get_text_config().dtype
+    described, _ = read_description(lm, "language model")
+    stored = described.config.get_text_config().dtype
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
