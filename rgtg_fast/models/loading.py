@@ -35,6 +35,7 @@ from rgtg_fast.models.support import (
     title,
     unsupported_architecture,
 )
+from rgtg_fast.models.verification import verify
 
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 Source = str | os.PathLike[str] | ModelAndTokenizer
@@ -409,13 +410,13 @@ def _verified_runner(
     served = limit if nearest is None else min(limit, nearest.tokens)
     runner = ModelRunner(model, head, engine, served)
     try:
-        runner.verify()
+        verify(runner)
     except RGTGError:
         if engine != "auto" or runner.engine != "triton":
             raise
         # A version of transformers may compute what our ops do not; its own blocks do.
         runner = ModelRunner(model, head, "transformers", served)
-        runner.verify()
+        verify(runner)
     if refused is None and max_length is not None and max_length > limit and changes_beyond(config, limit):
         refused = RGTGError(
             f"{cannot}: beyond its context every further token changes all frequencies of its dynamic rope, the cache "

@@ -23,9 +23,8 @@ from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.model_state import ModelSnapshot
 from rgtg_fast.models.rope import RowRope
 from rgtg_fast.models.split_cache import SplitCache
-from rgtg_fast.models.support import layer_windows
-from rgtg_fast.models.tensor_parallel import spread_over
-from rgtg_fast.models.verification import OUTPUTS, verify, verify_variant
+from rgtg_fast.models.support import cache_geometry, layer_windows
+from rgtg_fast.models.verification import OUTPUTS, verify_variant
 
 
 @dataclass
@@ -77,13 +76,7 @@ class ModelRunner:
         config: Any = model.config.get_text_config()
         language = head is model.get_output_embeddings()
         self.logit_softcap = getattr(config, "final_logit_softcapping", None) if language else None
-        heads = config.num_attention_heads
-        self.geometry = (
-            int(config.num_hidden_layers),
-            # Of the heads, a process of several has its share.
-            int(getattr(config, "num_key_value_heads", None) or heads) // spread_over(model),
-            int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        )
+        self.geometry = cache_geometry(model)
         self.counter = Counter()
         self.shared_forward = self.compiled = self.windows = False
         self.prompt_contexts = 1
@@ -478,28 +471,12 @@ class ModelRunner:
         if head is None and isinstance(self.head, RewardHead):
             return scores_of(hidden, self.head).unsqueeze(-1)
         logits = self.layers.logits(hidden, self.head if head is None else head)
-        return (
-            logits
-            if self.logit_softcap is None
-            else torch.tanh(logits / self.logit_softcap) * self.logit_softcap
-        )
+        cap = self.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """The one-label head's output [B, S] in at least float32 for hidden states [B, S, E]."""
         return scores_of(hidden, self.head)
-
-    @torch.inference_mode()
-    def verify(self) -> None:
-        """Compares a few cached steps with the model's own uncached forward, once at load time.
-
-        A computation of a family beyond its blocks (scaled or capped logits, an unknown kind of attention) would
-        otherwise go unnoticed and change every result. In half precision the same comparison in float32 tells a
-        difference from rounding.
-
-        Raises:
-            RGTGError: the two differ by more than the dtype's rounding.
-        """
-        verify(self)
 
     @property
     def embeddings(self) -> int:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.rope import longrope_length
+from rgtg_fast.models.tensor_parallel import spread_over
 
 TESTED_FAMILIES = "Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, gpt-oss, GPT-NeoX, OPT, GPT-2"
 # Rope types whose frequencies depend on the position only; the others also depend on the longest row of a batch.
@@ -201,6 +202,18 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
         return []
     nested = [each for each in found.values() if isinstance(each, dict)]
     return nested or [found]
+
+
+def cache_geometry(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Layers, key heads and width of a head in a model's cache."""
+    config: Any = model.config.get_text_config()
+    heads = config.num_attention_heads
+    return (
+        int(config.num_hidden_layers),
+        # Of the heads, a process of several has its share.
+        int(getattr(config, "num_key_value_heads", None) or heads) // spread_over(model),
+        int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+    )
 
 
 def layer_windows(config: Any) -> list[int]:

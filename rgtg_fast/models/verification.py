@@ -65,11 +65,14 @@ def _within_short_texts(check: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+@torch.inference_mode()
 @_within_short_texts
 def verify(runner: ModelRunner) -> None:
-    """Compares cached steps and the head with the model's own uncached forward and attention.
+    """Compares cached steps and the head with the model's own uncached forward and attention, once at load time.
 
-    Where the model has sliding windows that are shorter than a row, `runner.windows` is set.
+    A computation of a family beyond its blocks (scaled or capped logits, an unknown kind of attention) would otherwise
+    go unnoticed and change every result. In half precision the same comparison in float32 tells a difference from
+    rounding. Where the model has sliding windows that are shorter than a row, `runner.windows` is set.
 
     Args:
         runner: the model with its cache, which is empty afterwards.

@@ -74,7 +74,7 @@ def test_a_cap_of_the_logits_is_the_models_own(dtype: torch.dtype) -> None:
     runner = language_runner(model, "auto", None)
     for wrong in (None, 40.0):
         runner.logit_softcap = wrong
-        assert "final_logit_softcapping=50.0" in refused(runner.verify)
+        assert "final_logit_softcapping=50.0" in refused(lambda: verification.verify(runner))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -311,7 +311,7 @@ def test_a_head_that_is_not_capped_like_its_config_is_refused(monkeypatch: pytes
     runner = language_runner(model, "auto", None)
     assert runner.logit_softcap == 3.0
     runner.logit_softcap = None
-    assert "final_logit_softcapping=3.0" in refused(runner.verify)
+    assert "final_logit_softcapping=3.0" in refused(lambda: verification.verify(runner))
     assert reward_runner(reward_model("gemma2"), "auto", None).logit_softcap is None
     assert model.lm_head is head
 
