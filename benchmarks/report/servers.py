@@ -35,7 +35,8 @@ def vllm_block(rows: list[Row]) -> str:
     lines += [
         "",
         "`pargs`: bundled:pargs merged into a reward model as large as the base model. `genarm small`: a random model "
-        "with 2 layers of width 64. *Guided ÷ unguided*: median of the rounds, in each of which the same engine answers "
-        f"the same prompts guided and unguided. Greedy answers equal `RewardGuidedDecoder`'s in {equal} of {len(rows)} rows.",
+        "with 2 layers of width 64. *Guided ÷ unguided*: median of the rounds, in each of which one engine answers the "
+        "same prompts guided and unguided. Greedy answers equal `RewardGuidedDecoder`'s in "
+        f"{equal} of {len(rows)} rows.",
     ]
     return "\n".join(lines)
