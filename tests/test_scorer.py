@@ -28,6 +28,7 @@ from rgtg_fast import (
     VocabularyReward,
 )
 from rgtg_fast.engine.outputs import GeneratedRow
+from rgtg_fast.models.kv_cache import Slots
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.engine.support import prompts_of
 
@@ -294,6 +295,131 @@ def test_a_forward_that_fails_loses_no_request() -> None:
         scorer.score([request], candidates)
     fails[0] = False
     assert torch.equal(scorer.score([request], candidates), first)
+
+
+def test_a_refused_call_costs_no_prefix() -> None:
+    pair = make_lm(0), make_tokenizer()
+    scorer = RequestScorer.from_pretrained(pair, (make_rm(1), None), max_requests=2, max_length=8)
+    request, candidates = scorer.add([7, 8, 9]), torch.tensor([[11, 12]])
+    first = scorer.score([request], candidates)
+    refused: list[Callable[[], object]] = [
+        lambda: scorer.score([request, request], torch.tensor([[1], [2]])),
+        lambda: scorer.score([99], candidates),
+        lambda: scorer.score([request], torch.tensor([[64]])),
+        lambda: scorer.score([request], torch.tensor([[1.5]])),
+        lambda: scorer.guidance([request]),
+        lambda: scorer.guide([request], torch.zeros(1, 64), None),  # pyright: ignore[reportArgumentType]
+        lambda: scorer.advance(request, ["a"]),  # pyright: ignore[reportArgumentType]
+        lambda: scorer.add([7], [1.5]),  # pyright: ignore[reportArgumentType]
+        lambda: scorer.add([7], weights=3),  # pyright: ignore[reportArgumentType]
+    ]
+    for call in refused:
+        with pytest.raises(RGTGError):
+            call()
+    before = scorer.reward.counter.prompt_tokens
+    assert torch.equal(scorer.score([request], candidates), first)
+    assert scorer.reward.counter.prompt_tokens == before
+    assert scorer.score([], candidates[:0]).shape == (0, 2)
+    assert scorer.guide([], torch.zeros(0, 64), Guidance()).shape == (0, 64)
+    assert len(scorer) == 1
+
+
+def test_every_token_of_another_answer_is_checked() -> None:
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), _by_last, max_requests=1, max_length=8)
+    request = scorer.add([7, 8])
+    scorer.advance(request, [9, 9])
+    with pytest.raises(RGTGError, match="token id 64, outside the vocabulary"):
+        scorer.advance(request, [64])
+    scorer.advance(request, [9] * 6)
+    with pytest.raises(RGTGError, match="request 1 has all of its max_length=8 tokens"):
+        scorer.score([request], torch.tensor([[1]]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_without_a_distribution_end_their_own_row_alone(value: float) -> None:
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), _by_last, max_requests=2, max_length=8)
+    requests = [scorer.add([7, 8]), scorer.add([7, 9])]
+    logits = torch.zeros(2, 64)
+    logits[1] = value
+    guided = scorer.guide(requests, logits, Guidance(k=3), check=False)
+    assert guided[0].isfinite().sum() == 3
+    assert guided[1].isnan().all()
+    with pytest.raises(RGTGError, match="no candidate of request 2, token 0 has a finite score"):
+        scorer.guide(requests, logits, Guidance(k=3))
+
+
+def test_new_weights_of_a_mixture_count_for_the_next_request() -> None:
+    reward = MixtureReward([FunctionReward(_by_last)], [1.0])
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), reward, max_requests=1, max_length=8)
+    candidates = torch.tensor([[11, 12]])
+    first = scorer.score([scorer.add([7, 8])], candidates)
+    scorer.drop(1)
+    reward.weights = [3.0]
+    assert torch.equal(scorer.score([scorer.add([7, 8])], candidates), 3 * first)
+
+
+class CountingReward(Reward):
+    """A user's reward: how often a candidate has occurred in its own copy of the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[int, list[int]] = {}
+        self.slots: list[int] = []
+        self.scored = torch.empty(0)
+
+    def bind(self, lm: object, **settings: object) -> None: ...
+
+    def admit(self, slot: int, prefix: object, encoded: object) -> None:
+        self.answers[slot] = []
+
+    def move(self, source: int, target: int) -> None:
+        self.answers[target] = list(self.answers[source])
+
+    def use_slots(self, slots: Slots | None) -> None:
+        self.slots = [0] if slots is None else slots.host
+
+    def score(self, candidates: torch.Tensor) -> torch.Tensor:
+        self.scored = candidates
+        pairs = zip(self.slots, candidates.tolist(), strict=True)
+        return torch.tensor(
+            [[float(self.answers[slot].count(token)) for token in row] for slot, row in pairs]
+        )
+
+    def commit(self, choice: torch.Tensor) -> None:
+        for slot, row, chosen in zip(self.slots, self.scored.tolist(), choice.tolist(), strict=True):
+            if chosen >= 0:
+                self.answers[slot].append(row[chosen])
+
+    def score_answer(self, prefix: object, answer: object) -> list[float]:
+        return []
+
+
+def test_a_users_reward_follows_tokens_that_were_not_scored() -> None:
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), CountingReward(), max_requests=2, max_length=9)
+    request, other = scorer.add([7]), scorer.add([8], [3, 3])
+    candidates = torch.tensor([[3, 4], [3, 4]])
+    assert scorer.score([request, other], candidates).tolist() == [[0, 0], [2, 0]]
+    scorer.advance(request, [4, 3, 3])
+    assert scorer.score([other, request], candidates).tolist() == [[2, 0], [2, 1]]
+    scorer.advance(request, [4])
+    assert scorer.score([request], candidates[:1]).tolist() == [[0, 1]]
+
+
+def test_a_users_reward_is_taken_over_once_no_request_is_present() -> None:
+    pair, reward = (make_lm(0), make_tokenizer()), CountingReward()
+    scorer = RequestScorer.from_pretrained(pair, reward, max_requests=1, max_length=9)
+    request, candidates = scorer.add([7], [3]), torch.tensor([[3, 4]])
+    scorer.score([request], candidates)
+    decoder = RewardGuidedDecoder.from_pretrained(pair, reward)
+    run = decoder.stream([7], 4, Guidance(k=2, temperature=0))
+    begun = [next(run).token]
+    # The run goes on although the scorer asked: what it holds was not touched.
+    with pytest.raises(RGTGError, match="another decoder with the same reward"):
+        scorer.score([request], candidates)
+    begun += [chunk.token for chunk in run]
+    assert begun == decoder.generate([[7]], 4, Guidance(k=2, temperature=0))[0].tokens
+    scorer.drop(request)
+    assert scorer.score([scorer.add([7], [3])], candidates).tolist() == [[1, 0]]
 
 
 def test_prefixes_of_other_weights_are_forgotten() -> None:
