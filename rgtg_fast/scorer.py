@@ -37,21 +37,21 @@ class _Request:
         prefix: its prompt and the answer decided so far.
         encoded: the prompt's ids in the reward's contexts.
         slot: where the models hold its prefix, None where they do not yet.
+        longest: tokens of the prompt in the context where it has most.
     """
 
     prefix: Prefix
     encoded: list[list[int]]
     slot: int | None = None
+    longest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.longest = max(map(len, [self.prefix.prompt_ids, *self.encoded]))
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What two requests have in common whose prefixes may be exchanged."""
         return self.prefix.prompt_ids, self.encoded, self.prefix.weights
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the prompt in the context where it has most."""
-        return max(map(len, [self.prefix.prompt_ids, *self.encoded]))
 
 
 @dataclass
@@ -70,9 +70,9 @@ class _Row:
     held: list[int] = field(default_factory=list)
     freed: int = 0
 
-    def is_prefix(self, answer: Sequence[int]) -> bool:
+    def is_prefix(self, answer: list[int]) -> bool:
         """Whether an answer begins with the tokens held."""
-        return list(answer[: len(self.held)]) == self.held
+        return answer[: len(self.held)] == self.held
 
 
 @dataclass
@@ -295,7 +295,7 @@ class RequestScorer:
         return found
 
     def _checked_answer(self, request: _Request, answer: Sequence[int]) -> list[int]:
-        """An answer as a list of its own, which fits a request."""
+        """A request's answer: the one known before, grown, where the new one continues it."""
         known = request.prefix.answer
         try:
             # Told anew with each token: most are known.
@@ -310,7 +310,8 @@ class RequestScorer:
                 f"the prompt has {request.longest} tokens and its answer {len(told)}, more than max_length="
                 f"{self.max_length}: end the request, or raise max_length up to the context of both models"
             )
-        return begin + new
+        begin += new
+        return begin
 
     # ---- rewards ----------------------------------------------------------------------------------------------------
 
@@ -414,8 +415,8 @@ class RequestScorer:
         for handle, request in present.items():
             if self._remaining(request) < 1:
                 raise RGTGError(
-                    f"request {handle} has all of its max_length={self.max_length} tokens: drop it, or raise max_length up "
-                    "to the context of both models"
+                    f"request {handle} has all of its max_length={self.max_length} tokens: drop it, or raise "
+                    "max_length up to the context of both models"
                 )
         return present
 
