@@ -470,7 +470,7 @@ class RequestScorer:
     # ---- the models -------------------------------------------------------------------------------------------------
 
     def _score(self, requests: dict[int, _Request], candidates: torch.Tensor) -> torch.Tensor:
-        self._turns.check(self)
+        self._check_turn()
         with self._forgetting():
             slots = self._follow(requests)
             self._begin_step(slots)
@@ -479,13 +479,20 @@ class RequestScorer:
         return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
     def _guidance(self, requests: dict[int, _Request]) -> torch.Tensor:
-        self._turns.check(self)
+        self._check_turn()
         with self._forgetting():
             slots = self._follow(requests)
             self._begin_step(slots)
             rewards = as_score(self.reward.guidance(), self.reward)
         self._step = _Step(slots, None)
         return rewards
+
+    def _check_turn(self) -> None:
+        """As `Turns.check`; what the models hold stays, since it may be another run's by now."""
+        try:
+            self._turns.check(self)
+        except RGTGError as error:
+            raise RGTGError(f"{error}; a RequestScorer goes on once all its requests are dropped") from error
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
