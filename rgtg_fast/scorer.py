@@ -401,7 +401,8 @@ class RequestScorer:
         scores, unusable = support.scores()  # [B, K], [B, K]
         out = torch.full(logits.shape, -torch.inf, dtype=torch.float32, device=scores.device)
         out.scatter_(1, support.candidates, scores.float())
-        empty = (scores == -torch.inf).all(1)
+        # NaN where the logits are NaN, or -inf throughout.
+        empty = ~(scores > -torch.inf).any(1)
         bad = unusable.any(1) | empty
         if not check:
             return out.masked_fill_(bad.unsqueeze(1), torch.nan).to(logits.device)
