@@ -330,6 +330,19 @@ def test_a_nan_reward_ends_its_own_row_alone() -> None:
     assert (error.value.row, error.value.step) == (bad, 0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_row_without_logits_is_refused(value: float) -> None:
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), lambda _, ids: ids * 0.1, max_requests=2)
+    requests = [scorer.add([7, 8]), scorer.add([7, 9])]
+    logits = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    logits[1] = value
+    guided = scorer.guide(requests, logits, Guidance(k=3), check=False)
+    assert guided[0].isfinite().sum() == 3
+    assert guided[1].isnan().all()
+    with pytest.raises(RGTGError, match=f"no candidate of request {requests[1]}"):
+        scorer.guide(requests, logits, Guidance(k=3))
+
+
 def test_a_forward_that_fails_loses_no_request() -> None:
     fails = [False]
 
