@@ -60,7 +60,9 @@ class HeadRewardGuide(LogitsProcessor):
                     "a head-only reward was not tried with pipeline ranks: start the server without them"
                 )
             if vllm_config.parallel_config.worker_cls != WORKER:
-                raise RGTGError(f"this processor needs the states that its worker keeps: add --worker-cls {WORKER}")
+                raise RGTGError(
+                    f"this processor needs the states that its worker keeps: add --worker-cls {WORKER}"
+                )
             self._settings = ServerSettings.load()
             _check_guidance(self._settings.guidance)
         self._device, self._model_config = device, vllm_config.model_config
