@@ -80,7 +80,7 @@ def test_they_are_sequence_rewards_alone(prefix: str) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", ["bundled:pargs", pytest.param("bundled:args", marks=pytest.mark.slow)])
 def test_one_trunk_gives_the_tokens_of_two_models(smollm2: Path, name: str) -> None:
     guidance = Guidance(k=10, beta=5.0, temperature=0)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

@@ -325,6 +325,38 @@ def _noting(bind: Callable[..., None]) -> Callable[..., None]:
     return noted
 
 
+class PrefixReward(Reward):
+    """A reward that reads the prefixes themselves, in slots, and has no cache that follows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget_rows()
+
+    def _forget_rows(self) -> None:
+        self._rows: dict[int, Prefix] = {}
+        self._slots: Slots | None = None
+
+    def _prefixes(self, count: int) -> list[Prefix]:
+        """The prefixes of a step's `count` rows."""
+        slots = range(count) if self._slots is None else self._slots.host
+        return [self._rows[slot] for slot in slots]
+
+    def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
+        self._rows[slot] = prefix
+
+    def move(self, source: int, target: int) -> None:
+        self._rows[target] = self._rows[source]
+
+    def set_prefix(self, slot: int, prefix: Prefix) -> None:
+        self._rows[slot] = prefix
+
+    def use_slots(self, slots: Slots | None) -> None:
+        self._slots = slots
+
+    def follow(self, tokens: torch.Tensor) -> None:
+        """The prefixes hold the answers."""
+
+
 class NoReward(Reward):
     """Rewards of zero for every token: a decoder that was given no reward."""
 

@@ -8,14 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError, shown
-from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
-from rgtg_fast.rewards.base import Prefix, Reward, as_rewards
+from rgtg_fast.rewards.base import Prefix, PrefixReward, Reward, as_rewards
 
 RewardFunction = Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor]
 
 
-class FunctionReward(Reward):
+class FunctionReward(PrefixReward):
     """Rewards by a function f(prefix_ids, candidate_ids) -> rewards.
 
     Args:
@@ -32,37 +31,19 @@ class FunctionReward(Reward):
         check_function(function)
         self.function = function
         self._device = torch.device("cpu")
-        self._rows: dict[int, Prefix] = {}
-        self._slots: Slots | None = None
 
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
         self._device = lm.runner.device
-        self._rows, self._slots = {}, None
+        self._forget_rows()
 
     @property
     def name(self) -> str:
         return f"FunctionReward({getattr(self.function, '__name__', type(self.function).__name__)})"
 
-    def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
-        self._rows[slot] = prefix
-
-    def move(self, source: int, target: int) -> None:
-        self._rows[target] = self._rows[source]
-
-    def set_prefix(self, slot: int, prefix: Prefix) -> None:
-        self._rows[slot] = prefix
-
-    def use_slots(self, slots: Slots | None) -> None:
-        self._slots = slots
-
-    def follow(self, tokens: torch.Tensor) -> None:
-        """The prefixes hold the answers."""
-
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
-        slots = range(len(candidates)) if self._slots is None else self._slots.host
-        return self._call([self._rows[slot] for slot in slots], candidates)
+        return self._call(self._prefixes(len(candidates)), candidates)
 
     def score_answer(self, prefix: Prefix, answer: Sequence[int]) -> list[float]:
         grown = Prefix(prefix.prompt, prefix.prompt_ids)

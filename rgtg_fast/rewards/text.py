@@ -12,11 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.kv_cache import Slots
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import ModelAndTokenizer, load_sequence_classifier
 from rgtg_fast.models.prompts import Prompt, rendered
-from rgtg_fast.rewards.base import Prefix, Reward, as_rewards
+from rgtg_fast.rewards.base import Prefix, PrefixReward, as_rewards
 from rgtg_fast.rewards.classifier import Classifier
 from rgtg_fast.rewards.function import check_function
 
@@ -24,7 +23,7 @@ _FIELDS = re.compile(r"(\{prompt\}|\{answer\})")
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
-class TextReward(Reward):
+class TextReward(PrefixReward):
     """Rewards of re-tokenized texts: the slow path, one batched forward over B·K whole texts a step, no cache.
 
     Text is not re-tokenized as a prefix of itself, so nothing can be kept between steps. Use `SequenceReward` for
@@ -77,13 +76,12 @@ class TextReward(Reward):
         self._model: PreTrainedModel | None = None
         self._classifier: Classifier | None = None
         self._lm: LanguageModel | None = None
-        self._rows: dict[int, Prefix] = {}
-        self._slots: Slots | None = None
 
     def bind(
         self, lm: LanguageModel, *, dtype: torch.dtype | None, engine: str, max_length: int | None
     ) -> None:
-        self._lm, self._rows, self._slots = lm, {}, None
+        self._lm = lm
+        self._forget_rows()
         if callable(self.source):
             self._function = self.source
             return
@@ -135,27 +133,10 @@ class TextReward(Reward):
         special = pairs is not None or self.template is not None
         return self._classifier.encode(texts, pairs, special)[0]["input_ids"]
 
-    def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
-        self._rows[slot] = prefix
-
-    def move(self, source: int, target: int) -> None:
-        self._rows[target] = self._rows[source]
-
-    def set_prefix(self, slot: int, prefix: Prefix) -> None:
-        self._rows[slot] = prefix
-
-    def use_slots(self, slots: Slots | None) -> None:
-        self._slots = slots
-
-    def follow(self, tokens: torch.Tensor) -> None:
-        """The prefixes hold the answers."""
-
     def score(self, candidates: torch.Tensor) -> torch.Tensor:
         assert self._lm is not None
         rows, answers = [], []
-        slots = range(len(candidates)) if self._slots is None else self._slots.host
-        for slot, tokens in zip(slots, candidates.tolist(), strict=True):
-            prefix = self._rows[slot]
+        for prefix, tokens in zip(self._prefixes(len(candidates)), candidates.tolist(), strict=True):
             rows += [prefix] * len(tokens)
             answers += [self._lm.text([*prefix.answer, token]) for token in tokens]
         return self._rewards(rows, answers).view(candidates.shape)

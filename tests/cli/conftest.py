@@ -15,8 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rgtg_fast.cli import main as cli
-from tests.cli.support import CONTEXT, HANGS, Outcome, command, environment
+from tests.cli.support import CONTEXT, HANGS, Outcome, Run, command, environment, runner
 from tests.models.kinds import tiny
 from tests.models.kinds.tiny import save
 
@@ -84,21 +83,10 @@ def plain_lm(models_folder: Path) -> str:
     return save(model, models_folder / "plain_lm", byte_tokenizer(chat=False))
 
 
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the command line in this process."""
-
-    def call(*args: object) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return call
+    return runner(capsys)
 
 
 @pytest.fixture

@@ -5,9 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from rgtg_fast.cli import main as cli
 
 CONTEXT = 256
 # Seconds after which a process counts as one that hangs, many times what any of them takes.
@@ -39,6 +44,22 @@ class Outcome:
     def rows(self) -> list[Any]:
         """The JSON values on stdout, one a line."""
         return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Outcome]
+
+
+def runner(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A function that runs the command line in this process."""
+
+    def call(*args: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return Outcome(int(end.value.code or 0), captured.out, captured.err)
+
+    return call
 
 
 def command(*args: object) -> list[str]:

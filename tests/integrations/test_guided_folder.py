@@ -6,7 +6,6 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,27 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.generation import GenerationMode
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError
-from rgtg_fast.cli import main as cli
 from rgtg_fast.integrations import guided_folder
-from tests.cli.support import HANGS, Outcome
+from tests.cli.support import HANGS, Outcome, Run, runner
 from tests.models.adapters import write_adapter
 from tests.models.kinds.tiny import language_model, reward_model, save
 
 PROMPTS = ["abc", "The best way", "x"]
 NEW = 12
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return call
+    return runner(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -204,7 +204,15 @@ def answers(decoder: RewardGuidedDecoder, count: int = 24, **settings: Any) -> l
     return [(row.tokens, row.rewards, row.logprobs) for row in rows]
 
 
-@pytest.mark.parametrize("strategy", [None, "best_of_n:n=3", "segment:entropy=2,max_tokens=7", "blockwise"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        None,
+        "best_of_n:n=3",
+        pytest.param("segment:entropy=2,max_tokens=7", marks=pytest.mark.slow),
+        "blockwise",
+    ],
+)
 def test_decoders_give_the_same_bits(strategy: str | None, engine: str) -> None:
     dropping, keeping = decoders("gemma3", "mistral", engine=engine)
     found = answers(dropping, strategy=strategy)

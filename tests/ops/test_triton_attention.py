@@ -24,7 +24,13 @@ NAN = math.nan
 
 
 @pytest.mark.parametrize(
-    ("mask", "window"), [(None, 0), ("causal", 0), ("tree", 0), (None, 650), ("causal", 650), ("tree", 3)]
+    ("mask", "window"),
+    [
+        (None, 0),
+        ("tree", 0),
+        ("causal", 650),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("causal", 0), (None, 650), ("tree", 3))),
+    ],
 )
 @pytest.mark.parametrize(
     ("T", "lengths"),

@@ -137,7 +137,12 @@ def trainer_on(
 
 
 @pytest.mark.parametrize(
-    "objective", [Objective("farma"), Objective("farma", weight="pair"), Objective("genarm")]
+    "objective",
+    [
+        pytest.param(Objective("farma"), marks=pytest.mark.slow),
+        Objective("farma", weight="pair"),
+        Objective("genarm"),
+    ],
 )
 def test_the_spread_of_a_batch_does_not_matter(tmp_path: Path, objective: Objective) -> None:
     curves = []
@@ -161,7 +166,14 @@ class _StopAt(TrainerCallback):
             raise InterruptedError
 
 
-@pytest.mark.parametrize("stop", [2, 5, 7], ids=["first pass", "between the passes", "constraint"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(2, id="first pass", marks=pytest.mark.slow),
+        pytest.param(5, id="between the passes"),
+        pytest.param(7, id="constraint"),
+    ],
+)
 def test_a_round_is_resumed_in_its_middle(base: Path, tmp_path: Path, stop: int) -> None:
     common = {
         "objective": "farma",

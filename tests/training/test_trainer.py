@@ -151,7 +151,9 @@ def trainer_on(pairs: Any, output: Path, accumulation: int = 2, **settings: Any)
     return PartialRewardTrainer(model, arguments, pairs, token_budget=64, **settings)
 
 
-@pytest.mark.parametrize("name", ["partial_bt", "full_bt", "rad"])
+@pytest.mark.parametrize(
+    "name", ["partial_bt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full_bt", "rad"))]
+)
 def test_the_spread_of_a_batch_does_not_matter(tmp_path: Path, name: str) -> None:
     curves = []
     for accumulation, size in ((4, 1), (2, 2), (1, 4)):
@@ -264,7 +266,11 @@ def test_processes_share_the_rows_of_one(count: int) -> None:
 # ---- Checkpoints
 
 
-@pytest.mark.parametrize("settings", [{}, {"fork_layer": 2, "lora_dropout": 0.2}, {"full": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"fork_layer": 2, "lora_dropout": 0.2}, {"full": True}],
+    ids=str,
+)
 def test_a_resumed_run_ends_with_the_same_weights(
     base: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
