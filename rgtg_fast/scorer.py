@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import index as whole_number
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from rgtg_fast.config import Guidance, whole
 from rgtg_fast.engine.guided_logits import GuidedLogits
 from rgtg_fast.engine.locks import Turns
 from rgtg_fast.engine.request import check_fits, check_guidance, encoded_row
-from rgtg_fast.errors import RewardNaNError, RGTGError
+from rgtg_fast.errors import RewardNaNError, RGTGError, shown
 from rgtg_fast.models.context_rows import ContextRows
 from rgtg_fast.models.device import free_bytes, resolve_dtype, to_device, without_autocast
 from rgtg_fast.models.kv_cache import Slots
@@ -36,11 +37,16 @@ class _Request:
         prefix: its prompt and the answer decided so far.
         encoded: the prompt's ids in the reward's contexts.
         slot: where the models hold its prefix, None where they do not yet.
+        longest: tokens of the prompt in the context where it has most.
     """
 
     prefix: Prefix
     encoded: list[list[int]]
     slot: int | None = None
+    longest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.longest = max(map(len, [self.prefix.prompt_ids, *self.encoded]))
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -64,9 +70,9 @@ class _Row:
     held: list[int] = field(default_factory=list)
     freed: int = 0
 
-    def is_prefix(self, answer: Sequence[int]) -> bool:
+    def is_prefix(self, answer: list[int]) -> bool:
         """Whether an answer begins with the tokens held."""
-        return list(answer[: len(self.held)]) == self.held
+        return answer[: len(self.held)] == self.held
 
 
 @dataclass
@@ -239,7 +245,7 @@ class RequestScorer:
                 f"{self.max_requests} requests are present: drop one, or raise max_requests (each takes cache memory)"
             )
         (given,) = as_prompts([prompt], self.tokenizer)
-        guidance = Guidance(weights=None if weights is None else tuple(weights))
+        guidance = Guidance(weights=weights)  # pyright: ignore[reportArgumentType], which it checks
         check_guidance(guidance, self.lm, self.reward)
         with self._turns.taken(self._served):
             if not self._requests:
@@ -247,10 +253,9 @@ class RequestScorer:
             row = encoded_row(given, 1, self.lm, self.reward, guidance)
             prefix = Prefix(row.prompt, row.prompt_ids, weights=row.weights)
             request = _Request(prefix, row.encoded)
-            self._check_length(request, answer)
+            prefix.answer = self._checked_answer(request, answer)
             self._added += 1
             self._requests[self._added] = request
-            prefix.answer = [int(token) for token in answer]
             return self._added
 
     def drop(self, request: int) -> None:
@@ -274,16 +279,14 @@ class RequestScorer:
             RGTGError: ids outside the vocabulary, or more tokens than `max_length`.
         """
         known = self._request(request)
-        before = len(known.prefix.answer)
-        answer = [*answer[:before], *map(int, answer[before:])]  # told anew with each token: most are known
-        self._check_length(known, answer)
-        known.prefix.answer = answer
+        known.prefix.answer = self._checked_answer(known, answer)
 
     def remaining(self, request: int) -> int:
         """Tokens that may still follow in a request."""
-        known = self._request(request)
-        longest = max(map(len, [known.prefix.prompt_ids, *known.encoded]))
-        return self.max_length - longest - len(known.prefix.answer)
+        return self._remaining(self._request(request))
+
+    def _remaining(self, request: _Request) -> int:
+        return self.max_length - request.longest - len(request.prefix.answer)
 
     def _request(self, handle: int) -> _Request:
         found = self._requests.get(handle)
@@ -291,14 +294,24 @@ class RequestScorer:
             raise RGTGError(f"request {handle!r} is not present: add it first")
         return found
 
-    def _check_length(self, request: _Request, answer: Sequence[int]) -> None:
-        check_known(answer[len(request.prefix.answer) :], self.vocabulary, "the answer")
-        longest = max(map(len, [request.prefix.prompt_ids, *request.encoded]))
-        if longest + len(answer) > self.max_length:
+    def _checked_answer(self, request: _Request, answer: Sequence[int]) -> list[int]:
+        """A request's answer: the one known before, grown, where the new one continues it."""
+        known = request.prefix.answer
+        try:
+            # Told anew with each token: most are known.
+            told = answer if isinstance(answer, list) else list(answer)
+            begin = known if told[: len(known)] == known else []
+            new = [whole_number(token) for token in told[len(begin) :]]
+        except TypeError as error:
+            raise RGTGError(f"answer={shown(answer)}: pass the ids of its tokens in a list") from error
+        check_known(new, self.vocabulary, "the answer")
+        if request.longest + len(told) > self.max_length:
             raise RGTGError(
-                f"the prompt has {longest} tokens and its answer {len(answer)}, more than max_length="
+                f"the prompt has {request.longest} tokens and its answer {len(told)}, more than max_length="
                 f"{self.max_length}: end the request, or raise max_length up to the context of both models"
             )
+        begin += new
+        return begin
 
     # ---- rewards ----------------------------------------------------------------------------------------------------
 
@@ -317,17 +330,29 @@ class RequestScorer:
         Raises:
             RGTGError: an unknown request, the same one twice, or candidates of another shape.
         """
+        if not isinstance(candidates, torch.Tensor) or candidates.dtype != torch.int64:
+            raise RGTGError(f"candidates={shown(candidates)}: pass an int64 tensor [B, K]")
         if candidates.ndim != 2 or len(candidates) != len(requests):
             raise RGTGError(
                 f"candidates have shape {list(candidates.shape)} for {len(requests)} requests: use [B, K]"
             )
+        if candidates.numel():
+            check_known(torch.stack(candidates.aminmax()).tolist(), self.vocabulary, "the candidates")
+        present = self._present(requests)
+        if not present:
+            return torch.zeros(candidates.shape, device=self.device)
         with self._turns.taken(self._served):
-            return self._score(requests, candidates.to(self.device))
+            return self._score(present, candidates.to(self.device))
 
     def guidance(self, requests: Sequence[int]) -> torch.Tensor:
         """Rewards [B, V] of every next token; only where `reward.scores_vocabulary`. Arguments as in `score`."""
+        if not self.reward.scores_vocabulary:
+            raise RGTGError(f"{self.reward.name} scores candidates, not the whole vocabulary: use score")
+        present = self._present(requests)
+        if not present:
+            return torch.zeros(0, self.vocabulary, device=self.device)
         with self._turns.taken(self._served):
-            return self._guidance(requests)
+            return self._guidance(present)
 
     def guide(
         self,
@@ -355,7 +380,9 @@ class RequestScorer:
             RewardNaNError: a reward is NaN or +inf; `row` is the request's handle.
             RGTGError: settings that the reward does not allow, logits of another shape, or no candidate.
         """
-        rows = [guidance] * len(requests) if isinstance(guidance, Guidance) else list(guidance)
+        rows: list[Any] = (
+            list(guidance) if isinstance(guidance, (list, tuple)) else [guidance] * len(requests)
+        )
         if logits.ndim != 2 or len(logits) != len(requests) or logits.shape[1] < self.vocabulary:
             raise RGTGError(
                 f"logits have shape {list(logits.shape)} for {len(requests)} requests: use [B, V], "
@@ -365,13 +392,33 @@ class RequestScorer:
             raise RGTGError(f"{len(rows)} guidances for {len(requests)} requests: pass one, or one each")
         for each in set(rows):
             self._check_guidance(each)
+        present = self._present(requests)
+        if not present:
+            return logits.float()
         with self._turns.taken(self._served):
             support = GuidedLogits(logits[:, : self.vocabulary].to(self.device), rows)
             if self.reward.scores_vocabulary:
-                support.select_with(self._guidance(requests))
+                support.select_with(self._guidance(present))
             else:
-                self._score_support(requests, support)
-            return self._guided(requests, support, logits, check)
+                self._score_support(present, support)
+            return self._guided(present, support, logits, check)
+
+    def _present(self, requests: Sequence[int]) -> dict[int, _Request]:
+        """Requests that are to be scored, by their handles.
+
+        Raises:
+            RGTGError: one that is not present, the same one twice, or one that has no room for a token.
+        """
+        present = {handle: self._request(handle) for handle in requests}
+        if len(present) < len(requests):
+            raise RGTGError(f"requests {list(requests)} name one twice: give each once")
+        for handle, request in present.items():
+            if self._remaining(request) < 1:
+                raise RGTGError(
+                    f"request {handle} has all of its max_length={self.max_length} tokens: drop it, or raise "
+                    "max_length up to the context of both models"
+                )
+        return present
 
     def _check_guidance(self, guidance: Guidance) -> None:
         if not isinstance(guidance, Guidance) or guidance.weights is not None:
@@ -386,29 +433,34 @@ class RequestScorer:
         ungated = Guidance(guidance.k, guidance.beta, guidance.temperature, guidance.support)
         check_guidance(ungated, self.lm, self.reward)
 
-    def _score_support(self, requests: Sequence[int], support: GuidedLogits) -> None:
+    def _score_support(self, requests: dict[int, _Request], support: GuidedLogits) -> None:
         """Scores the k most probable tokens of the rows whose gates are open."""
         guided = support.select()
         if not guided:
             return
-        candidates = support.candidates[guided] if len(guided) < len(requests) else support.candidates
-        rewards = self._score([requests[row] for row in guided], candidates)
+        if len(guided) == len(requests):
+            support.rewards = self._score(requests, support.candidates).to(support.rewards.dtype)
+            return
+        handles = list(requests)
+        open_ones = {handles[row]: requests[handles[row]] for row in guided}
+        rewards = self._score(open_ones, support.candidates[guided])
         support.rewards[guided] = rewards.to(support.rewards.dtype)
 
     def _guided(
-        self, requests: Sequence[int], support: GuidedLogits, logits: torch.Tensor, check: bool
+        self, requests: dict[int, _Request], support: GuidedLogits, logits: torch.Tensor, check: bool
     ) -> torch.Tensor:
         scores, unusable = support.scores()  # [B, K], [B, K]
         out = torch.full(logits.shape, -torch.inf, dtype=torch.float32, device=scores.device)
         out.scatter_(1, support.candidates, scores.float())
-        empty = (scores == -torch.inf).all(1)
+        # Logits that are NaN or +inf, or all -inf, leave no distribution to sample from.
+        empty = ~(scores < torch.inf).all(1) | (scores == -torch.inf).all(1)
         bad = unusable.any(1) | empty
         if not check:
             return out.masked_fill_(bad.unsqueeze(1), torch.nan).to(logits.device)
-        for row, wrong in enumerate(bad.tolist()):
+        for row, (handle, wrong) in enumerate(zip(requests, bad.tolist(), strict=True)):
             if not wrong:
                 continue
-            handle, step = requests[row], len(self._request(requests[row]).prefix.answer)
+            step = len(requests[handle].prefix.answer)
             if not unusable[row].any():
                 raise RGTGError(f"no candidate of request {handle}, token {step} has a finite score")
             token = int(support.candidates[row, unusable[row].int().argmax()])
@@ -417,7 +469,8 @@ class RequestScorer:
 
     # ---- the models -------------------------------------------------------------------------------------------------
 
-    def _score(self, requests: Sequence[int], candidates: torch.Tensor) -> torch.Tensor:
+    def _score(self, requests: dict[int, _Request], candidates: torch.Tensor) -> torch.Tensor:
+        self._check_turn()
         with self._forgetting():
             slots = self._follow(requests)
             self._begin_step(slots)
@@ -425,13 +478,21 @@ class RequestScorer:
         self._step = _Step(slots, candidates.tolist())
         return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
-    def _guidance(self, requests: Sequence[int]) -> torch.Tensor:
+    def _guidance(self, requests: dict[int, _Request]) -> torch.Tensor:
+        self._check_turn()
         with self._forgetting():
             slots = self._follow(requests)
             self._begin_step(slots)
             rewards = as_score(self.reward.guidance(), self.reward)
         self._step = _Step(slots, None)
         return rewards
+
+    def _check_turn(self) -> None:
+        """As `Turns.check`; what the models hold stays, since it may be another run's by now."""
+        try:
+            self._turns.check(self)
+        except RGTGError as error:
+            raise RGTGError(f"{error}; a RequestScorer goes on once all its requests are dropped") from error
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
@@ -467,26 +528,21 @@ class RequestScorer:
         return [*self.reward.models(), *([] if self._contexts is None else [self.lm.runner])]
 
     def _begin_run(self) -> None:
-        """Takes over changes of the weights while no request is present: prefixes of old ones are forgotten."""
-        if any(model.written for model in self._models()):
-            self._forget()
-        self._turns.begin()
+        """Takes over changes of the weights while no request is present: prefixes of old ones are forgotten.
 
-    def _follow(self, requests: Sequence[int]) -> list[int]:
+        So are all of them where another run has used the reward since.
+        """
+        stale = not self._turns.belongs_to(self) or any(model.written for model in self._models())
+        self._turns.begin()
+        if stale:
+            self._turns.claim(self)
+            self._forget()
+
+    def _follow(self, requests: dict[int, _Request]) -> list[int]:
         """Brings the models to the answers of these requests; returns their slots."""
-        if len(set(requests)) < len(requests):
-            raise RGTGError(f"requests {list(requests)} name one twice: give each once")
-        present = {handle: self._request(handle) for handle in requests}
-        self._turns.check(self)
         self._settle()
-        self._place(present)
-        slots = [self._slot(request) for request in present.values()]
-        rows = [self._row(slot) for slot in slots]
-        if not self._models():
-            # Such a reward reads the prefixes.
-            for row, request in zip(rows, present.values(), strict=True):
-                row.held = list(request.prefix.answer)
-            return slots
+        self._place(requests)
+        slots = [self._slot(request) for request in requests.values()]
         while behind := [slot for slot in slots if self._next_token(self._row(slot)) is not None]:
             self._begin_step(behind)
             self._accept([self._next_token(self._row(slot)) for slot in behind], behind)

@@ -7,9 +7,11 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, MistralConfig, Phi3Config
 
 from rgtg_fast import (
     AutoregressiveReward,
@@ -28,6 +30,7 @@ from rgtg_fast import (
     VocabularyReward,
 )
 from rgtg_fast.engine.outputs import GeneratedRow
+from rgtg_fast.models.kv_cache import Slots
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.engine.support import prompts_of
 
@@ -55,25 +58,48 @@ REWARDS: dict[str, Callable[[], Reward]] = {
         weights=[1.0, 0.5, -0.3],
     ),
     "windows": lambda: SequenceReward((_windowed(), None)),
+    "windows of a vocabulary": lambda: VocabularyReward((_windowed(AutoModelForCausalLM), None)),
+    "longrope": lambda: SequenceReward((_of_two_ropes(), None)),
+    "transformers": lambda: MixtureReward([REWARDS["sequence"](), REWARDS["autoregressive"]()]),
+}
+# Products of torch depend on the size of a batch.
+INEXACT = {"transformers", "longrope"}
+
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_labels": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.4,
 }
 
 
-def _windowed() -> torch.nn.Module:
-    from transformers import AutoModelForSequenceClassification, MistralConfig
-
+def _windowed(kind: Any = AutoModelForSequenceClassification) -> torch.nn.Module:
     torch.manual_seed(4)
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        sliding_window=5,
-        num_labels=1,
-        pad_token_id=0,
-        initializer_range=0.4,
+    return kind.from_config(MistralConfig(**SHAPE, sliding_window=5)).eval()
+
+
+def _of_two_ropes() -> torch.nn.Module:
+    """A model whose rope changes where a text has more than 8 tokens."""
+    torch.manual_seed(4)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 8,
+        "factor": 16.0,
+    }
+    config = Phi3Config(
+        **SHAPE, original_max_position_embeddings=8, sliding_window=None, rope_parameters=rope
     )
     return AutoModelForSequenceClassification.from_config(config).eval()
 
@@ -83,26 +109,45 @@ class Case:
 
     def __init__(self, kind: str, slots: int = 4):
         pair = make_lm(0), make_tokenizer()
-        decoder = RewardGuidedDecoder.from_pretrained(pair, REWARDS[kind](), max_batch=3)
+        engine = "transformers" if kind == "transformers" else "auto"
+        self.exact = kind not in INEXACT
+        decoder = RewardGuidedDecoder.from_pretrained(pair, REWARDS[kind](), max_batch=3, engine=engine)
         self.guidance = [Guidance(k=4 + index % 2, beta=0.7, temperature=0) for index in range(len(PROMPTS))]
         result = decoder.generate(PROMPTS, NEW_TOKENS, self.guidance, trace=True)
         self.rows: list[GeneratedRow] = list(result)
-        self.scorer = RequestScorer.from_pretrained(pair, REWARDS[kind](), max_requests=slots, max_length=64)
+        self.scorer = RequestScorer.from_pretrained(
+            pair, REWARDS[kind](), max_requests=slots, max_length=64, engine=engine
+        )
 
     def answer(self, row: int) -> list[int]:
         """All decisions of a row, the end of the text included."""
         made = self.rows[row]
         return [*made.tokens, *([] if made.end_token is None else [made.end_token])]
 
-    def check(self, requests: dict[int, int], done: dict[int, int], rows: list[int]) -> None:
-        """Scores the next token of rows; `done` tokens of each are decided."""
+    def check(
+        self, requests: dict[int, int], done: dict[int, int], rows: list[int], guided: bool = False
+    ) -> None:
+        """Scores the next token of rows, or guides it; `done` tokens of each are decided."""
         traces = [self.rows[row].trace or [] for row in rows]
         steps = [trace[done[row]] for trace, row in zip(traces, rows, strict=True)]
         k = min(len(step.candidates) for step in steps)
         tokens = [[candidate.token for candidate in step.candidates[:k]] for step in steps]
         expected = [[candidate.reward for candidate in step.candidates[:k]] for step in steps]
-        found = self.scorer.score([requests[row] for row in rows], torch.tensor(tokens))
-        assert found.double().tolist() == torch.tensor(expected, dtype=torch.float64).tolist()
+        candidates, rewards = torch.tensor(tokens), torch.tensor(expected, dtype=torch.float64)
+        handles = [requests[row] for row in rows]
+        if not guided:
+            found = self.scorer.score(handles, candidates)
+            if self.exact:
+                assert found.double().tolist() == rewards.tolist()
+            torch.testing.assert_close(found.double(), rewards, rtol=1e-5, atol=1e-4)
+            return
+        # All candidates are as probable.
+        logits = torch.full((len(rows), 64), -torch.inf).scatter(1, candidates, 0.0)
+        logits = self.scorer.guide(handles, logits, Guidance(k=k, beta=2.0))
+        expected_logits = 2 * rewards - torch.tensor(float(k)).log()
+        torch.testing.assert_close(
+            logits.gather(1, candidates).double(), expected_logits, rtol=1e-5, atol=3e-4
+        )
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +173,11 @@ def _schedule(case: Case, rng: random.Random) -> None:
         chosen = [row for row in requests if rng.random() < 0.7]
         rng.shuffle(chosen)
         if chosen:
-            case.check(requests, done, chosen)
+            case.check(requests, done, chosen, guided=rng.random() < 0.3)
         for row in list(requests):
             answer = case.answer(row)
             if rng.random() < (0.9 if row in chosen else 0.2):
-                done[row] += 1
+                done[row] += 1 if rng.random() < 0.9 else 2
             if done[row] >= len(answer):
                 case.scorer.drop(requests.pop(row))
             elif (event := rng.random()) < 0.1:
@@ -140,6 +185,10 @@ def _schedule(case: Case, rng: random.Random) -> None:
                 if event < 0.07:
                     waiting.insert(0, row)
             else:
+                if event > 0.9:  # a step is taken back
+                    case.scorer.advance(requests[row], [*answer[: done[row] - 1], 5])
+                if event > 0.95:
+                    case.scorer.score([requests[row]], torch.tensor([[5, 6]]))
                 case.scorer.advance(requests[row], answer[: done[row]])
     for request in requests.values():
         case.scorer.drop(request)
@@ -147,8 +196,12 @@ def _schedule(case: Case, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("kind", REWARDS)
-def test_requests_have_the_decoders_rewards(cases: dict[str, Case], kind: str) -> None:
-    for seed in range(3):
+def test_requests_have_the_decoders_rewards(
+    cases: dict[str, Case], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows of windows drop tokens.
+    monkeypatch.setattr("rgtg_fast.models.split_cache.SLACK", 3)
+    for seed in range(1 if kind in INEXACT else 3):
         _schedule(_case(cases, kind), random.Random(seed))
 
 
@@ -277,6 +330,19 @@ def test_a_nan_reward_ends_its_own_row_alone() -> None:
     assert (error.value.row, error.value.step) == (bad, 0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_row_without_logits_is_refused(value: float) -> None:
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), lambda _, ids: ids * 0.1, max_requests=2)
+    requests = [scorer.add([7, 8]), scorer.add([7, 9])]
+    logits = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    logits[1] = value
+    guided = scorer.guide(requests, logits, Guidance(k=3), check=False)
+    assert guided[0].isfinite().sum() == 3
+    assert guided[1].isnan().all()
+    with pytest.raises(RGTGError, match=f"no candidate of request {requests[1]}"):
+        scorer.guide(requests, logits, Guidance(k=3))
+
+
 def test_a_forward_that_fails_loses_no_request() -> None:
     fails = [False]
 
@@ -294,6 +360,131 @@ def test_a_forward_that_fails_loses_no_request() -> None:
         scorer.score([request], candidates)
     fails[0] = False
     assert torch.equal(scorer.score([request], candidates), first)
+
+
+def test_a_refused_call_costs_no_prefix() -> None:
+    pair = make_lm(0), make_tokenizer()
+    scorer = RequestScorer.from_pretrained(pair, (make_rm(1), None), max_requests=2, max_length=8)
+    request, candidates = scorer.add([7, 8, 9]), torch.tensor([[11, 12]])
+    first = scorer.score([request], candidates)
+    refused: list[Callable[[], object]] = [
+        lambda: scorer.score([request, request], torch.tensor([[1], [2]])),
+        lambda: scorer.score([99], candidates),
+        lambda: scorer.score([request], torch.tensor([[64]])),
+        lambda: scorer.score([request], torch.tensor([[1.5]])),
+        lambda: scorer.guidance([request]),
+        lambda: scorer.guide([request], torch.zeros(1, 64), None),  # pyright: ignore[reportArgumentType]
+        lambda: scorer.advance(request, ["a"]),  # pyright: ignore[reportArgumentType]
+        lambda: scorer.add([7], [1.5]),  # pyright: ignore[reportArgumentType]
+        lambda: scorer.add([7], weights=3),  # pyright: ignore[reportArgumentType]
+    ]
+    for call in refused:
+        with pytest.raises(RGTGError):
+            call()
+    before = scorer.reward.counter.prompt_tokens
+    assert torch.equal(scorer.score([request], candidates), first)
+    assert scorer.reward.counter.prompt_tokens == before
+    assert scorer.score([], candidates[:0]).shape == (0, 2)
+    assert scorer.guide([], torch.zeros(0, 64), Guidance()).shape == (0, 64)
+    assert len(scorer) == 1
+
+
+def test_every_token_of_another_answer_is_checked() -> None:
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), _by_last, max_requests=1, max_length=8)
+    request = scorer.add([7, 8])
+    scorer.advance(request, [9, 9])
+    with pytest.raises(RGTGError, match="token id 64, outside the vocabulary"):
+        scorer.advance(request, [64])
+    scorer.advance(request, [9] * 6)
+    with pytest.raises(RGTGError, match="request 1 has all of its max_length=8 tokens"):
+        scorer.score([request], torch.tensor([[1]]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_without_a_distribution_end_their_own_row_alone(value: float) -> None:
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), _by_last, max_requests=2, max_length=8)
+    requests = [scorer.add([7, 8]), scorer.add([7, 9])]
+    logits = torch.zeros(2, 64)
+    logits[1] = value
+    guided = scorer.guide(requests, logits, Guidance(k=3), check=False)
+    assert guided[0].isfinite().sum() == 3
+    assert guided[1].isnan().all()
+    with pytest.raises(RGTGError, match="no candidate of request 2, token 0 has a finite score"):
+        scorer.guide(requests, logits, Guidance(k=3))
+
+
+def test_new_weights_of_a_mixture_count_for_the_next_request() -> None:
+    reward = MixtureReward([FunctionReward(_by_last)], [1.0])
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), reward, max_requests=1, max_length=8)
+    candidates = torch.tensor([[11, 12]])
+    first = scorer.score([scorer.add([7, 8])], candidates)
+    scorer.drop(1)
+    reward.weights = [3.0]
+    assert torch.equal(scorer.score([scorer.add([7, 8])], candidates), 3 * first)
+
+
+class CountingReward(Reward):
+    """A user's reward: how often a candidate has occurred in its own copy of the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[int, list[int]] = {}
+        self.slots: list[int] = []
+        self.scored = torch.empty(0)
+
+    def bind(self, lm: object, **settings: object) -> None: ...
+
+    def admit(self, slot: int, prefix: object, encoded: object) -> None:
+        self.answers[slot] = []
+
+    def move(self, source: int, target: int) -> None:
+        self.answers[target] = list(self.answers[source])
+
+    def use_slots(self, slots: Slots | None) -> None:
+        self.slots = [0] if slots is None else slots.host
+
+    def score(self, candidates: torch.Tensor) -> torch.Tensor:
+        self.scored = candidates
+        pairs = zip(self.slots, candidates.tolist(), strict=True)
+        return torch.tensor(
+            [[float(self.answers[slot].count(token)) for token in row] for slot, row in pairs]
+        )
+
+    def commit(self, choice: torch.Tensor) -> None:
+        for slot, row, chosen in zip(self.slots, self.scored.tolist(), choice.tolist(), strict=True):
+            if chosen >= 0:
+                self.answers[slot].append(row[chosen])
+
+    def score_answer(self, prefix: object, answer: object) -> list[float]:
+        return []
+
+
+def test_a_users_reward_follows_tokens_that_were_not_scored() -> None:
+    scorer = RequestScorer.from_pretrained((make_lm(0), None), CountingReward(), max_requests=2, max_length=9)
+    request, other = scorer.add([7]), scorer.add([8], [3, 3])
+    candidates = torch.tensor([[3, 4], [3, 4]])
+    assert scorer.score([request, other], candidates).tolist() == [[0, 0], [2, 0]]
+    scorer.advance(request, [4, 3, 3])
+    assert scorer.score([other, request], candidates).tolist() == [[2, 0], [2, 1]]
+    scorer.advance(request, [4])
+    assert scorer.score([request], candidates[:1]).tolist() == [[0, 1]]
+
+
+def test_a_users_reward_is_taken_over_once_no_request_is_present() -> None:
+    pair, reward = (make_lm(0), make_tokenizer()), CountingReward()
+    scorer = RequestScorer.from_pretrained(pair, reward, max_requests=1, max_length=9)
+    request, candidates = scorer.add([7], [3]), torch.tensor([[3, 4]])
+    scorer.score([request], candidates)
+    decoder = RewardGuidedDecoder.from_pretrained(pair, reward)
+    run = decoder.stream([7], 4, Guidance(k=2, temperature=0))
+    begun = [next(run).token]
+    # The run goes on although the scorer asked: what it holds was not touched.
+    with pytest.raises(RGTGError, match=r"the same reward.* once all its requests are dropped"):
+        scorer.score([request], candidates)
+    begun += [chunk.token for chunk in run]
+    assert begun == decoder.generate([[7]], 4, Guidance(k=2, temperature=0))[0].tokens
+    scorer.drop(request)
+    assert scorer.score([scorer.add([7], [3])], candidates).tolist() == [[1, 0]]
 
 
 def test_prefixes_of_other_weights_are_forgotten() -> None:

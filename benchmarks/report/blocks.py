@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, read
-from benchmarks.report import decoding, gpu, methods, models, study, training, weights
+from benchmarks.report import decoding, gpu, methods, models, servers, study, training, weights
 from benchmarks.report.pages import ROOT, Row
 from benchmarks.study.budgets import BUDGETS
 from rgtg_fast.evaluation.study.summary import PAIRWISE
@@ -26,6 +26,7 @@ PAGES = {
     "methods": ROOT / "docs" / "methods" / "README.md",
     "evaluation": ROOT / "docs" / "evaluation.md",
     "models": ROOT / "docs" / "models.md",
+    "vllm": ROOT / "docs" / "integrations" / "vllm.md",
 }
 
 
@@ -114,4 +115,5 @@ BLOCKS = (
     Block("models", "language-models", lambda data: models.kinds_block(table("models"), "language model")),
     Block("models", "reward-models", lambda data: models.kinds_block(table("models"), "reward model")),
     Block("models", "file-formats", lambda data: models.kinds_block(table("models"), "file format")),
+    Block("vllm", "vllm", lambda data: servers.vllm_block(table("vllm"))),
 )

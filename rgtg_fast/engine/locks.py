@@ -135,13 +135,17 @@ class Turns:
             # A run knows its models, which must not live as long as this reference.
             _turn(resource).run = weakref.ref(run)
 
+    def belongs_to(self, run: object) -> bool:
+        """Whether no other run has begun since this one claimed the caches and the reward."""
+        return all(_turn(resource).run() is run for resource in self._stateful)
+
     def check(self, run: object) -> None:
         """Checks, before anything is written, that the state is still a run's and that no weights have changed.
 
         Raises:
             RGTGError: another run has begun, or weights were written to.
         """
-        if any(_turn(resource).run() is not run for resource in self._stateful):
+        if not self.belongs_to(run):
             raise RGTGError(
                 "this decoder was called again before the run had finished, or another decoder with the same "
                 "reward: finish or drop an iterator first"

@@ -59,7 +59,12 @@ _UNGUIDED = {
     "guidance_scale": None,
     "cache_implementation": None,
     "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": None,
     "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
     "num_beams": 1,
     "remove_invalid_values": False,
     "watermarking_config": None,
@@ -99,7 +104,7 @@ def generate(*arguments: Any, model: PreTrainedModel, **settings: Any) -> Any:
             model,
             input_ids,
             reward=reward,
-            guidance=given or guidance,
+            guidance=guidance if given is None else given,
             seed=seed,
             streamer=streamer,
             **prepared,
@@ -178,7 +183,9 @@ def _reward(given: dict[str, Any], folder: Path) -> Reward | None:
             raise RGTGError(
                 f"the reward model's folder {folder / part} is missing: copy it there or export again"
             )
-    trusted = bool(given.get("trust_remote_code", False))
+    trusted = given.get("trust_remote_code", False)
+    if not isinstance(trusted, bool):
+        raise RGTGError(f"trust_remote_code={shown(trusted)} is neither true nor false")
     return named_guide(
         name.replace(_HERE, str(folder)), given.get("label"), trusted, given.get("weights_dtype")
     )
@@ -280,6 +287,8 @@ def check_target(
         RGTGError: a file, a folder that is no guided folder, one without `overwrite`, or that of a model that is read.
     """
     try:
+        if target.is_symlink():
+            raise RGTGError(f"{target} is a symbolic link, which is not replaced: name a folder")
         if target.is_file():
             raise RGTGError(f"cannot write {target}: it is a file, name a folder")
         if not target.exists():
@@ -400,7 +409,12 @@ def _write_generation_config(decoder: RewardGuidedDecoder, guidance: Guidance, f
     config.temperature = guidance.temperature if config.do_sample else None
     config.top_k = 0 if config.do_sample else None
     config._from_model_config = False
-    config.save_pretrained(folder)
+    try:
+        config.save_pretrained(folder)
+    except ValueError as error:
+        raise RGTGError(
+            f"the language model's generation config cannot be saved ({one_line(error)}): correct it"
+        ) from error
     return dropped
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from rgtg_fast.config import Guidance
-from rgtg_fast.errors import RGTGError
+from rgtg_fast.config import Guidance, whole
+from rgtg_fast.errors import RGTGError, shown
 from rgtg_fast.rewards.parse import RewardLike
 from rgtg_fast.scorer import RequestScorer
 
@@ -30,8 +30,9 @@ class RewardGuidedLogitsProcessor(LogitsProcessor):
         pad_token_id: the token that prompts are padded with; by default the tokenizer's.
 
     Raises:
-        RGTGError: a temperature. In a step: `inputs_embeds` in place of tokens, more rows than the scorer has, padding
-            on the right or that cannot be told from the prompt, or rows that do not continue (assisted decoding).
+        RGTGError: a temperature, or an argument of another type. In a step: `inputs_embeds` in place of tokens, more
+            rows than the scorer has, padding on the right or that cannot be told from the prompt, or rows that do not
+            continue (assisted decoding).
 
     Example:
         >>> guide = RewardGuidedLogitsProcessor.from_pretrained((model, tokenizer), "reward")  # doctest: +SKIP
@@ -41,7 +42,14 @@ class RewardGuidedLogitsProcessor(LogitsProcessor):
     def __init__(
         self, scorer: RequestScorer, guidance: Guidance | None = None, pad_token_id: int | None = None
     ):
-        guidance = guidance or Guidance()
+        if not isinstance(scorer, RequestScorer):
+            raise RGTGError(
+                f"scorer={shown(scorer)} is not a RequestScorer: use RewardGuidedLogitsProcessor."
+                "from_pretrained((model, tokenizer), reward)"
+            )
+        guidance = Guidance() if guidance is None else guidance
+        if not isinstance(guidance, Guidance):
+            raise RGTGError(f"guidance={shown(guidance)} is not a Guidance: pass Guidance(k=10, beta=1.0)")
         if guidance.temperature != 1:
             raise RGTGError(
                 f"temperature={guidance.temperature:g} belongs to generate: pass temperature or do_sample=False there"
@@ -50,7 +58,7 @@ class RewardGuidedLogitsProcessor(LogitsProcessor):
         self._guidance = replace(guidance, weights=None)
         tokenizer = scorer.tokenizer
         own = None if tokenizer is None else tokenizer.pad_token_id
-        self._pad = own if pad_token_id is None else pad_token_id
+        self._pad = own if pad_token_id is None else whole("pad_token_id", pad_token_id, 0, 0)
         self._bos = None if tokenizer is None else tokenizer.bos_token_id
         self._mask: torch.Tensor | None = None
         self._rows: list[int] = []  # handles
@@ -91,6 +99,10 @@ class RewardGuidedLogitsProcessor(LogitsProcessor):
         Args:
             attention_mask: [B, T] of the prompts, for a tokenizer that pads with a token that prompts begin with.
         """
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            raise RGTGError(
+                f"attention_mask={shown(attention_mask)} is not a tensor: pass inputs['attention_mask']"
+            )
         for handle in self._rows:
             self._scorer.drop(handle)
         self._rows, self._answers, self._mask = [], [], attention_mask

@@ -100,7 +100,7 @@ def custom_generate(
         stopping_criteria: those of the generation config and the caller's; the latter are called after every step with
             all sequences so far and None for the scores.
         generation_config: of the call.
-        reward: as in `RewardGuidedDecoder.from_pretrained`.
+        reward: as in `RewardGuidedDecoder.from_pretrained`; without one, or a `decoder`, the call is refused.
         guidance: k, β, support and the like; its temperature is generate()'s, so leave it out.
         seed: of every prompt; the j-th of several sequences of a prompt has `seed + j`. None: seeds from torch's
             generator, so that `torch.manual_seed` makes a call repeatable.
@@ -230,7 +230,8 @@ class _Call:
         return self._sequences()
 
     def _sequences(self) -> torch.Tensor:
-        answers = torch.tensor(self._columns, dtype=self._input_ids.dtype, device=self._input_ids.device)
+        # Narrower prompts become int64, as in generate().
+        answers = torch.tensor(self._columns, dtype=torch.int64, device=self._input_ids.device)
         return torch.cat([self._input_ids, answers.view(-1, len(self._input_ids)).T], dim=-1)
 
 
@@ -268,6 +269,8 @@ def _check_call(
         raise RGTGError(
             f"{type(model).__name__} is an encoder-decoder: custom_generate decodes causal models"
         )
+    if input_ids.ndim != 2:
+        raise RGTGError(f"input_ids have shape {list(input_ids.shape)}: pass [B, P], one row for each prompt")
     if caller.get("assistant_model") is not None:
         raise RGTGError("assistant_model has no part in guided decoding: leave it out")
     if caller.get("synced_gpus"):
@@ -384,7 +387,10 @@ def _prompts(
     if positions is not None:
         expected = kept.cumsum(-1) - 1
         if positions.shape[-1] != input_ids.shape[1] or torch.any((positions != expected) & kept):
-            raise RGTGError("position_ids differ from the places of the tokens: leave them out")
+            raise RGTGError(
+                "position_ids, or those that follow from attention_mask, differ from the places of the tokens: pass a "
+                "mask of 0 and 1 for each id, and no position_ids"
+            )
     return [ids[row].tolist() for ids, row in zip(input_ids, kept, strict=True)]
 
 
@@ -460,8 +466,17 @@ def _decoder(
     All rows are decoded at once, as generate() does, so that stopping criteria and streamers see whole steps.
 
     Raises:
-        RGTGError: a decoder of another model, or one beside a reward; the models do not fit.
+        RGTGError: no reward, a decoder of another model, or one beside a reward; the models do not fit.
     """
+    if given is not None and not isinstance(given, RewardGuidedDecoder):
+        raise RGTGError(
+            f"decoder={shown(given)} is not a decoder: pass RewardGuidedDecoder.from_pretrained((model, tokenizer), "
+            "reward)"
+        )
+    if given is None and reward is None:
+        raise RGTGError(
+            "there is no reward: pass reward=... (without custom_generate the base model decodes alone)"
+        )
     if given is not None and (reward is not None or tokenizer is not None):
         raise RGTGError("decoder and a reward or tokenizer, which it has already: pass one of the two")
     if given is not None and given.lm.runner.model is not model:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.integrations.settings import ServerSettings, check_reward
+from rgtg_fast.integrations.vllm_start import refuse_beams
 from rgtg_fast.rewards import Reward
 
 
@@ -68,11 +69,7 @@ class RewardGuide(*_base_classes()):
         if guidance is None:
             return
         check_reward(guidance, _reward())
-        # The form of what vLLM's beam search asks for, one token of each beam at a time.
-        if sampling_params.max_tokens == 1 and sampling_params.logprobs and not sampling_params.detokenize:
-            raise RGTGError(
-                "beam search ranks by log-probabilities without the reward: use sampling with n > 1 on a guided server"
-            )
+        refuse_beams(sampling_params)
 
 
 @functools.lru_cache(maxsize=1)

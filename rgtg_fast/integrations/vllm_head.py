@@ -9,8 +9,9 @@ Such a reward costs one product with a matrix of the head's size, or k dot produ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +30,7 @@ from rgtg_fast.engine.guided_logits import GuidedLogits
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.integrations.fold import linear_reward
 from rgtg_fast.integrations.settings import ServerSettings
-from rgtg_fast.integrations.vllm_start import logger
+from rgtg_fast.integrations.vllm_start import end_rows, guidance_here, logger, refuse_beams, stop_token
 
 WORKER = "rgtg_fast.integrations.vllm_worker.RewardWorker"
 # Relative difference of logits that rounding explains.
@@ -45,19 +46,29 @@ class HeadRewardGuide(LogitsProcessor):
         is_pin_memory: unused.
 
     Raises:
-        RGTGError: settings that cannot be used, speculative decoding, or pipeline ranks.
+        RGTGError: settings that cannot be used, another worker, speculative decoding, or pipeline ranks.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
-        if vllm_config.speculative_config is not None:
-            raise RGTGError("a guided server decodes one token a step: start it without speculative decoding")
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise RGTGError(
-                "a head-only reward was not tried with pipeline ranks: start the server without them"
-            )
-        self._settings = ServerSettings.load()
+        with logged():
+            if vllm_config.speculative_config is not None:
+                raise RGTGError(
+                    "a guided server decodes one token a step: start it without speculative decoding"
+                )
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                raise RGTGError(
+                    "a head-only reward was not tried with pipeline ranks: start the server without them"
+                )
+            if vllm_config.parallel_config.worker_cls != WORKER:
+                raise RGTGError(
+                    f"this processor needs the states that its worker keeps: add --worker-cls {WORKER}"
+                )
+            self._settings = ServerSettings.load()
+            _check_guidance(self._settings.guidance)
         self._device, self._model_config = device, vllm_config.model_config
-        self._requests: dict[int, Guidance] = {}
+        # By row of the batch: a request's guidance, and the token that ends it where it cannot be guided.
+        self._requests: dict[int, tuple[Guidance, int | None]] = {}
+        self._eos_ids: frozenset[int] = frozenset()
         self._states: torch.Tensor | None = None
         self._weight = self._bias = torch.empty(0)
 
@@ -68,7 +79,10 @@ class HeadRewardGuide(LogitsProcessor):
         Raises:
             RGTGError: a ValueError, which the server answers with status 400.
         """
-        _check_guidance(_settings().guidance_of(sampling_params.extra_args))
+        guidance = _settings().guidance_of(sampling_params.extra_args)
+        if guidance is not None:
+            _check_guidance(guidance)
+            refuse_beams(sampling_params)
 
     def attach(self, model: Any) -> None:
         """Keeps the states that a loaded model computes logits of, and loads the reward.
@@ -91,6 +105,7 @@ class HeadRewardGuide(LogitsProcessor):
             reward_weights=settings.reward_weights,
         )
         weight, bias = linear_reward(decoder)
+        self._eos_ids = decoder.lm.eos_ids
         _check_product(compute, decoder.lm.runner.head, self._device, self._model_config.dtype)
         self._weight, self._bias = (
             each.to(self._device, self._model_config.dtype) for each in (weight, bias)
@@ -107,10 +122,20 @@ class HeadRewardGuide(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(
-            self._requests,
-            batch_update,
-            lambda params, prompt, output: self._settings.guidance_of(params.extra_args),
+            self._requests, batch_update, lambda params, prompt, output: self._request(params)
         )
+
+    def _request(self, params: Any) -> tuple[Guidance, int | None] | None:
+        """What `_requests` holds of a request that has come; None where it is not guided."""
+        guidance, error = guidance_here(self._settings, params)
+        if guidance is None:
+            return None
+        # More candidates than tokens are all of the tokens.
+        guidance = replace(guidance, k=min(guidance.k, len(self._weight)))
+        if not error:
+            return guidance, None
+        logger.error("rgtg_fast: a request ends at once: %s", error)
+        return guidance, stop_token(params, self._eos_ids)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._requests:
@@ -118,10 +143,17 @@ class HeadRewardGuide(LogitsProcessor):
         if self._states is None or len(self._states) != len(logits):
             raise RGTGError(f"{len(logits)} rows of logits have no states: report this with vLLM's version")
         rows = torch.tensor(list(self._requests), device=logits.device)
-        logits[rows] = self._guided(logits[rows], self._states[rows], list(self._requests.values()))
+        settings, stops = zip(*self._requests.values(), strict=True)
+        guided = self._guided(logits[rows], self._states[rows], settings)
+        if any(stop is not None for stop in stops):
+            failed = torch.tensor([stop is not None for stop in stops], device=logits.device)
+            guided = end_rows(guided, failed, [stop or 0 for stop in stops])
+        logits[rows] = guided
         return logits
 
-    def _guided(self, logits: torch.Tensor, states: torch.Tensor, settings: list[Guidance]) -> torch.Tensor:
+    def _guided(
+        self, logits: torch.Tensor, states: torch.Tensor, settings: Sequence[Guidance]
+    ) -> torch.Tensor:
         """log π + β·r [R, V] on each row's support, -inf elsewhere, from logits [R, V] and states [R, E]."""
         support = GuidedLogits(logits, settings)
         if all(guidance.support == "lm" for guidance in settings):
@@ -145,9 +177,9 @@ def logged() -> Iterator[None]:
         raise
 
 
-def _check_guidance(guidance: Guidance | None) -> None:
+def _check_guidance(guidance: Guidance) -> None:
     for name in ("weights", "gate_entropy"):
-        if guidance is not None and getattr(guidance, name) is not None:
+        if getattr(guidance, name) is not None:
             raise RGTGError(f"{name} is not served with a head-only reward: leave it out")
 
 

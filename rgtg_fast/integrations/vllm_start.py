@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from rgtg_fast.config import Guidance
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.integrations.settings import ServerSettings, check_reward
 from rgtg_fast.scorer import RequestScorer
@@ -44,15 +45,45 @@ def start_scorer(vllm_config: Any, device: torch.device) -> tuple[ServerSettings
         raise
 
 
-def stop_token(sampling_params: Any, scorer: RequestScorer) -> int:
+def guidance_here(settings: ServerSettings, sampling_params: Any) -> tuple[Guidance | None, str]:
+    """The guidance of a request in an engine, which an error here would end.
+
+    The front end has checked the request, by settings that it reads with its first request: where their file has
+    changed since the engine started, it may let through what the engine refuses.
+
+    Args:
+        settings: the engine's.
+        sampling_params: of the request.
+
+    Returns:
+        guidance, error: None where the request is not guided; and why it cannot be guided, empty where it can.
+    """
+    try:
+        return settings.guidance_of(sampling_params.extra_args), ""
+    except RGTGError as error:
+        return settings.guidance, f"{error} (did the server's settings change while it ran?)"
+
+
+def refuse_beams(sampling_params: Any) -> None:
+    """Refuses a request of vLLM's beam search, which asks for one token of each beam at a time.
+
+    Raises:
+        RGTGError: it has this form.
+    """
+    if sampling_params.max_tokens == 1 and sampling_params.logprobs and not sampling_params.detokenize:
+        raise RGTGError(
+            "beam search ranks by log-probabilities without the reward: use sampling with n > 1 on a guided server"
+        )
+
+
+def stop_token(sampling_params: Any, eos_ids: Iterable[int]) -> int:
     """A token that ends a request at once.
 
     Args:
         sampling_params: of the request.
-        scorer: the engine's.
+        eos_ids: of the base model.
     """
-    stops = sampling_params.all_stop_token_ids or scorer.eos_ids
-    return min(stops, default=0)
+    return min(sampling_params.all_stop_token_ids or eos_ids, default=0)
 
 
 def end_rows(logits: torch.Tensor, failed: torch.Tensor, stops: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,13 @@ from vllm.v1.sample.logits_processor import (  # pyright: ignore[reportMissingIm
 
 from rgtg_fast.config import Guidance
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.integrations.vllm_start import end_rows, logger, start_scorer, stop_token
+from rgtg_fast.integrations.vllm_start import (
+    end_rows,
+    guidance_here,
+    logger,
+    start_scorer,
+    stop_token,
+)
 
 
 @dataclass(eq=False)
@@ -76,8 +82,7 @@ class RewardGuideV1(LogitsProcessor):
         for index in batch_update.removed:
             self._put(index, None)
         for index, params, prompt, answer in batch_update.added:
-            guidance = self.settings.guidance_of(params.extra_args)
-            self._put(index, None if guidance is None else self._row(guidance, params, prompt, answer))
+            self._put(index, self._row(params, prompt, answer))
         for source, target, direction in batch_update.moved:
             moved = self._rows.pop(source, None)
             if direction is MoveDirectionality.SWAP:
@@ -114,11 +119,18 @@ class RewardGuideV1(LogitsProcessor):
             logits[indices] = end_rows(logits[indices], ended, [row.stop for _, row in failed])
         return logits
 
-    def _row(self, guidance: Guidance, params: Any, prompt: list[int], answer: list[int]) -> _Row:
+    def _row(self, params: Any, prompt: list[int] | None, answer: list[int]) -> _Row | None:
+        """A request that has come; None where it is not guided."""
         assert self.scorer is not None
+        guidance, error = guidance_here(self.settings, params)
+        if guidance is None:
+            return None
         # More candidates than tokens are all of the tokens.
         settings = replace(guidance, weights=None, k=min(guidance.k, self.scorer.vocabulary))
-        return _Row(prompt, answer, settings, guidance.weights, stop_token(params, self.scorer))
+        row = _Row(prompt or [], answer, settings, guidance.weights, stop_token(params, self.scorer.eos_ids))
+        if error:
+            self._fail(row, error)
+        return row
 
     def _put(self, index: int, row: _Row | None) -> None:
         """Row `index` of the batch is another request now, None for one that is not guided."""
@@ -163,7 +175,7 @@ class RewardGuideV1(LogitsProcessor):
         return torch.cat([self._guide([row], logits[at : at + 1]) for at, row in enumerate(rows)])
 
     def _report(self) -> None:
-        """Logs the requests that ended in the last step since their reward is NaN."""
+        """Logs the requests that ended in the last step since no candidate had a score."""
         if self._checked is None:
             return
         (rows, bad), self._checked = self._checked, None
@@ -171,7 +183,8 @@ class RewardGuideV1(LogitsProcessor):
             if is_bad and not row.error:
                 self._fail(
                     row,
-                    "no usable reward (NaN or +inf): check the reward model's weights and dtype (try float32)",
+                    "no usable reward (NaN or +inf: check the reward model's weights and dtype, try float32), or no "
+                    "token left to choose (a grammar or mask of the request)",
                 )
 
     def _fail(self, row: _Row, error: object) -> None:

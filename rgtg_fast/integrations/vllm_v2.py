@@ -52,11 +52,10 @@ class RewardGuideV2(LogitsProcessor):
             return False
         if before is not None and before.request is not None:
             scorer.drop(before.request)
-        guidance = self._guide.settings.guidance_of(sampling_params.extra_args)
-        if guidance is None:
-            return False
-        self._slots[req_idx] = self._guide._row(guidance, sampling_params, [], [])
-        return True
+        row = self._guide._row(sampling_params, [], [])
+        if row is not None:
+            self._slots[req_idx] = row
+        return row is not None
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
         """log π + β·r in the rows of guided requests.

@@ -64,9 +64,8 @@ class ServedModel(LanguageModel):
             model, tokenizer = load_causal_lm(source, device, dtype, trust_remote_code)
             runner: Any = language_runner(model, engine, max_length)
         else:
-            pair = isinstance(source, (tuple, list))
             if (
-                not pair
+                isinstance(source, (str, os.PathLike))
                 and not is_adapter(source)
                 and gguf_file(source, f"language model {source!s}") is None
             ):

@@ -157,8 +157,7 @@ class MixtureReward(Reward):
             self._by_slot = self._by_slot.new_zeros(slots, len(self.rewards))
 
     def admit(self, slot: int, prefix: Prefix, encoded: list[list[int]]) -> None:
-        weights = self.weights if prefix.weights is None else prefix.weights
-        self._by_slot[slot] = to_device(weights, self._by_slot.dtype, self._by_slot.device)
+        self._weigh(slot, prefix)
         shared, own = encoded[: self.prompt_contexts], encoded[self.prompt_contexts :]
         for reward, count in zip(self.rewards, self._owned, strict=True):
             reward.admit(slot, prefix, shared[: reward.prompt_contexts] + own[:count])
@@ -170,7 +169,12 @@ class MixtureReward(Reward):
         for reward in self.rewards:
             reward.move(source, target)
 
+    def _weigh(self, slot: int, prefix: Prefix) -> None:
+        weights = self.weights if prefix.weights is None else prefix.weights
+        self._by_slot[slot] = to_device(weights, self._by_slot.dtype, self._by_slot.device)
+
     def set_prefix(self, slot: int, prefix: Prefix) -> None:
+        self._weigh(slot, prefix)  # the mixture's own may have been set since the slot was filled
         for reward in self.rewards:
             reward.set_prefix(slot, prefix)
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers.generation import GenerationMode
 
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError
+from rgtg_fast.integrations import guided_folder
 from tests.cli.support import HANGS, Outcome, Run, runner
 from tests.models.adapters import write_adapter
 from tests.models.kinds.tiny import language_model, reward_model, save
@@ -172,6 +174,7 @@ def test_settings_are_read_at_every_call(folder: str, models: dict[str, str]) ->
         json.dumps({**given, "beta": "much"}): r"guidance.json: beta='much' is not a number",
         json.dumps({**given, "k": 0}): r"guidance.json: k=0 is below 1",
         json.dumps({**given, "gamma": 1}): r"guidance.json has an unknown setting 'gamma'",
+        json.dumps({**given, "trust_remote_code": "no"}): r"guidance.json: trust_remote_code='no' is neither",
         json.dumps({**given, "reward": 3}): r"guidance.json: reward=3 is not a name",
         json.dumps({**given, "rgtg_fast": "99.0.0"}): r"was exported by rgtg_fast 99.0.0 .* upgrade",
         json.dumps({**given, "rgtg_fast": ""}): r"does not say which version",
@@ -181,6 +184,9 @@ def test_settings_are_read_at_every_call(folder: str, models: dict[str, str]) ->
         with pytest.raises(RGTGError, match=message) as error:
             model.generate(**inputs, max_new_tokens=NEW)
         assert "\n" not in str(error.value)
+    path.write_text(json.dumps(given))
+    with pytest.raises(RGTGError, match="guidance=0 is not a Guidance"):
+        model.generate(**inputs, max_new_tokens=NEW, guidance=0)
     path.unlink()
     with pytest.raises(RGTGError, match=r"is no guided folder: it has no guidance.json"):
         model.generate(**inputs, max_new_tokens=NEW)
@@ -264,6 +270,44 @@ def test_what_an_export_refuses(run: Run, models: dict[str, str], tmp_path: Path
     assert "holds the model that is read" in again.error
     assert (mine / "letter.txt").read_text() == "mine"
     assert not (tmp_path / "new").exists()
+    link = tmp_path / "link"
+    link.symlink_to(guided)
+    assert "symbolic link" in export(run, models, "full", link, "--overwrite").error
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dola_layers": "low"},
+        {"constraints": [1]},
+        {"force_words_ids": [[5]]},
+        {"assistant_early_exit": 1},
+        {"prompt_lookup_num_tokens": 3},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 4},
+    ],
+)
+def test_other_ways_of_decoding_are_left_out(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Every call of such a folder would be refused."""
+    lm = language_model("llama")
+    for name, value in settings.items():
+        setattr(lm.generation_config, name, value)
+    decoder = RewardGuidedDecoder.from_pretrained((lm, None))
+    name = next(iter(settings))
+    assert guided_folder._write_generation_config(decoder, Guidance(temperature=0), tmp_path) == [
+        f"{name}={settings[name]!r}"
+    ]
+    written = GenerationConfig.from_pretrained(tmp_path)
+    assert written.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+
+
+def test_a_generation_config_that_transformers_does_not_save(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    lm.generation_config.output_scores = True
+    decoder = RewardGuidedDecoder.from_pretrained((lm, None))
+    with pytest.raises(RGTGError, match=r"generation config cannot be saved .*output_scores") as error:
+        guided_folder._write_generation_config(decoder, Guidance(temperature=0), tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_fold_is_passed_on(

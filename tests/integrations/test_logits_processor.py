@@ -218,6 +218,20 @@ def test_what_cannot_be_served_is_refused_by_name(pair: Any) -> None:
         guide(prompt, torch.zeros(1, 63))
 
 
+def test_arguments_of_another_type(pair: Any) -> None:
+    guide = guide_for(pair, sequence(), Guidance(5, 2.0))
+    with pytest.raises(RGTGError, match=r"attention_mask=.* is not a tensor"):
+        guide.begin([[1, 1]])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RGTGError, match="scorer='x' is not a RequestScorer"):
+        RewardGuidedLogitsProcessor("x")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RGTGError, match=r"guidance=\{'k': 3\} is not a Guidance"):
+        guide_for(pair, sequence(), {"k": 3})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RGTGError, match="pad_token_id='x'"):
+        RewardGuidedLogitsProcessor.from_pretrained(pair, sequence(), pad_token_id="x")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RGTGError, match="LlamaForCausalLM alone: pass"):
+        RewardGuidedLogitsProcessor.from_pretrained(pair[0], sequence())
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_the_bundled_reward(smollm2: Path) -> None:

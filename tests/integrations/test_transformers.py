@@ -236,6 +236,15 @@ def test_return_dict(lm: torch.nn.Module, reward: SequenceReward) -> None:
     assert found.scores is None
 
 
+def test_narrow_prompts_become_int64(lm: torch.nn.Module, reward: SequenceReward) -> None:
+    """As in generate(): answers may have ids that a prompt's dtype has not."""
+    call = functools.partial(lm.generate, custom_generate=custom_generate, reward=reward, guidance=GUIDED)
+    prompts = torch.tensor(PROMPTS[:1])
+    found = call(prompts.to(torch.uint8), max_new_tokens=3)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, call(prompts, max_new_tokens=3))
+
+
 def test_the_models_weights_may_change_between_calls(lm: torch.nn.Module, reward: SequenceReward) -> None:
     """The decoder is kept, follows the weights, and leaves the model in training, copyable and picklable."""
     lm.train()
@@ -418,6 +427,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "positions": ({"position_ids": torch.tensor([[0, 3, 4]])}, "position_ids"),
     "empty": ({"attention_mask": torch.zeros(1, 3, dtype=torch.int64)}, "prompt 0 is empty"),
     "embeddings": ({"inputs": None, "inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
+    "no reward": ({"reward": None}, "there is no reward"),
+    "decoder": ({"reward": None, "decoder": "x"}, "decoder='x' is not a decoder"),
+    "shape": ({"inputs": torch.tensor([PROMPTS[:1]])}, r"input_ids have shape \[1, 1, 3\]"),
+    "mask": ({"attention_mask": torch.tensor([[2, 1, 1]])}, "mask of 0 and 1"),
+    "mask of another width": ({"attention_mask": torch.ones(1, 2, dtype=torch.int64)}, "mask of 0 and 1"),
     "too long": ({"max_new_tokens": 200}, "exceed its 128"),
 }
 

@@ -216,3 +216,15 @@ def test_what_the_runner_cannot_do_is_refused(
         guide_class(config(folder, speculative_config=object()), states)
     with pytest.raises(ValueError, match="rgtg_beta"):
         guide_class.validate_params(SimpleNamespace(extra_args={"rgtg_beta": "x"}))
+
+
+def test_what_only_the_engine_refuses_ends_its_request(
+    folder: Path, guide_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The front end reads the settings again, whose file may have changed: it let k=500 through."""
+    monkeypatch.setenv("RGTG_FAST_REWARD", str(folder / "sequence"))
+    engine = Engine(folder, guide_class, 0)
+    request = Request([7, 8], {"rgtg_k": 500})
+    engine.run([request])
+    assert request.answer == [1]
+    assert len(engine.processor._guide.scorer) == 0

