@@ -532,9 +532,12 @@ class RequestScorer:
 
         So are all of them where another run has used the reward since.
         """
-        stale = not self._turns.belongs_to(self) or any(model.written for model in self._models())
+        owned = self._turns.belongs_to(self)
+        # First: a model that `begin` refuses leaves no other one's old prefixes.
+        if owned and any(model.written for model in self._models()):
+            self._forget()
         self._turns.begin()
-        if stale:
+        if not owned:
             self._turns.claim(self)
             self._forget()
 
