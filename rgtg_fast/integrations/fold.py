@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rgtg_fast.config import Guidance
 from rgtg_fast.decoder import RewardGuidedDecoder
 from rgtg_fast.errors import RGTGError, one_line
-from rgtg_fast.files import publish, reason, same_file
+from rgtg_fast.files import publish, reason
 from rgtg_fast.models.adapter import is_adapter
 from rgtg_fast.models.device import resolve_dtype
 from rgtg_fast.models.gguf import gguf_file
@@ -268,13 +268,20 @@ def _free_target(output: Path, overwrite: bool, lm: object, reward: object) -> P
     """
     try:
         exists, parent = os.path.lexists(output), output.absolute().parent
+        if output.is_symlink():
+            raise RGTGError(f"{output} is a symbolic link, which is not replaced: name a folder")
         if exists and not overwrite:
-            raise RGTGError(f"{output} exists: name another folder, or pass overwrite=True to replace it")
+            raise RGTGError(
+                f"{output} exists: name another folder, or replace it with overwrite=True (--overwrite)"
+            )
         if exists and not (output / "config.json").is_file():
             raise RGTGError(f"{output} holds no checkpoint to overwrite: name another folder")
-        for source in (lm, str(reward).rpartition(":")[2]):
-            if exists and isinstance(source, (str, os.PathLike)) and same_file(output, Path(source)):
-                raise RGTGError(f"{output} is the folder that is read: name another one")
+        named = reward.rpartition(":")[2] if isinstance(reward, str) else reward
+        for source in (lm, named):
+            if not (exists and source and isinstance(source, (str, os.PathLike))):
+                continue
+            if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
+                raise RGTGError(f"{output} holds the model that is read ({source}): name another folder")
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise RGTGError(f"cannot write {output}: {parent} is no folder that can be written to")
     except (OSError, ValueError) as error:

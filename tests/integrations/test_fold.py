@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,16 @@ def test_the_folder_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Mo
     for path in (tmp_path / "lm", tmp_path / "reward"):
         with pytest.raises(RGTGError, match="exists: name another folder"):
             export_folded(tmp_path / "lm", reward, 1.0, path)
-    with pytest.raises(RGTGError, match="is the folder that is read"):
+    with pytest.raises(RGTGError, match="holds the model that is read"):
         export_folded(tmp_path / "lm", reward, 1.0, tmp_path / "lm", overwrite=True)
+    inside = "farma:" + head_only(tmp_path / "lm" / "reward", lm)
+    with pytest.raises(RGTGError, match="holds the model that is read"):
+        export_folded((lm, tokenizer), inside, 1.0, tmp_path / "lm", overwrite=True)
+    shutil.rmtree(tmp_path / "lm" / "reward")
+    (tmp_path / "link").symlink_to(tmp_path / "lm")
+    with pytest.raises(RGTGError, match="symbolic link"):
+        export_folded(tmp_path / "lm", reward, 1.0, tmp_path / "link", overwrite=True)
+    (tmp_path / "link").unlink()
     with pytest.raises(RGTGError, match="holds no checkpoint"):
         export_folded(tmp_path / "lm", reward, 1.0, tmp_path / "reward", overwrite=True)
     with pytest.raises(RGTGError, match="cannot write"):
