@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from operator import index as whole_number
 from typing import Any
 
@@ -16,76 +14,15 @@ from rgtg_fast.config import Guidance, whole
 from rgtg_fast.engine.guided_logits import GuidedLogits
 from rgtg_fast.engine.locks import Turns
 from rgtg_fast.engine.request import check_fits, check_guidance, encoded_row
+from rgtg_fast.engine.request_rows import Request, RequestRows
 from rgtg_fast.errors import RewardNaNError, RGTGError, shown
-from rgtg_fast.models.context_rows import ContextRows
-from rgtg_fast.models.device import free_bytes, resolve_dtype, to_device, without_autocast
-from rgtg_fast.models.kv_cache import Slots
+from rgtg_fast.models.device import free_bytes, resolve_dtype, without_autocast
 from rgtg_fast.models.language_model import LanguageModel
 from rgtg_fast.models.loading import ModelAndTokenizer
 from rgtg_fast.models.prompts import PromptLike, as_prompts, check_known
-from rgtg_fast.models.runner import ModelRunner
 from rgtg_fast.models.served_model import ServedModel
-from rgtg_fast.rewards.base import Prefix, Reward, as_score
+from rgtg_fast.rewards.base import Prefix, Reward
 from rgtg_fast.rewards.parse import RewardLike, as_reward
-
-
-@dataclass
-class _Request:
-    """A request that is present.
-
-    Attributes:
-        prefix: its prompt and the answer decided so far.
-        encoded: the prompt's ids in the reward's contexts.
-        slot: where the models hold its prefix, None where they do not yet.
-        longest: tokens of the prompt in the context where it has most.
-    """
-
-    prefix: Prefix
-    encoded: list[list[int]]
-    slot: int | None = None
-    longest: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.longest = max(map(len, [self.prefix.prompt_ids, *self.encoded]))
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What two requests have in common whose prefixes may be exchanged."""
-        return self.prefix.prompt_ids, self.encoded, self.prefix.weights
-
-
-@dataclass
-class _Row:
-    """What the models hold in a slot.
-
-    Attributes:
-        request: the prompt's; of the request that has the slot, or had it last.
-        owner: handle of the request that has the slot, None where it is free.
-        held: answer tokens in the prefix.
-        freed: number of the drop that freed the slot: the oldest content is replaced first.
-    """
-
-    request: _Request
-    owner: int | None
-    held: list[int] = field(default_factory=list)
-    freed: int = 0
-
-    def is_prefix(self, answer: list[int]) -> bool:
-        """Whether an answer begins with the tokens held."""
-        return answer[: len(self.held)] == self.held
-
-
-@dataclass
-class _Step:
-    """The last step, whose decisions are not known yet.
-
-    Attributes:
-        slots: slots of its rows.
-        candidates: for each row the tokens that were scored; None: all of the vocabulary were.
-    """
-
-    slots: list[int]
-    candidates: list[list[int]] | None
 
 
 class RequestScorer:
@@ -130,21 +67,15 @@ class RequestScorer:
         reward.use_slots(None)
         reward.used_by(self)
         self._turns = Turns(lm, reward, binding)
-        self._contexts = ContextRows(lm, reward.prompt_contexts) if reward.prompt_contexts else None
-        contexts = reward.prompt_contexts * (
-            lm.runner.cache.row_bytes(self.max_length) if self._contexts else 0
-        )
+        self._rows = RequestRows(lm, reward, self.max_requests, self.max_length)
         free = free_bytes(lm.runner.device)
-        row_bytes = contexts + reward.row_bytes(self.max_length)
-        check_fits(row_bytes, self.max_requests, self.max_length, free, "max_requests")
-        self._rows: list[_Row | None] = [None] * self.max_requests
-        self._requests: dict[int, _Request] = {}
-        self._step: _Step | None = None
-        self._added = self._dropped = 0
+        check_fits(self._rows.row_bytes(), self.max_requests, self.max_length, free, "max_requests")
+        self._requests: dict[int, Request] = {}
+        self._added = 0
         with self._turns.taken():
             self._turns.begin()
             self._turns.claim(self)
-            self._reserve()
+            self._rows.forget()
         self._served = self._turns.served()
 
     @classmethod
@@ -222,7 +153,7 @@ class RequestScorer:
 
     def cache_bytes(self) -> int:
         """Bytes of all prefix caches."""
-        return self.reward.cache_bytes() + (0 if self._contexts is None else self.lm.runner.cache.nbytes())
+        return self._rows.cache_bytes()
 
     def add(
         self, prompt: PromptLike, answer: Sequence[int] = (), weights: Sequence[float] | None = None
@@ -252,7 +183,7 @@ class RequestScorer:
                 self._begin_run()
             row = encoded_row(given, 1, self.lm, self.reward, guidance)
             prefix = Prefix(row.prompt, row.prompt_ids, weights=row.weights)
-            request = _Request(prefix, row.encoded)
+            request = Request(prefix, row.encoded)
             prefix.answer = self._checked_answer(request, answer)
             self._added += 1
             self._requests[self._added] = request
@@ -260,12 +191,8 @@ class RequestScorer:
 
     def drop(self, request: int) -> None:
         """A request has ended. Its slot keeps its prefix until it is needed, should the request come back."""
-        gone = self._request(request)
+        self._rows.end(self._request(request))
         del self._requests[request]
-        self._dropped += 1
-        row = None if gone.slot is None else self._rows[gone.slot]
-        if row is not None:
-            row.owner, row.freed = None, self._dropped
 
     def advance(self, request: int, answer: Sequence[int]) -> None:
         """Tells the answer decided so far; the reward's models follow with the next score.
@@ -285,16 +212,16 @@ class RequestScorer:
         """Tokens that may still follow in a request."""
         return self._remaining(self._request(request))
 
-    def _remaining(self, request: _Request) -> int:
+    def _remaining(self, request: Request) -> int:
         return self.max_length - request.longest - len(request.prefix.answer)
 
-    def _request(self, handle: int) -> _Request:
+    def _request(self, handle: int) -> Request:
         found = self._requests.get(handle)
         if found is None:
             raise RGTGError(f"request {handle!r} is not present: add it first")
         return found
 
-    def _checked_answer(self, request: _Request, answer: Sequence[int]) -> list[int]:
+    def _checked_answer(self, request: Request, answer: Sequence[int]) -> list[int]:
         """A request's answer: the one known before, grown, where the new one continues it."""
         known = request.prefix.answer
         try:
@@ -342,7 +269,8 @@ class RequestScorer:
         if not present:
             return torch.zeros(candidates.shape, device=self.device)
         with self._turns.taken(self._served):
-            return self._score(present, candidates.to(self.device))
+            rewards = self._score(present, candidates.to(self.device))
+        return rewards.clone()  # outside of inference mode: an ordinary tensor
 
     def guidance(self, requests: Sequence[int]) -> torch.Tensor:
         """Rewards [B, V] of every next token; only where `reward.scores_vocabulary`. Arguments as in `score`."""
@@ -352,7 +280,8 @@ class RequestScorer:
         if not present:
             return torch.zeros(0, self.vocabulary, device=self.device)
         with self._turns.taken(self._served):
-            return self._guidance(present)
+            rewards = self._guidance(present)
+        return rewards.clone()  # as in score
 
     def guide(
         self,
@@ -403,7 +332,7 @@ class RequestScorer:
                 self._score_support(present, support)
             return self._guided(present, support, logits, check)
 
-    def _present(self, requests: Sequence[int]) -> dict[int, _Request]:
+    def _present(self, requests: Sequence[int]) -> dict[int, Request]:
         """Requests that are to be scored, by their handles.
 
         Raises:
@@ -433,7 +362,7 @@ class RequestScorer:
         ungated = Guidance(guidance.k, guidance.beta, guidance.temperature, guidance.support)
         check_guidance(ungated, self.lm, self.reward)
 
-    def _score_support(self, requests: dict[int, _Request], support: GuidedLogits) -> None:
+    def _score_support(self, requests: dict[int, Request], support: GuidedLogits) -> None:
         """Scores the k most probable tokens of the rows whose gates are open."""
         guided = support.select()
         if not guided:
@@ -447,10 +376,11 @@ class RequestScorer:
         support.rewards[guided] = rewards.to(support.rewards.dtype)
 
     def _guided(
-        self, requests: dict[int, _Request], support: GuidedLogits, logits: torch.Tensor, check: bool
+        self, requests: dict[int, Request], support: GuidedLogits, logits: torch.Tensor, check: bool
     ) -> torch.Tensor:
         scores, unusable = support.scores()  # [B, K], [B, K]
-        out = torch.full(logits.shape, -torch.inf, dtype=torch.float32, device=scores.device)
+        with torch.inference_mode(False):  # the caller's sampler may write into it
+            out = torch.full(logits.shape, -torch.inf, dtype=torch.float32, device=scores.device)
         out.scatter_(1, support.candidates, scores.float())
         # Logits that are NaN or +inf, or all -inf, leave no distribution to sample from.
         empty = ~(scores < torch.inf).all(1) | (scores == -torch.inf).all(1)
@@ -467,25 +397,16 @@ class RequestScorer:
             raise RewardNaNError(handle, step, token, self.lm.token_text(token))
         return out.to(logits.device)
 
-    # ---- the models -------------------------------------------------------------------------------------------------
+    # ---- the rows ---------------------------------------------------------------------------------------------------
 
-    def _score(self, requests: dict[int, _Request], candidates: torch.Tensor) -> torch.Tensor:
+    def _score(self, requests: dict[int, Request], candidates: torch.Tensor) -> torch.Tensor:
         self._check_turn()
-        with self._forgetting():
-            slots = self._follow(requests)
-            self._begin_step(slots)
-            rewards = as_score(self.reward.score(candidates), self.reward)
-        self._step = _Step(slots, candidates.tolist())
+        rewards = self._rows.score(list(requests.values()), candidates)
         return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
-    def _guidance(self, requests: dict[int, _Request]) -> torch.Tensor:
+    def _guidance(self, requests: dict[int, Request]) -> torch.Tensor:
         self._check_turn()
-        with self._forgetting():
-            slots = self._follow(requests)
-            self._begin_step(slots)
-            rewards = as_score(self.reward.guidance(), self.reward)
-        self._step = _Step(slots, None)
-        return rewards
+        return self._rows.guidance(list(requests.values()))
 
     def _check_turn(self) -> None:
         """As `Turns.check`; what the models hold stays, since it may be another run's by now."""
@@ -494,39 +415,6 @@ class RequestScorer:
         except RGTGError as error:
             raise RGTGError(f"{error}; a RequestScorer goes on once all its requests are dropped") from error
 
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """Where the models' forward fails, what they hold is not known: prompts are prefilled again."""
-        try:
-            yield
-        except BaseException:
-            self._forget()
-            raise
-
-    def _reserve(self) -> None:
-        """Empties the caches."""
-        self.reward.reserve(self.max_requests, self.max_length)
-        if self._contexts is not None:
-            self._contexts.reserve(self.max_requests, self.max_length)
-
-    def _forget(self) -> None:
-        self._reserve()
-        self._rows, self._step = [None] * self.max_requests, None
-        for request in self._requests.values():
-            request.slot = None
-
-    def _begin_step(self, slots: list[int]) -> None:
-        placed = Slots.of(slots, self.device)
-        if self._contexts is None:
-            logits = torch.empty(len(slots), 0, self.vocabulary, device=self.device)
-        else:
-            logits = self._contexts.logits(placed)
-        self.reward.use_slots(placed)
-        self.reward.begin_step(logits)
-
-    def _models(self) -> list[ModelRunner]:
-        return [*self.reward.models(), *([] if self._contexts is None else [self.lm.runner])]
-
     def _begin_run(self) -> None:
         """Takes over changes of the weights while no request is present: prefixes of old ones are forgotten.
 
@@ -534,131 +422,9 @@ class RequestScorer:
         """
         owned = self._turns.belongs_to(self)
         # First: a model that `begin` refuses leaves no other one's old prefixes.
-        if owned and any(model.written for model in self._models()):
-            self._forget()
+        if owned and any(model.written for model in self._rows.models()):
+            self._rows.forget()
         self._turns.begin()
         if not owned:
             self._turns.claim(self)
-            self._forget()
-
-    def _follow(self, requests: dict[int, _Request]) -> list[int]:
-        """Brings the models to the answers of these requests; returns their slots."""
-        self._settle()
-        self._place(requests)
-        slots = [self._slot(request) for request in requests.values()]
-        while behind := [slot for slot in slots if self._next_token(self._row(slot)) is not None]:
-            self._begin_step(behind)
-            self._accept([self._next_token(self._row(slot)) for slot in behind], behind)
-        return slots
-
-    def _accept(self, tokens: Sequence[Any], slots: list[int]) -> None:
-        """Appends tokens that the reward has not scored to the prefixes of the step that has begun."""
-        decided = to_device(list(tokens), torch.int64, self.device)
-        self.reward.follow(decided)
-        if self._contexts is not None:
-            self._contexts.accept(decided)
-        for slot, token in zip(slots, tokens, strict=True):
-            self._row(slot).held.append(token)
-
-    def _settle(self) -> None:
-        """Commits the candidates of the last step that have become answer tokens."""
-        step, self._step = self._step, None
-        if step is None:
-            return
-        choice, tokens = [], []
-        for index, slot in enumerate(step.slots):
-            row = self._row(slot)
-            token = self._next_token(row)
-            candidates = None if step.candidates is None else step.candidates[index]
-            if token is None or (candidates is not None and token not in candidates):
-                token = -1
-            tokens.append(token)
-            choice.append(token if token < 0 or candidates is None else candidates.index(token))
-            if token >= 0:
-                row.held.append(token)
-        if all(token < 0 for token in tokens):
-            return
-        self.reward.commit(to_device(choice, torch.int64, self.device))
-        if self._contexts is not None:
-            self._contexts.accept(to_device(tokens, torch.int64, self.device))
-
-    def _next_token(self, row: _Row) -> int | None:
-        """The token that follows those held, where the answer of the slot's request continues them."""
-        request = None if row.owner is None else self._requests.get(row.owner)
-        if request is None or len(request.prefix.answer) <= len(row.held):
-            return None
-        answer = request.prefix.answer
-        return answer[len(row.held)] if row.is_prefix(answer) else None
-
-    # ---- slots ------------------------------------------------------------------------------------------------------
-
-    def _row(self, slot: int) -> _Row:
-        row = self._rows[slot]
-        assert row is not None
-        return row
-
-    def _slot(self, request: _Request) -> int:
-        assert request.slot is not None
-        return request.slot
-
-    def _place(self, requests: dict[int, _Request]) -> None:
-        """Gives each request a slot that holds its prompt and the beginning of its answer."""
-        lost = []
-        for handle, request in requests.items():
-            row = None if request.slot is None else self._rows[request.slot]
-            if row is None or not row.is_prefix(request.prefix.answer):
-                lost.append(handle)
-                request.slot = None
-                if row is not None:
-                    row.owner = None
-        copies, new = [], []
-        for handle in lost:
-            request = requests[handle]
-            source = self._longest(request)
-            if source is not None and self._row(source).owner is None:
-                self._take(source, handle, request)
-            elif source is not None and self._row(source).held:
-                copies.append((handle, source))
-            else:
-                new.append(handle)
-        # A source has an owner by now: nothing that is still to be copied is overwritten.
-        for handle, source in copies:
-            self._copy(source, handle, requests[handle])
-        for handle in new:
-            self._admit(handle, requests[handle])
-
-    def _longest(self, request: _Request) -> int | None:
-        """The slot that holds most of a request's answer, a free one where there is a choice."""
-        found = [
-            (len(row.held), row.owner is None, slot)
-            for slot, row in enumerate(self._rows)
-            if row is not None and row.request.key == request.key and row.is_prefix(request.prefix.answer)
-        ]
-        return max(found)[2] if found else None
-
-    def _free(self) -> int:
-        """A free slot, whose content is the oldest."""
-        free = [(-1 if row is None else row.freed, slot) for slot, row in enumerate(self._rows)]
-        return min(each for each in free if (row := self._rows[each[1]]) is None or row.owner is None)[1]
-
-    def _take(self, slot: int, handle: int, request: _Request) -> None:
-        row = self._row(slot)
-        row.owner, request.slot = handle, slot
-        self.reward.set_prefix(slot, request.prefix)
-
-    def _copy(self, source: int, handle: int, request: _Request) -> None:
-        slot, held = self._free(), list(self._row(source).held)
-        self.reward.move(source, slot)
-        if self._contexts is not None:
-            self._contexts.move(source, slot)
-        self._rows[slot] = _Row(request, handle, held)
-        self._take(slot, handle, request)
-
-    def _admit(self, handle: int, request: _Request) -> None:
-        slot = self._free()
-        own = self.reward.prompt_contexts
-        if self._contexts is not None:
-            self._contexts.admit(slot, request.encoded[:own])
-        self.reward.admit(slot, request.prefix, request.encoded)
-        self._rows[slot] = _Row(request, handle)
-        request.slot = slot
+            self._rows.forget()

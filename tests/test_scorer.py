@@ -583,3 +583,19 @@ def test_the_example_of_an_own_loop_decodes_as_the_decoder_does() -> None:
     answers = example.decode(pair[0], scorer, PROMPTS[:3], guidance, NEW_TOKENS)
     rows = RewardGuidedDecoder.from_pretrained(pair, reward).generate(PROMPTS[:3], NEW_TOKENS, guidance)
     assert answers == [[*row.tokens, *([] if row.end_token is None else [row.end_token])] for row in rows]
+
+
+def test_results_are_ordinary_tensors() -> None:
+    """A sampler of one's own may write into them."""
+    scorer = RequestScorer.from_pretrained(
+        (make_lm(0), None), REWARDS["vocabulary"](), max_requests=1, max_length=32
+    )
+    request, logits = scorer.add([7, 8]), torch.randn(1, 64)
+    for made in (
+        scorer.score([request], torch.tensor([[9]])),
+        scorer.guidance([request]),
+        scorer.guide([request], logits, Guidance(k=3)),
+        scorer.guide([request], logits, Guidance(k=3), check=False),
+    ):
+        made.mul_(2)
+        assert not made.is_inference()
