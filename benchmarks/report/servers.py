@@ -22,7 +22,7 @@ def vllm_block(rows: list[Row]) -> str:
     for row in rows:
         cells = [
             row["reward"],
-            row["k"] or "–",
+            "–" if row["support"] == "all" else row["k"],
             row["support"],
             row["concurrency"],
             number(row["unguided_tokens_per_second"], ".1f"),
