@@ -220,7 +220,7 @@ class OwnModel(RewardRuntime):
 
     def accept(self, tokens: torch.Tensor) -> None:
         # Where a token follows, the one that was stepped is part of the prefix: it was the only one of the step, 0.
-        self.runner.commit(tokens.clamp_max(0))
+        self.commit(tokens.clamp_max(0))
         if self.slots is None:
             self._newest[: len(tokens)] = tokens
         else:
