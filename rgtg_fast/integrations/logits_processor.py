@@ -134,9 +134,7 @@ class RewardGuidedLogitsProcessor(LogitsProcessor):
             for handle, answer in zip(self._rows, self._answers, strict=True):
                 self._scorer.advance(handle, answer)
         self._ids = ids
-        guided = self._scorer.guide(self._rows, scores, self._guidance)
-        # A copy, since later processors may write to it and the scorer's are tensors of inference mode.
-        return guided.to(scores.dtype, copy=True)
+        return self._scorer.guide(self._rows, scores, self._guidance).to(scores.dtype)
 
     def _sources(self, ids: torch.Tensor) -> list[int] | None:
         """The row of the last step that each row continues by a token; None for a new call.

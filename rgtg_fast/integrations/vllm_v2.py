@@ -15,7 +15,7 @@ from rgtg_fast.integrations.vllm_v1 import RewardGuideV1, _Row
 
 
 class RewardGuideV2(LogitsProcessor):
-    """Guides requests by their slots, which the runner recycles without a word (`RewardGuide` makes it).
+    """Guides requests by their slots, which the runner recycles without telling (`RewardGuide` makes it).
 
     A slot keeps its request's rewards until another request takes it, so that the scorer needs as many requests as the
     runner has slots. The tokens that were decided are read from the device with one copy a step.
