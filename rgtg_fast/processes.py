@@ -99,6 +99,11 @@ class ProcessGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A connection that closes while another process still takes it up aborts that process within gloo, so all end
+        # together. Where one has ended already, nothing is left to wait for.
+        if error is None:
+            with contextlib.suppress(RuntimeError):
+                self._dist.barrier()
         self._dist.destroy_process_group()
 
     def together(self, work: Callable[[], _T]) -> list[_T]:

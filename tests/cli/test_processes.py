@@ -218,8 +218,10 @@ ENDED_RANK = (
 def torchrun(count: int, *args: object, script: tuple[object, ...] = ("-m", "rgtg_fast")) -> Outcome:
     """Runs a command in processes that torchrun starts."""
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, *script, *args]
+    # A process that aborts shows where.
+    variables = environment() | {"PYTHONFAULTHANDLER": "1"}
     started = subprocess.run(
-        list(map(str, line)), capture_output=True, text=True, env=environment(), timeout=HANGS, check=False
+        list(map(str, line)), capture_output=True, text=True, env=variables, timeout=HANGS, check=False
     )
     return Outcome(started.returncode, started.stdout, started.stderr)
 
@@ -241,7 +243,8 @@ def test_a_killed_process_costs_its_unfinished_rows_alone(
     assert [row["line"] for row in kept] == [2]
     assert "rank-0" in killed.err
     before = {part: part.read_bytes() for part in tmp_path.glob("*.rank-*")}
-    assert torchrun(3, *args, "--resume").code == 0
+    resumed = torchrun(3, *args, "--resume")
+    assert resumed.code == 0, resumed.err
     assert output.read_bytes() == expected
     assert all(lines in expected for part in before.values() for lines in part.splitlines())
 
