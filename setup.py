@@ -12,6 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 # Kernel files, compiled once per instruction set.
@@ -41,6 +42,8 @@ if X86:
         "avx512": [*AVX512, "-mprefer-vector-width=512"],
         "avx512bf16": [*AVX512, "-mavx512bf16", "-mprefer-vector-width=512"],
     }
+    if sys.platform == "linux":
+        ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 # Apple's linker does not know -s (strip symbols).
 LINK_FLAGS = ["-pthread"] if sys.platform == "darwin" else ["-pthread", "-s"]
@@ -71,11 +74,26 @@ class BuildExtension(build_ext):
                 raise
             print(f"rgtg_fast: built without its C++ kernels ({error})", file=sys.stderr)
 
+    def accepts(self, flags):
+        """Whether the compiler knows the flags: AMX came with gcc 11 and clang 12."""
+        empty = Path(self.build_temp) / "empty.cpp"
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        empty.write_text("", encoding="utf-8")
+        try:
+            self.compiler.compile([str(empty)], output_dir=self.build_temp, extra_postargs=flags)
+        except CompileError:
+            return False
+        return True
+
     def build_extension(self, ext):
         import pybind11
 
-        jobs = [(stem, None) for stem in COMMON] + [(stem, isa) for stem in KERNELS for isa in ISA_FLAGS]
+        flags = dict(ISA_FLAGS)
+        if "amx" in flags and not self.accepts(flags["amx"]):
+            del flags["amx"]
+        jobs = [(stem, None) for stem in COMMON] + [(stem, isa) for stem in KERNELS for isa in flags]
         macros = [("RGTG_X86", "1")] if X86 else []
+        macros += [("RGTG_AMX", "1")] if "amx" in flags else []
 
         def compiled(job):
             stem, isa = job
@@ -84,11 +102,11 @@ class BuildExtension(build_ext):
                 output_dir=str(Path(self.build_temp) / (isa or "common")),
                 include_dirs=["csrc", pybind11.get_include(), *self.compiler.include_dirs],
                 macros=macros + ([("RGTG_ISA", isa)] if isa else []),
-                extra_postargs=FLAGS + (ISA_FLAGS[isa] if isa else []),
+                extra_postargs=FLAGS + (flags[isa] if isa else []),
                 depends=[str(p) for p in Path("csrc").glob("*.hpp")],
             )
 
-        for isa in ("common", *ISA_FLAGS):
+        for isa in ("common", *flags):
             (Path(self.build_temp) / isa / "csrc").mkdir(parents=True, exist_ok=True)
         # Compilers are separate processes, so threads use every core.
         with ThreadPoolExecutor(os.cpu_count()) as pool:

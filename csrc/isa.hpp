@@ -4,7 +4,7 @@
 
 namespace rgtg {
 
-enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // The best instruction set of this machine, or the one that the environment variable RGTG_FAST_ISA names.
 // Throws std::runtime_error where this machine or this build does not have it.
@@ -15,9 +15,22 @@ const char* isa_name(Isa isa);
 
 // clang-format off
 #ifdef RGTG_X86
+// Compilers without AMX build the other instruction sets.
+#ifdef RGTG_AMX
+#define RGTG_AMX_CASE(...)      \
+  case ::rgtg::kAmx:            \
+    ::rgtg::amx::__VA_ARGS__;   \
+    break;
+#define RGTG_AMX_NAMESPACE(...) \
+  namespace amx { __VA_ARGS__; }
+#else
+#define RGTG_AMX_CASE(...)
+#define RGTG_AMX_NAMESPACE(...)
+#endif
 #define RGTG_DISPATCH(isa, ...)                          \
   do {                                                   \
     switch (isa) {                                       \
+      RGTG_AMX_CASE(__VA_ARGS__)                         \
       case ::rgtg::kAvx512Bf16:                          \
         ::rgtg::avx512bf16::__VA_ARGS__;                 \
         break;                                           \
@@ -38,6 +51,7 @@ const char* isa_name(Isa isa);
   namespace avx2 { __VA_ARGS__; }        \
   namespace avx512 { __VA_ARGS__; }      \
   namespace avx512bf16 { __VA_ARGS__; }  \
+  RGTG_AMX_NAMESPACE(__VA_ARGS__)        \
   }
 #else
 #define RGTG_DISPATCH(isa, ...) ::rgtg::generic::__VA_ARGS__

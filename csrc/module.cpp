@@ -5,6 +5,12 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef RGTG_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <pybind11/pybind11.h>
 
 #include "bindings.hpp"
@@ -13,7 +19,20 @@
 namespace rgtg {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
+
+#ifdef RGTG_AMX
+// Whether the machine has tiles of bf16 and the operating system lets this process use their registers, which it has to
+// be asked for.
+bool amx_allowed() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Isa best_isa() {
 #ifdef RGTG_X86
@@ -21,7 +40,11 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef RGTG_AMX
+  if (bf16 && amx_allowed()) return kAmx;
+#endif
+  if (bf16) return kAvx512Bf16;
   if (avx512) return kAvx512;
   if (avx2) return kAvx2;
 #endif
@@ -38,14 +61,14 @@ Isa current_isa() {
   if (asked == nullptr || *asked == '\0') return best;
   // The former name of "generic".
   if (std::strcmp(asked, "plain") == 0) return kGeneric;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i <= kAmx; ++i) {
     if (std::strcmp(asked, kNames[i]) != 0) continue;
     if (i <= best) return static_cast<Isa>(i);
     throw std::runtime_error(std::string("RGTG_FAST_ISA=") + asked + " is not available here (best: " + kNames[best] +
                              "): unset it or name a lower one");
   }
   throw std::runtime_error(std::string("RGTG_FAST_ISA=") + asked +
-                           " is unknown: use generic, avx2, avx512 or avx512bf16");
+                           " is unknown: use generic, avx2, avx512, avx512bf16 or amx");
 }
 
 }  // namespace rgtg
