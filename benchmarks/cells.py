@@ -20,10 +20,22 @@ HEADLINES = (
 TRUNK = ("shared_trunk", "two_models", "ours_unguided", "args_replicated", "unguided")
 SHARED = (
     Cell(128, 10, 1, "bfloat16", TRUNK, repeats=5, seconds_per_run=15),
+    Cell(128, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
     Cell(128, 10, 1, "float32", TRUNK, repeats=5, seconds_per_run=15),
     Cell(512, 10, 1, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
     Cell(512, 10, 8, "bfloat16", TRUNK, repeats=3, seconds_per_run=15),
 )
+
+# The goals for a CPU with AMX: two models, and of the shared trunk those with short prompts.
+PEERS = ("ours", "ours_transformers", "ours_unguided", "args_replicated", "unguided")
+GOALS = (
+    Cell(2048, 10, 1, "bfloat16", PEERS, new_tokens=32, repeats=3),
+    Cell(512, 10, 8, "bfloat16", PEERS, new_tokens=32, repeats=3, seconds_per_run=30),
+    Cell(512, 10, 1, "float32", PEERS, repeats=3, seconds_per_run=25),
+)
+# The reward model of the following ones.
+ADAPTER = "bundled:pargs"
+TRUNK_GOALS = tuple(cell for cell in SHARED if (cell.dtype, cell.prompt_length) == ("bfloat16", 128))
 
 # The cells of a round on a GPU by name: sizes of the models, and what is timed together. Compiling takes tens of
 # seconds, so compiled methods have a cell of their own. A peer's run is cut to the tokens that fit `seconds_per_run`.

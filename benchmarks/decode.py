@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import HEADLINES, ROUND, SHARED, sweep_cells
-from benchmarks.harness import CELL, RESULTS, Cell, append, read, sweep
+from benchmarks.cells import ADAPTER, GOALS, HEADLINES, ROUND, SHARED, TRUNK_GOALS, sweep_cells
+from benchmarks.harness import CELL, RESULTS, Cell, append, read, same_machine, sweep
 from rgtg_fast.bench.models import SHAPES
 from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bench.run import run_bench
@@ -22,8 +22,8 @@ from rgtg_fast.bundled import embedded
 from rgtg_fast.errors import RGTGError
 
 
-def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:
-    """Drop the rows of these cells' methods, which are measured again."""
+def _fresh(path: Path, wanted: list[Cell], model: str, device: str, here: dict[str, Any]) -> None:
+    """Drop this machine's rows of these cells' methods, which are measured again."""
     names = {
         (model, device, *(str(getattr(cell, name)) for name in CELL[2:]), method)
         for cell in wanted
@@ -31,12 +31,20 @@ def _fresh(path: Path, wanted: list[Cell], model: str, device: str) -> None:
     }
     rows = read(path)
     path.unlink(missing_ok=True)
-    append(path, [row for row in rows if tuple(row[name] for name in (*CELL, "method")) not in names])
+    kept = [
+        row
+        for row in rows
+        if tuple(row[name] for name in (*CELL, "method")) not in names or not same_machine(row, here)
+    ]
+    append(path, kept)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the README's lines only")
+    parser.add_argument(
+        "--goals", action="store_true", help="the goals for a CPU: two models, then the bundled adapter"
+    )
     parser.add_argument(
         "--round", nargs="+", choices=list(ROUND), metavar="NAME", help=f"cells for a GPU: {', '.join(ROUND)}"
     )
@@ -64,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _models(given: argparse.Namespace, shape: str | None) -> tuple[dict[str, Any], str]:
+def _models(given: argparse.Namespace, shape: str | None, reward: str | None) -> tuple[dict[str, Any], str]:
     """The arguments of `run_bench` that name the models, and their name in the file."""
     if shape:
         models, model = {"shape": shape}, f"{shape} (random weights)"
@@ -72,46 +80,56 @@ def _models(given: argparse.Namespace, shape: str | None) -> tuple[dict[str, Any
         models, model = {"lm": given.lm}, Path(given.lm).name
     else:
         models, model = {"lm": str(embedded.default_model(print))}, embedded.NAME
-    if given.reward:
-        models, model = models | {"rm": given.reward}, f"{model} with {given.reward}"
+    if reward:
+        models, model = models | {"rm": reward}, f"{model} with {reward}"
     return models, given.name or model
+
+
+def _wanted(
+    given: argparse.Namespace, parser: argparse.ArgumentParser
+) -> tuple[str | None, list[tuple[str | None, list[Cell]]]]:
+    """The shape of the models, and the cells of each reward model."""
+    if given.round:
+        shapes, cells = zip(*(ROUND[name] for name in given.round), strict=True)
+        if not given.shape and len(set(shapes)) > 1:
+            parser.error(
+                f"--round {' '.join(given.round)} names models of several sizes: run them one by one"
+            )
+        return given.shape or shapes[0], [(given.reward, list(cells))]
+    if given.goals:
+        adapter = given.reward or (None if given.shape or given.lm else ADAPTER)
+        return given.shape, [(None, list(GOALS)), (adapter, list(TRUNK_GOALS))]
+    cells = SHARED if given.shared else HEADLINES if given.quick else sweep_cells()
+    return given.shape, [(given.reward, list(cells))]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
-
-    if given.round:
-        shapes, cells = zip(*(ROUND[name] for name in given.round), strict=True)
-        wanted, shape = list(cells), given.shape or shapes[0]
-        if not given.shape and len(set(shapes)) > 1:
-            parser.error(
-                f"--round {' '.join(given.round)} names models of several sizes: run them one by one"
-            )
-    else:
-        wanted, shape = (
-            list(SHARED if given.shared else HEADLINES if given.quick else sweep_cells()),
-            given.shape,
-        )
+    shape, parts = _wanted(given, parser)
+    count = sum(len(cells) for _, cells in parts)
     if given.list:
-        for cell in wanted:
+        for cell in (cell for _, cells in parts for cell in cells):
             print(cell, *cell.methods)
-        print(f"{len(wanted)} cells")
+        print(f"{count} cells")
         return 0
+    start, failed = time.perf_counter(), 0
     try:
-        models, model = _models(given, shape)
-        if given.fresh:
-            _fresh(given.output, wanted, model, given.device)
-        start = time.perf_counter()
         about = machine(given.device)
-        failed = sweep(
-            wanted, given.output, run_bench, models, model, about, given.device, seconds=given.seconds
-        )
+        for reward, cells in parts:
+            models, model = _models(given, shape, reward)
+            if given.fresh:
+                _fresh(given.output, cells, model, given.device, about)
+            failed += sweep(
+                *(cells, given.output, run_bench, models, model, about, given.device),
+                seconds=given.seconds,
+                began=start,
+            )
     except RGTGError as error:
         print(error, file=sys.stderr)
         return 2
     minutes = (time.perf_counter() - start) / 60
-    print(f"{len(wanted)} cells, {failed} failed, {minutes:.1f} minutes: {given.output}")
+    print(f"{count} cells, {failed} failed, {minutes:.1f} minutes: {given.output}")
     return 1 if failed else 0
 
 

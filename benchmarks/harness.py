@@ -22,12 +22,10 @@ RESULTS = Path(__file__).parent / "results"
 
 PHASES = ("prefill", "lm", "topk", "reward", "resample", "commit", "host")
 MACHINE = (
-    *("cpu", "cores", "threads", "gpu", "driver"),
+    *("cpu", "isa", "peer_isa", "cores", "threads", "gpu", "driver"),
     *("python", "torch", "triton", "transformers", "rgtg_fast", "commit"),
 )
 CELL = ("model", "device", "dtype", "prompt_length", "k", "batch", "new_tokens")
-# A row is present when all of these agree: another machine or another configuration is another row.
-KEY = ("cpu", "cores", "threads", "gpu", *CELL, "method")
 COLUMNS = (
     "date",
     *MACHINE,
@@ -90,6 +88,19 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def same_machine(row: dict[str, str], here: dict[str, Any]) -> bool:
+    """Whether a row was measured on this machine with this instruction set.
+
+    A row that names no instruction set is older than that column and counts as measured with this one.
+
+    Args:
+        row: of a results file.
+        here: `rgtg_fast.bench.roofline.machine()`.
+    """
+    same = all(row[name] == str(shown(here[name])) for name in ("cpu", "cores", "threads", "gpu"))
+    return same and row["isa"] in ("", shown(here["isa"]))
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
@@ -189,15 +200,14 @@ class _Sweep:
 
     def missing(self, cell: Cell) -> list[str]:
         """The methods of a cell that have no row in the file."""
-        here = {name: self.machine[name] for name in ("cpu", "cores", "threads", "gpu")}
-        here |= {"model": self.model, "device": self.device}
-        here |= {name: getattr(cell, name) for name in CELL if name not in here}
-        present = {tuple(row[name] for name in KEY) for row in read(self.path)}
-        return [
-            method
-            for method in cell.methods
-            if tuple(str(shown((here | {"method": method})[name])) for name in KEY) not in present
-        ]
+        here = {"model": self.model, "device": self.device}
+        wanted = [str(here[name] if name in here else getattr(cell, name)) for name in CELL]
+        present = {
+            row["method"]
+            for row in read(self.path)
+            if same_machine(row, self.machine) and [row[name] for name in CELL] == wanted
+        }
+        return [method for method in cell.methods if method not in present]
 
     def measure(self, cell: Cell, missing: Sequence[str], at: str) -> bool:
         """Measure the missing methods of a cell, beside those that their tokens are compared with.
@@ -258,6 +268,7 @@ def sweep(
     device: str,
     progress: Callable[[str], None] = print,
     seconds: float | None = None,
+    began: float | None = None,
 ) -> int:
     """Measure every cell that the file does not hold yet.
 
@@ -274,11 +285,12 @@ def sweep(
         device: "cpu" or "cuda".
         progress: receives lines about the progress.
         seconds: no cell is begun later than this after the start; those left out are named. None: all are measured.
+        began: the start, of `time.perf_counter`; None: now.
 
     Returns:
         The number of cells that failed; they are reported and the rest goes on.
     """
-    failed, began = 0, time.perf_counter()
+    failed, began = 0, time.perf_counter() if began is None else began
     work = _Sweep(path, bench, models, model, machine, device, progress)
     for number, cell in enumerate(cells, 1):
         at, missing = f"[{number}/{len(cells)}] {cell}", work.missing(cell)

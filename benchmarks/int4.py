@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.harness import MACHINE, RESULTS, append, shown
+from benchmarks.harness import MACHINE, RESULTS, append, read, same_machine, shown
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward, bundled
 from rgtg_fast.bench.roofline import machine
 from rgtg_fast.bundled import embedded
@@ -215,8 +215,11 @@ def main(arguments: list[str] | None = None) -> int:
     except RGTGError as error:
         print(error, file=sys.stderr)
         return 2
+    # New rows replace those of the same machine.
+    kept = [row for row in read(given.output) if not same_machine(row, facts)]
     given.output.unlink(missing_ok=True)
-    append(given.output, [{name: shown(row.get(name)) for name in COLUMNS} for row in rows], COLUMNS)
+    new = [{name: shown(row.get(name)) for name in COLUMNS} for row in rows]
+    append(given.output, [*kept, *new], COLUMNS)
     print(f"{len(rows)} rows: {given.output}")
     return 0
 

@@ -25,7 +25,10 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "vllm.csv"
 # Every child of this process is an engine of its own.
 RUN = "RGTG_VLLM_SPEED_REWARD"
-MACHINE = ("cpu", "cores", "threads", "gpu", "python", "torch", "transformers", "rgtg_fast", "commit")
+MACHINE = (
+    *("cpu", "isa", "peer_isa", "cores", "threads", "gpu"),
+    *("python", "torch", "transformers", "rgtg_fast", "commit"),
+)
 CELL = ("reward", "k", "support", "concurrency", "prompt_tokens", "new_tokens", "rounds")
 COLUMNS = (
     "date",

@@ -30,6 +30,7 @@ from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_k
 from rgtg_fast.models.quantized import quantization
 from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.models.tensor_parallel import check_plan, spread_over
+from rgtg_fast.ops._extension import instruction_set
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import Reward
 from rgtg_fast.rewards.base import NoReward
@@ -241,7 +242,7 @@ class RewardGuidedDecoder:
         return self.lm.runner.limit if limit is None else min(limit, self.lm.runner.limit)
 
     def describe(self) -> dict[str, Any]:
-        """Models, engines, quantization, dtype, device and cache bytes: what to print beside a result."""
+        """Models, engines, quantization, dtype, device, the C++ kernels' instruction set, cache bytes: for a report."""
         runner, reward, scheduler = self.lm.runner, self.reward, self._scheduler
         return {
             "lm": runner.name,
@@ -252,6 +253,7 @@ class RewardGuidedDecoder:
             "reward_quantization": None if reward is None else _quantization(reward),
             "reward_trunk": None if reward is None else reward.trunk,
             "device": str(runner.device),
+            "instruction_set": instruction_set() if runner.device.type == "cpu" else None,
             "dtype": str(runner.dtype).removeprefix("torch."),
             "max_batch": self.max_batch,
             "max_length": self.max_length,

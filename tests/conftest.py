@@ -108,6 +108,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_probe() -> Iterator[None]:
+    """The machine that a benchmark names: torch's libraries are not asked, which takes a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rgtg_fast.bench.roofline.torch_products", lambda: "bf16 some; fp32 some")
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, converted into the cache at the first use."""

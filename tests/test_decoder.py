@@ -19,6 +19,7 @@ from rgtg_fast import (
     RGTGError,
     SequenceReward,
 )
+from rgtg_fast.ops._extension import instruction_set
 from rgtg_fast.profiling import PhaseTimer
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.engine.naive import guided_greedy
@@ -499,6 +500,7 @@ def test_describe_is_plain_data(decoder: RewardGuidedDecoder) -> None:
     decoder.generate("w1", 2, GREEDY)
     described = json.loads(json.dumps(decoder.describe()))
     assert described["lm_engine"] in ("native", "transformers")
+    assert described["instruction_set"] == instruction_set()
     assert described["cache_bytes"]["reward"] > 0
     assert json.loads(json.dumps(decoder.generate("w1", 2, GREEDY).stats.as_dict()))["tokens_per_second"] > 0
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, read
-from benchmarks.report import decoding, gpu, methods, models, servers, study, training, weights
+from benchmarks.report import decoding, goals, gpu, methods, models, servers, study, training, weights
 from benchmarks.report.pages import ROOT, Row
 from benchmarks.study.budgets import BUDGETS
 from rgtg_fast.evaluation.study.summary import PAIRWISE
@@ -90,8 +90,10 @@ class Block:
 
 
 BLOCKS = (
+    Block("readme", "range", lambda data: decoding.range_block(data.decode)),
     Block("readme", "shared-trunk", lambda data: decoding.trunk_block(data.decode)),
     Block("performance", "benchmarks", lambda data: decoding.speed_block(data.decode)),
+    Block("performance", "cpu-goals", lambda data: goals.goals_block(data.decode)),
     Block("performance", "gpu-targets", lambda data: gpu.targets_block(data.gpus)),
     Block("performance", "phases", lambda data: decoding.phases_block(data.decode)),
     Block("performance", "gpu-decoding", lambda data: decoding.speed_block(data.decode, "cuda")),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.cells import SHARED, shown_places
 from benchmarks.harness import PHASES
-from benchmarks.report.pages import LINES, STYLE, Row, save_figure
+from benchmarks.report.pages import LINES, STYLE, Machine, Row, by_machine, processor, save_figure
 from rgtg_fast.bench.methods import METHODS
 
 # Methods of the figure, in the order of its legend.
@@ -16,8 +17,9 @@ NOTES = (
     "start, one by one; both our own re-implementations at their best, one row at a time, as published (so the "
     "cache of ARGS is that of one row). "
     "³ transformers' own greedy `generate`, no reward model. ⁴ decoding time over the time that reading both "
-    "models' weights and caches once a step takes at the measured bandwidth. ≈ measured on fewer tokens or "
-    "rows, prefill counted in full."
+    "models' weights and caches once a step takes at the measured bandwidth. ⁵ the shortest prefill of both models "
+    "by transformers' own blocks (twice that of unguided, or that of ARGS, or that of our decoder on these blocks) "
+    "divided by ours. ≈ measured on fewer tokens or rows, prefill counted in full."
 )
 TRUNK_NOTES = (
     "The reward model is a LoRA adapter of the base model. *Shared trunk*: base model and reward model in one forward, "
@@ -40,12 +42,22 @@ def place(row: Row) -> Place:
     return row["dtype"], int(row["batch"]), int(row["prompt_length"]), int(row["k"])
 
 
-def groups(rows: list[Row]) -> dict[tuple[str, ...], dict[Place, dict[str, Row]]]:
-    """Rows by (machine, device, model, new tokens), place and method; of equals the later counts."""
-    found: dict[tuple[str, ...], dict[Place, dict[str, Row]]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("cpu", "threads", "gpu", "device", "model", "new_tokens"))
-        found.setdefault(key, {}).setdefault(place(row), {})[row["method"]] = row
+class Group(NamedTuple):
+    """What the rows of one table have in common."""
+
+    machine: Machine
+    device: str
+    model: str
+    new_tokens: str
+
+
+def groups(rows: list[Row]) -> dict[Group, dict[Place, dict[str, Row]]]:
+    """Rows by group, place and method, the machines by name; of equals the later counts."""
+    found: dict[Group, dict[Place, dict[str, Row]]] = {}
+    for machine, own in by_machine(rows).items():
+        for row in own:
+            key = Group(machine, row["device"], row["model"], row["new_tokens"])
+            found.setdefault(key, {}).setdefault(place(row), {})[row["method"]] = row
     return found
 
 
@@ -54,19 +66,36 @@ def speed_block(rows: list[Row], device: str = "cpu") -> str:
     parts = []
     for key, at in groups(rows).items():
         shown = [at[where] for where in shown_places(device) if where in at and "ours" in at[where]]
-        if shown and key[3] == device:
+        if shown and key.device == device:
             parts.append(_table(shown))
     return "\n\n".join([*parts, NOTES]) if parts else NOT_DECODED[device]
 
 
 def trunk_block(rows: list[Row]) -> str:
     """Tokens per second of both models in one forward, beside two models, ARGS and no reward model."""
-    parts = []
-    for at in groups(rows).values():
-        cells = [at[cell.place] for cell in SHARED if "shared_trunk" in at.get(cell.place, {})]
-        if cells:
-            parts.append(_trunk_table(cells))
+    parts = [_trunk_table(cells) for at in groups(rows).values() if (cells := _trunk_cells(at))]
     return "\n\n".join([*parts, TRUNK_NOTES]) if parts else NO_TRUNK
+
+
+def _trunk_cells(at: dict[Place, dict[str, Row]]) -> list[dict[str, Row]]:
+    return [at[cell.place] for cell in SHARED if "shared_trunk" in at.get(cell.place, {})]
+
+
+def range_block(rows: list[Row]) -> str:
+    """The speed of the shared trunk compared with no reward model, from the slowest cell of any CPU to the fastest."""
+    ratios = [
+        float(cell["shared_trunk"]["tokens_per_second"]) / float(cell["ours_unguided"]["tokens_per_second"])
+        for key, at in groups(rows).items()
+        for cell in _trunk_cells(at)
+        if key.device == "cpu" and "ours_unguided" in cell
+    ]
+    if not ratios:
+        return NO_TRUNK
+    ends = " to ".join(dict.fromkeys(f"{end:.1f}" for end in (min(ratios), max(ratios))))
+    return (
+        "On a CPU, decoding with k = 10 and a reward model that is an adapter of the language model reaches "
+        f"{ends} times the speed of unguided decoding ([measured](#how-fast-it-is))."
+    )
 
 
 def _trunk_table(cells: list[dict[str, Row]]) -> str:
@@ -89,14 +118,9 @@ def _trunk_table(cells: list[dict[str, Row]]) -> str:
 
 def phases_block(rows: list[Row]) -> str:
     """Where a token's time goes, and how far decoding is from the least time that reading the weights takes."""
-    lines = [
-        "| on | engine | dtype | B | P | k | "
-        + " | ".join(PHASES)
-        + " | sum | weights read | floor | time ÷ floor |",
-        "|---|---|---|--:|--:|--:|" + "--:|" * (len(PHASES) + 4),
-    ]
+    tables: dict[Machine, list[str]] = {}
     for key, at in groups(rows).items():
-        for where in shown_places(key[3]):
+        for where in shown_places(key.device):
             for method, engine in (
                 ("ours", "native"),
                 ("ours_eager", "transformers"),
@@ -105,13 +129,21 @@ def phases_block(rows: list[Row]) -> str:
                 row = at.get(where, {}).get(method)
                 # The phases of a captured step cannot be told apart.
                 if row is not None and row["lm_ms_per_token"]:
-                    lines.append(_phases_line(key[2] or key[0], engine, row))
+                    line = _phases_line(key.machine.gpu or key.machine.cpu, engine, row)
+                    tables.setdefault(key.machine, []).append(line)
+    header = (
+        "| on | engine | dtype | B | P | k | "
+        + " | ".join(PHASES)
+        + " | sum | weights read | floor | time ÷ floor |\n"
+        + "|---|---|---|--:|--:|--:|"
+        + "--:|" * (len(PHASES) + 4)
+    )
     notes = (
         "Milliseconds per token of the batch, prefill spread over the answer. *Weights read*: MB per token, both "
         "models, once a step. *Floor*: ms that reading them and the caches takes at the measured bandwidth; "
         "*time ÷ floor* leaves the prefill out. On a GPU the engine is always transformers."
     )
-    return "\n".join([*lines, "", notes])
+    return "\n\n".join([*("\n".join([header, *lines]) for lines in tables.values() or [[]]), notes])
 
 
 def _phases_line(machine: str, engine: str, row: Row) -> str:
@@ -127,16 +159,23 @@ def _phases_line(machine: str, engine: str, row: Row) -> str:
 def _where(cells: list[dict[str, Row]], method: str) -> str:
     """What was measured, and on what."""
     any_row = cells[0][method]
-    on = any_row["gpu"] or f"{any_row['cpu']}, {any_row['threads']} threads"
-    bandwidths = sorted(float(cell[method]["memory_bandwidth_gb_s"]) for cell in cells)
-    commits = sorted({row["commit"] for cell in cells for row in cell.values()} - {""})
     roles = (
         any_row["model"] if " with " in any_row["model"] else f"{any_row['model']} as base and reward model"
     )
     return (
-        f"{roles}, greedy, {any_row['new_tokens']} new tokens, prefill included. {on}, "
-        f"{bandwidths[len(bandwidths) // 2]:.0f} GB/s of memory bandwidth (measured); "
-        f"torch {any_row['torch']}, transformers {any_row['transformers']}, rgtg-fast {any_row['rgtg_fast']}"
+        f"{roles}, greedy, {any_row['new_tokens']} new tokens, prefill included. "
+        f"{measured_on([list(cell.values()) for cell in cells])}"
+    )
+
+
+def measured_on(cells: list[list[Row]]) -> str:
+    """The machine and the versions that measured these rows, a list of rows for every cell."""
+    rows = [row for cell in cells for row in cell]
+    bandwidths = sorted(float(cell[0]["memory_bandwidth_gb_s"]) for cell in cells)
+    commits = sorted({row["commit"] for row in rows} - {""})
+    return (
+        f"{processor(rows)}, {bandwidths[len(bandwidths) // 2]:.0f} GB/s of memory bandwidth (measured); "
+        f"torch {rows[0]['torch']}, transformers {rows[0]['transformers']}, rgtg-fast {rows[0]['rgtg_fast']}"
         + (f" ({', '.join(commits)})." if commits else ".")
     )
 
@@ -146,8 +185,8 @@ def _table(cells: list[dict[str, Row]]) -> str:
         f"Tokens per second, {_where(cells, 'ours')}",
         "",
         "| dtype | rows B | prompt P | k | rgtg-fast | ARGS¹ | PARGS² | unguided³ | vs. ARGS | vs. PARGS "
-        "| reward cache, ours : ARGS | same tokens | time ÷ floor⁴ |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
+        "| reward cache, ours : ARGS | same tokens | time ÷ floor⁴ | prefill vs. transformers⁵ |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|",
     ]
     lines += [_line(cell) for cell in cells]
     return "\n".join(lines)
@@ -172,6 +211,7 @@ def _line(cell: dict[str, Row]) -> str:
                 _caches(ours, replicated),
                 _equality(ours),
                 f"{float(ours['achieved_over_floor']):.2f}",
+                _times(prefill_ratio(cell)),
             ]
         )
         + " |"
@@ -189,8 +229,24 @@ def _speed(row: Row | None) -> str:
 def _ratio(ours: Row, other: Row | None) -> str:
     if other is None:
         return "–"
-    value = float(ours["tokens_per_second"]) / float(other["tokens_per_second"])
-    return f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
+    return _times(float(ours["tokens_per_second"]) / float(other["tokens_per_second"]))
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
+
+
+def prefill_ratio(cell: dict[str, Row]) -> float | None:
+    """The shortest prefill of both models by transformers' own blocks, divided by ours; None where there is none.
+
+    Args:
+        cell: rows by method, of a reward model as large as the base model.
+    """
+    # Unguided decoding has one model, and both take as long.
+    peers = {"ours_transformers": 1, "args_replicated": 1, "unguided": 2}
+    times = {name: row["prefill_ms_per_token"] for name, row in cell.items()}
+    known = [models * float(times[name]) for name, models in peers.items() if times.get(name)]
+    return min(known) / float(times["ours"]) if known and times.get("ours") else None
 
 
 def _caches(ours: Row, other: Row | None) -> str:
@@ -211,19 +267,24 @@ def _equality(row: Row) -> str:
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Draws, for the CPU and model with the most rows, speed over prompt length and where time goes."""
+    """Draws, for the CPU and model with the most rows, speed over prompt length and where time goes; they name it."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(STYLE)
-    at = max((at for key, at in groups(rows).items() if key[3] == "cpu"), key=len, default=None)
+    at = max((at for key, at in groups(rows).items() if key.device == "cpu"), key=len, default=None)
     if at is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    return [_draw_speed(at, folder / "decode_speed.svg"), _draw_phases(at, folder / "decode_phases.svg")]
+    one = next(iter(next(iter(at.values())).values()))
+    about = f"{one['model']}, {one['cpu']}, {one['threads']} threads"
+    return [
+        _draw_speed(at, folder / "decode_speed.svg", about),
+        _draw_phases(at, folder / "decode_phases.svg", about),
+    ]
 
 
-def _draw_speed(at: dict[Place, dict[str, Row]], path: Path) -> Path:
+def _draw_speed(at: dict[Place, dict[str, Row]], path: Path, about: str) -> Path:
     from matplotlib import pyplot
 
     panels = sorted(
@@ -251,10 +312,11 @@ def _draw_speed(at: dict[Place, dict[str, Row]], path: Path) -> Path:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens per second, prefill included")
+    figure.suptitle(about, fontsize=9)
     return save_figure(figure, path, columns=4, fontsize=8)
 
 
-def _draw_phases(at: dict[Place, dict[str, Row]], path: Path) -> Path:
+def _draw_phases(at: dict[Place, dict[str, Row]], path: Path, about: str) -> Path:
     from matplotlib import pyplot
 
     order = sorted(at, key=lambda where: (where[0] != "float32", where[1], where[2], where[3]))
@@ -271,5 +333,5 @@ def _draw_phases(at: dict[Place, dict[str, Row]], path: Path) -> Path:
     floors = [float(row["prefill_ms_per_token"]) + float(row["floor_ms_per_token"]) for _, row in bars]
     axis.plot(floors, names, "k|", ms=11, label="prefill + floor of decoding")
     axis.invert_yaxis()
-    axis.set(xlabel="milliseconds per token, k=10", title="rgtg-fast: where the time goes")
+    axis.set(xlabel="milliseconds per token, k=10", title=f"rgtg-fast: where the time goes\n{about}")
     return save_figure(figure, path, columns=4, fontsize=8)

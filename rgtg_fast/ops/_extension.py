@@ -86,6 +86,12 @@ def kernels() -> ModuleType:
     return module
 
 
+def instruction_set() -> str | None:
+    """The instruction set that the C++ kernels run with; None where they are missing."""
+    module, _ = _import()
+    return None if module is None else module.isa()
+
+
 def dense(x: torch.Tensor) -> torch.Tensor:
     """The tensor with a contiguous last dimension, which the kernels require; copied only if necessary."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -17,6 +17,7 @@ from rgtg_fast.bench.methods import METHODS
 from rgtg_fast.bench.run import BenchmarkMismatchError, BenchSettings, run_bench
 from rgtg_fast.bench.timing import Isolation, TimedMethod, TokenDifference, first_difference
 from rgtg_fast.errors import MemoryTooSmallError, RGTGError
+from rgtg_fast.ops._extension import instruction_set
 
 TINY = {
     "shape": "tiny",
@@ -508,5 +509,6 @@ def test_copied_sources_are_told_their_commit(monkeypatch: pytest.MonkeyPatch) -
     about = roofline.machine()
     assert about["commit"] == "abc123"
     assert about["gpu"] is about["driver"] is None
+    assert (about["isa"], about["peer_isa"]) == (instruction_set(), "bf16 some; fp32 some")
     monkeypatch.setenv("RGTG_COMMIT", "")
     assert roofline.machine()["commit"] != ""

@@ -17,6 +17,7 @@ from rgtg_fast.bench import baselines
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli import demo, explain
 from rgtg_fast.engine.outputs import Candidate, Step
+from rgtg_fast.ops._extension import instruction_set
 from rgtg_fast.ops._registry import OPS
 from tests.cli.support import environment
 
@@ -52,6 +53,8 @@ def test_env(run: Callable) -> None:
     assert report["packages"]["torch"]
     assert set(report["backends"]["cpu"]) == set(OPS)
     assert len(OPS) == 11
+    isa = instruction_set()
+    assert isa is None or report["extension"] == f"C++, instruction set {isa}"
     text = run("env").out
     for word in ("torch", "transformers", "extension", "topk_logprobs", "embedded model"):
         assert word in text
