@@ -100,7 +100,7 @@ def same_machine(row: dict[str, str], here: dict[str, Any]) -> bool:
         here: `rgtg_fast.bench.roofline.machine()`.
     """
     same = all(row[name] == str(shown(here[name])) for name in ("cpu", "cores", "threads", "gpu"))
-    return same and row["isa"] in ("", shown(here["isa"]))
+    return same and row.get("isa", "") in ("", shown(here["isa"]))
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
