@@ -313,7 +313,9 @@ def test_the_readme_block_shows_every_headline_and_hides_no_difference(results):
     text = decoding.speed_block(harness.read(results))
     lines = [line for line in text.splitlines() if line.startswith(("| float32", "| bfloat16"))]
     assert len(lines) == len(HEADLINES)
-    assert "**12.3** | 3.05 | ≈ 0.03 | 25.0 | 4.0× | 397× | 1.0 : 10.0 MiB | all 64 | 1.71 | 0.2× |" in lines[0]
+    assert (
+        "**12.3** | 3.05 | ≈ 0.03 | 25.0 | 4.0× | 397× | 1.0 : 10.0 MiB | all 64 | 1.71 | 0.2× |" in lines[0]
+    )
     assert "first 23, then scores 0.012 apart" in next(line for line in lines if "bfloat16" in line)
     on = "Some CPU, 2 threads, instruction set avx2 (torch's own products: bf16 some:avx2; fp32 mkl), 40 GB/s"
     assert on in text
