@@ -7,6 +7,9 @@
 // bandwidth unused.
 #include "linear.hpp"
 #include "vec.hpp"
+#if defined(__AMX_BF16__)
+#include "linear_amx.hpp"
+#endif
 
 namespace rgtg {
 namespace RGTG_ISA {
@@ -52,7 +55,9 @@ struct Fp32 : TileSizes<3, 3> {
   static Vec dot(Vec acc, Operand a, Operand b) { return fma(a, b, acc); }
 };
 
-#if defined(__AVX512BF16__)
+// With AMX, bf16 products run on tiles.
+#if defined(__AMX_BF16__)
+#elif defined(__AVX512BF16__)
 
 struct Bfloat : TileSizes<6, 12> {
   using Element = Bf16;
@@ -357,9 +362,39 @@ void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   if (p.dtype == kFloat32) {
     run<Fp32>(p, begin, end, prefetch);
   } else {
+#if defined(__AMX_BF16__)
+    linear_tiles(p, begin, end, prefetch);
+#else
     run<Bfloat>(p, begin, end, prefetch);
+#endif
   }
 }
+
+#if defined(__AMX_BF16__)
+
+int64_t packed_bytes(int64_t rows, int64_t inner, int dtype) {
+  if (dtype != kBFloat16) return 0;
+  return rounded_up(rows, kTileRows) * rounded_up(inner, kTileColumns) * 2;
+}
+
+void pack_rows(const void* x, int64_t ldx, int64_t rows, int64_t inner, int64_t begin, int64_t end, void* out) {
+  const int64_t depth = rounded_up(inner, kTileColumns) / kTileColumns;
+  char* to = static_cast<char*>(out);
+  for (int64_t r = 0; r < rows; r += kTileRows, to += depth * kTileBytes) {
+    const Bf16* from = static_cast<const Bf16*>(x) + r * ldx;
+    for (int64_t k = begin; k < end; k += kTileColumns) {
+      pack_tile(from + k, ldx, least(rows - r, kTileRows), least(end - k, kTileColumns),
+                to + k / kTileColumns * kTileBytes);
+    }
+  }
+}
+
+#else
+
+int64_t packed_bytes(int64_t, int64_t, int) { return 0; }
+void pack_rows(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*) {}
+
+#endif
 
 void round_to_bf16(const float* x, void* out, int64_t n) {
   Bf16* to = static_cast<Bf16*>(out);

@@ -14,7 +14,8 @@ struct Linear {
   float* y;           // [rows, outer], rows ldy elements apart
   int64_t rows, inner, ldx, ldy;
   int dtype;
-  bool accumulate;  // y += instead of y =
+  bool accumulate;     // y += instead of y =
+  const void* packed;  // x as pack_rows() stores it, or nullptr: then linear() packs what it needs
 };
 
 // Memory that a thread reads after this product; it is prefetched while the last rows are computed.
@@ -29,3 +30,8 @@ struct Prefetch {
 // a row has the same bits in any batch and on any number of threads.
 RGTG_DECLARE(void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch);
              void round_to_bf16(const float* x, void* out, int64_t n))
+// Columns begin to end of x [rows, inner] in the order in which the tiles of this instruction set read them, for calls
+// of linear() that share these rows. packed_bytes(rows, inner) in size; 0 where linear() reads x where it lies.
+RGTG_DECLARE(int64_t packed_bytes(int64_t rows, int64_t inner, int dtype);
+             void pack_rows(const void* x, int64_t ldx, int64_t rows, int64_t inner, int64_t begin, int64_t end,
+                            void* out))
