@@ -371,12 +371,6 @@ void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
 }
 
 #if defined(__AMX_BF16__)
-
-int64_t packed_bytes(int64_t rows, int64_t inner, int dtype) {
-  if (dtype != kBFloat16) return 0;
-  return rounded_up(rows, kTileRows) * rounded_up(inner, kTileColumns) * 2;
-}
-
 void pack_rows(const void* x, int64_t ldx, int64_t rows, int64_t inner, int64_t begin, int64_t end, void* out) {
   const int64_t depth = rounded_up(inner, kTileColumns) / kTileColumns;
   char* to = static_cast<char*>(out);
@@ -388,12 +382,8 @@ void pack_rows(const void* x, int64_t ldx, int64_t rows, int64_t inner, int64_t 
     }
   }
 }
-
 #else
-
-int64_t packed_bytes(int64_t, int64_t, int) { return 0; }
 void pack_rows(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*) {}
-
 #endif
 
 void round_to_bf16(const float* x, void* out, int64_t n) {

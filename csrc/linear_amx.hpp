@@ -21,7 +21,7 @@ namespace rgtg {
 namespace RGTG_ISA {
 namespace {
 
-constexpr int64_t kTileRows = 16, kTileColumns = 32, kTileBytes = 1024;
+constexpr int64_t kTileRows = kPackRows, kTileColumns = kPackColumns, kTileBytes = 1024;
 // A panel of w and a group of rows of x have up to two tiles.
 constexpr int64_t kPanelRows = 2 * kTileRows;
 constexpr int64_t kSumsBytes = 4 * kTileBytes;
