@@ -76,17 +76,38 @@ inline void configure_tiles(int64_t panel_rows) {
   asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
 }
 
-// 16 rows of x by 32 columns: [pair of columns][row][2], zeros where there are fewer.
-inline void pack_tile(const Bf16* x, int64_t ldx, int64_t rows, int64_t columns, void* out) {
+// Packs a tile of x, [pair of columns][row][2]: its rows and columns from `rows.begin` and `columns.begin` on, zeros for
+// columns after the last one of x. What other threads pack of the same tile is left alone.
+inline void pack_tile(const Bf16* x, int64_t ldx, Range rows, Range columns, bool last, char* out) {
   Vec pairs[16];
-  const __mmask32 mask = columns < kTileColumns ? (1u << columns) - 1 : 0xffffffffu;
+  const auto below = [](int64_t n) { return static_cast<uint32_t>((uint64_t{1} << n) - 1); };
+  const __mmask32 mask = below(columns.end) & ~below(columns.begin);
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) {
-    pairs[r].v = r < rows ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + r * ldx)) : _mm512_setzero_ps();
+    const bool given = r >= rows.begin && r < rows.end;
+    pairs[r].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(given ? mask : 0, x + r * ldx));
   }
   transpose(pairs);
+  const __mmask16 lanes = static_cast<__mmask16>(below(rows.end) & ~below(rows.begin));
+  const int64_t end = last ? 16 : columns.end / 2;
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) store(static_cast<float*>(out) + i * 16, pairs[i]);
+  for (int i = 0; i < 16; ++i) {
+    if (i >= columns.begin / 2 && i < end) _mm512_mask_storeu_ps(out + i * 64, lanes, pairs[i].v);
+  }
+}
+
+inline void pack_tiles(const Bf16* x, int64_t ldx, int64_t inner, Range rows, Range columns, char* out) {
+  const int64_t depth = rounded_up(inner, kTileColumns) / kTileColumns;
+  auto part = [](Range range, int64_t first, int64_t size) {
+    return Range{range.begin > first ? range.begin - first : 0, least(range.end - first, size)};
+  };
+  for (int64_t m = rows.begin / kTileRows * kTileRows; m < rows.end; m += kTileRows) {
+    for (int64_t k = columns.begin / kTileColumns * kTileColumns; k < columns.end; k += kTileColumns) {
+      const Range own = part(columns, k, kTileColumns);
+      pack_tile(x + m * ldx + k, ldx, part(rows, m, kTileRows), own, k + own.end == inner,
+                out + (m / kTileRows * depth + k / kTileColumns) * kTileBytes);
+    }
+  }
 }
 
 // What all passes of a product share.
@@ -99,12 +120,12 @@ struct Tiles {
 
 // A pass: a panel of w by a group of rows of x over a stretch of columns.
 struct Pass {
-  int64_t n, rows_n;       // the panel
-  int64_t m, rows_m;       // the rows
-  int64_t k, k_stop;       // the stretch
-  const char* x;           // packed, from column k on
-  int64_t x_tile;          // bytes from one tile of 16 rows to the next
-  char* sums;              // where the sums wait from one stretch to the next
+  int64_t n, rows_n;  // the panel
+  int64_t m, rows_m;  // the rows
+  int64_t k, k_stop;  // the stretch
+  const char* x;      // packed, from column k on
+  int64_t x_tile;     // bytes from one tile of 16 rows to the next
+  char* sums;         // where the sums wait from one stretch to the next
 };
 
 inline void prefetch_lines(Tiles& t) {
@@ -244,24 +265,19 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
       for (int64_t k = 0; k < p.inner; k += stretch) {
         const int64_t k_stop = least(k + stretch, p.inner);
         if (packs) {
-          for (int64_t r = first; r < stop; r += kTileRows) {
-            const Bf16* x = static_cast<const Bf16*>(p.x) + r * p.ldx;
-            char* out = own + (r - first) / kTileRows * (stretch / kTileColumns) * kTileBytes;
-            for (int64_t i = k; i < k_stop; i += kTileColumns, out += kTileBytes) {
-              pack_tile(x + i, p.ldx, least(stop - r, kTileRows), least(k_stop - i, kTileColumns), out);
-            }
-          }
+          const Bf16* x = static_cast<const Bf16*>(p.x) + first * p.ldx + k;
+          pack_tiles(x, p.ldx, k_stop - k, {0, stop - first}, {0, k_stop - k}, own);
         }
-        const int64_t x_tile = (packs ? stretch : depth) / kTileColumns * kTileBytes;
+        const int64_t x_tile = rounded_up(packs ? k_stop - k : p.inner, kTileColumns) / kTileColumns * kTileBytes;
         char* waiting = sums;
         for (int64_t n = column; n < column_stop; n += kPanelRows) {
           const int64_t rows_n = least(kPanelRows, column_stop - n);
           if (rows_n != configured) configure_tiles(rows_n);
           configured = rows_n;
           for (int64_t m = first; m < stop; m += kPanelRows, waiting += kSumsBytes) {
-            const char* x = packs ? own
-                                  : static_cast<const char*>(p.packed) + m / kTileRows * x_tile +
-                                        k / kTileColumns * kTileBytes;
+            const char* x =
+                packs ? own
+                      : static_cast<const char*>(p.packed) + m / kTileRows * x_tile + k / kTileColumns * kTileBytes;
             run_pass_of_any_size(t, {n, rows_n, m, least(kPanelRows, stop - m), k, k_stop, x, x_tile, waiting});
           }
         }
