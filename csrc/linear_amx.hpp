@@ -45,6 +45,11 @@ template <int Tile>
 inline void tile_load(const void* p, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
 }
+// The same without keeping the lines in the first-level cache.
+template <int Tile>
+inline void tile_load_once(const void* p, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
 template <int Tile>
 inline void tile_store(void* p, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
@@ -113,19 +118,22 @@ inline void pack_tiles(const Bf16* x, int64_t ldx, int64_t inner, Range rows, Ra
 // What all passes of a product share.
 struct Tiles {
   const Linear* p;
-  const char* next;  // what is prefetched
-  int64_t lines;     // how much of it
-  int64_t step;      // lines with every tile of 32 columns
+  // What is prefetched: so many lines, `step` of them with every tile of 32 columns.
+  const char* next;
+  int64_t lines, step;
+  // Sums of the last pass, written to y a quarter of a tile at a time between the multiplications of the next one.
+  const char* sums;
+  Range m, n;
+  int quarter, quarters;
 };
 
 // A pass: a panel of w by a group of rows of x over a stretch of columns.
 struct Pass {
-  int64_t n, rows_n;  // the panel
-  int64_t m, rows_m;  // the rows
-  int64_t k, k_stop;  // the stretch
-  const char* x;      // packed, from column k on
-  int64_t x_tile;     // bytes from one tile of 16 rows to the next
-  char* sums;         // where the sums wait from one stretch to the next
+  Range n, m, k;
+  const char* x;   // packed, from the stretch's first column on
+  int64_t x_tile;  // bytes from one tile of 16 rows to the next
+  char* sums;      // where the sums wait from one stretch to the next
+  bool once;
 };
 
 inline void prefetch_lines(Tiles& t) {
@@ -166,73 +174,101 @@ inline void store_sums(char* sums) {
   if constexpr (W > 1 && X > 1) tile_store<3>(sums + 3 * kTileBytes, 64);
 }
 
-// y = (y +) sums^T + bias for one tile: `rows` of x by `columns` of y.
-inline void write_tile(const Linear& p, const float* sums, int64_t m, int64_t rows, int64_t n, int64_t columns) {
-  Vec y[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) y[i] = load(sums + i * 16);
-  transpose(y);
-  const __mmask16 mask = first(static_cast<int>(columns));
+// y = (y +) sums^T + bias for four rows of one tile.
+inline void write_quarter(Tiles& t) {
+  const Linear& p = *t.p;
+  const int tile = t.quarter / 4, part = t.quarter % 4;
+  ++t.quarter;
+  const int64_t m = t.m.begin + tile % 2 * kTileRows + part * 4, n = t.n.begin + tile / 2 * kTileRows;
+  if (m >= t.m.end) return;
+  const float* const sums = reinterpret_cast<const float*>(t.sums + tile * kTileBytes) + part * 4;
+  // Lane l of row[j] has sums 4 l + j of the four rows.
+  __m512 row[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    row[j] = _mm512_castps128_ps512(_mm_load_ps(sums + j * 16));
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (4 + j) * 16), 1);
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (8 + j) * 16), 2);
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (12 + j) * 16), 3);
+  }
+  const __m512 a = _mm512_unpacklo_ps(row[0], row[1]), b = _mm512_unpacklo_ps(row[2], row[3]);
+  const __m512 c = _mm512_unpackhi_ps(row[0], row[1]), d = _mm512_unpackhi_ps(row[2], row[3]);
+  __m512 y[4] = {_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee), _mm512_shuffle_ps(c, d, 0x44),
+                 _mm512_shuffle_ps(c, d, 0xee)};
+  const __mmask16 mask = first(static_cast<int>(least(t.n.end - n, kTileRows)));
   const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + n);
   float* out = p.y + m * p.ldy + n;
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) {
-    if (r >= rows) break;
-    if (p.bias != nullptr) y[r].v = _mm512_add_ps(y[r].v, bias);
-    if (p.accumulate) y[r].v = _mm512_add_ps(y[r].v, _mm512_maskz_loadu_ps(mask, out));
-    _mm512_mask_storeu_ps(out, mask, y[r].v);
-    out += p.ldy;
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r, out += p.ldy) {
+    if (m + r >= t.m.end) break;
+    if (p.bias != nullptr) y[r] = _mm512_add_ps(y[r], bias);
+    if (p.accumulate) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(mask, out));
+    _mm512_mask_storeu_ps(out, mask, y[r]);
   }
 }
 
-template <int W, int X>
+inline void write_rest(Tiles& t) {
+  while (t.quarter < t.quarters) write_quarter(t);
+}
+
+template <int W, int X, bool Once>
+inline void load_rows(const char* x, int64_t x_tile) {
+  if constexpr (Once) {
+    tile_load_once<kX>(x, 64);
+    if constexpr (X > 1) tile_load_once<kX + 1>(x + x_tile, 64);
+  } else {
+    tile_load<kX>(x, 64);
+    if constexpr (X > 1) tile_load<kX + 1>(x + x_tile, 64);
+  }
+}
+
+// Once: whether x is too much for the first-level cache, which then keeps the panel of w.
+template <int W, int X, bool Once>
 void run_pass(Tiles& t, const Pass& s) {
   const Linear& p = *t.p;
   const int64_t row_bytes = p.inner * 2;
-  const char* w = static_cast<const char*>(p.w) + s.n * row_bytes + s.k * 2;
+  const char* const w = static_cast<const char*>(p.w) + s.n.begin * row_bytes + s.k.begin * 2;
   const char* const second = w + kTileRows * row_bytes;
   const char* x = s.x;
-  load_sums<W, X>(s.sums, s.k == 0);
-  const int64_t whole = (s.k_stop - s.k) / kTileColumns;
+  load_sums<W, X>(s.sums, s.k.begin == 0);
+  const int64_t length = s.k.end - s.k.begin, whole = length / kTileColumns;
   for (int64_t i = 0; i < whole; ++i, x += kTileBytes) {
     prefetch_lines(t);
-    tile_load<kX>(x, 64);
-    if constexpr (X > 1) tile_load<kX + 1>(x + s.x_tile, 64);
+    load_rows<W, X, Once>(x, s.x_tile);
     tile_load<kW>(w + i * 64, row_bytes);
     if constexpr (W > 1) tile_load<kW + 1>(second + i * 64, row_bytes);
     multiply_tiles<W, X>();
+    if (t.quarter < t.quarters) write_quarter(t);
   }
-  const int64_t rest = s.k_stop - s.k - whole * kTileColumns;
+  const int64_t rest = length - whole * kTileColumns;
   if (rest > 0) {
     // The last columns of w followed by zeros: what follows in memory may be another row, or nothing.
     alignas(64) char tail[2 * kTileBytes];
-    for (int64_t r = 0; r < s.rows_n; ++r) {
+    for (int64_t r = 0; r < s.n.end - s.n.begin; ++r) {
       const __m512i line = _mm512_maskz_loadu_epi16((1u << rest) - 1, w + r * row_bytes + whole * 64);
       _mm512_store_si512(tail + r * 64, line);
     }
-    tile_load<kX>(x, 64);
-    if constexpr (X > 1) tile_load<kX + 1>(x + s.x_tile, 64);
+    load_rows<W, X, Once>(x, s.x_tile);
     tile_load<kW>(tail, 64);
     if constexpr (W > 1) tile_load<kW + 1>(tail + kTileBytes, 64);
     multiply_tiles<W, X>();
   }
+  write_rest(t);
   store_sums<W, X>(s.sums);
-  if (s.k_stop < p.inner) return;
-  for (int i = 0; i < W; ++i) {
-    for (int j = 0; j < X; ++j) {
-      const float* sums = reinterpret_cast<const float*>(s.sums) + (2 * i + j) * (kTileBytes / 4);
-      write_tile(p, sums, s.m + j * kTileRows, least(s.rows_m - j * kTileRows, kTileRows), s.n + i * kTileRows,
-                 least(s.rows_n - i * kTileRows, kTileRows));
-    }
-  }
+  if (s.k.end < p.inner) return;
+  t.sums = s.sums;
+  t.m = s.m;
+  t.n = s.n;
+  t.quarter = 0;
+  t.quarters = W > 1 ? 16 : 8;
 }
 
 inline void run_pass_of_any_size(Tiles& t, const Pass& s) {
-  const bool wide = s.rows_n > kTileRows, tall = s.rows_m > kTileRows;
-  if (wide && tall) return run_pass<2, 2>(t, s);
-  if (wide) return run_pass<2, 1>(t, s);
-  if (tall) return run_pass<1, 2>(t, s);
-  return run_pass<1, 1>(t, s);
+  const bool wide = s.n.end - s.n.begin > kTileRows, tall = s.m.end - s.m.begin > kTileRows;
+  if (wide && tall) return s.once ? run_pass<2, 2, true>(t, s) : run_pass<2, 2, false>(t, s);
+  if (wide) return s.once ? run_pass<2, 1, true>(t, s) : run_pass<2, 1, false>(t, s);
+  if (tall) return s.once ? run_pass<1, 2, true>(t, s) : run_pass<1, 2, false>(t, s);
+  return s.once ? run_pass<1, 1, true>(t, s) : run_pass<1, 1, false>(t, s);
 }
 
 inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
@@ -248,12 +284,14 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
   alignas(64) char sums[kPairs * kSumsBytes];
   alignas(64) char own[kPanelRows * kPackedColumns * 2];
   int64_t configured = -1;
+  Tiles t{};
+  t.p = &p;
   for (int64_t first = 0; first < p.rows; first += block_rows) {
     const int64_t stop = least(first + block_rows, p.rows);
     const int64_t groups = (stop - first + kPanelRows - 1) / kPanelRows;
     for (int64_t column = begin; column < end; column += block_columns) {
       const int64_t column_stop = least(column + block_columns, end);
-      Tiles t{&p, static_cast<const char*>(p.w) + column_stop * row_bytes, 0, 0};
+      t.next = static_cast<const char*>(p.w) + column_stop * row_bytes;
       int64_t bytes = least(column_stop - column, end - column_stop) * row_bytes;
       if (column_stop == end) {
         t.next = static_cast<const char*>(prefetch.data);
@@ -278,12 +316,14 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
             const char* x =
                 packs ? own
                       : static_cast<const char*>(p.packed) + m / kTileRows * x_tile + k / kTileColumns * kTileBytes;
-            run_pass_of_any_size(t, {n, rows_n, m, least(kPanelRows, stop - m), k, k_stop, x, x_tile, waiting});
+            const Range panel{n, n + rows_n}, group{m, least(m + kPanelRows, stop)};
+            run_pass_of_any_size(t, {panel, group, {k, k_stop}, x, x_tile, waiting, groups > 1});
           }
         }
       }
     }
   }
+  write_rest(t);
   asm volatile("tilerelease");
 }
 
