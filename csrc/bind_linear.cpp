@@ -6,6 +6,7 @@
 #include "arguments.hpp"
 #include "bindings.hpp"
 #include "linear.hpp"
+#include "workspace.hpp"
 
 namespace rgtg {
 namespace {
@@ -30,6 +31,9 @@ void run_linear(int threads, const Array& x, const Array& w, const std::optional
   thread_local std::vector<uint16_t> buffer;
   if (rounds) buffer.resize(rows * inner);
   uint16_t* const rounded = buffer.data();
+  const Isa isa = current_isa();
+  thread_local Workspace workspace;
+  char* const packed = rounds ? static_cast<char*>(workspace.of(packed_bytes(rows, inner))) : nullptr;
   const Linear p{rounds ? static_cast<const void*>(rounded) : input,
                  memory<void>(w),
                  bias ? memory<float>(*bias) : nullptr,
@@ -39,14 +43,15 @@ void run_linear(int threads, const Array& x, const Array& w, const std::optional
                  inner,
                  outer,
                  dtype(w),
-                 false};
-  const Isa isa = current_isa();
+                 false,
+                 packed};
   BarrierState state{};
   auto body = [&](int thread, int n) {
     if (rounds) {
       const Range part = share(rows, thread, n);
       RGTG_DISPATCH(isa, round_to_bf16(input + part.begin * inner, rounded + part.begin * inner,
                                        (part.end - part.begin) * inner));
+      RGTG_DISPATCH(isa, pack_rows(rounded, inner, inner, part, {0, inner}, packed));
       barrier(&state, n);
     }
     const Range mine = share((outer + kColumns - 1) / kColumns, thread, n);

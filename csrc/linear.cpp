@@ -7,6 +7,9 @@
 // bandwidth unused.
 #include "linear.hpp"
 #include "vec.hpp"
+#if defined(__AMX_BF16__)
+#include "linear_amx.hpp"
+#endif
 
 namespace rgtg {
 namespace RGTG_ISA {
@@ -52,7 +55,9 @@ struct Fp32 : TileSizes<3, 3> {
   static Vec dot(Vec acc, Operand a, Operand b) { return fma(a, b, acc); }
 };
 
-#if defined(__AVX512BF16__)
+// With AMX, bf16 products run on tiles.
+#if defined(__AMX_BF16__)
+#elif defined(__AVX512BF16__)
 
 struct Bfloat : TileSizes<6, 12> {
   using Element = Bf16;
@@ -357,8 +362,18 @@ void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   if (p.dtype == kFloat32) {
     run<Fp32>(p, begin, end, prefetch);
   } else {
+#if defined(__AMX_BF16__)
+    linear_tiles(p, begin, end, prefetch);
+#else
     run<Bfloat>(p, begin, end, prefetch);
+#endif
   }
+}
+
+void pack_rows(const void* x, int64_t ldx, int64_t inner, Range rows, Range columns, void* packed) {
+#if defined(__AMX_BF16__)
+  pack_tiles(static_cast<const Bf16*>(x), ldx, inner, rows, columns, static_cast<char*>(packed));
+#endif
 }
 
 void round_to_bf16(const float* x, void* out, int64_t n) {

@@ -1,0 +1,332 @@
+// bf16 products on AMX tiles: y^T = w x^T, with w read where it lies.
+//
+// A tile of w is 16 of its rows by 32 columns, loaded with the rows' own distance. The other operand is a tile of x:
+// 16 rows by the same 32 columns, packed in pairs of columns as the instruction wants them. Their product is a tile of
+// y^T, 16 columns of y by 16 rows. A pass holds up to two tiles of w and two of x, whose four products it adds up.
+//
+// The order of additions of one y[m, n] is the instruction's: of every 32 columns the even and the odd ones are added
+// apart, by multiply-adds in the order of k that start at zero; then their sum is added to y. Columns beyond the last
+// are zeros. Nothing of this depends on the number of rows or on where a tile begins, so neither do the bits.
+// tests/models/tiles.py computes the same in plain PyTorch.
+//
+// All rows of x pass a panel of 32 rows of w before the next panel, which is prefetched meanwhile: panels are contiguous
+// memory, read once. Where there are many rows, columns are taken in stretches for which the panel stays in the
+// first-level cache; the sums wait in memory.
+#pragma once
+
+#include "linear.hpp"
+#include "vec.hpp"
+
+namespace rgtg {
+namespace RGTG_ISA {
+namespace {
+
+constexpr int64_t kTileRows = kPackRows, kTileColumns = kPackColumns, kTileBytes = 1024;
+// A panel of w and a group of rows of x have up to two tiles.
+constexpr int64_t kPanelRows = 2 * kTileRows;
+constexpr int64_t kSumsBytes = 4 * kTileBytes;
+// Sums that wait: of up to so many pairs of a panel and a group.
+constexpr int64_t kPairs = 8;
+// The most columns of a stretch: a panel's 40 KB.
+constexpr int64_t kStretchColumns = 640;
+// The most columns of rows that linear() packs itself.
+constexpr int64_t kPackedColumns = 1024;
+// What is prefetched of the memory that is read after a product, at most.
+constexpr int64_t kNextBytes = 96 << 10;
+
+inline int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Tile registers: the sums of w's tile i and x's tile j in 2 i + j, w in 4 and 5, x in 6 and 7.
+constexpr int kW = 4, kX = 6;
+
+// The compiler's own functions take a register's number as a token and let stores move across a load.
+template <int Tile>
+inline void tile_load(const void* p, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
+// The same without keeping the lines in the first-level cache.
+template <int Tile>
+inline void tile_load_once(const void* p, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
+template <int Tile>
+inline void tile_store(void* p, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
+template <int Tile>
+inline void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(Tile));
+}
+template <int I, int J>
+inline void tile_multiply() {
+  asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(kX + J), "i"(kW + I), "i"(2 * I + J));
+}
+
+// Tiles of w and of sums have as many rows as the panel has left.
+inline void configure_tiles(int64_t panel_rows) {
+  struct alignas(64) {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } config = {};
+  config.palette = 1;
+  const auto first = static_cast<uint8_t>(least(panel_rows, kTileRows));
+  const auto second = static_cast<uint8_t>(panel_rows > kTileRows ? panel_rows - kTileRows : kTileRows);
+  const uint8_t rows[8] = {first, first, second, second, first, second, kTileRows, kTileRows};
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = rows[i];
+    config.row_bytes[i] = 64;
+  }
+  asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+}
+
+// Packs a tile of x, [pair of columns][row][2]: its rows and columns from `rows.begin` and `columns.begin` on, zeros for
+// columns after the last one of x. What other threads pack of the same tile is left alone.
+inline void pack_tile(const Bf16* x, int64_t ldx, Range rows, Range columns, bool last, char* out) {
+  Vec pairs[16];
+  const auto below = [](int64_t n) { return static_cast<uint32_t>((uint64_t{1} << n) - 1); };
+  const __mmask32 mask = below(columns.end) & ~below(columns.begin);
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) {
+    const bool given = r >= rows.begin && r < rows.end;
+    pairs[r].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(given ? mask : 0, x + r * ldx));
+  }
+  transpose(pairs);
+  const __mmask16 lanes = static_cast<__mmask16>(below(rows.end) & ~below(rows.begin));
+  const int64_t end = last ? 16 : columns.end / 2;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i >= columns.begin / 2 && i < end) _mm512_mask_storeu_ps(out + i * 64, lanes, pairs[i].v);
+  }
+}
+
+inline void pack_tiles(const Bf16* x, int64_t ldx, int64_t inner, Range rows, Range columns, char* out) {
+  const int64_t depth = rounded_up(inner, kTileColumns) / kTileColumns;
+  auto part = [](Range range, int64_t first, int64_t size) {
+    return Range{range.begin > first ? range.begin - first : 0, least(range.end - first, size)};
+  };
+  for (int64_t m = rows.begin / kTileRows * kTileRows; m < rows.end; m += kTileRows) {
+    for (int64_t k = columns.begin / kTileColumns * kTileColumns; k < columns.end; k += kTileColumns) {
+      const Range own = part(columns, k, kTileColumns);
+      pack_tile(x + m * ldx + k, ldx, part(rows, m, kTileRows), own, k + own.end == inner,
+                out + (m / kTileRows * depth + k / kTileColumns) * kTileBytes);
+    }
+  }
+}
+
+// What all passes of a product share.
+struct Tiles {
+  const Linear* p;
+  // What is prefetched: so many lines, `step` of them with every tile of 32 columns.
+  const char* next;
+  int64_t lines, step;
+  // Sums of the last pass, written to y a quarter of a tile at a time between the multiplications of the next one.
+  const char* sums;
+  Range m, n;
+  int quarter, quarters;
+};
+
+// A pass: a panel of w by a group of rows of x over a stretch of columns.
+struct Pass {
+  Range n, m, k;
+  const char* x;   // packed, from the stretch's first column on
+  int64_t x_tile;  // bytes from one tile of 16 rows to the next
+  char* sums;      // where the sums wait from one stretch to the next
+  bool once;
+};
+
+inline void prefetch_lines(Tiles& t) {
+  const int64_t count = least(t.step, t.lines);
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(t.next + i * 64, 0, 2);
+  t.next += count * 64;
+  t.lines -= count;
+}
+
+template <int W, int X>
+inline void multiply_tiles() {
+  tile_multiply<0, 0>();
+  if constexpr (X > 1) tile_multiply<0, 1>();
+  if constexpr (W > 1) tile_multiply<1, 0>();
+  if constexpr (W > 1 && X > 1) tile_multiply<1, 1>();
+}
+
+template <int W, int X>
+inline void load_sums(const char* sums, bool zeros) {
+  if (zeros) {
+    tile_zero<0>();
+    if constexpr (X > 1) tile_zero<1>();
+    if constexpr (W > 1) tile_zero<2>();
+    if constexpr (W > 1 && X > 1) tile_zero<3>();
+  } else {
+    tile_load<0>(sums, 64);
+    if constexpr (X > 1) tile_load<1>(sums + kTileBytes, 64);
+    if constexpr (W > 1) tile_load<2>(sums + 2 * kTileBytes, 64);
+    if constexpr (W > 1 && X > 1) tile_load<3>(sums + 3 * kTileBytes, 64);
+  }
+}
+
+template <int W, int X>
+inline void store_sums(char* sums) {
+  tile_store<0>(sums, 64);
+  if constexpr (X > 1) tile_store<1>(sums + kTileBytes, 64);
+  if constexpr (W > 1) tile_store<2>(sums + 2 * kTileBytes, 64);
+  if constexpr (W > 1 && X > 1) tile_store<3>(sums + 3 * kTileBytes, 64);
+}
+
+// y = (y +) sums^T + bias for four rows of one tile.
+inline void write_quarter(Tiles& t) {
+  const Linear& p = *t.p;
+  const int tile = t.quarter / 4, part = t.quarter % 4;
+  ++t.quarter;
+  const int64_t m = t.m.begin + tile % 2 * kTileRows + part * 4, n = t.n.begin + tile / 2 * kTileRows;
+  if (m >= t.m.end) return;
+  const float* const sums = reinterpret_cast<const float*>(t.sums + tile * kTileBytes) + part * 4;
+  // Lane l of row[j] has sums 4 l + j of the four rows.
+  __m512 row[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    row[j] = _mm512_castps128_ps512(_mm_load_ps(sums + j * 16));
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (4 + j) * 16), 1);
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (8 + j) * 16), 2);
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (12 + j) * 16), 3);
+  }
+  const __m512 a = _mm512_unpacklo_ps(row[0], row[1]), b = _mm512_unpacklo_ps(row[2], row[3]);
+  const __m512 c = _mm512_unpackhi_ps(row[0], row[1]), d = _mm512_unpackhi_ps(row[2], row[3]);
+  __m512 y[4] = {_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee), _mm512_shuffle_ps(c, d, 0x44),
+                 _mm512_shuffle_ps(c, d, 0xee)};
+  const __mmask16 mask = first(static_cast<int>(least(t.n.end - n, kTileRows)));
+  const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + n);
+  float* out = p.y + m * p.ldy + n;
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r, out += p.ldy) {
+    if (m + r >= t.m.end) break;
+    if (p.bias != nullptr) y[r] = _mm512_add_ps(y[r], bias);
+    if (p.accumulate) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(mask, out));
+    _mm512_mask_storeu_ps(out, mask, y[r]);
+  }
+}
+
+inline void write_rest(Tiles& t) {
+  while (t.quarter < t.quarters) write_quarter(t);
+}
+
+template <int W, int X, bool Once>
+inline void load_rows(const char* x, int64_t x_tile) {
+  if constexpr (Once) {
+    tile_load_once<kX>(x, 64);
+    if constexpr (X > 1) tile_load_once<kX + 1>(x + x_tile, 64);
+  } else {
+    tile_load<kX>(x, 64);
+    if constexpr (X > 1) tile_load<kX + 1>(x + x_tile, 64);
+  }
+}
+
+// Once: whether x is too much for the first-level cache, which then keeps the panel of w.
+template <int W, int X, bool Once>
+void run_pass(Tiles& t, const Pass& s) {
+  const Linear& p = *t.p;
+  const int64_t row_bytes = p.inner * 2;
+  const char* const w = static_cast<const char*>(p.w) + s.n.begin * row_bytes + s.k.begin * 2;
+  const char* const second = w + kTileRows * row_bytes;
+  const char* x = s.x;
+  load_sums<W, X>(s.sums, s.k.begin == 0);
+  const int64_t length = s.k.end - s.k.begin, whole = length / kTileColumns;
+  for (int64_t i = 0; i < whole; ++i, x += kTileBytes) {
+    prefetch_lines(t);
+    load_rows<W, X, Once>(x, s.x_tile);
+    tile_load<kW>(w + i * 64, row_bytes);
+    if constexpr (W > 1) tile_load<kW + 1>(second + i * 64, row_bytes);
+    multiply_tiles<W, X>();
+    if (t.quarter < t.quarters) write_quarter(t);
+  }
+  const int64_t rest = length - whole * kTileColumns;
+  if (rest > 0) {
+    // The last columns of w followed by zeros: what follows in memory may be another row, or nothing.
+    alignas(64) char tail[2 * kTileBytes];
+    for (int64_t r = 0; r < s.n.end - s.n.begin; ++r) {
+      const __m512i line = _mm512_maskz_loadu_epi16((1u << rest) - 1, w + r * row_bytes + whole * 64);
+      _mm512_store_si512(tail + r * 64, line);
+    }
+    load_rows<W, X, Once>(x, s.x_tile);
+    tile_load<kW>(tail, 64);
+    if constexpr (W > 1) tile_load<kW + 1>(tail + kTileBytes, 64);
+    multiply_tiles<W, X>();
+  }
+  write_rest(t);
+  store_sums<W, X>(s.sums);
+  if (s.k.end < p.inner) return;
+  t.sums = s.sums;
+  t.m = s.m;
+  t.n = s.n;
+  t.quarter = 0;
+  t.quarters = W > 1 ? 16 : 8;
+}
+
+inline void run_pass_of_any_size(Tiles& t, const Pass& s) {
+  const bool wide = s.n.end - s.n.begin > kTileRows, tall = s.m.end - s.m.begin > kTileRows;
+  if (wide && tall) return s.once ? run_pass<2, 2, true>(t, s) : run_pass<2, 2, false>(t, s);
+  if (wide) return s.once ? run_pass<2, 1, true>(t, s) : run_pass<2, 1, false>(t, s);
+  if (tall) return s.once ? run_pass<1, 2, true>(t, s) : run_pass<1, 2, false>(t, s);
+  return s.once ? run_pass<1, 1, true>(t, s) : run_pass<1, 1, false>(t, s);
+}
+
+inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
+  if (begin >= end || p.rows == 0) return;
+  const int64_t depth = rounded_up(p.inner, kTileColumns), row_bytes = p.inner * 2;
+  const bool packs = p.packed == nullptr;
+  // Packed rows: up to kPairs groups of rows pass one panel; their stretches fit the first-level cache if they are more
+  // than one. Others: one group, whose packed stretch serves up to kPairs panels.
+  const int64_t block_rows = kPanelRows * (packs ? 1 : kPairs), block_columns = kPanelRows * (packs ? kPairs : 1);
+  const int64_t most = packs ? kPackedColumns : p.rows > kPanelRows ? kStretchColumns : depth;
+  const int64_t stretches = (depth + most - 1) / most;
+  const int64_t stretch = rounded_up((depth + stretches - 1) / stretches, kTileColumns);
+  alignas(64) char sums[kPairs * kSumsBytes];
+  alignas(64) char own[kPanelRows * kPackedColumns * 2];
+  int64_t configured = -1;
+  Tiles t{};
+  t.p = &p;
+  for (int64_t first = 0; first < p.rows; first += block_rows) {
+    const int64_t stop = least(first + block_rows, p.rows);
+    const int64_t groups = (stop - first + kPanelRows - 1) / kPanelRows;
+    for (int64_t column = begin; column < end; column += block_columns) {
+      const int64_t column_stop = least(column + block_columns, end);
+      t.next = static_cast<const char*>(p.w) + column_stop * row_bytes;
+      int64_t bytes = least(column_stop - column, end - column_stop) * row_bytes;
+      if (column_stop == end) {
+        t.next = static_cast<const char*>(prefetch.data);
+        bytes = least(prefetch.bytes, kNextBytes);
+      }
+      t.lines = first > 0 ? 0 : bytes / 64;
+      const int64_t passes = groups * ((column_stop - column + kPanelRows - 1) / kPanelRows);
+      t.step = (t.lines * kTileColumns + passes * depth - 1) / (passes * depth);
+      for (int64_t k = 0; k < p.inner; k += stretch) {
+        const int64_t k_stop = least(k + stretch, p.inner);
+        if (packs) {
+          const Bf16* x = static_cast<const Bf16*>(p.x) + first * p.ldx + k;
+          pack_tiles(x, p.ldx, k_stop - k, {0, stop - first}, {0, k_stop - k}, own);
+        }
+        const int64_t x_tile = rounded_up(packs ? k_stop - k : p.inner, kTileColumns) / kTileColumns * kTileBytes;
+        char* waiting = sums;
+        for (int64_t n = column; n < column_stop; n += kPanelRows) {
+          const int64_t rows_n = least(kPanelRows, column_stop - n);
+          if (rows_n != configured) configure_tiles(rows_n);
+          configured = rows_n;
+          for (int64_t m = first; m < stop; m += kPanelRows, waiting += kSumsBytes) {
+            const char* x =
+                packs ? own
+                      : static_cast<const char*>(p.packed) + m / kTileRows * x_tile + k / kTileColumns * kTileBytes;
+            const Range panel{n, n + rows_n}, group{m, least(m + kPanelRows, stop)};
+            run_pass_of_any_size(t, {panel, group, {k, k_stop}, x, x_tile, waiting, groups > 1});
+          }
+        }
+      }
+    }
+  }
+  write_rest(t);
+  asm volatile("tilerelease");
+}
+
+}  // namespace
+}  // namespace RGTG_ISA
+}  // namespace rgtg
