@@ -4,26 +4,17 @@
 // Items of one query row are merged, in the order of their positions, by the thread that finishes the last of them.
 #include "tree_attention.hpp"
 
+#include "tree_attention_amx.hpp"
+#include "tree_attention_tiles.hpp"
 #include "vec.hpp"
 
 namespace rgtg {
 namespace RGTG_ISA {
 namespace {
 
-using attention::kBlock;
 using attention::kRows;
 using attention::kSplit;
 using attention::padded;
-
-// A tile of scores in registers: kTile query rows by kVecs vectors of keys; the same for sums of values.
-constexpr int kTile = 6;
-#if defined(__AVX512F__)
-constexpr int kVecs = 4;
-#else
-constexpr int kVecs = 2;
-#endif
-constexpr int kTileKeys = kVecs * kWidth;
-constexpr float kInf = __builtin_inff();
 
 // Memory of one thread.
 struct Scratch {
@@ -36,130 +27,6 @@ struct Scratch {
   float* l;       // [kRows]
   float* factor;  // [kRows]
 };
-
-// How queries and keys of type T are multiplied. Default: as floats.
-template <class T>
-struct Product {
-  using Unit = T;
-  static int64_t units(int64_t D) { return D; }
-  static Vec load_units(const T* p, int n) { return n >= kWidth ? load(p) : load_n(p, n); }
-  static Vec unit(const float* q) { return set1(*q); }
-  static Vec add(Vec q, Vec k, Vec acc) { return fma(q, k, acc); }
-};
-
-#if defined(__AVX512BF16__)
-// Two neighbouring numbers at once; a pair travels through registers as one float.
-struct Pair {
-  Bf16 x[2];
-};
-struct PairProduct {
-  using Unit = Pair;
-  static int64_t units(int64_t D) { return D / 2; }
-  static Vec load_units(const Pair* p, int n) {
-    const float* bits = reinterpret_cast<const float*>(p);
-    return n >= kWidth ? load(bits) : load_n(bits, n);
-  }
-  static Vec unit(const float* q) { return set1(*q); }
-  static Vec add(Vec q, Vec k, Vec acc) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)q.v, (__m512bh)k.v)}; }
-};
-#endif
-
-// keys[tile][unit][key of the tile] = k[key][unit], zeros past n.
-template <class T, class P>
-void pack_keys(const T* k, int64_t stride, int64_t n, int64_t units, float* keys) {
-  for (int64_t t0 = 0; t0 < n; t0 += kWidth) {
-    const int64_t rows = n - t0 < kWidth ? n - t0 : kWidth;
-    float* out = keys + t0 / kTileKeys * units * kTileKeys + t0 % kTileKeys;
-    for (int64_t d0 = 0; d0 < units; d0 += kWidth) {
-      const int64_t columns = units - d0 < kWidth ? units - d0 : kWidth;
-      Vec x[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const auto* row = reinterpret_cast<const typename P::Unit*>(k + (t0 + i) * stride);
-        x[i] = i < rows ? P::load_units(row + d0, static_cast<int>(columns)) : zero();
-      }
-      transpose(x);
-      for (int i = 0; i < columns; ++i) store(out + (d0 + i) * kTileKeys, x[i]);
-    }
-  }
-  // The rest of the last tile is multiplied too.
-  for (int64_t t0 = (n + kWidth - 1) / kWidth * kWidth; t0 % kTileKeys != 0; t0 += kWidth) {
-    float* out = keys + t0 / kTileKeys * units * kTileKeys + t0 % kTileKeys;
-    for (int64_t d = 0; d < units; ++d) store(out + d * kTileKeys, zero());
-  }
-}
-
-// scores[r][key] = scale * q[r] . key, for R query rows and one tile of keys.
-template <class P, int R>
-void tile_scores(const float* q, int64_t q_stride, const float* keys, int64_t units, float scale, float* scores) {
-  Vec acc[R][kVecs];
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < kVecs; ++j) acc[r][j] = zero();
-  }
-  for (int64_t d = 0; d < units; ++d) {
-    Vec k[kVecs];
-    for (int j = 0; j < kVecs; ++j) k[j] = load(keys + d * kTileKeys + j * kWidth);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec x = P::unit(q + r * q_stride + d);
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) acc[r][j] = P::add(x, k[j], acc[r][j]);
-    }
-  }
-  const Vec factor = set1(scale);
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < kVecs; ++j) store(scores + r * kBlock + j * kWidth, acc[r][j] * factor);
-  }
-}
-
-// out[r] = out[r] * factor[r] + sum over keys of weights[r][key] * values[key], for R query rows and V vectors.
-template <int R, int V>
-void tile_sums(const float* weights, const float* values, int64_t stride, int64_t n, const float* factor, float* out,
-               int64_t out_stride) {
-  Vec acc[R][V];
-  for (int r = 0; r < R; ++r) {
-    const Vec f = set1(factor[r]);
-    for (int j = 0; j < V; ++j) acc[r][j] = load(out + r * out_stride + j * kWidth) * f;
-  }
-  for (int64_t t = 0; t < n; ++t) {
-    Vec v[V];
-    for (int j = 0; j < V; ++j) v[j] = load(values + t * stride + j * kWidth);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec w = set1(weights[r * kBlock + t]);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) acc[r][j] = fma(w, v[j], acc[r][j]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < V; ++j) store(out + r * out_stride + j * kWidth, acc[r][j]);
-  }
-}
-
-template <class P>
-void score_rows(int64_t rows, const float* q, int64_t q_stride, const float* keys, int64_t units, float scale,
-                float* scores) {
-  switch (rows) {
-    case 1: return tile_scores<P, 1>(q, q_stride, keys, units, scale, scores);
-    case 2: return tile_scores<P, 2>(q, q_stride, keys, units, scale, scores);
-    case 3: return tile_scores<P, 3>(q, q_stride, keys, units, scale, scores);
-    case 4: return tile_scores<P, 4>(q, q_stride, keys, units, scale, scores);
-    case 5: return tile_scores<P, 5>(q, q_stride, keys, units, scale, scores);
-    default: return tile_scores<P, 6>(q, q_stride, keys, units, scale, scores);
-  }
-}
-
-template <int V>
-void sum_rows(int64_t rows, const float* weights, const float* values, int64_t stride, int64_t n, const float* factor,
-              float* out, int64_t out_stride) {
-  switch (rows) {
-    case 1: return tile_sums<1, V>(weights, values, stride, n, factor, out, out_stride);
-    case 2: return tile_sums<2, V>(weights, values, stride, n, factor, out, out_stride);
-    case 3: return tile_sums<3, V>(weights, values, stride, n, factor, out, out_stride);
-    case 4: return tile_sums<4, V>(weights, values, stride, n, factor, out, out_stride);
-    case 5: return tile_sums<5, V>(weights, values, stride, n, factor, out, out_stride);
-    default: return tile_sums<6, V>(weights, values, stride, n, factor, out, out_stride);
-  }
-}
 
 float exp1(float x) {
   float buffer[kWidth];
@@ -182,22 +49,18 @@ class Item {
         width_(padded(a.D)), rows_(rows), slot_(attention::slot_of(a, b)), length_(attention::length_of(a, b)) {}
 
   void run() {
-    for (int64_t r = 0; r < rows_; ++r) {
-      pack_query(at<T>(a_.q, b_, head(r), token(r)), s_.q + r * width_, static_cast<const P*>(nullptr));
-    }
+    pack_queries(static_cast<const P*>(nullptr));
     const bool independent = a_.ancestors == nullptr && !a_.causal;
     // Positions after the prefix that all query rows have left behind; negative: before its end. A block of these would
     // change no bit, so it is left out.
     const int64_t length = length_, unseen = a_.causal && a_.window > 0 ? token(0) - a_.window + 1 : -length;
-    if (split_ == 0 && independent) {
-      start_with_itself();
-    } else {
-      for (int64_t r = 0; r < rows_; ++r) {
-        s_.m[r] = -kInf;
-        s_.l[r] = 0;
-        std::memset(s_.acc + r * width_, 0, width_ * sizeof(float));
-      }
+    for (int64_t r = 0; r < whole_vectors(rows_); ++r) {
+      s_.m[r] = -kInf;
+      s_.l[r] = 0;
+      std::memset(s_.acc + r * width_, 0, width_ * sizeof(float));
     }
+    if (split_ == 0 && independent) start_with_itself();
+    if (kAmx) transpose_sums(kWidth, width_);
     if (split_ == 0 && !independent) {
       const int64_t visible = a_.causal ? token(rows_ - 1) + 1 : a_.S;
       for (int64_t j = whole_blocks(unseen); j < visible; j += kBlock) {
@@ -211,6 +74,7 @@ class Item {
       block<false>(at<T>(a_.k_cache, slot_, g_, t), a_.k_cache.token, at<T>(a_.v_cache, slot_, g_, t), a_.v_cache.token,
                    end - t < kBlock ? end - t : kBlock, t);
     }
+    if (kAmx) transpose_sums(width_, kWidth);
   }
 
   // The result, where the row has one item only.
@@ -253,15 +117,51 @@ class Item {
   }
 
  private:
+  // A block of n keys and their values, for the query rows from `from` on; `first_key` is the number of the first among the
+  // new tokens, or its position.
+  struct Keys {
+    const T *k, *v;
+    int64_t k_stride, v_stride, n, first_key, from;
+  };
+
+  static int64_t whole_vectors(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+  static uint64_t low_bits(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
   static int64_t whole_blocks(int64_t n) { return n > 0 ? n / kBlock * kBlock : 0; }
   int64_t token(int64_t r) const { return (first_ + r) / group_; }
   int64_t head(int64_t r) const { return g_ * group_ + (first_ + r) % group_; }
 
-  void pack_query(const T* q, float* out, const Product<T>*) const {
-    for (int64_t d = 0; d < a_.D; ++d) out[d] = to_float(q[d]);
+  const T* query(int64_t r) const { return at<T>(a_.q, b_, head(r), token(r)); }
+
+  void pack_queries(const Product<T>*) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const T* q = query(r);
+      for (int64_t d = 0; d < a_.D; ++d) s_.q[r * width_ + d] = to_float(q[d]);
+    }
   }
 #if defined(__AVX512BF16__)
-  void pack_query(const T* q, float* out, const PairProduct*) const { std::memcpy(out, q, a_.D * sizeof(T)); }
+  void pack_queries(const PairProduct*) const {
+    for (int64_t r = 0; r < rows_; ++r) std::memcpy(s_.q + r * width_, query(r), a_.D * sizeof(T));
+  }
+#endif
+
+#if defined(__AMX_BF16__)
+  static constexpr bool kAmx = AmxItem<P>::kIs;
+  void pack_queries(const AmxProduct*) const {
+    for (int64_t r = 0; r < whole_vectors(rows_); ++r) {
+      amx_put_query(r < rows_ ? query(r) : nullptr, a_.D, r % kLanes, amx_group(r));
+    }
+    for (int64_t r = 0; r < rows_; r += kLanes) {
+      for (int64_t i = 0; i < amx_steps(a_.D); ++i) amx_turn(amx_group(r) + i * kTileBytes);
+    }
+  }
+  char* amx_group(int64_t r) const { return reinterpret_cast<char*>(s_.q) + r / kLanes * amx_query_bytes(a_.D); }
+  // Sums are [rows][D] at the beginning and the end, and [D][lane] in each group of rows in between.
+  void transpose_sums(int64_t from, int64_t to) const {
+    for (int64_t r = 0; r < rows_; r += kLanes) amx_transpose(s_.acc + r * width_, from, to, s_.keys);
+  }
+#else
+  static constexpr bool kAmx = false;
+  void transpose_sums(int64_t, int64_t) const {}
 #endif
 
   // Without a mask, a new token sees only itself: its own score is the first maximum.
@@ -302,19 +202,33 @@ class Item {
     return bits > 0 ? bits - 1 : 0;
   }
 
-  // Clears the scores x of those of n new tokens or positions, from number first_key on, that query row r's window has left
-  // behind.
+  // Which of n new tokens or positions, from number first_key on, query row r sees: bit t is number first_key + t.
   template <bool kNew>
-  void clear_unseen(int64_t r, float* x, int64_t n, int64_t first_key) const {
-    const int64_t least = depth(token(r)) - a_.window + 1;
-    if (kNew && a_.ancestors != nullptr) {
-      for (int64_t t = 0; t < n; ++t) {
-        if (depth(first_key + t) < least) x[t] = -kInf;
-      }
-      return;
+  uint64_t visible(int64_t r, int64_t n, int64_t first_key) const {
+    const int64_t token = this->token(r), least = depth(token) - a_.window + 1;
+    uint64_t seen = low_bits(n);
+    if (kNew && a_.causal) seen &= low_bits(token - first_key + 1);
+    if (kNew && !a_.causal) seen &= static_cast<uint64_t>(a_.ancestors[b_ * a_.S + token]) >> first_key;
+    if (a_.window == 0) return seen;
+    if (!kNew || a_.ancestors == nullptr) return seen & ~low_bits((kNew ? least : length_ + least) - first_key);
+    for (int64_t t = 0; t < n; ++t) {
+      if (depth(first_key + t) < least) seen &= ~(uint64_t{1} << t);
     }
-    const int64_t seen = (kNew ? least : length_ + least) - first_key;
-    for (int64_t t = 0; t < n && t < seen; ++t) x[t] = -kInf;
+    return seen;
+  }
+
+  // Whether all n of them are visible to query rows `from` to `to`, where that is simple to say.
+  template <bool kNew>
+  bool all_visible(int64_t from, int64_t to, int64_t n, int64_t first_key) const {
+    if (n < kBlock || (kNew && (!a_.causal || token(from) < first_key + n - 1))) return false;
+    if (a_.window == 0) return true;
+    return a_.ancestors == nullptr && (kNew ? 0 : length_) + depth(token(to)) - a_.window + 1 <= first_key;
+  }
+
+  // Query rows before this one see nothing from new token first_key on.
+  int64_t first_row(int64_t first_key) const {
+    const int64_t r = a_.causal ? first_key * group_ - first_ : 0;
+    return r > 0 ? r : 0;
   }
 
   // Values as floats, padded with zeros to a whole number of vectors: in place where they already are.
@@ -331,52 +245,65 @@ class Item {
     return s_.values;
   }
 
-  // Adds n keys, of which `first_key` is the number of the first among the new tokens, or its position.
   template <bool kNew>
   void block(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t n, int64_t first_key) {
-    pack_keys<T, P>(k, k_stride, n, units_, s_.keys);
-    for (int64_t r = 0; r < rows_; r += kTile) {
-      for (int64_t t = 0; t < n; t += kTileKeys) {
+    const int64_t from = kNew ? first_row(first_key) / kWidth * kWidth : 0;
+    add_keys<kNew>({k, v, k_stride, v_stride, n, first_key, from}, static_cast<const P*>(nullptr));
+  }
+
+  template <bool kNew, class Any>
+  void add_keys(const Keys& b, const Any*) const {
+    pack_keys<T, P>(b.k, b.k_stride, b.n, units_, s_.keys);
+    for (int64_t r = b.from; r < rows_; r += kTile) {
+      for (int64_t t = 0; t < b.n; t += kTileKeys) {
         score_rows<P>(rows_ - r, s_.q + r * width_, width_, s_.keys + t * units_, units_, a_.scale,
                       s_.scores + r * kBlock + t);
       }
     }
-    const int64_t end = (n + kWidth - 1) / kWidth * kWidth;
-    if (a_.softcap > 0) cap_scores(end);
-    const bool windowed = a_.window > 0;
-    for (int64_t r = 0; r < rows_; ++r) {
+    const int64_t end = whole_vectors(b.n);
+    if (a_.softcap > 0) cap_scores(b.from, end);
+    weigh<kNew>(b.from, b.n, end, b.first_key);
+    add_values(b.v, b.v_stride, b.n, b.from);
+  }
+
+  // Scores of the rows from `from` on become weights; their maxima and sums are brought up to date.
+  template <bool kNew>
+  void weigh(int64_t from, int64_t n, int64_t end, int64_t first_key) const {
+    const bool all = all_visible<kNew>(from, rows_ - 1, n, first_key);
+    for (int64_t r = from; r < rows_; ++r) {
       float* x = s_.scores + r * kBlock;
-      for (int64_t t = n; t < end; ++t) x[t] = -kInf;
-      if (windowed) clear_unseen<kNew>(r, x, n, first_key);
-      if (kNew) {
-        if (a_.causal) {
-          for (int64_t t = token(r) - first_key + 1 < 0 ? 0 : token(r) - first_key + 1; t < n; ++t) x[t] = -kInf;
-        } else {
-          const uint64_t mask = static_cast<uint64_t>(a_.ancestors[b_ * a_.S + token(r)]) >> first_key;
-          for (int64_t t = 0; t < n; ++t) {
-            if (((mask >> t) & 1) == 0) x[t] = -kInf;
-          }
-        }
+      const uint64_t seen = all ? ~uint64_t{0} : visible<kNew>(r, n, first_key);
+      if (seen != ~uint64_t{0}) {
+        for (int64_t t = 0; t < end; t += kWidth) store(x + t, where_bit(seen >> t, load(x + t), set1(-kInf)));
       }
       Vec top = load(x);
       for (int64_t t = kWidth; t < end; t += kWidth) top = max(top, load(x + t));
-      const float old = s_.m[r], here = largest(top), m = here > old ? here : old;
+      const float old = s_.m[r], here = largest(top);
+      s_.factor[r] = here > old ? here : old;
+    }
+    for (int64_t r = from; r < rows_; r += kWidth) {
+      const Vec old = load(s_.m + r), m = load(s_.factor + r);
+      store(s_.m + r, m);
+      store(s_.factor + r, where_equal(old, m, set1(1.0f), exp(old - m)));
+    }
+    for (int64_t r = from; r < rows_; ++r) {
+      float* x = s_.scores + r * kBlock;
       // Nothing visible yet: any finite number will do, every weight is 0.
-      const Vec base = set1(m == -kInf ? 0.0f : m);
+      const Vec base = set1(s_.m[r] == -kInf ? 0.0f : s_.m[r]);
       Vec l = zero();
       for (int64_t t = 0; t < end; t += kWidth) {
         const Vec weight = exp(load(x + t) - base);
         store(x + t, weight);
         l = l + weight;
       }
-      const float factor = old == m ? 1.0f : exp1(old - m);
-      s_.m[r] = m;
-      s_.factor[r] = factor;
-      s_.l[r] = s_.l[r] * factor + sum(l);
+      s_.l[r] = s_.l[r] * s_.factor[r] + sum(l);
     }
+  }
+
+  void add_values(const T* v, int64_t v_stride, int64_t n, int64_t first_row) const {
     const float* value = values(v, &v_stride, n);
     const int64_t vecs = (a_.D + kWidth - 1) / kWidth;
-    for (int64_t r = 0; r < rows_; r += kTile) {
+    for (int64_t r = first_row; r < rows_; r += kTile) {
       for (int64_t j = 0; j < vecs; j += kVecs) {
         const float* weights = s_.scores + r * kBlock;
         const float* from = value + j * kWidth;
@@ -393,8 +320,33 @@ class Item {
     }
   }
 
-  void cap_scores(int64_t n) const {
-    for (int64_t r = 0; r < rows_; ++r) {
+#if defined(__AMX_BF16__)
+  template <bool kNew>
+  void add_keys(const Keys& b, const AmxProduct*) const {
+    int64_t k_stride = b.k_stride;
+    const Bf16* keys = amx_keys(b.k, &k_stride, b.n, a_.D, reinterpret_cast<Bf16*>(s_.keys));
+    char* const values = reinterpret_cast<char*>(s_.values);
+    char* const weights = values + width_ / kLanes * 2 * kTileBytes;
+    amx_values(b.v, b.v_stride, b.n, a_.D, values);
+    const int64_t n = b.n, first_key = b.first_key;
+    const int64_t count = whole_vectors(n);
+    for (int64_t r = b.from; r < rows_; r += kLanes) {
+      const int64_t last = r + kLanes < rows_ ? r + kLanes : rows_;
+      uint64_t seen[kLanes] = {}, any = 0;
+      const bool all = all_visible<kNew>(r, last - 1, n, first_key);
+      if (!all) {
+        for (int64_t i = r; i < last; ++i) any |= seen[i - r] = visible<kNew>(i, n, first_key);
+        if (any == 0) continue;
+      }
+      amx_scores(keys, k_stride, n, amx_group(r), amx_steps(a_.D), s_.scores);
+      amx_add(s_.scores, count, a_.scale, a_.softcap, all ? nullptr : seen, values, weights, width_, s_.m + r, s_.l + r,
+              s_.acc + r * width_);
+    }
+  }
+#endif
+
+  void cap_scores(int64_t from, int64_t n) const {
+    for (int64_t r = from; r < rows_; ++r) {
       float* x = s_.scores + r * kBlock;
       for (int64_t t = 0; t < n; t += kWidth) store(x + t, capped(load(x + t)));
     }
@@ -483,7 +435,11 @@ void tree_attention(const TreeAttention& a, void* workspace, int thread, int thr
     case kFloat32: return work<float, Product<float>>(a, memory, thread, threads);
     case kFloat16: return work<F16, Product<F16>>(a, memory, thread, threads);
     default:
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+      amx_begin();
+      work<Bf16, AmxProduct>(a, memory, thread, threads);
+      return amx_end();
+#elif defined(__AVX512BF16__)
       if (a.D % 2 == 0) return work<Bf16, PairProduct>(a, memory, thread, threads);
 #endif
       return work<Bf16, Product<Bf16>>(a, memory, thread, threads);

@@ -130,6 +130,10 @@ inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 // Bit i is set where a[i] > b[i], or where a[i] is NaN.
 inline uint32_t greater_or_nan(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
+// x[i] where bit i is set, y[i] elsewhere; bits past the last number are ignored.
+inline Vec where_bit(uint64_t bits, Vec x, Vec y) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), y.v, x.v)};
+}
 inline Vec round_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x where a equals b, y elsewhere.
 inline Vec where_equal(Vec a, Vec b, Vec x, Vec y) {
@@ -142,11 +146,8 @@ inline Vec exponent(Vec x, Vec* m) {
   m->v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
   return {_mm512_cvtepi32_ps(e)};
 }
-// 2^a for integer a in [-126, 127].
-inline Vec pow2(Vec a) {
-  return {
-      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127)), 23))};
-}
+// a * 2^n for integer n.
+inline Vec times_pow2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -376,6 +377,22 @@ inline void transpose(Vec (&x)[kWidth]) {
 
 #endif
 
+#if !defined(__AVX512F__)
+// x[i] where bit i is set, y[i] elsewhere; bits past the last number are ignored.
+inline Vec where_bit(uint64_t bits, Vec x, Vec y) {
+  float a[kWidth], b[kWidth];
+  store(a, x);
+  store(b, y);
+  for (int i = 0; i < kWidth; ++i) a[i] = ((bits >> i) & 1) != 0 ? a[i] : b[i];
+  return load(a);
+}
+// a * 2^n for integer n in [-252, 254]: in two factors, because 2^n alone leaves the range of normal numbers.
+inline Vec times_pow2(Vec a, Vec n) {
+  const Vec half = round_even(n * set1(0.5f));
+  return a * pow2(half) * pow2(n - half);
+}
+#endif
+
 inline Vec zero() { return set1(0.0f); }
 
 // e^x to about one unit in the last place; 0 below -104, inf above 88.73, NaN for NaN.
@@ -393,9 +410,7 @@ inline Vec exp(Vec x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p, r * r, r) + set1(1.0f);
-  // Two factors, because 2^n alone leaves the range of normal numbers.
-  Vec half = round_even(n * set1(0.5f));
-  return p * pow2(half) * pow2(n - half);
+  return times_pow2(p, n);
 }
 
 // tanh x to about two units in the last place; NaN for NaN.

@@ -1,0 +1,299 @@
+// Bfloat16 attention on AMX tiles. A group of 16 query rows is the 16 columns of a tile: scores are computed as K Q^T and
+// sums as V^T W, so that keys are read where they lie, and the softmax of a query row runs down one lane of the vectors.
+// A score sums pairs of D in the order of D, a sum of values pairs of keys in the order of keys, whatever the number of
+// rows. Weights are rounded to bfloat16 for the product with the values; their sum is of the unrounded ones.
+#pragma once
+
+#include "tree_attention.hpp"
+#include "vec.hpp"
+
+#if defined(__AMX_BF16__)
+
+namespace rgtg {
+namespace RGTG_ISA {
+namespace {
+
+// Marks the item whose products run on tiles.
+struct AmxProduct {
+  static int64_t units(int64_t D) { return D / 2; }
+};
+
+template <class P>
+struct AmxItem {
+  static constexpr bool kIs = false;
+};
+template <>
+struct AmxItem<AmxProduct> {
+  static constexpr bool kIs = true;
+};
+
+// Query rows of a group, keys of a tile of scores, rows of D of a tile of sums.
+constexpr int64_t kLanes = 16;
+constexpr int64_t kPairs = 32;  // numbers of a tile's row
+constexpr int64_t kTileBytes = 1024;
+// Takes numbers of two vectors of 16 in turn.
+alignas(64) constexpr uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+inline int64_t amx_steps(int64_t D) { return (D + kPairs - 1) / kPairs; }
+// Bytes of one group's packed queries.
+inline int64_t amx_query_bytes(int64_t D) { return amx_steps(D) * kTileBytes; }
+
+// All eight tiles have 16 rows of 64 bytes.
+inline void amx_begin() {
+  struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } shape = {};
+  shape.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    shape.row_bytes[i] = 64;
+    shape.rows[i] = 16;
+  }
+  _tile_loadconfig(&shape);
+}
+inline void amx_end() { _tile_release(); }
+
+// 32 numbers of bfloat16 as a vector, zeros past n.
+inline Vec amx_row(const Bf16* p, int64_t n) {
+  const __mmask32 kept = n >= kPairs ? 0xffffffffu : n > 0 ? (1u << n) - 1 : 0;
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(kept, p))};
+}
+
+// Writes row `lane` of a group before amx_pack_queries() turns the group around.
+inline void amx_put_query(const Bf16* q, int64_t D, int64_t lane, char* group) {
+  for (int64_t s = 0; s < amx_steps(D); ++s) {
+    store(reinterpret_cast<float*>(group + s * kTileBytes) + lane * kLanes,
+          q == nullptr ? zero() : amx_row(q + s * kPairs, D - s * kPairs));
+  }
+}
+
+// A 16 x 16 matrix of floats or pairs, turned around in place.
+inline void amx_turn(char* tile) {
+  float* p = reinterpret_cast<float*>(tile);
+  Vec x[kWidth];
+  for (int i = 0; i < kWidth; ++i) x[i] = load(p + i * kWidth);
+  transpose(x);
+  for (int i = 0; i < kWidth; ++i) store(p + i * kWidth, x[i]);
+}
+
+// A matrix [rows][columns] of floats in place becomes [columns][rows]; both are multiples of 16.
+inline void amx_transpose(float* matrix, int64_t rows, int64_t columns, float* memory) {
+  for (int64_t i = 0; i < rows; i += kWidth) {
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      Vec x[kWidth];
+      for (int r = 0; r < kWidth; ++r) x[r] = load(matrix + (i + r) * columns + j);
+      transpose(x);
+      for (int r = 0; r < kWidth; ++r) store(memory + (j + r) * rows + i, x[r]);
+    }
+  }
+  std::memcpy(matrix, memory, rows * columns * sizeof(float));
+}
+
+// Keys of a block as tiles read them, rows of *stride numbers: in place where whole tiles lie there, else copied and filled
+// with zeros.
+inline const Bf16* amx_keys(const Bf16* k, int64_t* stride, int64_t n, int64_t D, Bf16* memory) {
+  if (n % kLanes == 0 && D % kPairs == 0) return k;
+  const int64_t width = amx_steps(D) * kPairs;
+  for (int64_t t = 0; t < (n + kLanes - 1) / kLanes * kLanes; ++t) {
+    for (int64_t d = 0; d < width; d += kPairs) {
+      const Vec x = t < n ? amx_row(k + t * *stride + d, D - d) : zero();
+      store(reinterpret_cast<float*>(memory + t * width + d), x);
+    }
+  }
+  *stride = width;
+  return memory;
+}
+
+// Values of a block as tiles [16 rows of D][32 keys], zeros past n and D: tile (d / 16) * 2 + t / 32 of `out`.
+inline void amx_values(const Bf16* v, int64_t stride, int64_t n, int64_t D, char* out) {
+  const __m512i interleaved = _mm512_load_si512(kInterleaved);
+  for (int64_t d = 0; d < D; d += kLanes, out += 2 * kTileBytes) {
+    const __mmask16 kept = D - d >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (D - d)) - 1);
+    for (int64_t t = 0; t < n; t += kPairs) {
+      Vec x[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        const int64_t even = t + 2 * i;
+        const Bf16* row = v + even * stride + d;
+        const __m256i a = _mm256_maskz_loadu_epi16(even < n ? kept : 0, row);
+        const __m256i b = _mm256_maskz_loadu_epi16(even + 1 < n ? kept : 0, row + stride);
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+        x[i] = {_mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaved, both))};
+      }
+      transpose(x);
+      float* tile = reinterpret_cast<float*>(out + t / kPairs * kTileBytes);
+      for (int i = 0; i < kWidth; ++i) store(tile + i * kWidth, x[i]);
+    }
+  }
+}
+
+// scores[key][lane] of a group, before the scale, for n keys rounded up to whole tiles.
+inline void amx_scores(const Bf16* keys, int64_t stride, int64_t n, const char* q, int64_t steps, float* scores) {
+  const int64_t bytes = stride * 2, down = kLanes * stride;
+  int64_t t = 0;
+  for (; t + 48 < n; t += 64) {
+    const Bf16* row = keys + t * stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t s = 0; s < steps; ++s, row += kPairs) {
+      _tile_loadd(4, q + s * kTileBytes, 64);
+      _tile_loadd(5, row, bytes);
+      _tile_dpbf16ps(0, 5, 4);
+      _tile_loadd(6, row + down, bytes);
+      _tile_dpbf16ps(1, 6, 4);
+      _tile_loadd(5, row + 2 * down, bytes);
+      _tile_dpbf16ps(2, 5, 4);
+      _tile_loadd(6, row + 3 * down, bytes);
+      _tile_dpbf16ps(3, 6, 4);
+    }
+    float* out = scores + t * kLanes;
+    _tile_stored(0, out, 64);
+    _tile_stored(1, out + kLanes * kLanes, 64);
+    _tile_stored(2, out + 2 * kLanes * kLanes, 64);
+    _tile_stored(3, out + 3 * kLanes * kLanes, 64);
+  }
+  for (; t < n; t += kLanes) {
+    const Bf16* row = keys + t * stride;
+    _tile_zero(0);
+    for (int64_t s = 0; s < steps; ++s) {
+      _tile_loadd(4, q + s * kTileBytes, 64);
+      _tile_loadd(5, row + s * kPairs, bytes);
+      _tile_dpbf16ps(0, 5, 4);
+    }
+    _tile_stored(0, scores + t * kLanes, 64);
+  }
+}
+
+// 2^x with a relative error of 3e-6, for weights that are rounded to 8 bits; 0 for -inf, NaN for NaN.
+inline Vec amx_exp2(Vec x) {
+  // The fraction above the integer below x, which scalef takes as the exponent.
+  const Vec r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  Vec p = fma(r, set1(0.0134268049f), set1(0.0522422791f));
+  p = fma(p, r, set1(0.241280302f));
+  p = fma(p, r, set1(0.693044841f));
+  p = fma(p, r, set1(1.0f));
+  return {_mm512_scalef_ps(p.v, x.v)};
+}
+
+// Scores x [keys][lane] before the maximum m, which is of the scores that are seen: bit t of seen[lane], or all.
+inline Vec amx_maximum(float* x, int64_t keys, float scale, float softcap, const uint64_t* seen) {
+  const Vec factor = set1(scale), none = set1(-__builtin_inff());
+  Vec top[4] = {none, none, none, none};
+  if (seen == nullptr && softcap <= 0) {
+    for (int64_t t = 0; t < keys; t += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vec score = load(x + (t + i) * kLanes) * factor;
+        store(x + (t + i) * kLanes, score);
+        top[i] = max(top[i], score);
+      }
+    }
+    return max(max(top[0], top[1]), max(top[2], top[3]));
+  }
+  __m512i low = _mm512_set1_epi32(-1), high = low;
+  if (seen != nullptr) {
+    alignas(64) uint32_t halves[2][kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      halves[0][i] = static_cast<uint32_t>(seen[i]);
+      halves[1][i] = static_cast<uint32_t>(seen[i] >> 32);
+    }
+    low = _mm512_load_si512(halves[0]);
+    high = _mm512_load_si512(halves[1]);
+  }
+  for (int64_t t = 0; t < keys; ++t) {
+    Vec score = load(x + t * kLanes) * factor;
+    if (softcap > 0) score = tanh(score / set1(softcap)) * set1(softcap);
+    const __m512i bit = _mm512_set1_epi32(static_cast<int>(1u << (t & 31)));
+    score = {_mm512_mask_mov_ps(none.v, _mm512_test_epi32_mask(t < 32 ? low : high, bit), score.v)};
+    store(x + t * kLanes, score);
+    top[0] = max(top[0], score);
+  }
+  return top[0];
+}
+
+// e^(x - base) [keys][lane] as tiles of bfloat16 pairs of keys, zeros past `keys`; returns their sum. The order of its
+// additions is the same for any number of keys, as zeros change nothing.
+inline Vec amx_weights(const float* x, int64_t keys, Vec base, char* out) {
+  const __m512i interleaved = _mm512_load_si512(kInterleaved);
+  const Vec log2e = set1(1.44269504088896341f);
+  Vec l[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t t = 0; t < keys; t += 4) {
+    Vec w[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      w[i] = amx_exp2((load(x + (t + i) * kLanes) - base) * log2e);
+      l[i] = l[i] + w[i];
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+      const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(w[i + 1].v, w[i].v);
+      _mm512_store_si512(out + (t + i) * kLanes * 2, _mm512_permutexvar_epi16(interleaved, pair));
+    }
+  }
+  for (int64_t t = keys; t % kPairs != 0; t += 2) _mm512_store_si512(out + t * kLanes * 2, _mm512_setzero_si512());
+  return (l[0] + l[1]) + (l[2] + l[3]);
+}
+
+// acc[d][lane] += sum over keys of values[d][key] * weights[key][lane], for D in tiles of 16 and keys in steps of 32.
+inline void amx_sums(const char* values, const char* weights, int64_t steps, int64_t tiles, float* acc) {
+  constexpr int64_t kNext = 2 * kTileBytes, kFloats = kLanes * kLanes;
+  int64_t j = 0;
+  for (; j + 4 <= tiles; j += 4, values += 4 * kNext, acc += 4 * kFloats) {
+    _tile_loadd(0, acc, 64);
+    _tile_loadd(1, acc + kFloats, 64);
+    _tile_loadd(2, acc + 2 * kFloats, 64);
+    _tile_loadd(3, acc + 3 * kFloats, 64);
+    for (int64_t s = 0; s < steps; ++s) {
+      const char* v = values + s * kTileBytes;
+      _tile_loadd(4, weights + s * kTileBytes, 64);
+      _tile_loadd(5, v, 64);
+      _tile_dpbf16ps(0, 5, 4);
+      _tile_loadd(6, v + kNext, 64);
+      _tile_dpbf16ps(1, 6, 4);
+      _tile_loadd(5, v + 2 * kNext, 64);
+      _tile_dpbf16ps(2, 5, 4);
+      _tile_loadd(6, v + 3 * kNext, 64);
+      _tile_dpbf16ps(3, 6, 4);
+    }
+    _tile_stored(0, acc, 64);
+    _tile_stored(1, acc + kFloats, 64);
+    _tile_stored(2, acc + 2 * kFloats, 64);
+    _tile_stored(3, acc + 3 * kFloats, 64);
+  }
+  for (; j < tiles; ++j, values += kNext, acc += kFloats) {
+    _tile_loadd(0, acc, 64);
+    for (int64_t s = 0; s < steps; ++s) {
+      _tile_loadd(4, weights + s * kTileBytes, 64);
+      _tile_loadd(5, values + s * kTileBytes, 64);
+      _tile_dpbf16ps(0, 5, 4);
+    }
+    _tile_stored(0, acc, 64);
+  }
+}
+
+// Adds a block of keys to a group's maximum m, sum l and acc [width][lane]: scores [keys][lane], `weights` is memory for two
+// tiles.
+inline void amx_add(float* scores, int64_t keys, float scale, float softcap, const uint64_t* seen, const char* values,
+                    char* weights, int64_t width, float* m, float* l, float* acc) {
+  const Vec old = load(m), none = set1(-__builtin_inff());
+  const Vec top = max(old, amx_maximum(scores, keys, scale, softcap, seen));
+  // Nothing visible yet: any finite number will do, every weight is 0.
+  const Vec base = where_equal(top, none, zero(), top);
+  const Vec sum = amx_weights(scores, keys, base, weights), one = set1(1.0f);
+  const Vec factor = where_equal(old, top, one, exp(old - top));
+  store(m, top);
+  store(l, fma(load(l), factor, sum));
+  if (greater_or_nan(one, factor) != 0) {
+    for (int64_t i = 0; i < width; ++i) store(acc + i * kLanes, load(acc + i * kLanes) * factor);
+  }
+  amx_sums(values, weights, (keys + kPairs - 1) / kPairs, width / kLanes, acc);
+}
+
+}  // namespace
+}  // namespace RGTG_ISA
+}  // namespace rgtg
+
+#endif
