@@ -60,7 +60,6 @@ class Item {
       std::memset(s_.acc + r * width_, 0, width_ * sizeof(float));
     }
     if (split_ == 0 && independent) start_with_itself();
-    if (kAmx) transpose_sums(kWidth, width_);
     if (split_ == 0 && !independent) {
       const int64_t visible = a_.causal ? token(rows_ - 1) + 1 : a_.S;
       for (int64_t j = whole_blocks(unseen); j < visible; j += kBlock) {
@@ -74,7 +73,6 @@ class Item {
       block<false>(at<T>(a_.k_cache, slot_, g_, t), a_.k_cache.token, at<T>(a_.v_cache, slot_, g_, t), a_.v_cache.token,
                    end - t < kBlock ? end - t : kBlock, t);
     }
-    if (kAmx) transpose_sums(width_, kWidth);
   }
 
   // The result, where the row has one item only.
@@ -145,7 +143,6 @@ class Item {
 #endif
 
 #if defined(__AMX_BF16__)
-  static constexpr bool kAmx = AmxItem<P>::kIs;
   void pack_queries(const AmxProduct*) const {
     for (int64_t r = 0; r < whole_vectors(rows_); ++r) {
       amx_put_query(r < rows_ ? query(r) : nullptr, a_.D, r % kLanes, amx_group(r));
@@ -155,13 +152,6 @@ class Item {
     }
   }
   char* amx_group(int64_t r) const { return reinterpret_cast<char*>(s_.q) + r / kLanes * amx_query_bytes(a_.D); }
-  // Sums are [rows][D] at the beginning and the end, and [D][lane] in each group of rows in between.
-  void transpose_sums(int64_t from, int64_t to) const {
-    for (int64_t r = 0; r < rows_; r += kLanes) amx_transpose(s_.acc + r * width_, from, to, s_.keys);
-  }
-#else
-  static constexpr bool kAmx = false;
-  void transpose_sums(int64_t, int64_t) const {}
 #endif
 
   // Without a mask, a new token sees only itself: its own score is the first maximum.
@@ -396,12 +386,14 @@ void work(const TreeAttention& a, char* workspace, int thread, int threads) {
   for (int64_t b = 0; b < a.B; ++b) {
     const Range tokens = attention::tokens_of_row(a, b);
     const int64_t rows = (tokens.end - tokens.begin) * group, blocks = (rows + kRows - 1) / kRows;
+    // Rows of an item: about the same in all of them.
+    const int64_t share = blocks == 0 ? 0 : ((rows + blocks - 1) / blocks + kWidth - 1) / kWidth * kWidth;
     const int64_t splits = attention::splits(a, b), items = blocks * a.G * splits;
     while (item < before + items) {
       const int64_t i = item - before, split = i % splits, g = i / splits % a.G;
       // The last query rows of a prompt see the most keys, so they are computed first.
-      const int64_t block = blocks - 1 - i / splits / a.G, first = block * kRows;
-      Item<T, P> work_item(a, s, b, g, tokens.begin * group + first, rows - first < kRows ? rows - first : kRows,
+      const int64_t block = blocks - 1 - i / splits / a.G, first = block * share;
+      Item<T, P> work_item(a, s, b, g, tokens.begin * group + first, rows - first < share ? rows - first : share,
                            split);
       work_item.run();
       if (splits == 1) {

@@ -55,7 +55,7 @@ static inline void tree_attention_prepare(const TreeAttention& a, void* workspac
 namespace attention {
 
 // Query rows (a new token of a query head) of one work item.
-constexpr int64_t kRows = 144;
+constexpr int64_t kRows = 128;
 // Positions of the prefix of one work item. Fixed, so that the order of additions depends on the row's own length (and the
 // window) only.
 constexpr int64_t kSplit = 128;

@@ -1,5 +1,5 @@
-// Bfloat16 attention on AMX tiles. A group of 16 query rows is the 16 columns of a tile: scores are computed as K Q^T and
-// sums as V^T W, so that keys are read where they lie, and the softmax of a query row runs down one lane of the vectors.
+// Bfloat16 attention on AMX tiles, for groups of 16 query rows. Scores are computed as K Q^T, so that keys are read where
+// they lie and the softmax of a query row runs down one lane of the vectors.
 // A score sums pairs of D in the order of D, a sum of values pairs of keys in the order of keys, whatever the number of
 // rows. Weights are rounded to bfloat16 for the product with the values; their sum is of the unrounded ones.
 #pragma once
@@ -18,22 +18,13 @@ struct AmxProduct {
   static int64_t units(int64_t D) { return D / 2; }
 };
 
-template <class P>
-struct AmxItem {
-  static constexpr bool kIs = false;
-};
-template <>
-struct AmxItem<AmxProduct> {
-  static constexpr bool kIs = true;
-};
-
 // Query rows of a group, keys of a tile of scores, rows of D of a tile of sums.
 constexpr int64_t kLanes = 16;
 constexpr int64_t kPairs = 32;  // numbers of a tile's row
 constexpr int64_t kTileBytes = 1024;
-// Takes numbers of two vectors of 16 in turn.
-alignas(64) constexpr uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+// Takes the first 16 numbers of two vectors in turn.
+alignas(64) constexpr uint16_t kInterleaved[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
 inline int64_t amx_steps(int64_t D) { return (D + kPairs - 1) / kPairs; }
 // Bytes of one group's packed queries.
@@ -78,19 +69,6 @@ inline void amx_turn(char* tile) {
   for (int i = 0; i < kWidth; ++i) store(p + i * kWidth, x[i]);
 }
 
-// A matrix [rows][columns] of floats in place becomes [columns][rows]; both are multiples of 16.
-inline void amx_transpose(float* matrix, int64_t rows, int64_t columns, float* memory) {
-  for (int64_t i = 0; i < rows; i += kWidth) {
-    for (int64_t j = 0; j < columns; j += kWidth) {
-      Vec x[kWidth];
-      for (int r = 0; r < kWidth; ++r) x[r] = load(matrix + (i + r) * columns + j);
-      transpose(x);
-      for (int r = 0; r < kWidth; ++r) store(memory + (j + r) * rows + i, x[r]);
-    }
-  }
-  std::memcpy(matrix, memory, rows * columns * sizeof(float));
-}
-
 // Keys of a block as tiles read them, rows of *stride numbers: in place where whole tiles lie there, else copied and filled
 // with zeros.
 inline const Bf16* amx_keys(const Bf16* k, int64_t* stride, int64_t n, int64_t D, Bf16* memory) {
@@ -106,24 +84,17 @@ inline const Bf16* amx_keys(const Bf16* k, int64_t* stride, int64_t n, int64_t D
   return memory;
 }
 
-// Values of a block as tiles [16 rows of D][32 keys], zeros past n and D: tile (d / 16) * 2 + t / 32 of `out`.
+// Values of a block as tiles [16 pairs of keys][16 of D], zeros past n and D: tile (d / 16) * 2 + t / 32 of `out`.
 inline void amx_values(const Bf16* v, int64_t stride, int64_t n, int64_t D, char* out) {
-  const __m512i interleaved = _mm512_load_si512(kInterleaved);
-  for (int64_t d = 0; d < D; d += kLanes, out += 2 * kTileBytes) {
-    const __mmask16 kept = D - d >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (D - d)) - 1);
-    for (int64_t t = 0; t < n; t += kPairs) {
-      Vec x[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const int64_t even = t + 2 * i;
-        const Bf16* row = v + even * stride + d;
-        const __m256i a = _mm256_maskz_loadu_epi16(even < n ? kept : 0, row);
-        const __m256i b = _mm256_maskz_loadu_epi16(even + 1 < n ? kept : 0, row + stride);
-        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-        x[i] = {_mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaved, both))};
-      }
-      transpose(x);
-      float* tile = reinterpret_cast<float*>(out + t / kPairs * kTileBytes);
-      for (int i = 0; i < kWidth; ++i) store(tile + i * kWidth, x[i]);
+  const __m512i lower = _mm512_load_si512(kInterleaved), upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+  for (int64_t d = 0; d < D; d += kPairs, out += 4 * kTileBytes) {
+    for (int64_t t = 0; t < (n + kPairs - 1) / kPairs * kPairs; t += 2) {
+      const Bf16* row = v + t * stride + d;
+      const __m512i even = t < n ? _mm512_castps_si512(amx_row(row, D - d).v) : _mm512_setzero_si512();
+      const __m512i odd = t + 1 < n ? _mm512_castps_si512(amx_row(row + stride, D - d).v) : _mm512_setzero_si512();
+      char* const at = out + t / kPairs * kTileBytes + t % kPairs * 32;
+      _mm512_store_si512(at, _mm512_permutex2var_epi16(even, lower, odd));
+      if (D - d > kLanes) _mm512_store_si512(at + 2 * kTileBytes, _mm512_permutex2var_epi16(even, upper, odd));
     }
   }
 }
@@ -214,13 +185,14 @@ inline Vec amx_maximum(float* x, int64_t keys, float scale, float softcap, const
   return top[0];
 }
 
-// e^(x - base) [keys][lane] as tiles of bfloat16 pairs of keys, zeros past `keys`; returns their sum. The order of its
+// e^(x - base) [keys][lane] as tiles of bfloat16 [lane][32 keys], zeros past `keys`; returns their sum. The order of its
 // additions is the same for any number of keys, as zeros change nothing.
 inline Vec amx_weights(const float* x, int64_t keys, Vec base, char* out) {
   const __m512i interleaved = _mm512_load_si512(kInterleaved);
   const Vec log2e = set1(1.44269504088896341f);
   Vec l[4] = {zero(), zero(), zero(), zero()};
-  for (int64_t t = 0; t < keys; t += 4) {
+  int64_t t = 0;
+  for (; t < keys; t += 4) {
     Vec w[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -229,52 +201,54 @@ inline Vec amx_weights(const float* x, int64_t keys, Vec base, char* out) {
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 4; i += 2) {
-      const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(w[i + 1].v, w[i].v);
-      _mm512_store_si512(out + (t + i) * kLanes * 2, _mm512_permutexvar_epi16(interleaved, pair));
+      const __m512i a = _mm512_castsi256_si512(round_bf16(w[i])), b = _mm512_castsi256_si512(round_bf16(w[i + 1]));
+      _mm512_store_si512(out + (t + i) * kLanes * 2, _mm512_permutex2var_epi16(a, interleaved, b));
     }
   }
-  for (int64_t t = keys; t % kPairs != 0; t += 2) _mm512_store_si512(out + t * kLanes * 2, _mm512_setzero_si512());
+  for (; t % kPairs != 0; t += 2) _mm512_store_si512(out + t * kLanes * 2, _mm512_setzero_si512());
+  for (int64_t s = 0; s < t; s += kPairs) amx_turn(out + s / kPairs * kTileBytes);
   return (l[0] + l[1]) + (l[2] + l[3]);
 }
 
-// acc[d][lane] += sum over keys of values[d][key] * weights[key][lane], for D in tiles of 16 and keys in steps of 32.
-inline void amx_sums(const char* values, const char* weights, int64_t steps, int64_t tiles, float* acc) {
-  constexpr int64_t kNext = 2 * kTileBytes, kFloats = kLanes * kLanes;
+// acc[lane][d] += sum over keys of weights[lane][key] * values[key][d], for D in tiles of 16 and keys in steps of 32.
+inline void amx_sums(const char* weights, const char* values, int64_t steps, int64_t tiles, float* acc) {
+  constexpr int64_t kNext = 2 * kTileBytes;
+  const int64_t bytes = tiles * 64;
   int64_t j = 0;
-  for (; j + 4 <= tiles; j += 4, values += 4 * kNext, acc += 4 * kFloats) {
-    _tile_loadd(0, acc, 64);
-    _tile_loadd(1, acc + kFloats, 64);
-    _tile_loadd(2, acc + 2 * kFloats, 64);
-    _tile_loadd(3, acc + 3 * kFloats, 64);
+  for (; j + 4 <= tiles; j += 4, values += 4 * kNext, acc += 4 * kLanes) {
+    _tile_loadd(0, acc, bytes);
+    _tile_loadd(1, acc + kLanes, bytes);
+    _tile_loadd(2, acc + 2 * kLanes, bytes);
+    _tile_loadd(3, acc + 3 * kLanes, bytes);
     for (int64_t s = 0; s < steps; ++s) {
       const char* v = values + s * kTileBytes;
       _tile_loadd(4, weights + s * kTileBytes, 64);
       _tile_loadd(5, v, 64);
-      _tile_dpbf16ps(0, 5, 4);
+      _tile_dpbf16ps(0, 4, 5);
       _tile_loadd(6, v + kNext, 64);
-      _tile_dpbf16ps(1, 6, 4);
+      _tile_dpbf16ps(1, 4, 6);
       _tile_loadd(5, v + 2 * kNext, 64);
-      _tile_dpbf16ps(2, 5, 4);
+      _tile_dpbf16ps(2, 4, 5);
       _tile_loadd(6, v + 3 * kNext, 64);
-      _tile_dpbf16ps(3, 6, 4);
+      _tile_dpbf16ps(3, 4, 6);
     }
-    _tile_stored(0, acc, 64);
-    _tile_stored(1, acc + kFloats, 64);
-    _tile_stored(2, acc + 2 * kFloats, 64);
-    _tile_stored(3, acc + 3 * kFloats, 64);
+    _tile_stored(0, acc, bytes);
+    _tile_stored(1, acc + kLanes, bytes);
+    _tile_stored(2, acc + 2 * kLanes, bytes);
+    _tile_stored(3, acc + 3 * kLanes, bytes);
   }
-  for (; j < tiles; ++j, values += kNext, acc += kFloats) {
-    _tile_loadd(0, acc, 64);
+  for (; j < tiles; ++j, values += kNext, acc += kLanes) {
+    _tile_loadd(0, acc, bytes);
     for (int64_t s = 0; s < steps; ++s) {
       _tile_loadd(4, weights + s * kTileBytes, 64);
       _tile_loadd(5, values + s * kTileBytes, 64);
-      _tile_dpbf16ps(0, 5, 4);
+      _tile_dpbf16ps(0, 4, 5);
     }
-    _tile_stored(0, acc, 64);
+    _tile_stored(0, acc, bytes);
   }
 }
 
-// Adds a block of keys to a group's maximum m, sum l and acc [width][lane]: scores [keys][lane], `weights` is memory for two
+// Adds a block of keys to a group's maxima m, sums l and acc [lane][width]: scores [keys][lane], `weights` is memory for two
 // tiles.
 inline void amx_add(float* scores, int64_t keys, float scale, float softcap, const uint64_t* seen, const char* values,
                     char* weights, int64_t width, float* m, float* l, float* acc) {
@@ -287,9 +261,14 @@ inline void amx_add(float* scores, int64_t keys, float scale, float softcap, con
   store(m, top);
   store(l, fma(load(l), factor, sum));
   if (greater_or_nan(one, factor) != 0) {
-    for (int64_t i = 0; i < width; ++i) store(acc + i * kLanes, load(acc + i * kLanes) * factor);
+    float factors[kLanes];
+    store(factors, factor);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const Vec f = set1(factors[i]);
+      for (int64_t d = 0; d < width; d += kWidth) store(acc + i * width + d, load(acc + i * width + d) * f);
+    }
   }
-  amx_sums(values, weights, (keys + kPairs - 1) / kPairs, width / kLanes, acc);
+  amx_sums(weights, values, (keys + kPairs - 1) / kPairs, width / kLanes, acc);
 }
 
 }  // namespace
