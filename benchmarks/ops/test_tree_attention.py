@@ -19,12 +19,13 @@ pytestmark = pytest.mark.usefixtures("cpp_only")
 H, G, D = 9, 3, 64
 
 
-@pytest.mark.parametrize("S", [1, 10, 40])
-@pytest.mark.parametrize("T", [512, 2048])
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (1, 10), (1, 40), (8, 10)])
+@pytest.mark.parametrize("T", [128, 512, 2048])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("who", ["ours", "torch_masked", "torch_replicated"])
-def test_candidates(timed, who, dtype, T, S):
-    case = SPECS["tree_attention"].make_inputs({"B": 1, "H": H, "G": G, "S": S, "T": T, "D": D}, dtype)
+def test_candidates(timed, who, dtype, T, B, S):
+    shape = {"B": B, "H": H, "G": G, "S": S, "T": T, "D": D, "lengths": [T] * B}
+    case = SPECS["tree_attention"].make_inputs(shape, dtype)
     q, k, v, k_cache, v_cache = (case[name] for name in ("q", "k", "v", "k_cache", "v_cache"))
     keys, values = torch.cat([k_cache, k], 2), torch.cat([v_cache, v], 2)
     mask = torch.cat([torch.ones(S, T, dtype=torch.bool), torch.eye(S, dtype=torch.bool)], 1)
@@ -35,17 +36,20 @@ def test_candidates(timed, who, dtype, T, S):
     def masked() -> torch.Tensor:
         return sdpa(q, keys, values, attn_mask=mask, enable_gqa=True)
 
-    # One row per candidate, one prefix per row: [S, G, T + 1, D].
-    own_k = torch.cat([k_cache.expand(S, G, T, D), k.transpose(0, 2)], 2)
-    own_v = torch.cat([v_cache.expand(S, G, T, D), v.transpose(0, 2)], 2)
-    own_q = q.transpose(0, 2)
+    def candidates(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).reshape(B * S, -1, 1, D)
+
+    # One row per candidate, one prefix per row: [B S, G, T + 1, D].
+    own_k = torch.cat([k_cache.repeat_interleave(S, 0), candidates(k)], 2)
+    own_v = torch.cat([v_cache.repeat_interleave(S, 0), candidates(v)], 2)
+    own_q = candidates(q)
 
     def replicated() -> torch.Tensor:
         return sdpa(own_q, own_k, own_v, enable_gqa=True)
 
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(ours(), masked(), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(ours(), replicated().transpose(0, 2), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(candidates(ours()), replicated(), rtol=tolerance, atol=tolerance)
     timed({"ours": ours, "torch_masked": masked, "torch_replicated": replicated}[who])
 
 
