@@ -1,7 +1,8 @@
 // Bfloat16 attention on AMX tiles, for groups of 16 query rows. Scores are computed as K Q^T, so that keys are read where
 // they lie and the softmax of a query row runs down one lane of the vectors.
 // A score sums pairs of D in the order of D, a sum of values pairs of keys in the order of keys, whatever the number of
-// rows. Weights are rounded to bfloat16 for the product with the values; their sum is of the unrounded ones.
+// rows; subnormal numbers count as zero there. Weights are rounded to bfloat16 for the product with the values; their sum
+// is of the unrounded ones.
 #pragma once
 
 #include "tree_attention.hpp"
@@ -18,15 +19,14 @@ struct AmxProduct {
   static int64_t units(int64_t D) { return D / 2; }
 };
 
-// Query rows of a group, keys of a tile of scores, rows of D of a tile of sums.
-constexpr int64_t kLanes = 16;
-constexpr int64_t kPairs = 32;  // numbers of a tile's row
+constexpr int64_t kLanes = 16;  // query rows of a group; rows of a tile, of 16 floats or 32 numbers of bfloat16
+constexpr int64_t kRowNumbers = 32;
 constexpr int64_t kTileBytes = 1024;
 // Takes the first 16 numbers of two vectors in turn.
 alignas(64) constexpr uint16_t kInterleaved[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
-inline int64_t amx_steps(int64_t D) { return (D + kPairs - 1) / kPairs; }
+inline int64_t amx_steps(int64_t D) { return (D + kRowNumbers - 1) / kRowNumbers; }
 // Bytes of one group's packed queries.
 inline int64_t amx_query_bytes(int64_t D) { return amx_steps(D) * kTileBytes; }
 
@@ -48,15 +48,15 @@ inline void amx_end() { _tile_release(); }
 
 // 32 numbers of bfloat16 as a vector, zeros past n.
 inline Vec amx_row(const Bf16* p, int64_t n) {
-  const __mmask32 kept = n >= kPairs ? 0xffffffffu : n > 0 ? (1u << n) - 1 : 0;
+  const __mmask32 kept = n >= kRowNumbers ? 0xffffffffu : n > 0 ? (1u << n) - 1 : 0;
   return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(kept, p))};
 }
 
-// Writes row `lane` of a group before amx_pack_queries() turns the group around.
+// Writes a query, or zeros for none, as row `lane` of its group's tiles, which amx_turn() then turns around.
 inline void amx_put_query(const Bf16* q, int64_t D, int64_t lane, char* group) {
   for (int64_t s = 0; s < amx_steps(D); ++s) {
     store(reinterpret_cast<float*>(group + s * kTileBytes) + lane * kLanes,
-          q == nullptr ? zero() : amx_row(q + s * kPairs, D - s * kPairs));
+          q == nullptr ? zero() : amx_row(q + s * kRowNumbers, D - s * kRowNumbers));
   }
 }
 
@@ -72,10 +72,10 @@ inline void amx_turn(char* tile) {
 // Keys of a block as tiles read them, rows of *stride numbers: in place where whole tiles lie there, else copied and filled
 // with zeros.
 inline const Bf16* amx_keys(const Bf16* k, int64_t* stride, int64_t n, int64_t D, Bf16* memory) {
-  if (n % kLanes == 0 && D % kPairs == 0) return k;
-  const int64_t width = amx_steps(D) * kPairs;
+  if (n % kLanes == 0 && D % kRowNumbers == 0) return k;
+  const int64_t width = amx_steps(D) * kRowNumbers;
   for (int64_t t = 0; t < (n + kLanes - 1) / kLanes * kLanes; ++t) {
-    for (int64_t d = 0; d < width; d += kPairs) {
+    for (int64_t d = 0; d < width; d += kRowNumbers) {
       const Vec x = t < n ? amx_row(k + t * *stride + d, D - d) : zero();
       store(reinterpret_cast<float*>(memory + t * width + d), x);
     }
@@ -87,12 +87,12 @@ inline const Bf16* amx_keys(const Bf16* k, int64_t* stride, int64_t n, int64_t D
 // Values of a block as tiles [16 pairs of keys][16 of D], zeros past n and D: tile (d / 16) * 2 + t / 32 of `out`.
 inline void amx_values(const Bf16* v, int64_t stride, int64_t n, int64_t D, char* out) {
   const __m512i lower = _mm512_load_si512(kInterleaved), upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-  for (int64_t d = 0; d < D; d += kPairs, out += 4 * kTileBytes) {
-    for (int64_t t = 0; t < (n + kPairs - 1) / kPairs * kPairs; t += 2) {
+  for (int64_t d = 0; d < D; d += kRowNumbers, out += 4 * kTileBytes) {
+    for (int64_t t = 0; t < (n + kRowNumbers - 1) / kRowNumbers * kRowNumbers; t += 2) {
       const Bf16* row = v + t * stride + d;
       const __m512i even = t < n ? _mm512_castps_si512(amx_row(row, D - d).v) : _mm512_setzero_si512();
       const __m512i odd = t + 1 < n ? _mm512_castps_si512(amx_row(row + stride, D - d).v) : _mm512_setzero_si512();
-      char* const at = out + t / kPairs * kTileBytes + t % kPairs * 32;
+      char* const at = out + t / kRowNumbers * kTileBytes + t % kRowNumbers * 32;
       _mm512_store_si512(at, _mm512_permutex2var_epi16(even, lower, odd));
       if (D - d > kLanes) _mm512_store_si512(at + 2 * kTileBytes, _mm512_permutex2var_epi16(even, upper, odd));
     }
@@ -109,7 +109,7 @@ inline void amx_scores(const Bf16* keys, int64_t stride, int64_t n, const char* 
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t s = 0; s < steps; ++s, row += kPairs) {
+    for (int64_t s = 0; s < steps; ++s, row += kRowNumbers) {
       _tile_loadd(4, q + s * kTileBytes, 64);
       _tile_loadd(5, row, bytes);
       _tile_dpbf16ps(0, 5, 4);
@@ -131,7 +131,7 @@ inline void amx_scores(const Bf16* keys, int64_t stride, int64_t n, const char* 
     _tile_zero(0);
     for (int64_t s = 0; s < steps; ++s) {
       _tile_loadd(4, q + s * kTileBytes, 64);
-      _tile_loadd(5, row + s * kPairs, bytes);
+      _tile_loadd(5, row + s * kRowNumbers, bytes);
       _tile_dpbf16ps(0, 5, 4);
     }
     _tile_stored(0, scores + t * kLanes, 64);
@@ -205,8 +205,8 @@ inline Vec amx_weights(const float* x, int64_t keys, Vec base, char* out) {
       _mm512_store_si512(out + (t + i) * kLanes * 2, _mm512_permutex2var_epi16(a, interleaved, b));
     }
   }
-  for (; t % kPairs != 0; t += 2) _mm512_store_si512(out + t * kLanes * 2, _mm512_setzero_si512());
-  for (int64_t s = 0; s < t; s += kPairs) amx_turn(out + s / kPairs * kTileBytes);
+  for (; t % kRowNumbers != 0; t += 2) _mm512_store_si512(out + t * kLanes * 2, _mm512_setzero_si512());
+  for (int64_t s = 0; s < t; s += kRowNumbers) amx_turn(out + s / kRowNumbers * kTileBytes);
   return (l[0] + l[1]) + (l[2] + l[3]);
 }
 
@@ -268,7 +268,7 @@ inline void amx_add(float* scores, int64_t keys, float scale, float softcap, con
       for (int64_t d = 0; d < width; d += kWidth) store(acc + i * width + d, load(acc + i * width + d) * f);
     }
   }
-  amx_sums(weights, values, (keys + kPairs - 1) / kPairs, width / kLanes, acc);
+  amx_sums(weights, values, (keys + kRowNumbers - 1) / kRowNumbers, width / kLanes, acc);
 }
 
 }  // namespace
