@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_bfloat16_adds_little_to_the_rounding_of_its_output(D, mask):
     assert error(tree_attention(**arguments)) <= 1.4 * error(exact.bfloat16())
 
 
-def _double(x):
+def _double(x: Any) -> Any:
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
