@@ -31,8 +31,10 @@ constexpr int64_t kPairs = 8;
 constexpr int64_t kStretchColumns = 640;
 // The most columns of rows that linear() packs itself.
 constexpr int64_t kPackedColumns = 1024;
-// What is prefetched of the memory that is read after a product, at most.
+// What is prefetched of the memory that is read after a product of many rows, at most.
 constexpr int64_t kNextBytes = 96 << 10;
+// How many tiles of columns ahead a panel is prefetched for few rows.
+constexpr int64_t kAhead = 8;
 
 inline int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -130,10 +132,11 @@ struct Tiles {
 // A pass: a panel of w by a group of rows of x over a stretch of columns.
 struct Pass {
   Range n, m, k;
-  const char* x;   // packed, from the stretch's first column on
-  int64_t x_tile;  // bytes from one tile of 16 rows to the next
-  char* sums;      // where the sums wait from one stretch to the next
-  bool once;
+  const char* x;     // packed, from the stretch's first column on
+  int64_t x_tile;    // bytes from one tile of 16 rows to the next
+  char* sums;        // where the sums wait from one stretch to the next
+  const char* next;  // the panel after this one, or nullptr
+  bool many;         // groups of rows
 };
 
 inline void prefetch_lines(Tiles& t) {
@@ -211,6 +214,19 @@ inline void write_rest(Tiles& t) {
   while (t.quarter < t.quarters) write_quarter(t);
 }
 
+// The lines of w that the pass of few rows needs kAhead tiles later.
+template <int W>
+inline void prefetch_ahead(const char* w, const char* next, int64_t row_bytes, int64_t i, int64_t whole) {
+  const int64_t ahead = i + kAhead;
+  const char* from = w + ahead * 64;
+  if (ahead >= whole) {
+    if (next == nullptr) return;
+    from = next + (ahead - whole) * 64;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < W * kTileRows; ++r, from += row_bytes) __builtin_prefetch(from, 0, 3);
+}
+
 template <int W, int X, bool Once>
 inline void load_rows(const char* x, int64_t x_tile) {
   if constexpr (Once) {
@@ -222,8 +238,9 @@ inline void load_rows(const char* x, int64_t x_tile) {
   }
 }
 
-// Once: whether x is too much for the first-level cache, which then keeps the panel of w.
-template <int W, int X, bool Once>
+// Many: whether several groups of rows pass a panel of w. The first-level cache then keeps the panel, not x, and the
+// next panel is prefetched into the second one. Otherwise w passes the first-level cache once and x stays.
+template <int W, int X, bool Many>
 void run_pass(Tiles& t, const Pass& s) {
   const Linear& p = *t.p;
   const int64_t row_bytes = p.inner * 2;
@@ -233,8 +250,12 @@ void run_pass(Tiles& t, const Pass& s) {
   load_sums<W, X>(s.sums, s.k.begin == 0);
   const int64_t length = s.k.end - s.k.begin, whole = length / kTileColumns;
   for (int64_t i = 0; i < whole; ++i, x += kTileBytes) {
-    prefetch_lines(t);
-    load_rows<W, X, Once>(x, s.x_tile);
+    if constexpr (Many) {
+      prefetch_lines(t);
+    } else {
+      prefetch_ahead<W>(w, s.next, row_bytes, i, whole);
+    }
+    load_rows<W, X, Many>(x, s.x_tile);
     tile_load<kW>(w + i * 64, row_bytes);
     if constexpr (W > 1) tile_load<kW + 1>(second + i * 64, row_bytes);
     multiply_tiles<W, X>();
@@ -248,7 +269,7 @@ void run_pass(Tiles& t, const Pass& s) {
       const __m512i line = _mm512_maskz_loadu_epi16((1u << rest) - 1, w + r * row_bytes + whole * 64);
       _mm512_store_si512(tail + r * 64, line);
     }
-    load_rows<W, X, Once>(x, s.x_tile);
+    load_rows<W, X, Many>(x, s.x_tile);
     tile_load<kW>(tail, 64);
     if constexpr (W > 1) tile_load<kW + 1>(tail + kTileBytes, 64);
     multiply_tiles<W, X>();
@@ -265,10 +286,10 @@ void run_pass(Tiles& t, const Pass& s) {
 
 inline void run_pass_of_any_size(Tiles& t, const Pass& s) {
   const bool wide = s.n.end - s.n.begin > kTileRows, tall = s.m.end - s.m.begin > kTileRows;
-  if (wide && tall) return s.once ? run_pass<2, 2, true>(t, s) : run_pass<2, 2, false>(t, s);
-  if (wide) return s.once ? run_pass<2, 1, true>(t, s) : run_pass<2, 1, false>(t, s);
-  if (tall) return s.once ? run_pass<1, 2, true>(t, s) : run_pass<1, 2, false>(t, s);
-  return s.once ? run_pass<1, 1, true>(t, s) : run_pass<1, 1, false>(t, s);
+  if (wide && tall) return s.many ? run_pass<2, 2, true>(t, s) : run_pass<2, 2, false>(t, s);
+  if (wide) return s.many ? run_pass<2, 1, true>(t, s) : run_pass<2, 1, false>(t, s);
+  if (tall) return s.many ? run_pass<1, 2, true>(t, s) : run_pass<1, 2, false>(t, s);
+  return s.many ? run_pass<1, 1, true>(t, s) : run_pass<1, 1, false>(t, s);
 }
 
 inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
@@ -317,7 +338,10 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
                 packs ? own
                       : static_cast<const char*>(p.packed) + m / kTileRows * x_tile + k / kTileColumns * kTileBytes;
             const Range panel{n, n + rows_n}, group{m, least(m + kPanelRows, stop)};
-            run_pass_of_any_size(t, {panel, group, {k, k_stop}, x, x_tile, waiting, groups > 1});
+            const char* next = static_cast<const char*>(p.w) + panel.end * row_bytes;
+            if (panel.end == end) next = static_cast<const char*>(prefetch.data);
+            if (k_stop < p.inner) next = static_cast<const char*>(p.w) + n * row_bytes + k_stop * 2;
+            run_pass_of_any_size(t, {panel, group, {k, k_stop}, x, x_tile, waiting, next, groups > 1});
           }
         }
       }
