@@ -6,7 +6,7 @@
 
 namespace rgtg {
 
-// x and w are both of `dtype` (kFloat32 or kBFloat16); sums, bias and y are fp32.
+// w is of `dtype`, fp32, bf16 or int8, and x of the same, bf16 where w is int8; sums, bias and y are fp32.
 struct Linear {
   const void* x;      // [rows, inner], rows ldx elements apart
   const void* w;      // [outer, inner], contiguous
@@ -14,7 +14,8 @@ struct Linear {
   float* y;           // [rows, outer], rows ldy elements apart
   int64_t rows, inner, ldx, ldy;
   int dtype;
-  bool accumulate;  // y += instead of y =
+  bool accumulate;               // y += instead of y =
+  const float* scale = nullptr;  // [outer], int8 alone: each sum is multiplied by its row's before the bias
 };
 
 // Memory that a thread reads after this product; it is prefetched while the last rows are computed.
