@@ -6,6 +6,7 @@
 #include "arguments.hpp"
 #include "bindings.hpp"
 #include "linear.hpp"
+#include "workspace.hpp"
 
 namespace rgtg {
 namespace {
@@ -33,6 +34,9 @@ void run_linear(int threads, const Array& x, const Array& w, const std::optional
   thread_local std::vector<uint16_t> buffer;
   if (rounds) buffer.resize(rows * inner);
   uint16_t* const rounded = buffer.data();
+  const Isa isa = current_isa();
+  thread_local Workspace workspace;
+  char* const packed = rounds ? static_cast<char*>(workspace.of(packed_bytes(rows, inner))) : nullptr;
   const Linear p{rounds ? static_cast<const void*>(rounded) : input,
                  memory<void>(w),
                  bias ? memory<float>(*bias) : nullptr,
@@ -43,14 +47,17 @@ void run_linear(int threads, const Array& x, const Array& w, const std::optional
                  outer,
                  dtype(w),
                  false,
+                 packed,
                  scale ? memory<float>(*scale) : nullptr};
-  const Isa isa = current_isa();
   BarrierState state{};
   auto body = [&](int thread, int n) {
     if (rounds) {
-      const Range part = share(rows, thread, n);
-      RGTG_DISPATCH(isa, round_to_bf16(input + part.begin * inner, rounded + part.begin * inner,
-                                       (part.end - part.begin) * inner));
+      const Range part = share((rows + kPackRows - 1) / kPackRows, thread, n);
+      const int64_t first = part.begin * kPackRows;
+      const int64_t count = (part.end * kPackRows < rows ? part.end * kPackRows : rows) - first;
+      uint16_t* const own = rounded + first * inner;
+      RGTG_DISPATCH(isa, round_to_bf16(input + first * inner, own, count * inner));
+      RGTG_DISPATCH(isa, pack_rows(own, inner, count, inner, 0, inner, packed + packed_bytes(first, inner)));
       barrier(&state, n);
     }
     const Range mine = share((outer + kColumns - 1) / kColumns, thread, n);

@@ -168,7 +168,7 @@ struct Worker {
   }
   Linear product(const T* x, const Weights& m, float* y, int64_t rows, int64_t inner, int64_t ldy,
                  bool accumulate) const {
-    return {x, m.w, m.bias, y, rows, inner, inner, ldy, s.weights, accumulate, m.scale};
+    return {x, m.w, m.bias, y, rows, inner, inner, ldy, s.weights, accumulate, nullptr, m.scale};
   }
 
   // The chunk's rows that have an adapter, as runs of one variant: body(variant, first row, rows, row distance).

@@ -7,6 +7,9 @@
 // bandwidth unused.
 #include "linear.hpp"
 #include "vec.hpp"
+#if defined(__AMX_BF16__)
+#include "linear_amx.hpp"
+#endif
 
 namespace rgtg {
 namespace RGTG_ISA {
@@ -55,6 +58,8 @@ struct Fp32 : TileSizes<3, 3> {
   static Vec dot(Vec acc, Operand a, Operand b) { return fma(a, b, acc); }
 };
 
+// With AMX, products of bf16 run on tiles.
+#if !defined(__AMX_BF16__)
 #if defined(__AVX512BF16__)
 
 struct Bfloat : TileSizes<6, 12> {
@@ -116,18 +121,6 @@ struct Bfloat : TileSizes<2, 2> {
 
 #endif
 
-inline Vec load_int8(const int8_t* p) {
-#if defined(__AVX512F__)
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-#elif defined(__AVX2__)
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-#else
-  float x[kWidth];
-  for (int i = 0; i < kWidth; ++i) x[i] = static_cast<float>(p[i]);
-  return load(x);
-#endif
-}
-
 // Weights of 8 bits, which bf16 holds exactly: the sums are those of the same numbers as bf16, bit for bit.
 struct Int8 : Bfloat {
   using Weight = int8_t;
@@ -136,7 +129,7 @@ struct Int8 : Bfloat {
   // clang-format off
   static Operand get(const int8_t* p) {
 #if defined(__AVX512BF16__)
-    return _mm512_cvtne2ps_pbh(load_int8(p + 16).v, load_int8(p).v);
+    return _mm512_cvtne2ps_pbh(load(p + 16).v, load(p).v);
 #elif defined(__AVX512F__)
     __m512i pair = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {{_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pair, 16), 16))},
@@ -161,6 +154,8 @@ struct Int8 : Bfloat {
     return get(buffer);
   }
 };
+
+#endif
 
 typedef float Four __attribute__((vector_size(16)));
 
@@ -412,6 +407,7 @@ void run(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   }
 }
 
+#if !defined(__AMX_BF16__)
 // For many rows of x, weights of 8 bits are widened once for all of them, a few rows of w at a time.
 void run_widened(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   const int64_t block = kWidenedBytes / (p.inner * static_cast<int64_t>(sizeof(Bf16))) / 4 * 4;
@@ -424,7 +420,7 @@ void run_widened(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch)
     const int64_t stop = at_most(n + block, end), count = (stop - n) * p.inner;
     const int8_t* const from = w + n * p.inner;
     int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(widened + i, load_int8(from + i));
+    for (; i + kWidth <= count; i += kWidth) store(widened + i, load(from + i));
     for (; i < count; ++i) from_float(static_cast<float>(from[i]), widened + i);
     part.bias = p.bias == nullptr ? nullptr : p.bias + n;
     part.scale = p.scale + n;
@@ -432,18 +428,41 @@ void run_widened(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch)
     run<Bfloat>(part, 0, stop - n, stop < end ? Prefetch{w + stop * p.inner, count} : prefetch);
   }
 }
+#endif
 
 }  // namespace
 
 void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   if (p.dtype == kFloat32) {
     run<Fp32>(p, begin, end, prefetch);
-  } else if (p.dtype == kInt8) {
+    return;
+  }
+#if defined(__AMX_BF16__)
+  linear_tiles(p, begin, end, prefetch);
+#else
+  if (p.dtype == kInt8) {
     run_widened(p, begin, end, prefetch);
   } else {
     run<Bfloat>(p, begin, end, prefetch);
   }
+#endif
 }
+
+#if defined(__AMX_BF16__)
+void pack_rows(const void* x, int64_t ldx, int64_t rows, int64_t inner, int64_t begin, int64_t end, void* out) {
+  const int64_t depth = rounded_up(inner, kTileColumns) / kTileColumns;
+  char* to = static_cast<char*>(out);
+  for (int64_t r = 0; r < rows; r += kTileRows, to += depth * kTileBytes) {
+    const Bf16* from = static_cast<const Bf16*>(x) + r * ldx;
+    for (int64_t k = begin; k < end; k += kTileColumns) {
+      pack_tile(from + k, ldx, least(rows - r, kTileRows), least(end - k, kTileColumns),
+                to + k / kTileColumns * kTileBytes);
+    }
+  }
+}
+#else
+void pack_rows(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*) {}
+#endif
 
 void round_to_bf16(const float* x, void* out, int64_t n) {
   Bf16* to = static_cast<Bf16*>(out);
