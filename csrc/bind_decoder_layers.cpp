@@ -10,6 +10,7 @@
 #include "arguments.hpp"
 #include "bindings.hpp"
 #include "decoder_layers.hpp"
+#include "linear.hpp"
 
 namespace rgtg {
 
@@ -31,7 +32,9 @@ int64_t decoder_scratch_bytes(const DecoderShape& s, const DecoderCall& call, in
   const int64_t chunk = decoder_chunk(call);
   const int64_t per_row = (s.heads + 2 * s.groups) * s.head_dim + 3 * s.inner + 2 * s.heads * s.head_dim;
   const int64_t norms = (threads + (s.out_norms ? 1 : 0)) * s.hidden;
-  return 4 * chunk * (per_row + norms + 3 * call.rank) + 64 * (10 + threads);
+  const int64_t packed = packed_bytes(chunk, s.inner) +
+                         threads * (packed_bytes(chunk, s.hidden) + packed_bytes(chunk, s.heads * s.head_dim));
+  return 4 * chunk * (per_row + norms + 3 * call.rank) + packed + 64 * (13 + 3 * threads);
 }
 
 TreeAttention decoder_attention(const DecoderShape& s, const DecoderCall& call) {

@@ -52,12 +52,10 @@ void run_linear(int threads, const Array& x, const Array& w, const std::optional
   BarrierState state{};
   auto body = [&](int thread, int n) {
     if (rounds) {
-      const Range part = share((rows + kPackRows - 1) / kPackRows, thread, n);
-      const int64_t first = part.begin * kPackRows;
-      const int64_t count = (part.end * kPackRows < rows ? part.end * kPackRows : rows) - first;
-      uint16_t* const own = rounded + first * inner;
-      RGTG_DISPATCH(isa, round_to_bf16(input + first * inner, own, count * inner));
-      RGTG_DISPATCH(isa, pack_rows(own, inner, count, inner, 0, inner, packed + packed_bytes(first, inner)));
+      const Range part = share(rows, thread, n);
+      RGTG_DISPATCH(isa, round_to_bf16(input + part.begin * inner, rounded + part.begin * inner,
+                                       (part.end - part.begin) * inner));
+      RGTG_DISPATCH(isa, pack_rows(rounded, inner, inner, part, {0, inner}, packed));
       barrier(&state, n);
     }
     const Range mine = share((outer + kColumns - 1) / kColumns, thread, n);

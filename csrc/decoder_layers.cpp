@@ -11,8 +11,8 @@ namespace rgtg {
 namespace RGTG_ISA {
 namespace {
 
-// With at most this many rows every thread normalizes all of them itself, which is faster than a barrier.
-constexpr int64_t kPrivateNormRows = 16;
+// With at most this many rows every thread normalizes and packs all of them itself, which is faster than a barrier.
+constexpr int64_t kPrivateRows = 16;
 // Columns of the gate that a thread computes before the same columns of `up`: they stay in its cache.
 constexpr int64_t kMlpColumns = 128;
 // Threads share the columns of a product in units of this many.
@@ -111,6 +111,26 @@ T* at(const KeyValues& kv, int64_t layer, int64_t row, int64_t group) {
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Whether products read packed rows, which are bf16.
+#if defined(__AMX_BF16__)
+constexpr bool kPacks = true;
+#else
+constexpr bool kPacks = false;
+#endif
+
+// The input of a product [chunk, width], and the same rows packed.
+template <class T>
+struct Rows {
+  static constexpr bool kPacked = kPacks && sizeof(T) == 2;
+  T* x;
+  char* packed;
+  int64_t width;
+
+  void pack(Range rows, Range columns) const {
+    if constexpr (kPacked) pack_rows(x, width, width, rows, columns, packed);
+  }
+};
+
 template <class T>
 struct Worker {
   const DecoderShape& s;
@@ -120,7 +140,8 @@ struct Worker {
   const int thread, threads;
   TreeAttention attention;
   const int64_t chunk, weight_bytes;
-  T *norm, *q, *mixed, *hidden;
+  Rows<T> norm, mixed, hidden;
+  T* q;
   float *qkv, *gate, *up, *low, *added;
 
   Worker(const DecoderShape& shape, const DecoderCall& call, char* scratch, void* attention_workspace,
@@ -132,18 +153,28 @@ struct Worker {
       pointer = reinterpret_cast<decltype(pointer)>(scratch);
       scratch += aligned(elements * static_cast<int64_t>(sizeof(*pointer)));
     };
+    auto packed = [&](int64_t width) { return Rows<T>::kPacked ? packed_bytes(chunk, width) : 0; };
     take(qkv, chunk * (s.heads + 2 * s.groups) * s.head_dim);
     take(gate, chunk * s.inner);
     take(up, chunk * s.inner);
     take(q, chunk * s.heads * s.head_dim);
-    take(mixed, chunk * s.heads * s.head_dim);
-    take(hidden, chunk * s.inner);
+    mixed.width = s.heads * s.head_dim;
+    take(mixed.x, chunk * mixed.width);
+    hidden.width = s.inner;
+    take(hidden.x, chunk * hidden.width);
+    take(hidden.packed, packed(hidden.width));
     take(low, chunk * 3 * c.rank);
     take(added, s.out_norms ? chunk * s.hidden : 0);
-    for (int i = 0; i <= (private_norm() ? thread : 0); ++i) take(norm, chunk * s.hidden);
+    norm.width = s.hidden;
+    for (int i = 0; i <= (private_rows() ? thread : 0); ++i) {
+      take(norm.x, chunk * norm.width);
+      take(norm.packed, packed(norm.width));
+      // Attention writes `mixed` for all threads; packed it is each one's own.
+      take(mixed.packed, packed(mixed.width));
+    }
   }
 
-  bool private_norm() const { return c.batch * c.tokens <= kPrivateNormRows; }
+  bool private_rows() const { return c.batch * c.tokens <= kPrivateRows; }
   void wait() { barrier(state, threads); }
 
   // This thread's columns of a product with n columns.
@@ -166,9 +197,8 @@ struct Worker {
     if (first < nq + nk) return rows_of(w.k, first - nq, nk, s.hidden);
     return rows_of(w.v, first - nq - nk, nk, s.hidden);
   }
-  Linear product(const T* x, const Weights& m, float* y, int64_t rows, int64_t inner, int64_t ldy,
-                 bool accumulate) const {
-    return {x, m.w, m.bias, y, rows, inner, inner, ldy, s.weights, accumulate, nullptr, m.scale};
+  Linear product(const Rows<T>& x, const Weights& m, float* y, int64_t rows, int64_t ldy, bool accumulate) const {
+    return {x.x, m.w, m.bias, y, rows, x.width, x.width, ldy, s.weights, accumulate, x.packed, m.scale};
   }
 
   // The chunk's rows that have an adapter, as runs of one variant: body(variant, first row, rows, row distance).
@@ -193,14 +223,14 @@ struct Worker {
   }
 
   // low = a x for the matrices from `matrix` on that share their input x [rows, inner]. Ends with a barrier.
-  void lora_down(int64_t layer, int matrix, int count, const T* x, int64_t inner, int64_t first, int64_t rows) {
+  void lora_down(int64_t layer, int matrix, int count, const Rows<T>& x, int64_t first, int64_t rows) {
     if (c.variants == 1) return;
     adapted(first, rows, [&](int64_t variant, int64_t begin, int64_t n, int64_t step) {
       for (int i = 0; i < count; ++i) {
         const LowRank& p = low_rank(layer, matrix + i, variant);
         const Range mine = columns(p.rank);
-        linear({x + begin * inner, p.a, nullptr, low + begin * 3 * c.rank + i * c.rank, n, inner, step * inner,
-                step * 3 * c.rank, s.dtype, false},
+        linear({x.x + begin * x.width, p.a, nullptr, low + begin * 3 * c.rank + i * c.rank, n, x.width, step * x.width,
+                step * 3 * c.rank, s.dtype, false, nullptr},
                mine.begin, mine.end, {nullptr, 0});
       }
     });
@@ -236,12 +266,22 @@ struct Worker {
     wait();
   }
 
+  // The rows that this thread prepares for a product; after a barrier where they are not all.
+  Range prepared(int64_t rows) const { return private_rows() ? Range{0, rows} : share(rows, thread, threads); }
+
   void normalize(const float* x, const float* weight, int64_t rows) {
-    const Range mine = private_norm() ? Range{0, rows} : share(rows, thread, threads);
+    const Range mine = prepared(rows);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      rms_norm(x + r * s.hidden, weight, norm + r * s.hidden, s.hidden, s.eps);
+      rms_norm(x + r * s.hidden, weight, norm.x + r * s.hidden, s.hidden, s.eps);
     }
-    if (!private_norm()) wait();
+    norm.pack(mine, {0, norm.width});
+    if (!private_rows()) wait();
+  }
+
+  void pack_mixed(int64_t rows) {
+    if (!Rows<T>::kPacked) return;
+    mixed.pack(prepared(rows), {0, mixed.width});
+    if (!private_rows()) wait();
   }
 
   // x += the norm of y, which is overwritten; the other rows of the chunk are other threads'.
@@ -269,7 +309,7 @@ struct Worker {
       if (begin >= end) continue;
       const Prefetch next = mine.end > starts[i + 1] ? rows_of(*matrices[i + 1], 0, mine.end - starts[i + 1], s.hidden)
                                                      : prefetch(w.o, s.hidden, nq);
-      linear(product(norm, *matrices[i], qkv + starts[i], rows, s.hidden, all, false), begin, end, next);
+      linear(product(norm, *matrices[i], qkv + starts[i], rows, all, false), begin, end, next);
       lora_up(layer, kQ + i, i, qkv + starts[i], all, first, rows, begin, end);
     }
   }
@@ -302,7 +342,7 @@ struct Worker {
     // The op numbers tokens from the beginning of the batch, the scratch from the beginning of the chunk.
     auto chunked = [&](T* p) { return HeadsView{p - first * width, c.tokens * width, s.head_dim, width}; };
     attention.q = chunked(q);
-    attention.out = chunked(mixed);
+    attention.out = chunked(mixed.x);
     attention.k = heads(c.k_new);
     attention.v = heads(c.v_new);
     attention.k_cache = heads(c.k_cache);
@@ -316,26 +356,25 @@ struct Worker {
   void mlp(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
     const Range mine = columns(s.inner);
     // Few rows: a long range of each matrix uses the full bandwidth. Many: a short one stays in the cache.
-    const int64_t step = rows <= kPrivateNormRows ? mine.end - mine.begin : kMlpColumns;
+    const int64_t step = rows <= kPrivateRows ? mine.end - mine.begin : kMlpColumns;
     for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
       const int64_t end = begin + step < mine.end ? begin + step : mine.end;
-      linear(product(norm, w.gate, gate, rows, s.hidden, s.inner, false), begin, end,
-             rows_of(w.up, begin, end, s.hidden));
+      linear(product(norm, w.gate, gate, rows, s.inner, false), begin, end, rows_of(w.up, begin, end, s.hidden));
       const Prefetch next =
           end < mine.end ? rows_of(w.gate, end, end + (end - begin), s.hidden) : prefetch(w.down, s.hidden, s.inner);
-      linear(product(norm, w.up, up, rows, s.hidden, s.inner, false), begin, end, next);
+      linear(product(norm, w.up, up, rows, s.inner, false), begin, end, next);
       lora_up(layer, kGate, 0, gate, s.inner, first, rows, begin, end);
       lora_up(layer, kUp, 1, up, s.inner, first, rows, begin, end);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t offset = r * s.inner + begin;
-        activate_and_multiply(gate + offset, up + offset, hidden + offset, end - begin, s.activation);
+        activate_and_multiply(gate + offset, up + offset, hidden.x + offset, end - begin, s.activation);
       }
+      hidden.pack({0, rows}, {begin, end});
     }
   }
 
   void run() {
     const int64_t n = c.batch * c.tokens;
-    const int64_t mixed_width = s.heads * s.head_dim;
     const Range out = columns(s.hidden);
     embed(n);
     for (int64_t layer = 0; layer < c.layer_count; ++layer) {
@@ -344,31 +383,32 @@ struct Worker {
         const int64_t rows = first + chunk < n ? chunk : n - first;
         float* x = c.x + first * s.hidden;
         normalize(x, w.input_norm, rows);
-        lora_down(layer, kQ, 3, norm, s.hidden, first, rows);
+        lora_down(layer, kQ, 3, norm, first, rows);
         project_qkv(w, layer, first, rows);
         wait();
         rope_and_store(w, layer, first, rows);
         wait();
         attend(layer, first, rows);
         wait();
-        lora_down(layer, kO, 1, mixed, mixed_width, first, rows);
+        pack_mixed(rows);
+        lora_down(layer, kO, 1, mixed, first, rows);
         float* mixed_out = w.attention_out_norm == nullptr ? x : added;
-        linear(product(mixed, w.o, mixed_out, rows, mixed_width, s.hidden, mixed_out == x), out.begin, out.end,
+        linear(product(mixed, w.o, mixed_out, rows, s.hidden, mixed_out == x), out.begin, out.end,
                prefetch(w.gate, s.inner, s.hidden));
         lora_up(layer, kO, 0, mixed_out, s.hidden, first, rows, out.begin, out.end);
         wait();
         if (mixed_out != x) add_normalized(mixed_out, w.attention_out_norm, x, rows);
         normalize(x, w.mlp_norm, rows);
-        lora_down(layer, kGate, 2, norm, s.hidden, first, rows);
+        lora_down(layer, kGate, 2, norm, first, rows);
         mlp(w, layer, first, rows);
         wait();
-        lora_down(layer, kDown, 1, hidden, s.inner, first, rows);
+        lora_down(layer, kDown, 1, hidden, first, rows);
         const bool again = first + chunk < n;
         const Prefetch next = again                       ? prefetch_qkv(w)
                               : layer + 1 < c.layer_count ? prefetch_qkv(c.layers[layer + 1])
                                                           : Prefetch{nullptr, 0};
         float* mlp_out = w.mlp_out_norm == nullptr ? x : added;
-        linear(product(hidden, w.down, mlp_out, rows, s.inner, s.hidden, mlp_out == x), out.begin, out.end, next);
+        linear(product(hidden, w.down, mlp_out, rows, s.hidden, mlp_out == x), out.begin, out.end, next);
         lora_up(layer, kDown, 0, mlp_out, s.hidden, first, rows, out.begin, out.end);
         wait();
         if (mlp_out != x) add_normalized(mlp_out, w.mlp_out_norm, x, rows);

@@ -448,21 +448,11 @@ void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
 #endif
 }
 
+void pack_rows(const void* x, int64_t ldx, int64_t inner, Range rows, Range columns, void* packed) {
 #if defined(__AMX_BF16__)
-void pack_rows(const void* x, int64_t ldx, int64_t rows, int64_t inner, int64_t begin, int64_t end, void* out) {
-  const int64_t depth = rounded_up(inner, kTileColumns) / kTileColumns;
-  char* to = static_cast<char*>(out);
-  for (int64_t r = 0; r < rows; r += kTileRows, to += depth * kTileBytes) {
-    const Bf16* from = static_cast<const Bf16*>(x) + r * ldx;
-    for (int64_t k = begin; k < end; k += kTileColumns) {
-      pack_tile(from + k, ldx, least(rows - r, kTileRows), least(end - k, kTileColumns),
-                to + k / kTileColumns * kTileBytes);
-    }
-  }
-}
-#else
-void pack_rows(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*) {}
+  pack_tiles(static_cast<const Bf16*>(x), ldx, inner, rows, columns, static_cast<char*>(packed));
 #endif
+}
 
 void round_to_bf16(const float* x, void* out, int64_t n) {
   Bf16* to = static_cast<Bf16*>(out);

@@ -39,7 +39,6 @@ struct Prefetch {
 // a row has the same bits in any batch and on any number of threads.
 RGTG_DECLARE(void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch);
              void round_to_bf16(const float* x, void* out, int64_t n))
-// Packs columns begin to end of x [rows, inner], both multiples of kPackColumns or the last one. Does nothing where
-// linear() reads x as it is.
-RGTG_DECLARE(void pack_rows(const void* x, int64_t ldx, int64_t rows, int64_t inner, int64_t begin, int64_t end,
-                            void* packed))
+// Packs rows and columns of x, whose rows of `inner` numbers are ldx apart; columns begin at an even one. Does nothing
+// where linear() reads x as it is.
+RGTG_DECLARE(void pack_rows(const void* x, int64_t ldx, int64_t inner, Range rows, Range columns, void* packed))

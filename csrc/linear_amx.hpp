@@ -31,8 +31,6 @@ constexpr int64_t kSumsBytes = 4 * kTileBytes;
 constexpr int64_t kPairs = 8;
 // The most columns of a stretch: a panel's 40 KB.
 constexpr int64_t kStretchColumns = 640;
-// The same for weights of 8 bits, which are read beside what they are widened to.
-constexpr int64_t kWidenedColumns = 320;
 // The most columns of rows that linear() packs itself.
 constexpr int64_t kPackedColumns = 1024;
 // What is prefetched of the memory that is read after a product, at most.
@@ -48,6 +46,11 @@ constexpr int kW = 4, kX = 6;
 template <int Tile>
 inline void tile_load(const void* p, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
+// The same without keeping the lines in the first-level cache.
+template <int Tile>
+inline void tile_load_once(const void* p, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
 }
 template <int Tile>
 inline void tile_store(void* p, int64_t row_bytes) {
@@ -80,37 +83,61 @@ inline void configure_tiles(int64_t panel_rows) {
   asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
 }
 
-// 16 rows of x by 32 columns: [pair of columns][row][2], zeros where there are fewer.
-inline void pack_tile(const Bf16* x, int64_t ldx, int64_t rows, int64_t columns, void* out) {
+// Packs a tile of x, [pair of columns][row][2]: its rows and columns from `rows.begin` and `columns.begin` on, zeros for
+// columns after the last one of x. What other threads pack of the same tile is left alone.
+inline void pack_tile(const Bf16* x, int64_t ldx, Range rows, Range columns, bool last, char* out) {
   Vec pairs[16];
-  const __mmask32 mask = columns < kTileColumns ? (1u << columns) - 1 : 0xffffffffu;
+  const auto below = [](int64_t n) { return static_cast<uint32_t>((uint64_t{1} << n) - 1); };
+  const __mmask32 mask = below(columns.end) & ~below(columns.begin);
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) {
-    pairs[r].v = r < rows ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + r * ldx)) : _mm512_setzero_ps();
+    const bool given = r >= rows.begin && r < rows.end;
+    pairs[r].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(given ? mask : 0, x + r * ldx));
   }
   transpose(pairs);
+  const __mmask16 lanes = static_cast<__mmask16>(below(rows.end) & ~below(rows.begin));
+  const int64_t end = last ? 16 : columns.end / 2;
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) store(static_cast<float*>(out) + i * 16, pairs[i]);
+  for (int i = 0; i < 16; ++i) {
+    if (i >= columns.begin / 2 && i < end) _mm512_mask_storeu_ps(out + i * 64, lanes, pairs[i].v);
+  }
+}
+
+inline void pack_tiles(const Bf16* x, int64_t ldx, int64_t inner, Range rows, Range columns, char* out) {
+  const int64_t depth = rounded_up(inner, kTileColumns) / kTileColumns;
+  auto part = [](Range range, int64_t first, int64_t size) {
+    return Range{range.begin > first ? range.begin - first : 0, least(range.end - first, size)};
+  };
+  for (int64_t m = rows.begin / kTileRows * kTileRows; m < rows.end; m += kTileRows) {
+    for (int64_t k = columns.begin / kTileColumns * kTileColumns; k < columns.end; k += kTileColumns) {
+      const Range own = part(columns, k, kTileColumns);
+      pack_tile(x + m * ldx + k, ldx, part(rows, m, kTileRows), own, k + own.end == inner,
+                out + (m / kTileRows * depth + k / kTileColumns) * kTileBytes);
+    }
+  }
 }
 
 // What all passes of a product share.
 struct Tiles {
   const Linear* p;
-  const char* next;  // what is prefetched
-  int64_t lines;     // how much of it
-  int64_t step;      // lines with every tile of 32 columns
+  // What is prefetched: so many lines, `step` of them with every tile of 32 columns.
+  const char* next;
+  int64_t lines, step;
+  // Sums of the last pass, written to y a quarter of a tile at a time between the multiplications of the next one.
+  const char* sums;
+  Range m, n;
+  int quarter, quarters;
 };
 
 // A pass: a panel of w by a group of rows of x over a stretch of columns.
 struct Pass {
-  int64_t n, rows_n;  // the panel
-  int64_t m, rows_m;  // the rows
-  int64_t k, k_stop;  // the stretch
-  const char* w;      // bf16, from row n and column k on
-  int64_t row_bytes;  // bytes from one row of w to the next
-  const char* x;      // packed, from column k on
+  Range n, m, k;
+  const char* w;      // from the panel's first row and the stretch's first column on
+  int64_t row_bytes;  // from one row of w to the next
+  const char* x;      // packed, from the stretch's first column on
   int64_t x_tile;     // bytes from one tile of 16 rows to the next
   char* sums;         // where the sums wait from one stretch to the next
+  bool once;
 };
 
 inline void prefetch_lines(Tiles& t) {
@@ -164,81 +191,112 @@ inline void store_sums(char* sums) {
   if constexpr (W > 1 && X > 1) tile_store<3>(sums + 3 * kTileBytes, 64);
 }
 
-// y = (y +) sums^T * scale + bias for one tile: `rows` of x by `columns` of y.
-inline void write_tile(const Linear& p, const float* sums, int64_t m, int64_t rows, int64_t n, int64_t columns) {
-  Vec y[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) y[i] = load(sums + i * 16);
-  transpose(y);
-  const __mmask16 mask = first(static_cast<int>(columns));
+// y = (y +) sums^T * scale + bias for four rows of one tile.
+inline void write_quarter(Tiles& t) {
+  const Linear& p = *t.p;
+  const int tile = t.quarter / 4, part = t.quarter % 4;
+  ++t.quarter;
+  const int64_t m = t.m.begin + tile % 2 * kTileRows + part * 4, n = t.n.begin + tile / 2 * kTileRows;
+  if (m >= t.m.end) return;
+  const float* const sums = reinterpret_cast<const float*>(t.sums + tile * kTileBytes) + part * 4;
+  // Lane l of row[j] has sums 4 l + j of the four rows.
+  __m512 row[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    row[j] = _mm512_castps128_ps512(_mm_load_ps(sums + j * 16));
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (4 + j) * 16), 1);
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (8 + j) * 16), 2);
+    row[j] = _mm512_insertf32x4(row[j], _mm_load_ps(sums + (12 + j) * 16), 3);
+  }
+  const __m512 a = _mm512_unpacklo_ps(row[0], row[1]), b = _mm512_unpacklo_ps(row[2], row[3]);
+  const __m512 c = _mm512_unpackhi_ps(row[0], row[1]), d = _mm512_unpackhi_ps(row[2], row[3]);
+  __m512 y[4] = {_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee), _mm512_shuffle_ps(c, d, 0x44),
+                 _mm512_shuffle_ps(c, d, 0xee)};
+  const __mmask16 mask = first(static_cast<int>(least(t.n.end - n, kTileRows)));
   const __m512 scale = p.scale == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.scale + n);
   const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + n);
   float* out = p.y + m * p.ldy + n;
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) {
-    if (r >= rows) break;
-    if (p.scale != nullptr) y[r].v = _mm512_mul_ps(y[r].v, scale);
-    if (p.bias != nullptr) y[r].v = _mm512_add_ps(y[r].v, bias);
-    if (p.accumulate) y[r].v = _mm512_add_ps(y[r].v, _mm512_maskz_loadu_ps(mask, out));
-    _mm512_mask_storeu_ps(out, mask, y[r].v);
-    out += p.ldy;
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r, out += p.ldy) {
+    if (m + r >= t.m.end) break;
+    if (p.scale != nullptr) y[r] = _mm512_mul_ps(y[r], scale);
+    if (p.bias != nullptr) y[r] = _mm512_add_ps(y[r], bias);
+    if (p.accumulate) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(mask, out));
+    _mm512_mask_storeu_ps(out, mask, y[r]);
   }
 }
 
-// W is the dtype of s.w: weights of 8 bits are widened a step ahead of the tiles.
-template <class Weight, int W, int X>
+inline void write_rest(Tiles& t) {
+  while (t.quarter < t.quarters) write_quarter(t);
+}
+
+template <int W, int X, bool Once>
+inline void load_rows(const char* x, int64_t x_tile) {
+  if constexpr (Once) {
+    tile_load_once<kX>(x, 64);
+    if constexpr (X > 1) tile_load_once<kX + 1>(x + x_tile, 64);
+  } else {
+    tile_load<kX>(x, 64);
+    if constexpr (X > 1) tile_load<kX + 1>(x + x_tile, 64);
+  }
+}
+
+// Weight: the dtype of s.w; weights of 8 bits are widened a step ahead of their tiles. Once: whether x is too much for
+// the first-level cache, which then keeps the panel of w.
+template <class Weight, int W, int X, bool Once>
 void run_pass(Tiles& t, const Pass& s) {
-  constexpr bool kWidens = sizeof(Weight) == 1;
   const Linear& p = *t.p;
-  const int64_t row_bytes = s.row_bytes, length = s.k_stop - s.k;
-  const char *const w = s.w, *const second = w + kTileRows * row_bytes;
+  constexpr bool kWidens = sizeof(Weight) == 1;
+  const char *const w = s.w, *const second = w + kTileRows * s.row_bytes;
   const char* x = s.x;
-  load_sums<W, X>(s.sums, s.k == 0);
-  // The last columns of bf16 weights come from a copy that zeros follow: what follows in memory may be another row, or
-  // nothing.
-  alignas(64) char copies[kWidens ? 2 : 1][2 * kTileBytes];
+  load_sums<W, X>(s.sums, s.k.begin == 0);
+  const int64_t length = s.k.end - s.k.begin, steps = (length + kTileColumns - 1) / kTileColumns;
+  // Tiles of w that are not loaded where they lie: widened ones, and the last columns followed by zeros, since what
+  // follows in memory may be another row, or nothing.
+  const int64_t whole = kWidens ? 0 : length / kTileColumns;
+  alignas(64) char copies[2][2 * kTileBytes];
   auto copy = [&](int64_t i) {
-    const int64_t columns = least(length - i * kTileColumns, kTileColumns);
-    if (kWidens) return widen(w + i * kTileColumns, row_bytes, s.rows_n, columns, copies[i % 2]);
-    for (int64_t r = 0; r < s.rows_n; ++r) {
-      _mm512_store_si512(copies[0] + r * 64, _mm512_maskz_loadu_epi16((1u << columns) - 1, w + r * row_bytes + i * 64));
+    const int64_t columns = least(length - i * kTileColumns, kTileColumns), rows = s.n.end - s.n.begin;
+    char* const out = copies[i % 2];
+    if (kWidens) return widen(w + i * kTileColumns, s.row_bytes, rows, columns, out);
+    for (int64_t r = 0; r < rows; ++r) {
+      const __m512i line = _mm512_maskz_loadu_epi16((1u << columns) - 1, w + r * s.row_bytes + i * 64);
+      _mm512_store_si512(out + r * 64, line);
     }
   };
-  const int64_t steps = (length + kTileColumns - 1) / kTileColumns, whole = kWidens ? 0 : length / kTileColumns;
   if (kWidens) copy(0);
   for (int64_t i = 0; i < steps; ++i, x += kTileBytes) {
     prefetch_lines(t);
-    tile_load<kX>(x, 64);
-    if constexpr (X > 1) tile_load<kX + 1>(x + s.x_tile, 64);
+    load_rows<W, X, Once>(x, s.x_tile);
     if (i < whole) {
-      tile_load<kW>(w + i * 64, row_bytes);
-      if constexpr (W > 1) tile_load<kW + 1>(second + i * 64, row_bytes);
+      tile_load<kW>(w + i * 64, s.row_bytes);
+      if constexpr (W > 1) tile_load<kW + 1>(second + i * 64, s.row_bytes);
     } else {
-      if (!kWidens || i + 1 < steps) copy(kWidens ? i + 1 : i);
-      const char* const from = copies[kWidens ? i % 2 : 0];
-      tile_load<kW>(from, 64);
-      if constexpr (W > 1) tile_load<kW + 1>(from + kTileBytes, 64);
+      if (!kWidens) copy(i);
+      if (kWidens && i + 1 < steps) copy(i + 1);
+      tile_load<kW>(copies[i % 2], 64);
+      if constexpr (W > 1) tile_load<kW + 1>(copies[i % 2] + kTileBytes, 64);
     }
     multiply_tiles<W, X>();
+    if (t.quarter < t.quarters) write_quarter(t);
   }
+  write_rest(t);
   store_sums<W, X>(s.sums);
-  if (s.k_stop < p.inner) return;
-  for (int i = 0; i < W; ++i) {
-    for (int j = 0; j < X; ++j) {
-      const float* sums = reinterpret_cast<const float*>(s.sums) + (2 * i + j) * (kTileBytes / 4);
-      write_tile(p, sums, s.m + j * kTileRows, least(s.rows_m - j * kTileRows, kTileRows), s.n + i * kTileRows,
-                 least(s.rows_n - i * kTileRows, kTileRows));
-    }
-  }
+  if (s.k.end < p.inner) return;
+  t.sums = s.sums;
+  t.m = s.m;
+  t.n = s.n;
+  t.quarter = 0;
+  t.quarters = W > 1 ? 16 : 8;
 }
 
 template <class Weight>
 inline void run_pass_of_any_size(Tiles& t, const Pass& s) {
-  const bool wide = s.rows_n > kTileRows, tall = s.rows_m > kTileRows;
-  if (wide && tall) return run_pass<Weight, 2, 2>(t, s);
-  if (wide) return run_pass<Weight, 2, 1>(t, s);
-  if (tall) return run_pass<Weight, 1, 2>(t, s);
-  return run_pass<Weight, 1, 1>(t, s);
+  const bool wide = s.n.end - s.n.begin > kTileRows, tall = s.m.end - s.m.begin > kTileRows;
+  if (wide && tall) return s.once ? run_pass<Weight, 2, 2, true>(t, s) : run_pass<Weight, 2, 2, false>(t, s);
+  if (wide) return s.once ? run_pass<Weight, 2, 1, true>(t, s) : run_pass<Weight, 2, 1, false>(t, s);
+  if (tall) return s.once ? run_pass<Weight, 1, 2, true>(t, s) : run_pass<Weight, 1, 2, false>(t, s);
+  return s.once ? run_pass<Weight, 1, 1, true>(t, s) : run_pass<Weight, 1, 1, false>(t, s);
 }
 
 inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
@@ -249,22 +307,21 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
   // Packed rows: up to kPairs groups of rows pass one panel; their stretches fit the first-level cache if they are more
   // than one. Others: one group, whose packed stretch serves up to kPairs panels.
   const int64_t block_rows = kPanelRows * (packs ? 1 : kPairs), block_columns = kPanelRows * (packs ? kPairs : 1);
-  const int64_t most = widens                ? kWidenedColumns
-                       : packs               ? kPackedColumns
-                       : p.rows > kPanelRows ? kStretchColumns
-                                             : depth;
+  const int64_t most = packs ? kPackedColumns : p.rows > kPanelRows ? kStretchColumns : depth;
   const int64_t stretches = (depth + most - 1) / most;
   const int64_t stretch = rounded_up((depth + stretches - 1) / stretches, kTileColumns);
   alignas(64) char sums[kPairs * kSumsBytes];
   alignas(64) char own[kPanelRows * kPackedColumns * 2];
-  alignas(64) char widened[kPanelRows * kWidenedColumns * 2];
+  alignas(64) char widened[kPanelRows * kStretchColumns * 2];
   int64_t configured = -1;
+  Tiles t{};
+  t.p = &p;
   for (int64_t first = 0; first < p.rows; first += block_rows) {
     const int64_t stop = least(first + block_rows, p.rows);
     const int64_t groups = (stop - first + kPanelRows - 1) / kPanelRows;
     for (int64_t column = begin; column < end; column += block_columns) {
       const int64_t column_stop = least(column + block_columns, end);
-      Tiles t{&p, static_cast<const char*>(p.w) + column_stop * row_bytes, 0, 0};
+      t.next = static_cast<const char*>(p.w) + column_stop * row_bytes;
       int64_t bytes = least(column_stop - column, end - column_stop) * row_bytes;
       if (column_stop == end) {
         t.next = static_cast<const char*>(prefetch.data);
@@ -276,40 +333,41 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
       for (int64_t k = 0; k < p.inner; k += stretch) {
         const int64_t k_stop = least(k + stretch, p.inner);
         if (packs) {
-          for (int64_t r = first; r < stop; r += kTileRows) {
-            const Bf16* x = static_cast<const Bf16*>(p.x) + r * p.ldx;
-            char* out = own + (r - first) / kTileRows * (stretch / kTileColumns) * kTileBytes;
-            for (int64_t i = k; i < k_stop; i += kTileColumns, out += kTileBytes) {
-              pack_tile(x + i, p.ldx, least(stop - r, kTileRows), least(k_stop - i, kTileColumns), out);
-            }
-          }
+          const Bf16* x = static_cast<const Bf16*>(p.x) + first * p.ldx + k;
+          pack_tiles(x, p.ldx, k_stop - k, {0, stop - first}, {0, k_stop - k}, own);
         }
-        const int64_t x_tile = (packs ? stretch : depth) / kTileColumns * kTileBytes;
+        const int64_t x_tile = rounded_up(packs ? k_stop - k : p.inner, kTileColumns) / kTileColumns * kTileBytes;
         char* waiting = sums;
         for (int64_t n = column; n < column_stop; n += kPanelRows) {
           const int64_t rows_n = least(kPanelRows, column_stop - n);
           if (rows_n != configured) configure_tiles(rows_n);
           configured = rows_n;
-          const char* w = static_cast<const char*>(p.w) + n * row_bytes + k * (widens ? 1 : 2);
-          const int64_t widened_bytes = rounded_up(k_stop - k, kTileColumns) * 2;
-          const bool widened_once = widens && groups > 1;
-          if (widened_once) widen(w, row_bytes, rows_n, k_stop - k, widened);
+          const char* const w = static_cast<const char*>(p.w) + n * row_bytes + k * (widens ? 1 : 2);
+          const bool once = groups > 1;
+          if (widens && once) widen(w, row_bytes, rows_n, k_stop - k, widened);
           for (int64_t m = first; m < stop; m += kPanelRows, waiting += kSumsBytes) {
             const char* x =
                 packs ? own
                       : static_cast<const char*>(p.packed) + m / kTileRows * x_tile + k / kTileColumns * kTileBytes;
-            Pass s{n, rows_n, m, least(kPanelRows, stop - m), k, k_stop, w, row_bytes, x, x_tile, waiting};
-            if (widens && !widened_once) {
-              run_pass_of_any_size<int8_t>(t, s);
+            const Range panel{n, n + rows_n}, group{m, least(m + kPanelRows, stop)};
+            Pass pass{panel, group, {k, k_stop}, w, row_bytes, x, x_tile, waiting, once};
+            if (widens && !once) {
+              run_pass_of_any_size<int8_t>(t, pass);
               continue;
             }
-            if (widens) s.w = widened, s.row_bytes = widened_bytes, s.k_stop = k + widened_bytes / 2;
-            run_pass_of_any_size<Bf16>(t, s);
+            if (widens) {
+              const int64_t columns = rounded_up(k_stop - k, kTileColumns);
+              pass.w = widened;
+              pass.row_bytes = columns * 2;
+              pass.k.end = k + columns;
+            }
+            run_pass_of_any_size<Bf16>(t, pass);
           }
         }
       }
     }
   }
+  write_rest(t);
   asm volatile("tilerelease");
 }
 
