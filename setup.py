@@ -60,6 +60,8 @@ if SANITIZE:
     # "plain" is the former name of "generic".
     X86, ISA_FLAGS = False, {"generic": ISA_FLAGS["generic" if isa == "plain" else isa]}
     FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", *checks]
+    # The process asks for the tiles' registers.
+    FLAGS += ["-DRGTG_AMX=1"] if isa == "amx" else []
     LINK_FLAGS = ["-pthread", *checks]
 
 

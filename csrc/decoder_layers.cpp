@@ -356,18 +356,20 @@ struct Worker {
   void mlp(const LayerWeights& w, int64_t layer, int64_t first, int64_t rows) {
     const Range mine = columns(s.inner);
     // Few rows: a long range of each matrix uses the full bandwidth. Many: a short one stays in the cache.
-    const int64_t step = rows <= kPrivateRows ? mine.end - mine.begin : kMlpColumns;
+    const int64_t all = mine.end - mine.begin, step = rows <= kPrivateRows || all < kMlpColumns ? all : kMlpColumns;
     for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
       const int64_t end = begin + step < mine.end ? begin + step : mine.end;
-      linear(product(norm, w.gate, gate, rows, s.inner, false), begin, end, rows_of(w.up, begin, end, s.hidden));
+      // [rows, step] of this thread's share of each, the same memory in every step.
+      float *const own_gate = gate + mine.begin * chunk - begin, *const own_up = up + mine.begin * chunk - begin;
+      linear(product(norm, w.gate, own_gate, rows, step, false), begin, end, rows_of(w.up, begin, end, s.hidden));
       const Prefetch next =
           end < mine.end ? rows_of(w.gate, end, end + (end - begin), s.hidden) : prefetch(w.down, s.hidden, s.inner);
-      linear(product(norm, w.up, up, rows, s.inner, false), begin, end, next);
-      lora_up(layer, kGate, 0, gate, s.inner, first, rows, begin, end);
-      lora_up(layer, kUp, 1, up, s.inner, first, rows, begin, end);
+      linear(product(norm, w.up, own_up, rows, step, false), begin, end, next);
+      lora_up(layer, kGate, 0, own_gate, step, first, rows, begin, end);
+      lora_up(layer, kUp, 1, own_up, step, first, rows, begin, end);
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t offset = r * s.inner + begin;
-        activate_and_multiply(gate + offset, up + offset, hidden.x + offset, end - begin, s.activation);
+        activate_and_multiply(own_gate + r * step + begin, own_up + r * step + begin, hidden.x + r * s.inner + begin,
+                              end - begin, s.activation);
       }
       hidden.pack({0, rows}, {begin, end});
     }

@@ -16,9 +16,11 @@ from transformers import AutoModel, GPT2Config, LlamaConfig
 
 from rgtg_fast import Guidance, RewardGuidedDecoder
 from rgtg_fast.errors import RGTGError
+from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.cpp_layers import NativeLayers, linear
 from rgtg_fast.ops import _extension
 from tests.conftest import make_lm, make_tokenizer
+from tests.models.adapters import write_adapter
 from tests.models.cpp_rows import CONFIGS, SHAPE, Rows, make
 
 pytestmark = pytest.mark.skipif(
@@ -158,6 +160,40 @@ def test_rows_are_the_same_bits_in_any_batch_on_any_threads(name: str, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rows_with_an_adapter_are_the_same_bits_in_any_batch(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Every other row has the adapter's updates, as in the forward that a shared trunk's reward takes part in."""
+    model = make("llama-wide", dtype)
+    adapter = Adapter.load(write_adapter(tmp_path, model, rank=5, head=None))
+    texts = [torch.randint(0, 61, (n,)) for n in (3, 1, 40, 17, 9, 5, 2, 30, 12)]
+    threads = torch.get_num_threads()
+
+    def steps(chosen: list[int]) -> list[torch.Tensor]:
+        """States of one token and of seven after each chosen text, [texts, branches, S, E]."""
+        rows = Rows(model, 2 * len(chosen))
+        rows.native.adapt([adapter])
+        for row, index in enumerate(chosen):
+            for branch in range(2):
+                rows.prefill(2 * row + branch, texts[index])
+        found = []
+        for width in (1, 7):
+            tokens = torch.arange(width).expand(2 * len(chosen), -1)
+            states = rows.step(tokens, branches=2)[0]
+            found.append(states.unflatten(0, (len(chosen), 2)))
+        return found
+
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            together = steps(list(range(len(texts))))
+            assert not torch.equal(together[0][:, 0], together[0][:, 1])
+            for index in range(len(texts)):
+                for alone, batch in zip(steps([index]), together, strict=True):
+                    assert torch.equal(alone[0], batch[index])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_slots_give_the_bits_of_leading_rows(name: str, dtype: torch.dtype) -> None:
     """Any subset of the rows, in any order; the slots of the others hold NaN and lengths outside the cache."""
@@ -255,7 +291,11 @@ check_layers("llama-bias")
     "RGTG_FAST_ISA" in os.environ, reason="one instruction set is named for all tests of this run"
 )
 @pytest.mark.parametrize(
-    "isa", ["plain", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx2", "avx512", "avx512bf16"))]
+    "isa",
+    [
+        "plain",
+        *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx2", "avx512", "avx512bf16", "amx")),
+    ],
 )
 def test_every_instruction_set(isa: str) -> None:
     """Beside the machine's best, which all other tests run on."""

@@ -177,7 +177,7 @@ def test_the_instruction_set_can_be_named(name, message):
     )
     if message is None:
         assert done.returncode == 0
-        assert done.stdout.strip() in ("generic", "avx2", "avx512", "avx512bf16")
+        assert done.stdout.strip() in ("generic", "avx2", "avx512", "avx512bf16", "amx")
     else:
         assert done.returncode != 0
         assert message in done.stderr
