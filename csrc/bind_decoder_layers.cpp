@@ -57,7 +57,8 @@ using Optional = std::optional<Array>;
 
 constexpr const char* kMatrixNames[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
 constexpr size_t kNorms = 6;
-constexpr size_t kVectors = kMatrices + kNorms;  // of a layer: the matrices' biases, then the norms
+// Of a layer: the matrices, their biases, the norms, and the matrices' scales.
+constexpr size_t kTensors = 3 * kMatrices + kNorms;
 
 const float* floats(const Optional& a) { return a ? memory<float>(*a) : nullptr; }
 
@@ -69,7 +70,7 @@ int64_t at_least_one(int64_t n, const char* name) {
 // The model's weights as a table of addresses, and the scratch that its calls share.
 class DecoderLayers {
  public:
-  // Of each layer: its matrices, then its vectors; and in `ropes` the number of its tables of cos and sin.
+  // Of each layer its tensors, and in `ropes` the number of its tables of cos and sin.
   DecoderLayers(const std::vector<std::vector<Optional>>& layers, const std::vector<int64_t>& ropes,
                 const Array& final_norm, const Array& embedding, float embedding_scale, int64_t heads, int64_t groups,
                 int64_t head_dim, int64_t rotary, float eps, float scale, float softcap, int activation)
@@ -93,9 +94,13 @@ class DecoderLayers {
     expect_rank(**gate, "gate_proj", 2);
     const int64_t inner = at_least_one(size(**gate, 0), "intermediate_size");
     if (ropes.size() != layers.size()) refuse("a layer has no rope");
-    shape_ = {hidden,           heads, groups, head_dim, inner,
-              rotary,           eps,   scale,  softcap,  static_cast<Activation>(activation),
-              dtype(embedding), false};
+    shape_ = {hidden,           heads,         groups, head_dim, inner,
+              rotary,           eps,           scale,  softcap,  static_cast<Activation>(activation),
+              dtype(embedding), dtype(**gate), false};
+    if (shape_.weights != shape_.dtype && (shape_.weights != kInt8 || shape_.dtype != kBFloat16)) {
+      refuse("gate_proj has dtype code " + std::to_string(shape_.weights) + " and the embedding " +
+             std::to_string(shape_.dtype) + ": use one for both, or int8 beside bfloat16");
+    }
     expect_contiguous(final_norm, "the final norm", kFloat32, {hidden});
     final_norm_ = memory<float>(final_norm);
     for (size_t i = 0; i < layers.size(); ++i) add(layers[i], ropes[i]);
@@ -235,15 +240,18 @@ class DecoderLayers {
   }
 
   void add(const std::vector<Optional>& layer, int64_t rope) {
-    if (layer.size() != kMatrices + kVectors) refuse("a layer has 20 tensors");
+    if (layer.size() != kTensors) refuse("a layer has " + std::to_string(kTensors) + " tensors");
     if (rope < 0 || rope > kMost) refuse("a rope is negative");
     if (rope >= ropes_) ropes_ = rope + 1;
     for (int i = 0; i < kMatrices; ++i) {
       const auto [outer, inner] = matrix_shape(i);
       if (!layer[i]) refuse(std::string("a layer has no ") + kMatrixNames[i]);
-      expect_contiguous(*layer[i], kMatrixNames[i], shape_.dtype, {outer, inner});
+      expect_contiguous(*layer[i], kMatrixNames[i], shape_.weights, {outer, inner});
       const Optional& bias = layer[kMatrices + i];
       if (bias) expect_contiguous(*bias, kMatrixNames[i], kFloat32, {outer});
+      const Optional& scale = layer[2 * kMatrices + kNorms + i];
+      if (scale.has_value() != (shape_.weights == kInt8)) refuse("int8 weights, and they alone, have a scale");
+      if (scale) expect_contiguous(*scale, kMatrixNames[i], kFloat32, {outer});
     }
     const Optional* const norms = layer.data() + 2 * kMatrices;
     for (size_t i = 0; i < kNorms; ++i) {
@@ -252,15 +260,13 @@ class DecoderLayers {
       if (norms[i]) expect_contiguous(*norms[i], "a norm", kFloat32, {of_head ? shape_.head_dim : shape_.hidden});
     }
     if (norms[4] || norms[5]) shape_.out_norms = true;
-    auto matrix = [&](int i) { return memory<const void>(*layer[i]); };
-    auto bias = [&](int i) { return floats(layer[kMatrices + i]); };
-    layers_.push_back({matrix(0),        matrix(1),        matrix(2),
-                       matrix(3),        matrix(4),        matrix(5),
-                       matrix(6),        bias(0),          bias(1),
-                       bias(2),          bias(3),          bias(4),
-                       bias(5),          bias(6),          floats(norms[0]),
-                       floats(norms[1]), floats(norms[2]), floats(norms[3]),
-                       floats(norms[4]), floats(norms[5]), rope});
+    auto matrix = [&](int i) {
+      return Weights{memory<const void>(*layer[i]), floats(layer[kMatrices + i]),
+                     floats(layer[2 * kMatrices + kNorms + i])};
+    };
+    layers_.push_back({matrix(kQ), matrix(kK), matrix(kV), matrix(kO), matrix(kGate), matrix(kUp), matrix(kDown),
+                       floats(norms[0]), floats(norms[1]), floats(norms[2]), floats(norms[3]), floats(norms[4]),
+                       floats(norms[5]), rope});
   }
 
   void run(const DecoderCall& call, int threads) {

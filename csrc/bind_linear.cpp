@@ -1,4 +1,4 @@
-// Python's linear(threads, x, w, bias, y).
+// Python's linear(threads, x, w, bias, scale, y).
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -13,20 +13,23 @@ namespace {
 
 constexpr int64_t kColumns = 4;
 
-// y[rows, outer] = x w^T + bias on `threads` threads, x, bias and y fp32, w of any dtype that the kernel takes. For bf16
-// weights x is rounded here, not by a parallel operation of the caller, whose threads would still be spinning on the
-// cores that are needed now.
-void run_linear(int threads, const Array& x, const Array& w, const std::optional<Array>& bias, const Array& y) {
+// y[rows, outer] = x w^T * scale + bias on `threads` threads, x, bias and y fp32, w of any dtype that the kernel takes,
+// scale for int8 alone. For bf16 and int8 weights x is rounded here, not by a parallel operation of the caller, whose
+// threads would still be spinning on the cores that are needed now.
+void run_linear(int threads, const Array& x, const Array& w, const std::optional<Array>& bias,
+                const std::optional<Array>& scale, const Array& y) {
   expect_rank(x, "x", 2);
   expect_rank(w, "the weight", 2);
   const int64_t rows = size(x, 0), inner = size(x, 1), outer = size(w, 0);
   if (inner < 1) refuse("x has shape " + listed(shape(x)) + ": use at least one column");
-  expect_float(w, "the weight", false);
+  if (dtype(w) != kInt8) expect_float(w, "the weight", false);
+  if (scale.has_value() != (dtype(w) == kInt8)) refuse("int8 weights, and they alone, have a scale");
   expect_contiguous(x, "x", kFloat32, {rows, inner});
   expect_contiguous(w, "the weight", dtype(w), {outer, inner});
   expect_contiguous(y, "y", kFloat32, {rows, outer});
   if (bias) expect_contiguous(*bias, "the bias", kFloat32, {outer});
-  const bool rounds = dtype(w) == kBFloat16;
+  if (scale) expect_contiguous(*scale, "the scale", kFloat32, {outer});
+  const bool rounds = dtype(w) != kFloat32;
   const float* const input = memory<float>(x);
   thread_local std::vector<uint16_t> buffer;
   if (rounds) buffer.resize(rows * inner);
@@ -44,7 +47,8 @@ void run_linear(int threads, const Array& x, const Array& w, const std::optional
                  outer,
                  dtype(w),
                  false,
-                 packed};
+                 packed,
+                 scale ? memory<float>(*scale) : nullptr};
   BarrierState state{};
   auto body = [&](int thread, int n) {
     if (rounds) {

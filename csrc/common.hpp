@@ -12,9 +12,12 @@
 namespace rgtg {
 
 // The dtype codes that Python passes (rgtg_fast/ops/_extension.py holds the same table).
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt64 = 4 };
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt64 = 4, kInt8 = 5 };
 
-static inline int dtype_bytes(int dtype) { return dtype >= kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+static inline int dtype_bytes(int dtype) {
+  constexpr int kBytes[] = {4, 2, 2, 8, 8, 1};
+  return kBytes[dtype];
+}
 
 // Runs fn(ctx, thread, threads) once on each of `threads` threads and returns when all are done. The calling thread
 // is thread 0. Calls from different host threads are serialised.

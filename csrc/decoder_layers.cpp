@@ -1,7 +1,7 @@
 // Runs decoder layers: norm, q/k/v, rotary embedding, attention over cache and new tokens, output projection, norm,
 // gated MLP. Rows of several adapters run together: a product reads its weights once for all rows, then each row
-// gets its own adapter's low-rank update. Activations are fp32 between the products; where the weights are bf16 the
-// products' inputs are rounded to bf16. Every value of a row depends on that row's own inputs in a fixed order of
+// gets its own adapter's low-rank update. Activations are fp32 between the products; where the weights are bf16 or int8
+// the products' inputs are rounded to bf16. Every value of a row depends on that row's own inputs in a fixed order of
 // operations: batch, chunk and thread count change nothing.
 #include "decoder_layers.hpp"
 #include "linear.hpp"
@@ -139,8 +139,7 @@ struct Worker {
   BarrierState* state;
   const int thread, threads;
   TreeAttention attention;
-  const int64_t chunk;
-  static constexpr int64_t kBytes = sizeof(T);
+  const int64_t chunk, weight_bytes;
   Rows<T> norm, mixed, hidden;
   T* q;
   float *qkv, *gate, *up, *low, *added;
@@ -148,7 +147,8 @@ struct Worker {
   Worker(const DecoderShape& shape, const DecoderCall& call, char* scratch, void* attention_workspace,
          BarrierState* barrier_state, int index, int count)
       : s(shape), c(call), workspace(attention_workspace), state(barrier_state), thread(index), threads(count),
-        attention(decoder_attention(shape, call)), chunk(decoder_chunk(call)) {
+        attention(decoder_attention(shape, call)), chunk(decoder_chunk(call)),
+        weight_bytes(dtype_bytes(shape.weights)) {
     auto take = [&](auto*& pointer, int64_t elements) {
       pointer = reinterpret_cast<decltype(pointer)>(scratch);
       scratch += aligned(elements * static_cast<int64_t>(sizeof(*pointer)));
@@ -182,22 +182,23 @@ struct Worker {
     Range units = share((n + kUnit - 1) / kUnit, thread, threads);
     return {units.begin * kUnit, units.end * kUnit < n ? units.end * kUnit : n};
   }
-  Prefetch prefetch(const void* w, int64_t n, int64_t inner) const {
+  // Rows [begin, end) of a matrix.
+  Prefetch rows_of(const Weights& m, int64_t begin, int64_t end, int64_t inner) const {
+    return {static_cast<const char*>(m.w) + begin * inner * weight_bytes, (end - begin) * inner * weight_bytes};
+  }
+  Prefetch prefetch(const Weights& m, int64_t n, int64_t inner) const {
     Range mine = columns(n);
-    return {static_cast<const T*>(w) + mine.begin * inner, (mine.end - mine.begin) * inner * kBytes};
+    return rows_of(m, mine.begin, mine.end, inner);
   }
   Prefetch prefetch_qkv(const LayerWeights& w) const {
     const int64_t nq = s.heads * s.head_dim, nk = s.groups * s.head_dim;
     const int64_t first = columns(nq + 2 * nk).begin;
-    if (first < nq) return {static_cast<const T*>(w.q) + first * s.hidden, (nq - first) * s.hidden * kBytes};
-    if (first < nq + nk) {
-      return {static_cast<const T*>(w.k) + (first - nq) * s.hidden, (nq + nk - first) * s.hidden * kBytes};
-    }
-    return {static_cast<const T*>(w.v) + (first - nq - nk) * s.hidden, (nq + 2 * nk - first) * s.hidden * kBytes};
+    if (first < nq) return rows_of(w.q, first, nq, s.hidden);
+    if (first < nq + nk) return rows_of(w.k, first - nq, nk, s.hidden);
+    return rows_of(w.v, first - nq - nk, nk, s.hidden);
   }
-  Linear product(const Rows<T>& x, const void* w, const float* bias, float* y, int64_t rows, int64_t ldy,
-                 bool accumulate) const {
-    return {x.x, w, bias, y, rows, x.width, x.width, ldy, s.dtype, accumulate, x.packed};
+  Linear product(const Rows<T>& x, const Weights& m, float* y, int64_t rows, int64_t ldy, bool accumulate) const {
+    return {x.x, m.w, m.bias, y, rows, x.width, x.width, ldy, s.weights, accumulate, x.packed, m.scale};
   }
 
   // The chunk's rows that have an adapter, as runs of one variant: body(variant, first row, rows, row distance).
@@ -301,16 +302,14 @@ struct Worker {
     const int64_t nq = s.heads * s.head_dim, nk = s.groups * s.head_dim, all = nq + 2 * nk;
     const Range mine = columns(all);
     const int64_t starts[] = {0, nq, nq + nk, all};
-    const void* weights[] = {w.q, w.k, w.v};
-    const float* biases[] = {w.q_bias, w.k_bias, w.v_bias};
+    const Weights* matrices[] = {&w.q, &w.k, &w.v};
     for (int i = 0; i < 3; ++i) {
       const int64_t begin = (mine.begin > starts[i] ? mine.begin : starts[i]) - starts[i];
       const int64_t end = (mine.end < starts[i + 1] ? mine.end : starts[i + 1]) - starts[i];
       if (begin >= end) continue;
-      const Prefetch next = mine.end > starts[i + 1]
-                                ? Prefetch{weights[i + 1], (mine.end - starts[i + 1]) * s.hidden * kBytes}
-                                : prefetch(w.o, s.hidden, nq);
-      linear(product(norm, weights[i], biases[i], qkv + starts[i], rows, all, false), begin, end, next);
+      const Prefetch next = mine.end > starts[i + 1] ? rows_of(*matrices[i + 1], 0, mine.end - starts[i + 1], s.hidden)
+                                                     : prefetch(w.o, s.hidden, nq);
+      linear(product(norm, *matrices[i], qkv + starts[i], rows, all, false), begin, end, next);
       lora_up(layer, kQ + i, i, qkv + starts[i], all, first, rows, begin, end);
     }
   }
@@ -358,18 +357,14 @@ struct Worker {
     const Range mine = columns(s.inner);
     // Few rows: a long range of each matrix uses the full bandwidth. Many: a short one stays in the cache.
     const int64_t all = mine.end - mine.begin, step = rows <= kPrivateRows || all < kMlpColumns ? all : kMlpColumns;
-    const T* up_w = static_cast<const T*>(w.up);
-    const T* gate_w = static_cast<const T*>(w.gate);
     for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
       const int64_t end = begin + step < mine.end ? begin + step : mine.end;
-      const int64_t bytes = (end - begin) * s.hidden * kBytes;
       // [rows, step] of this thread's share of each, the same memory in every step.
       float *const own_gate = gate + mine.begin * chunk - begin, *const own_up = up + mine.begin * chunk - begin;
-      linear(product(norm, w.gate, w.gate_bias, own_gate, rows, step, false), begin, end,
-             {up_w + begin * s.hidden, bytes});
+      linear(product(norm, w.gate, own_gate, rows, step, false), begin, end, rows_of(w.up, begin, end, s.hidden));
       const Prefetch next =
-          end < mine.end ? Prefetch{gate_w + end * s.hidden, bytes} : prefetch(w.down, s.hidden, s.inner);
-      linear(product(norm, w.up, w.up_bias, own_up, rows, step, false), begin, end, next);
+          end < mine.end ? rows_of(w.gate, end, end + (end - begin), s.hidden) : prefetch(w.down, s.hidden, s.inner);
+      linear(product(norm, w.up, own_up, rows, step, false), begin, end, next);
       lora_up(layer, kGate, 0, own_gate, step, first, rows, begin, end);
       lora_up(layer, kUp, 1, own_up, step, first, rows, begin, end);
       for (int64_t r = 0; r < rows; ++r) {
@@ -400,7 +395,7 @@ struct Worker {
         pack_mixed(rows);
         lora_down(layer, kO, 1, mixed, first, rows);
         float* mixed_out = w.attention_out_norm == nullptr ? x : added;
-        linear(product(mixed, w.o, w.o_bias, mixed_out, rows, s.hidden, mixed_out == x), out.begin, out.end,
+        linear(product(mixed, w.o, mixed_out, rows, s.hidden, mixed_out == x), out.begin, out.end,
                prefetch(w.gate, s.inner, s.hidden));
         lora_up(layer, kO, 0, mixed_out, s.hidden, first, rows, out.begin, out.end);
         wait();
@@ -415,7 +410,7 @@ struct Worker {
                               : layer + 1 < c.layer_count ? prefetch_qkv(c.layers[layer + 1])
                                                           : Prefetch{nullptr, 0};
         float* mlp_out = w.mlp_out_norm == nullptr ? x : added;
-        linear(product(hidden, w.down, w.down_bias, mlp_out, rows, s.hidden, mlp_out == x), out.begin, out.end, next);
+        linear(product(hidden, w.down, mlp_out, rows, s.hidden, mlp_out == x), out.begin, out.end, next);
         lora_up(layer, kDown, 0, mlp_out, s.hidden, first, rows, out.begin, out.end);
         wait();
         if (mlp_out != x) add_normalized(mlp_out, w.mlp_out_norm, x, rows);

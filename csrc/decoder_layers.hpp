@@ -9,10 +9,16 @@ namespace rgtg {
 
 enum Activation : int { kSilu = 0, kGeluTanh = 1 };
 
-// Matrices are of the model's dtype, [outer, inner] contiguous; biases and norms are fp32, absent ones nullptr.
+// The matrix of a linear layer, [outer, inner] contiguous, of the dtype DecoderShape::weights.
+struct Weights {
+  const void* w;
+  const float* bias;   // or nullptr
+  const float* scale;  // as in Linear
+};
+
+// Norms are fp32, absent ones nullptr.
 struct LayerWeights {
-  const void *q, *k, *v, *o, *gate, *up, *down;
-  const float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
+  Weights q, k, v, o, gate, up, down;
   const float *input_norm, *mlp_norm, *q_norm, *k_norm;
   const float *attention_out_norm, *mlp_out_norm;  // of what is added to the residual stream
   int64_t rope;                                    // which of the tables of cos and sin
@@ -34,7 +40,8 @@ struct DecoderShape {
   int64_t hidden, heads, groups, head_dim, inner, rotary;
   float eps, scale, softcap;  // softcap: as in TreeAttention
   Activation activation;
-  int dtype;
+  int dtype;       // of the embedding, keys, values and the products' inputs
+  int weights;     // of the matrices: the same, or int8 beside bf16
   bool out_norms;  // whether layers have the norms of what is added to the residual stream
 };
 

@@ -22,6 +22,8 @@ constexpr int64_t kPrefetchBytes = 8 << 10;
 // A tile's share of the first-level cache.
 constexpr int64_t kStretchBytes = 28 << 10;
 constexpr int64_t kPartialFloats = 16 << 10;
+// Rows of int8 weights that are widened for many rows of x.
+constexpr int64_t kWidenedBytes = 128 << 10;
 constexpr int64_t kLine = 64;
 
 // Tiles have up to kTall rows of x by 4 rows of w or up to kFlat by 2, as the registers allow. More than kFlat rows of
@@ -39,6 +41,7 @@ struct Fp32 : TileSizes<6, 12> {
 struct Fp32 : TileSizes<3, 3> {
 #endif
   using Element = float;
+  using Weight = float;
   using Operand = Vec;
   static constexpr int kLanes = kWidth;
   static Operand get(const float* p) {
@@ -55,12 +58,13 @@ struct Fp32 : TileSizes<3, 3> {
   static Vec dot(Vec acc, Operand a, Operand b) { return fma(a, b, acc); }
 };
 
-// With AMX, bf16 products run on tiles.
-#if defined(__AMX_BF16__)
-#elif defined(__AVX512BF16__)
+// With AMX, products of bf16 run on tiles.
+#if !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 struct Bfloat : TileSizes<6, 12> {
   using Element = Bf16;
+  using Weight = Bf16;
   using Operand = __m512bh;
   static constexpr int kLanes = 32;
   static Operand get(const Bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -79,6 +83,7 @@ struct Bfloat : TileSizes<4, 4> {
 struct Bfloat : TileSizes<2, 2> {
 #endif
   using Element = Bf16;
+  using Weight = Bf16;
   struct Operand {
     Vec even, odd;
   };
@@ -112,6 +117,42 @@ struct Bfloat : TileSizes<2, 2> {
     return get(buffer);
   }
   static Vec dot(Vec acc, const Operand& a, const Operand& b) { return fma(a.even, b.even, fma(a.odd, b.odd, acc)); }
+};
+
+#endif
+
+// Weights of 8 bits, which bf16 holds exactly: the sums are those of the same numbers as bf16, bit for bit.
+struct Int8 : Bfloat {
+  using Weight = int8_t;
+  using Bfloat::get;
+  using Bfloat::get_n;
+  // clang-format off
+  static Operand get(const int8_t* p) {
+#if defined(__AVX512BF16__)
+    return _mm512_cvtne2ps_pbh(load(p + 16).v, load(p).v);
+#elif defined(__AVX512F__)
+    __m512i pair = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {{_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pair, 16), 16))},
+            {_mm512_cvtepi32_ps(_mm512_srai_epi32(pair, 16))}};
+#elif defined(__AVX2__)
+    __m256i pair = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {{_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pair, 16), 16))},
+            {_mm256_cvtepi32_ps(_mm256_srai_epi32(pair, 16))}};
+#else
+    float even[4], odd[4];
+    for (int i = 0; i < 4; ++i) {
+      even[i] = static_cast<float>(p[2 * i]);
+      odd[i] = static_cast<float>(p[2 * i + 1]);
+    }
+    return {load(even), load(odd)};
+#endif
+  }
+  // clang-format on
+  static Operand get_n(const int8_t* p, int n) {
+    int8_t buffer[kLanes] = {};
+    std::memcpy(buffer, p, n);
+    return get(buffer);
+  }
 };
 
 #endif
@@ -154,13 +195,14 @@ struct Sweep {
 template <class T, int R, int C, int Ahead>
 void sweep(const Sweep& s) {
   using Element = typename T::Element;
+  using Weight = typename T::Weight;
   static_assert(C == 4 || C == 2, "sums are stored in fours");
-  constexpr int64_t kBytes = sizeof(Element);
+  constexpr int64_t kBytes = sizeof(Weight);
   const int64_t inner = s.p->inner, ldy = s.p->ldy, length = s.k_end - s.k_begin;
   const Element* const x = static_cast<const Element*>(s.x);
   const int64_t ldx = s.p->ldx;
   auto x_at = [&](int r, int64_t k) { return Ahead == kNear ? x + k * R + r * T::kLanes : x + r * ldx + k; };
-  const float* const bias = s.p->bias;
+  const float *const bias = s.p->bias, *const scale = s.p->scale;
   const int64_t whole = length / T::kLanes * T::kLanes;
   // Near: as many bytes ahead as that many panels and columns.
   const int64_t ahead_columns = kPrefetchBytes / (C * kBytes) / T::kLanes * T::kLanes;
@@ -173,9 +215,9 @@ void sweep(const Sweep& s) {
 
   for (int64_t n = s.begin; n < s.end; n += C) {
     const int wide = static_cast<int>(s.end - n < C ? s.end - n : C);
-    const Element* const w = static_cast<const Element*>(s.p->w) + n * inner + s.k_begin;
+    const Weight* const w = static_cast<const Weight*>(s.p->w) + n * inner + s.k_begin;
     // The last rows of w may be fewer than C: the last one is computed again for each that is missing.
-    const Element* w_row[C];
+    const Weight* w_row[C];
     for (int c = 0; c < C; ++c) w_row[c] = w + (c < wide ? c : wide - 1) * inner;
     float* const partial = s.partial + (n - s.begin) * R * kWidth;
     Vec acc[R * C];
@@ -243,6 +285,11 @@ void sweep(const Sweep& s) {
       const Four four = sums_of(acc[i], acc[i + 1], acc[i + 2 < last ? i + 2 : last], acc[i + 3 < last ? i + 3 : last]);
       if (C == 4 && wide == 4) {
         Four out = four;
+        if (scale != nullptr) {
+          Four factors;
+          std::memcpy(&factors, scale + n, sizeof factors);
+          out *= factors;
+        }
         if (bias != nullptr) {
           Four b;
           std::memcpy(&b, bias + n, sizeof b);
@@ -260,7 +307,8 @@ void sweep(const Sweep& s) {
       for (int j = 0; j < 4; ++j) {
         if (r + j / C >= R || j % C >= wide) continue;
         float* out = y + (r + j / C) * ldy + j % C;
-        const float value = four[j] + (bias != nullptr ? bias[n + j % C] : 0.0f);
+        const float product = scale != nullptr ? four[j] * scale[n + j % C] : four[j];
+        const float value = product + (bias != nullptr ? bias[n + j % C] : 0.0f);
         *out = s.p->accumulate ? value + *out : value;
       }
     }
@@ -306,8 +354,10 @@ inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T>
 void run(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   if (begin >= end || p.rows == 0) return;
-  constexpr int64_t kBytes = sizeof(typename T::Element);
-  const int64_t row_bytes = p.inner * kBytes;
+  constexpr int64_t kBytes = sizeof(typename T::Element), kWeightBytes = sizeof(typename T::Weight);
+  // Cache lines of w that a step of four rows reads.
+  constexpr int kLines = kWeightBytes == 1 ? 2 : 4;
+  const int64_t row_bytes = p.inner * kWeightBytes;
   const char* const w = static_cast<const char*>(p.w);
   const auto* const x = static_cast<const typename T::Element*>(p.x);
   const bool single = p.rows <= T::kFlat;
@@ -315,7 +365,7 @@ void run(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   const int64_t tile_rows = (p.rows + tiles - 1) / tiles;
 
   // Columns are taken in stretches for which a tile's rows of x stay in the first-level cache.
-  const int64_t stretches = (tile_rows * row_bytes + kStretchBytes - 1) / kStretchBytes;
+  const int64_t stretches = (tile_rows * p.inner * kBytes + kStretchBytes - 1) / kStretchBytes;
   const int64_t stretch = (p.inner / stretches + T::kLanes - 1) / T::kLanes * T::kLanes;
   const bool whole = stretch >= p.inner;
   alignas(64) float partial[kPartialFloats];
@@ -332,8 +382,9 @@ void run(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
     for (int64_t t = 0, sharing = 0; t < tiles; ++t) {
       const Range rows = share(p.rows, static_cast<int>(t), static_cast<int>(tiles));
       const int count = static_cast<int>(rows.end - rows.begin);
-      // The first tiles share the four lines that a step of the next block needs.
-      const int lines = after == nullptr || sharing >= 4 ? 0 : tiles == 2 || (tiles == 3 && t == 0) ? 2 : 1;
+      // The first tiles share the lines that a step of the next block needs.
+      const bool two = kLines == 4 && (tiles == 2 || (tiles == 3 && t == 0));
+      const int lines = after == nullptr || sharing >= kLines ? 0 : two ? 2 : 1;
       const SweepFn fn = single ? one_tile<T, T::kFlat>(count) : many_tiles<T, T::kTall>(count, lines);
       for (int64_t k = 0; k < p.inner; k += stretch) {
         const int64_t k_stop = at_most(k + stretch, p.inner);
@@ -343,11 +394,11 @@ void run(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
           s.x = x + rows.begin * p.ldx + k;
           s.next = after + (sharing * (p.inner / T::kLanes) + lines * (k / T::kLanes)) * kLine;
         } else if (k_stop < p.inner) {
-          s.next = w + n * row_bytes + k_stop * kBytes;
+          s.next = w + n * row_bytes + k_stop * kWeightBytes;
         } else {
           s.next = after;
           // What comes after the product is read from its beginning on.
-          if (stop == end) s.next_row = (k_stop - k) * kBytes;
+          if (stop == end) s.next_row = (k_stop - k) * kWeightBytes;
         }
         fn(s);
       }
@@ -356,18 +407,45 @@ void run(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   }
 }
 
+#if !defined(__AMX_BF16__)
+// For many rows of x, weights of 8 bits are widened once for all of them, a few rows of w at a time.
+void run_widened(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
+  const int64_t block = kWidenedBytes / (p.inner * static_cast<int64_t>(sizeof(Bf16))) / 4 * 4;
+  if (p.rows <= Int8::kFlat || block == 0) return run<Int8>(p, begin, end, prefetch);
+  alignas(64) Bf16 widened[kWidenedBytes / sizeof(Bf16)];
+  const int8_t* const w = static_cast<const int8_t*>(p.w);
+  Linear part = p;
+  part.w = widened;
+  for (int64_t n = begin; n < end; n += block) {
+    const int64_t stop = at_most(n + block, end), count = (stop - n) * p.inner;
+    const int8_t* const from = w + n * p.inner;
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(widened + i, load(from + i));
+    for (; i < count; ++i) from_float(static_cast<float>(from[i]), widened + i);
+    part.bias = p.bias == nullptr ? nullptr : p.bias + n;
+    part.scale = p.scale + n;
+    part.y = p.y + n;
+    run<Bfloat>(part, 0, stop - n, stop < end ? Prefetch{w + stop * p.inner, count} : prefetch);
+  }
+}
+#endif
+
 }  // namespace
 
 void linear(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   if (p.dtype == kFloat32) {
     run<Fp32>(p, begin, end, prefetch);
-  } else {
-#if defined(__AMX_BF16__)
-    linear_tiles(p, begin, end, prefetch);
-#else
-    run<Bfloat>(p, begin, end, prefetch);
-#endif
+    return;
   }
+#if defined(__AMX_BF16__)
+  linear_tiles(p, begin, end, prefetch);
+#else
+  if (p.dtype == kInt8) {
+    run_widened(p, begin, end, prefetch);
+  } else {
+    run<Bfloat>(p, begin, end, prefetch);
+  }
+#endif
 }
 
 void pack_rows(const void* x, int64_t ldx, int64_t inner, Range rows, Range columns, void* packed) {

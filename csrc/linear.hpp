@@ -6,7 +6,7 @@
 
 namespace rgtg {
 
-// x and w are both of `dtype` (kFloat32 or kBFloat16); sums, bias and y are fp32.
+// w is of `dtype`, fp32, bf16 or int8, and x of the same, bf16 where w is int8; sums, bias and y are fp32.
 struct Linear {
   const void* x;      // [rows, inner], rows ldx elements apart
   const void* w;      // [outer, inner], contiguous
@@ -16,6 +16,7 @@ struct Linear {
   int dtype;
   bool accumulate;     // y += instead of y =
   const void* packed;  // the rows as pack_rows() stores them, or nullptr
+  const float* scale;  // [outer], int8 alone: each sum is multiplied by its row's before the bias; or nullptr
 };
 
 // Packed rows: bf16 rows of x in the order in which an instruction set's tiles read them, packed once for several calls

@@ -1,4 +1,4 @@
-// bf16 products on AMX tiles: y^T = w x^T, with w read where it lies.
+// Products of bf16, and of bf16 with int8 weights, on AMX tiles: y^T = w x^T, with w read where it lies.
 //
 // A tile of w is 16 of its rows by 32 columns, loaded with the rows' own distance. The other operand is a tile of x:
 // 16 rows by the same 32 columns, packed in pairs of columns as the instruction wants them. Their product is a tile of
@@ -11,7 +11,9 @@
 //
 // All rows of x pass a panel of 32 rows of w before the next panel, which is prefetched meanwhile: panels are contiguous
 // memory, read once. Where there are many rows, columns are taken in stretches for which the panel stays in the
-// first-level cache; the sums wait in memory.
+// first-level cache; the sums wait in memory. Weights of 8 bits, which bf16 holds exactly, are widened to it: for one
+// group of rows a tile at a time, for several a panel's stretch, which all groups read. The sums are those of the same
+// numbers as bf16.
 #pragma once
 
 #include "linear.hpp"
@@ -132,11 +134,13 @@ struct Tiles {
 // A pass: a panel of w by a group of rows of x over a stretch of columns.
 struct Pass {
   Range n, m, k;
-  const char* x;     // packed, from the stretch's first column on
-  int64_t x_tile;    // bytes from one tile of 16 rows to the next
-  char* sums;        // where the sums wait from one stretch to the next
-  const char* next;  // the panel after this one, or nullptr
-  bool many;         // groups of rows
+  const char* w;      // from the panel's first row and the stretch's first column on
+  int64_t row_bytes;  // from one row of w to the next
+  const char* x;      // packed, from the stretch's first column on
+  int64_t x_tile;     // bytes from one tile of 16 rows to the next
+  char* sums;         // where the sums wait from one stretch to the next
+  const char* next;   // the panel after this one, or nullptr
+  bool many;          // groups of rows
 };
 
 inline void prefetch_lines(Tiles& t) {
@@ -144,6 +148,19 @@ inline void prefetch_lines(Tiles& t) {
   for (int64_t i = 0; i < count; ++i) __builtin_prefetch(t.next + i * 64, 0, 2);
   t.next += count * 64;
   t.lines -= count;
+}
+
+// rows of int8 weights as bf16, zeros after the last column.
+inline void widen(const char* w, int64_t row_bytes, int64_t rows, int64_t columns, char* out) {
+  for (int64_t r = 0; r < rows; ++r, w += row_bytes) {
+    for (int64_t k = 0; k < columns; k += kTileColumns, out += 64) {
+      const int64_t rest = columns - k;
+      const __m256i bytes = _mm256_maskz_loadu_epi8(rest < kTileColumns ? (1u << rest) - 1 : 0xffffffffu, w + k);
+      const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+      const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+      _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
 }
 
 template <int W, int X>
@@ -177,7 +194,7 @@ inline void store_sums(char* sums) {
   if constexpr (W > 1 && X > 1) tile_store<3>(sums + 3 * kTileBytes, 64);
 }
 
-// y = (y +) sums^T + bias for four rows of one tile.
+// y = (y +) sums^T * scale + bias for four rows of one tile.
 inline void write_quarter(Tiles& t) {
   const Linear& p = *t.p;
   const int tile = t.quarter / 4, part = t.quarter % 4;
@@ -199,11 +216,13 @@ inline void write_quarter(Tiles& t) {
   __m512 y[4] = {_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee), _mm512_shuffle_ps(c, d, 0x44),
                  _mm512_shuffle_ps(c, d, 0xee)};
   const __mmask16 mask = first(static_cast<int>(least(t.n.end - n, kTileRows)));
+  const __m512 scale = p.scale == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.scale + n);
   const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + n);
   float* out = p.y + m * p.ldy + n;
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r, out += p.ldy) {
     if (m + r >= t.m.end) break;
+    if (p.scale != nullptr) y[r] = _mm512_mul_ps(y[r], scale);
     if (p.bias != nullptr) y[r] = _mm512_add_ps(y[r], bias);
     if (p.accumulate) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(mask, out));
     _mm512_mask_storeu_ps(out, mask, y[r]);
@@ -215,13 +234,16 @@ inline void write_rest(Tiles& t) {
 }
 
 // The lines of w that the pass of few rows needs kAhead tiles later.
-template <int W>
+template <class Weight, int W>
 inline void prefetch_ahead(const char* w, const char* next, int64_t row_bytes, int64_t i, int64_t whole) {
+  constexpr int64_t kBytes = kTileColumns * sizeof(Weight);
+  // A line of weights of 8 bits serves two tiles.
+  if (kBytes < 64 && i % 2 != 0) return;
   const int64_t ahead = i + kAhead;
-  const char* from = w + ahead * 64;
+  const char* from = w + ahead * kBytes;
   if (ahead >= whole) {
     if (next == nullptr) return;
-    from = next + (ahead - whole) * 64;
+    from = next + (ahead - whole) * kBytes;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < W * kTileRows; ++r, from += row_bytes) __builtin_prefetch(from, 0, 3);
@@ -238,41 +260,49 @@ inline void load_rows(const char* x, int64_t x_tile) {
   }
 }
 
-// Many: whether several groups of rows pass a panel of w. The first-level cache then keeps the panel, not x, and the
-// next panel is prefetched into the second one. Otherwise w passes the first-level cache once and x stays.
-template <int W, int X, bool Many>
+// Weight: the dtype of s.w; weights of 8 bits are widened a step ahead of their tiles. Many: whether several groups of
+// rows pass a panel of w. The first-level cache then keeps the panel, not x, and the next panel is prefetched into the
+// second one. Otherwise w passes the first-level cache once and x stays.
+template <class Weight, int W, int X, bool Many>
 void run_pass(Tiles& t, const Pass& s) {
   const Linear& p = *t.p;
-  const int64_t row_bytes = p.inner * 2;
-  const char* const w = static_cast<const char*>(p.w) + s.n.begin * row_bytes + s.k.begin * 2;
-  const char* const second = w + kTileRows * row_bytes;
+  constexpr bool kWidens = sizeof(Weight) == 1;
+  const char *const w = s.w, *const second = w + kTileRows * s.row_bytes;
   const char* x = s.x;
   load_sums<W, X>(s.sums, s.k.begin == 0);
-  const int64_t length = s.k.end - s.k.begin, whole = length / kTileColumns;
-  for (int64_t i = 0; i < whole; ++i, x += kTileBytes) {
+  const int64_t length = s.k.end - s.k.begin, steps = (length + kTileColumns - 1) / kTileColumns;
+  // Tiles of w that are not loaded where they lie: widened ones, and the last columns followed by zeros, since what
+  // follows in memory may be another row, or nothing.
+  const int64_t whole = kWidens ? 0 : length / kTileColumns;
+  alignas(64) char copies[2][2 * kTileBytes];
+  auto copy = [&](int64_t i) {
+    const int64_t columns = least(length - i * kTileColumns, kTileColumns), rows = s.n.end - s.n.begin;
+    char* const out = copies[i % 2];
+    if (kWidens) return widen(w + i * kTileColumns, s.row_bytes, rows, columns, out);
+    for (int64_t r = 0; r < rows; ++r) {
+      const __m512i line = _mm512_maskz_loadu_epi16((1u << columns) - 1, w + r * s.row_bytes + i * 64);
+      _mm512_store_si512(out + r * 64, line);
+    }
+  };
+  if (kWidens) copy(0);
+  for (int64_t i = 0; i < steps; ++i, x += kTileBytes) {
     if constexpr (Many) {
       prefetch_lines(t);
-    } else {
-      prefetch_ahead<W>(w, s.next, row_bytes, i, whole);
+    } else if (i < length / kTileColumns) {
+      prefetch_ahead<Weight, W>(w, s.next, s.row_bytes, i, length / kTileColumns);
     }
     load_rows<W, X, Many>(x, s.x_tile);
-    tile_load<kW>(w + i * 64, row_bytes);
-    if constexpr (W > 1) tile_load<kW + 1>(second + i * 64, row_bytes);
+    if (i < whole) {
+      tile_load<kW>(w + i * 64, s.row_bytes);
+      if constexpr (W > 1) tile_load<kW + 1>(second + i * 64, s.row_bytes);
+    } else {
+      if (!kWidens) copy(i);
+      if (kWidens && i + 1 < steps) copy(i + 1);
+      tile_load<kW>(copies[i % 2], 64);
+      if constexpr (W > 1) tile_load<kW + 1>(copies[i % 2] + kTileBytes, 64);
+    }
     multiply_tiles<W, X>();
     if (t.quarter < t.quarters) write_quarter(t);
-  }
-  const int64_t rest = length - whole * kTileColumns;
-  if (rest > 0) {
-    // The last columns of w followed by zeros: what follows in memory may be another row, or nothing.
-    alignas(64) char tail[2 * kTileBytes];
-    for (int64_t r = 0; r < s.n.end - s.n.begin; ++r) {
-      const __m512i line = _mm512_maskz_loadu_epi16((1u << rest) - 1, w + r * row_bytes + whole * 64);
-      _mm512_store_si512(tail + r * 64, line);
-    }
-    load_rows<W, X, Many>(x, s.x_tile);
-    tile_load<kW>(tail, 64);
-    if constexpr (W > 1) tile_load<kW + 1>(tail + kTileBytes, 64);
-    multiply_tiles<W, X>();
   }
   write_rest(t);
   store_sums<W, X>(s.sums);
@@ -284,17 +314,19 @@ void run_pass(Tiles& t, const Pass& s) {
   t.quarters = W > 1 ? 16 : 8;
 }
 
+template <class Weight>
 inline void run_pass_of_any_size(Tiles& t, const Pass& s) {
   const bool wide = s.n.end - s.n.begin > kTileRows, tall = s.m.end - s.m.begin > kTileRows;
-  if (wide && tall) return s.many ? run_pass<2, 2, true>(t, s) : run_pass<2, 2, false>(t, s);
-  if (wide) return s.many ? run_pass<2, 1, true>(t, s) : run_pass<2, 1, false>(t, s);
-  if (tall) return s.many ? run_pass<1, 2, true>(t, s) : run_pass<1, 2, false>(t, s);
-  return s.many ? run_pass<1, 1, true>(t, s) : run_pass<1, 1, false>(t, s);
+  if (wide && tall) return s.many ? run_pass<Weight, 2, 2, true>(t, s) : run_pass<Weight, 2, 2, false>(t, s);
+  if (wide) return s.many ? run_pass<Weight, 2, 1, true>(t, s) : run_pass<Weight, 2, 1, false>(t, s);
+  if (tall) return s.many ? run_pass<Weight, 1, 2, true>(t, s) : run_pass<Weight, 1, 2, false>(t, s);
+  return s.many ? run_pass<Weight, 1, 1, true>(t, s) : run_pass<Weight, 1, 1, false>(t, s);
 }
 
 inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch prefetch) {
   if (begin >= end || p.rows == 0) return;
-  const int64_t depth = rounded_up(p.inner, kTileColumns), row_bytes = p.inner * 2;
+  const bool widens = p.dtype == kInt8;
+  const int64_t depth = rounded_up(p.inner, kTileColumns), row_bytes = p.inner * (widens ? 1 : 2);
   const bool packs = p.packed == nullptr;
   // Packed rows: up to kPairs groups of rows pass one panel; their stretches fit the first-level cache if they are more
   // than one. Others: one group, whose packed stretch serves up to kPairs panels.
@@ -304,6 +336,7 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
   const int64_t stretch = rounded_up((depth + stretches - 1) / stretches, kTileColumns);
   alignas(64) char sums[kPairs * kSumsBytes];
   alignas(64) char own[kPanelRows * kPackedColumns * 2];
+  alignas(64) char widened[kPanelRows * kStretchColumns * 2];
   int64_t configured = -1;
   Tiles t{};
   t.p = &p;
@@ -333,15 +366,29 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
           const int64_t rows_n = least(kPanelRows, column_stop - n);
           if (rows_n != configured) configure_tiles(rows_n);
           configured = rows_n;
+          const char* const w = static_cast<const char*>(p.w) + n * row_bytes + k * (widens ? 1 : 2);
+          const char* next = static_cast<const char*>(p.w) + (n + rows_n) * row_bytes;
+          if (n + rows_n == end) next = static_cast<const char*>(prefetch.data);
+          if (k_stop < p.inner) next = w + (k_stop - k) * (widens ? 1 : 2);
+          const bool many = groups > 1;
+          if (widens && many) widen(w, row_bytes, rows_n, k_stop - k, widened);
           for (int64_t m = first; m < stop; m += kPanelRows, waiting += kSumsBytes) {
             const char* x =
                 packs ? own
                       : static_cast<const char*>(p.packed) + m / kTileRows * x_tile + k / kTileColumns * kTileBytes;
             const Range panel{n, n + rows_n}, group{m, least(m + kPanelRows, stop)};
-            const char* next = static_cast<const char*>(p.w) + panel.end * row_bytes;
-            if (panel.end == end) next = static_cast<const char*>(prefetch.data);
-            if (k_stop < p.inner) next = static_cast<const char*>(p.w) + n * row_bytes + k_stop * 2;
-            run_pass_of_any_size(t, {panel, group, {k, k_stop}, x, x_tile, waiting, next, groups > 1});
+            Pass pass{panel, group, {k, k_stop}, w, row_bytes, x, x_tile, waiting, next, many};
+            if (widens && !many) {
+              run_pass_of_any_size<int8_t>(t, pass);
+              continue;
+            }
+            if (widens) {
+              const int64_t columns = rounded_up(k_stop - k, kTileColumns);
+              pass.w = widened;
+              pass.row_bytes = columns * 2;
+              pass.k.end = k + columns;
+            }
+            run_pass_of_any_size<Bf16>(t, pass);
           }
         }
       }

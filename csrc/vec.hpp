@@ -1,5 +1,5 @@
 // Vectors of float, kWidth of them, for the instruction set that the file is compiled for: 16 with AVX-512, 8 with
-// AVX2, 4 elsewhere (through the compiler's vector extension: SSE2, NEON). Memory may hold float, Bf16 or F16.
+// AVX2, 4 elsewhere (through the compiler's vector extension: SSE2, NEON). Memory may hold float, Bf16 or F16, and int8_t to load.
 // Everything is in namespace rgtg::RGTG_ISA, so that no two instruction sets share a function.
 #pragma once
 
@@ -37,6 +37,7 @@ inline uint32_t bits_of_float(float x) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(Bf16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(F16 x) {
 #if defined(__F16C__)
@@ -87,6 +88,9 @@ inline Vec load(const Bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
 inline Vec load(const F16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline Vec load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 // The first n numbers (0 <= n <= kWidth), zeros after them; nothing beyond is read.
 inline Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
@@ -194,6 +198,9 @@ inline Vec load(const Bf16* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
 }
 inline Vec load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 inline __m256i first(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

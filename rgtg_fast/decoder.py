@@ -27,13 +27,14 @@ from rgtg_fast.models.loading import (
     resolve_dtype,
 )
 from rgtg_fast.models.prompts import PromptLike, as_answers, as_prompts, check_known
-from rgtg_fast.models.quantized import quantization
+from rgtg_fast.models.quantized import quantization, round_weights
 from rgtg_fast.models.templates import warn_of_template
 from rgtg_fast.models.tensor_parallel import check_plan, spread_over
 from rgtg_fast.ops._extension import instruction_set
 from rgtg_fast.profiling import PhaseTimer
 from rgtg_fast.rewards import Reward
 from rgtg_fast.rewards.base import NoReward
+from rgtg_fast.rewards.compatibility import check_rounding
 from rgtg_fast.rewards.parse import RewardLike, as_reward
 
 
@@ -107,6 +108,7 @@ class RewardGuidedDecoder:
         fuse_projections: bool | None = None,
         label: str | int | None = None,
         trust_remote_code: bool = False,
+        weights: str | None = None,
         reward_weights: str | None = None,
         batch_invariant: bool = False,
         reward_device: str | torch.device | None = None,
@@ -140,8 +142,10 @@ class RewardGuidedDecoder:
                 with several (as in `SequenceReward`).
             trust_remote_code: whether code that comes with a model may run, where `lm` or `reward` names it; never
                 that of an adapter's base, or of a reward object, which has a parameter of its own.
-            reward_weights: "int4" rounds the weights of the reward model that `reward` names to 4 bits (as `weights`
-                of `SequenceReward`).
+            weights: "int8" or "int4" rounds the weights of the base model that `lm` names to 8 or 4 bits once it is
+                loaded, as `weights` of `SequenceReward` does with a reward model's: a half or a quarter of bfloat16's
+                bytes, and other tokens. An adapter in its forward is computed beside them as it is.
+            reward_weights: the same for the reward model that `reward` names.
             batch_invariant: whether the products of a step are the op `invariant_linear`, so that a row's bits on CUDA
                 depend on no other row: of any k, with a gate too, and without `pad_batch`, whose products are faster.
                 Engine "triton"; "native" does so by itself. Not with compile, quantized weights, an adapter in the
@@ -169,8 +173,15 @@ class RewardGuidedDecoder:
                 "batch_invariant=True and compile, whose products are the library's: use one of them"
             )
         check_plan(tp_plan, lm, engine)
+        check_rounding(weights, lm)
+        if weights is not None and tp_plan is not None:
+            raise RGTGError(
+                f"weights={weights!r} and tp_plan={tp_plan!r}: a model in several processes keeps its files' weights, "
+                "leave out one of them"
+            )
         own = as_reward(reward, label, trust_remote_code, reward_weights)
         model, tokenizer = load_causal_lm(lm, device, dtype, trust_remote_code, tp_plan)
+        round_weights(model, weights, engine)
         if spread_over(model) > 1:
             graphs, fuse_projections = _spread(graphs, compile is not False, fuse_projections)
         runner = language_runner(model, engine, max_length)

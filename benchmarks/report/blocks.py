@@ -100,7 +100,7 @@ BLOCKS = (
     Block("performance", "gpu-ops", lambda data: gpu.ops_block(data.gpus)),
     # What was expected of a GPU before any had run this.
     Block("performance", "gpu-predicted", lambda data: gpu.predicted_block(table("predicted"), data.gpus)),
-    Block("performance", "int4", lambda data: weights.int4_block(table("int4"))),
+    Block("performance", "weights", lambda data: weights.weights_block(table("weights"))),
     Block("training", "accuracy", lambda data: training.accuracy_block(table("accuracy"))),
     Block("training", "training-cost", lambda data: training.cost_block(table("train"))),
     Block("trunk", "fork", lambda data: training.fork_block(table("fork"))),

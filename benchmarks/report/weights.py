@@ -1,18 +1,19 @@
-"""The table about rounded weights, from results/int4.csv."""
+"""The table about rounded weights, from results/weights.csv."""
 
 from __future__ import annotations
 
 from benchmarks.report.pages import Row, by_machine, interval, number, processor
 
-NOT_MEASURED = "Not measured yet: run `python -m benchmarks.int4`."
+NOT_MEASURED = "Not measured yet: run `python -m benchmarks.weights`."
 _HEADER = (
-    "| weights | engine | MB | CPU ms per token | rank correlation | equal tokens | accuracy | equal verdicts |\n"
-    "|---|---|--:|--:|--:|--:|--:|--:|"
+    "| base | reward | engine | MB | MB per token | tokens/s | rank correlation | equal tokens | accuracy | "
+    "equal verdicts |\n"
+    "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"
 )
 
 
-def int4_block(rows: list[Row]) -> str:
-    """A reward model with the weights of its files and with rounded ones, a table for every machine."""
+def weights_block(rows: list[Row]) -> str:
+    """Models with the weights of their files and with rounded ones, a table for every machine."""
     return "\n\n".join(map(_table, by_machine(rows).values())) or NOT_MEASURED
 
 
@@ -29,9 +30,10 @@ def _table(rows: list[Row]) -> str:
         same = f"{row['equal_verdicts']} of {row['pairs']}" if row["pairs"] else "–"
         cells = [
             row["weights"],
+            row["reward_weights"],
             row["engine"],
-            number(str(float(row["weight_bytes"]) / 1e6), ".0f"),
-            number(row["cpu_ms_per_token"], ".1f"),
+            *(number(str(float(row[name]) / 1e6), ".0f") for name in ("weight_bytes", "bytes_per_token")),
+            number(row["tokens_per_second"], ".1f"),
             number(row["rank_correlation"], ".3f"),
             f"{row['equal_tokens']} of {row['tokens']}",
             accuracy,
@@ -48,6 +50,8 @@ def _table(rows: list[Row]) -> str:
         f"and it shows what another order of adding up does to the same weights. *Rank "
         f"correlation* (Spearman) of the rewards of a step's {first['k']} candidates, the mean over up to "
         f"{first['steps']} steps. *Equal tokens* of greedy answers: before the first difference. "
-        f"{judged if first['pairs'] else ''}*MB* are all weights, the embedding's too.",
+        f"{judged if first['pairs'] else ''}*MB* are the weights of both models, the embeddings' too, and *MB per "
+        "token* those that a forward of each reads. *Tokens/s* of one row without its prefill, the best of rounds in "
+        "which every line had its turn.",
     ]
     return "\n".join(lines)

@@ -24,7 +24,8 @@ from transformers import (
 from rgtg_fast import bundled
 from rgtg_fast.bench.methods import BenchMethod, RewardModel
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.adapter import Adapter, LowRank, decoder_layers, fingerprint, is_adapter, linear_shape
+from rgtg_fast.models.adapter import Adapter, LowRank, decoder_layers, is_adapter, linear_shape
+from rgtg_fast.models.fingerprint import fingerprint
 from rgtg_fast.models.loading import load_causal_lm, load_sequence_classifier
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

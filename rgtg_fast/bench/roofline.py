@@ -120,12 +120,13 @@ def _commit() -> str | None:
         return None
 
 
-def _weight_bytes(model: PreTrainedModel) -> int:
+def read_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that one pass reads: all but an input embedding that is not the output's."""
     embedding = model.get_input_embeddings().get_parameter("weight")
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    return sum(p.nbytes for p in model.parameters()) - (0 if tied else embedding.nbytes)
+    weights = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return sum(x.nbytes for x in weights.values()) - (0 if tied else embedding.nbytes)
 
 
 def _token_cache_bytes(model: PreTrainedModel) -> int:
@@ -145,7 +146,7 @@ def bytes_read(method: BenchMethod, lm: PreTrainedModel, rewards: RewardModels) 
         lm: base model.
         rewards: the reward models of this benchmark.
     """
-    weights, stored = _weight_bytes(lm), float(_token_cache_bytes(lm))
+    weights, stored = read_bytes(lm), float(_token_cache_bytes(lm))
     adapter = rewards.adapter
     if method.reward is RewardModel.NONE:
         return weights, stored
@@ -155,7 +156,7 @@ def bytes_read(method: BenchMethod, lm: PreTrainedModel, rewards: RewardModels) 
         return weights + adapter.nbytes, stored * (1 + above / layers)
     second = rewards.model_of(method)
     if second is not None:
-        return weights + _weight_bytes(second), stored + _token_cache_bytes(second)
+        return weights + read_bytes(second), stored + _token_cache_bytes(second)
     # An adapter merged into its own copy of the base model, which has no vocabulary head.
     head = lm.get_output_embeddings()
     return 2 * weights - (0 if head is None else head.weight.nbytes), 2 * stored

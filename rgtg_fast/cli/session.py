@@ -44,8 +44,15 @@ class Setup:
         shown="bundled:pargs for the default model, else contrastive",
     )
     reward_label: str | None = option(LABEL_HELP, None, MODELS)
+    weights: str | None = option(
+        "int8 (native engine, --dtype bfloat16) or int4 rounds the language model's weights to 8 or 4 bits: a half or "
+        "a quarter of bfloat16's bytes, and other answers.",
+        None,
+        MODELS,
+        shown="as they are",
+    )
     reward_weights: str | None = option(
-        "int4 rounds the reward model's weights to 4 bits: a quarter of bfloat16's bytes, and other rewards.",
+        "The same for the reward model, and other rewards.",
         None,
         MODELS,
         shown="as they are",
@@ -130,6 +137,8 @@ class Setup:
         names: dict[str, Any] = {"lm": self.lm or embedded.NAME, "reward_model": self.reward}
         if self.reward_label is not None:
             names["reward_label"] = self.reward_label
+        if self.weights is not None:
+            names["weights"] = self.weights
         if self.reward_weights is not None:
             names["reward_weights"] = self.reward_weights
         if self.better is not None or self.worse is not None:
@@ -171,6 +180,7 @@ class Setup:
             source,
             reward=reward,
             label=self.reward_label,
+            weights=self.weights,
             reward_weights=self.reward_weights,
             device=self.device,
             reward_device=self.reward_device,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.checkpoint import error_prefix, names, read_json, read_tensors
+from rgtg_fast.models.fingerprint import fingerprint
+from rgtg_fast.models.int8 import INT8
 from rgtg_fast.models.quantized import quantization, refuse_quantized
 from rgtg_fast.models.state_dict import wrapper_of
 from rgtg_fast.models.support import model_name
@@ -27,7 +28,6 @@ RECIPE = "rgtg_fast.json"
 HEADS = ("score", "lm_head")
 
 _MAX_ALPHA = torch.finfo(torch.float32).max
-_FINGERPRINT_VALUES = 64
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight$")
 # What PEFT can change beside adding B·A to a linear layer: (its option, the change in words).
@@ -47,32 +47,6 @@ _UNSUPPORTED = (
 )
 # Initializations of LoRA that also change the base weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-
-
-@torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
-    """Identifies a model's trunk by a hash of name, shape and first values of every parameter.
-
-    Heads and adapters that PEFT has added do not count. Values are rounded to bfloat16, so that a model has the same
-    fingerprint in float32 and in bfloat16.
-
-    Args:
-        model: a transformers model with any head.
-
-    Returns:
-        The sha256 hash as 64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    named = {
-        name.replace(".base_layer", ""): parameter
-        for name, parameter in model.base_model.named_parameters()
-        if "lora_" not in name
-    }
-    for name, parameter in sorted(named.items()):
-        first = parameter.detach().flatten()[:_FINGERPRINT_VALUES].to("cpu", torch.bfloat16)
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def is_adapter(source: object) -> bool:
@@ -215,7 +189,8 @@ class Adapter:
 
         The base's fingerprint decides where the adapter has it, else the base's name.
         """
-        if (method := quantization(model)) is not None:
+        # Weights in 8 bits are beside the factors, which stay as they are.
+        if (method := quantization(model)) not in (None, INT8):
             return self._on_quantized(model, method)
         if self.base_fingerprint is not None:
             if fingerprint(model) == self.base_fingerprint:
@@ -231,7 +206,7 @@ class Adapter:
         Raises:
             RGTGError: the adapter's file lacks factors that its configuration lists.
         """
-        if (method := quantization(model)) is not None:
+        if (method := quantization(model)) not in (None, INT8):
             return self._on_quantized(model, method)
         layers = decoder_layers(model)
         for (layer, name), pair in self.low_rank.items():
@@ -256,7 +231,7 @@ class Adapter:
             return f"{self.name} has a head on {self.head.in_features} numbers and {model_name(model)} gives {width}"
         return None
 
-    def _on_quantized(self, model: PreTrainedModel, method: str) -> str:
+    def _on_quantized(self, model: PreTrainedModel, method: str | None) -> str:
         return f"{self.name} changes plain weights and those of {model_name(model)} are quantized ({method})"
 
     def _missing_factors(self, layers: nn.ModuleList) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from rgtg_fast.errors import RGTGError
 from rgtg_fast.models.adapter import Adapter
+from rgtg_fast.models.int8 import Int8Linear
 from rgtg_fast.models.native_families import (
     ACTIVATIONS,
     MATRICES,
@@ -26,29 +27,33 @@ from rgtg_fast.ops import _extension
 _PANEL = 16
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """y = x weightᵀ + bias, in float32, bit-identical for a row in any batch and on any number of threads.
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x weightᵀ · scale + bias, in float32, bit-identical for a row in any batch and on any number of threads.
 
     Args:
-        x: [B, E] float32, rounded to bfloat16 where the weight is bfloat16.
-        weight: [V, E] float32 or bfloat16, contiguous, on the CPU.
+        x: [B, E] float32, rounded to bfloat16 where the weight is bfloat16 or int8.
+        weight: [V, E] float32, bfloat16 or, with a scale, int8; contiguous, on the CPU.
         bias: [V] or None.
+        scale: [V] float32 of an int8 weight, None for other weights.
 
     Returns:
         [B, V] float32.
 
     Raises:
-        RGTGError: a weight of another width, dtype, layout or device.
+        RGTGError: a weight of another width, dtype, layout or device, or a scale of another shape or dtype.
     """
+    kinds = (torch.float32, torch.bfloat16) if scale is None else (torch.int8,)
     rows, inner = x.shape
-    if (
-        weight.ndim != 2
-        or weight.shape[1] != inner
-        or inner < 1
-        or weight.dtype not in (torch.float32, torch.bfloat16)
-    ):
+    if weight.ndim != 2 or weight.shape[1] != inner or inner < 1 or weight.dtype not in kinds:
+        named = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
         raise RGTGError(
-            f"the weight is {tuple(weight.shape)} {weight.dtype}: it must be [V, {inner}] float32 or bfloat16"
+            f"the weight is {tuple(weight.shape)} {weight.dtype}: it must be [V, {inner}] {named}"
+            f"{'' if scale is None else ' beside a scale'}"
         )
     if not weight.is_contiguous() or weight.device.type != "cpu":
         raise RGTGError(f"the weight must be contiguous and on the CPU, not on {weight.device}")
@@ -56,11 +61,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     bias = None if bias is None else bias.detach().float().contiguous()
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RGTGError(f"the bias is {tuple(bias.shape)}: it must be {tuple(weight.shape[:1])}")
+    if scale is not None and (scale.shape != weight.shape[:1] or scale.dtype != torch.float32):
+        raise RGTGError(
+            f"the scale is {tuple(scale.shape)} {scale.dtype}: it must be {tuple(weight.shape[:1])} float32"
+        )
+    scale = None if scale is None else scale.contiguous()
     out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
     arrays = (
         _extension.array(x),
         _extension.array(weight),
         _extension.optional_array(bias),
+        _extension.optional_array(scale),
         _extension.array(out),
     )
     _extension.kernels().linear(torch.get_num_threads(), *arrays)
@@ -79,10 +90,11 @@ def _panels(b: torch.Tensor) -> torch.Tensor:
 class NativeLayers:
     """A transformers decoder whose layers run as one C++ call per pass.
 
-    The model's weights are read in place: matrices are neither copied nor packed, so in-place changes take effect.
+    The model's weights are read in place: matrices are neither copied nor packed, so in-place changes take effect, also
+    of the integers and scales of `Int8Linear`, which are made once, when the model is loaded.
     Biases and norm weights (a few kilobytes) are copied to float32, again by `refresh`. Activations are float32; with
-    bfloat16 weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result is
-    bit-identical in any batch and with any number of threads.
+    bfloat16 and int8 weights the matrix products' inputs are rounded to bfloat16 and summed in float32. A row's result
+    is bit-identical in any batch and with any number of threads.
 
     Args:
         model: the decoder without its head, of one of `NATIVE_FAMILIES`.
@@ -104,9 +116,8 @@ class NativeLayers:
         config = decoder.config
         family = NATIVE_FAMILIES[type(model).__name__]
         layers = list(decoder.layers)[: config.num_hidden_layers]
-        first = linears(layers[0])
         attention = layers[0].self_attn
-        self.dtype: torch.dtype = first["q_proj"].weight.dtype  # type: ignore[assignment]
+        self.dtype: torch.dtype = decoder.embed_tokens.weight.dtype
         self.head_dim = int(attention.head_dim)
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(config.num_key_value_heads)
@@ -167,13 +178,17 @@ class NativeLayers:
         self._copies.append((source, offset, copy))
         return self._array(copy)
 
+    def _scale(self, matrix: nn.Module) -> _extension.Array | None:
+        return self._array(matrix.scale) if isinstance(matrix, Int8Linear) else None
+
     def _weights(self, layer: Any, family: Family) -> list[_extension.Array | None]:
-        """A layer's matrices, biases and norms in the extension's order."""
+        """A layer's matrices, biases, norms and scales in the extension's order."""
         matrices: dict[str, Any] = linears(layer)
         return [
             *(self._array(matrices[name].weight.detach()) for name in MATRICES),
             *(self._vector(matrices[name].bias) for name in MATRICES),
             *(self._vector(norm and norm.weight, family.norm_offset) for norm in norms(layer, family)),
+            *(self._scale(matrices[name]) for name in MATRICES),
         ]
 
     @staticmethod
@@ -182,7 +197,7 @@ class NativeLayers:
         return unsupported(model)
 
     def refresh(self) -> None:
-        """Takes over changes of biases, norm weights and windows; matrices are read in place."""
+        """Takes over changes of biases, norm weights and windows; matrices and scales are read in place."""
         for source, offset, copy in self._copies:
             copy.copy_(source).add_(offset)
         self._read_windows()
@@ -398,7 +413,11 @@ class NativeLayers:
         return x
 
     def logits(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The head's output [B, V] float32 for hidden states [B, E] float32: see `linear`."""
-        return linear(hidden, weight, bias)
+        return linear(hidden, weight, bias, scale)

@@ -16,6 +16,7 @@ from rgtg_fast.models.adapter import Adapter
 from rgtg_fast.models.attention import use_prefix_attention
 from rgtg_fast.models.cpp_layers import NativeLayers
 from rgtg_fast.models.fused_projections import refresh_products
+from rgtg_fast.models.int8 import INT8, Int8Linear
 from rgtg_fast.models.kv_cache import PrefixCache, cache_keyword
 from rgtg_fast.models.lora import LowRankRows
 from rgtg_fast.models.native_families import NATIVE_FAMILIES
@@ -187,7 +188,8 @@ class FusedLayers:
         return x
 
     def logits(self, hidden: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-        return self.native.logits(hidden, head.weight, head.bias)
+        scale = head.scale if isinstance(head, Int8Linear) else None
+        return self.native.logits(hidden, head.weight, head.bias, scale)
 
 
 def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
@@ -208,10 +210,20 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
                 f"{spread_over(model)} processes; use engine='auto'"
             )
         return "transformers", TransformersLayers(model)
+    rounded = quantization(model) == INT8
+    if rounded and engine not in ("auto", "native"):
+        raise RGTGError(
+            f"engine={engine!r} does not run weights='int8', which {type(model).__name__} has: use engine='auto'"
+        )
     if engine in ("auto", "native"):
         reason = native_refusal(model)
         if reason is None:
             return "native", FusedLayers(model)
+        if rounded:
+            raise RGTGError(
+                f"weights='int8' needs the native engine, which cannot run {type(model).__name__}: {reason}; load the "
+                "model again without weights"
+            )
         if engine == "native":
             raise RGTGError(f"engine='native' cannot run {type(model).__name__}: {reason}; use engine='auto'")
     on_gpu = model.device.type == "cuda" and not _triton.missing_reason()
@@ -223,7 +235,7 @@ def choose_layers(model: PreTrainedModel, engine: str) -> tuple[str, Layers]:
 def native_refusal(model: PreTrainedModel) -> str | None:
     """Why the native engine cannot run a model, in words; None where it can."""
     method = quantization(model)
-    if method is not None:
+    if method not in (None, INT8):
         return f"its weights are quantized ({method})"
     return NativeLayers.supported(model.base_model)
 

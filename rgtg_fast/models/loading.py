@@ -272,7 +272,10 @@ def adapter_model(
         RGTGError: the adapter does not fit its base.
     """
     model, tokenizer = base
-    if adapter.base_mismatch(model) is not None:
+    if adapter.base_mismatch(model) is None and quantization(model) is not None:
+        # It was rounded once it was loaded, and its files have the weights that the adapter was trained on.
+        model, tokenizer = load_causal_lm(model.config._name_or_path, model.device, dtype or model.dtype)
+    elif adapter.base_mismatch(model) is not None:
         beneath = _base_of_policy(model, dtype or model.dtype)
         if beneath is not None and adapter.base_mismatch(beneath[0]) is None:
             model, tokenizer = beneath

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rgtg_fast.models.int8 import Int8Linear
 from rgtg_fast.models.support import STATIC_ROPE
 from rgtg_fast.ops import _extension
 
@@ -152,13 +153,18 @@ def _matrices(decoder: Any, dtype: torch.dtype) -> str | None:
     shapes, reason = _shapes(decoder)
     if reason:
         return reason
+    rounded = type(linears(decoder.layers[0])["q_proj"]) is Int8Linear
+    if rounded and dtype != torch.bfloat16:
+        return f"its weights are int8 while the embedding is {dtype}, not bfloat16"
+    kind, stored = (Int8Linear, torch.int8) if rounded else (nn.Linear, dtype)
     for index, layer in enumerate(decoder.layers):
         for name, linear in linears(layer).items():
             where = f"layers.{index}.{name}"
-            if type(linear) is not nn.Linear:
-                return f"{where} is a {type(linear).__name__}, not a plain Linear"
+            if type(linear) is not kind:
+                plain = f"the {kind.__name__} of the first matrix" if rounded else "a plain Linear"
+                return f"{where} is a {type(linear).__name__}, not {plain}"
             weight = linear.weight
-            if weight.dtype != dtype:
+            if weight.dtype != stored:
                 return f"{where} is {weight.dtype} while the embedding is {dtype}"
             if weight.device.type != "cpu":
                 return f"{where} is on {weight.device}, not on the CPU"

@@ -17,6 +17,7 @@ from rgtg_fast.models.attached import Attached
 from rgtg_fast.models.device import to_device
 from rgtg_fast.models.fused_projections import fuse_projections
 from rgtg_fast.models.heads import Head, RewardHead, scores_of
+from rgtg_fast.models.int8 import Int8Linear
 from rgtg_fast.models.kv_cache import PrefixCache, Slots
 from rgtg_fast.models.layers import choose_layers
 from rgtg_fast.models.lora import LowRankRows
@@ -65,8 +66,9 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, head: Head, engine: str, limit: int):
         self.model, self.limit = model, limit
         self.head: Any = head
-        # A RewardHead keeps a dtype of its own.
-        weight: Any = model.get_input_embeddings().weight if isinstance(head, RewardHead) else head.weight
+        # A RewardHead keeps a dtype of its own, and rounded weights are integers.
+        odd = isinstance(head, (RewardHead, Int8Linear))
+        weight: Any = model.get_input_embeddings().weight if odd else head.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.engine, self.layers = choose_layers(model, engine)
         self.rope = RowRope.of(model.base_model, limit)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rgtg_fast.errors import RGTGError, shown
+from rgtg_fast.models.int8 import Int8Linear
 from rgtg_fast.processes import Place
 
 
@@ -81,7 +82,9 @@ def spread_over(model: Any) -> int:
 
 
 def whole_weight(layer: nn.Module) -> torch.Tensor:
-    """A layer's weight, put together from all processes where it is spread over them."""
+    """A layer's weight, put together from all processes where it is spread over them, and from integers and scales."""
+    if isinstance(layer, Int8Linear):
+        return layer.dequantized()
     weight: Any = layer.weight
     if not hasattr(weight, "full_tensor"):
         return weight.detach()

@@ -17,7 +17,7 @@ import torch
 # Codes of the dtypes that all kernels take; csrc/common.hpp has the same table.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # With those that only some kernels take.
-_CODES = {**DTYPE_CODES, torch.float64: 3, torch.int64: 4}
+_CODES = {**DTYPE_CODES, torch.float64: 3, torch.int64: 4, torch.int8: 5}
 
 # The extension's description of a tensor: address, dtype code, shape, strides in elements.
 Array = tuple[int, int, tuple[int, ...], tuple[int, ...]]

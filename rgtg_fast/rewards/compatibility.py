@@ -23,12 +23,12 @@ def unbound(reward: str) -> RGTGError:
     )
 
 
-def check_rounding(weights: str | None, source: object, share_trunk: bool | None) -> None:
-    """Refuses to round the weights of a model that is not the reward's own.
+def check_rounding(weights: str | None, source: object, share_trunk: bool | None = None) -> None:
+    """Refuses to round the weights of a model that is someone else's.
 
     Args:
         weights: as in `SequenceReward`.
-        source: what the reward was given as its model.
+        source: what the reward, or the decoder, was given as its model.
         share_trunk: as in `SequenceReward`.
 
     Raises:

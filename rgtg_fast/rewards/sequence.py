@@ -51,9 +51,9 @@ class SequenceReward(Reward):
             its prompts read the same; True: refuse otherwise; False: a copy of the base model with the adapter merged.
         label: name or index of the label whose score is the reward, where the model has several.
         trust_remote_code: whether code that comes with this model may run; never that of an adapter's base.
-        weights: "int4" rounds the weights of the model's decoder layers to 4 bits once it is loaded: a quarter of
-            bfloat16's bytes, and other rewards (docs/performance.md). An adapter is merged into a copy of the base
-            model first. None: as they are.
+        weights: "int8" or "int4" rounds the weights of the model's decoder layers to 8 or 4 bits once it is loaded: a
+            half or a quarter of bfloat16's bytes, and other rewards (docs/performance.md). "int8" runs on the native
+            engine in bfloat16. An adapter is merged into a copy of the base model first. None: as they are.
 
     Raises:
         RGTGError: at binding: several labels and none chosen, no trained head, another tokenizer, a model that cannot
@@ -113,7 +113,7 @@ class SequenceReward(Reward):
             )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk, whole_chats = "a model of its own", True
-        round_weights(model, self.weights)
+        round_weights(model, self.weights, engine)
         runner = reward_runner(model, engine, max_length)
         self._bound = own_model(runner, lm, tokenizer, self.chat_template, trunk, whole_chats)
         used = lm.vocabulary if lm.tokenizer is None else min(len(lm.tokenizer), lm.vocabulary)

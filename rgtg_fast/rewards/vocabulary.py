@@ -137,7 +137,7 @@ class CausalScorer:
             )
             check_same_tokenizer(lm.tokenizer, tokenizer, lm.runner.name, model.config._name_or_path)
             trunk = "a model of its own"
-        round_weights(model, self.weights)
+        round_weights(model, self.weights, engine)
         runtime = own_model(
             language_runner(model, engine, max_length), lm, tokenizer, self.chat_template, trunk
         )

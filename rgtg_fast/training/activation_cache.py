@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.adapter import fingerprint
+from rgtg_fast.models.fingerprint import fingerprint
 from rgtg_fast.training.data import TokenizedPair, hash_pairs
 from rgtg_fast.training.model import decoder_layers
 from rgtg_fast.training.packing import (

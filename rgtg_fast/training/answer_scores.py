@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.adapter import fingerprint
+from rgtg_fast.models.fingerprint import fingerprint
 from rgtg_fast.models.loading import context_length
 from rgtg_fast.training.data import TokenizedPair, hash_pairs
 from rgtg_fast.training.folder import Progress, no_progress

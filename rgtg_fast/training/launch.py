@@ -13,8 +13,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rgtg_fast.deprecation import RenamedAttribute, renamed_keywords
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.adapter import fingerprint
 from rgtg_fast.models.device import resolve_device
+from rgtg_fast.models.fingerprint import fingerprint
 from rgtg_fast.processes import Place
 from rgtg_fast.training.config import TrainConfig
 from rgtg_fast.training.data import TokenizedPair, TrainingData, load_pairs, prepare_pairs, read_rows

@@ -92,6 +92,15 @@ def test_rounded_reward_model(run: Callable, lm: str, rm: str) -> None:
         assert "--reward-weights belongs to" in refused.error
 
 
+def test_rounded_language_model(run: Callable, lm: str) -> None:
+    arguments = ("generate", "hello", "--lm", lm, *SHORT, "--json", "--reward", "none")
+    (row,) = run(*arguments, "--weights", "int8", "--dtype", "bfloat16").rows
+    assert row["weights"] == "int8"
+    assert "weights" not in run(*arguments).rows[0]
+    assert "is torch.float32: use dtype='bfloat16'" in run(*arguments, "--weights", "int8").error
+    assert "weights='int3' is unknown: use 'int4', 'int8'" in run(*arguments, "--weights", "int3").error
+
+
 def test_folder_that_is_no_model(run: Callable, tmp_path: Path) -> None:
     assert str(tmp_path) in run("generate", "hello", "--lm", tmp_path, *SHORT).error
 

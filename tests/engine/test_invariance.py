@@ -20,7 +20,7 @@ from rgtg_fast import (
     SequenceReward,
 )
 from rgtg_fast.engine.invariance import InvariantProducts
-from rgtg_fast.models.int4 import quantize_layers
+from rgtg_fast.models.quantized import quantize_layers
 from rgtg_fast.ops import invariant_linear
 from tests.conftest import make_lm, make_rm, make_tokenizer
 from tests.models.adapters import write_adapter
@@ -164,6 +164,6 @@ def test_what_cannot_be(tmp_path: Path) -> None:
             (lm, make_tokenizer()), adapter, engine="triton", batch_invariant=True
         )
     small: Any = make_lm(hidden_size=64, intermediate_size=96)
-    quantize_layers(small)
+    quantize_layers(small, "int4")
     with pytest.raises(RGTGError, match=r"has quantized weights \(int4\): use the unquantized model"):
         RewardGuidedDecoder.from_pretrained((small, make_tokenizer()), engine="triton", batch_invariant=True)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from rgtg_fast.models.adapter import decoder_layers, fingerprint, linear_shape
+from rgtg_fast.models.adapter import decoder_layers, linear_shape
+from rgtg_fast.models.fingerprint import fingerprint
 
 MATRICES = (
     "self_attn.q_proj",

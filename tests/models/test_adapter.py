@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rgtg_fast import RewardGuidedDecoder, RGTGError
-from rgtg_fast.models.adapter import Adapter, decoder_layers, fingerprint, is_adapter, linear_shape
+from rgtg_fast.models.adapter import Adapter, decoder_layers, is_adapter, linear_shape
+from rgtg_fast.models.fingerprint import fingerprint
 from rgtg_fast.models.loading import language_runner
 from tests.conftest import make_lm, make_tokenizer
 from tests.models.adapters import write_adapter

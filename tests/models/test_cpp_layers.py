@@ -273,6 +273,7 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from tests.models.test_cpp_layers import *
+from tests.models.test_int8 import check_layers, check_products
 for dtype in (torch.float32, torch.bfloat16):
     for name in CONFIGS:
         if "llama" in name or "gemma" in name:
@@ -280,6 +281,9 @@ for dtype in (torch.float32, torch.bfloat16):
     for outer, inner in ((1, 5), (6, 64), (203, 33), (203, 1100)):
         test_logits(outer, inner, dtype)
 test_rows_are_the_same_bits_in_any_batch_on_any_threads("llama-wide", torch.bfloat16)
+for outer, inner in ((1, 5), (6, 64), (65, 33), (65, 1100)):
+    check_products(outer, inner)
+check_layers("llama-bias")
 """
 
 

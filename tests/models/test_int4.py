@@ -11,7 +11,8 @@ import transformers as tf
 from torch import nn
 
 from rgtg_fast import RGTGError
-from rgtg_fast.models.int4 import Int4Linear, dequantized, quantize_layers, quantized
+from rgtg_fast.models.int4 import Int4Linear, dequantized, quantized
+from rgtg_fast.models.quantized import quantize_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONFIG: dict[str, Any] = {
@@ -75,7 +76,7 @@ def test_a_models_layers_are_replaced_and_its_head_and_embedding_stay() -> None:
     model = tf.LlamaForSequenceClassification(tf.LlamaConfig(**CONFIG, pad_token_id=0)).eval()
     plain = copy.deepcopy(model)
     before = sum(parameter.nbytes for parameter in model.parameters())
-    saved = quantize_layers(model)
+    saved = quantize_layers(model, "int4")
     kinds = [type(module) for module in model.modules()]
     assert kinds.count(Int4Linear) == 14
     assert kinds.count(nn.Linear) == 1
@@ -102,10 +103,10 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
     with pytest.raises(
         RGTGError, match=r"does not serve layers\.0\.mlp\.gate_proj: it is \[88, 64\]: outputs must be"
     ):
-        quantize_layers(model)
+        quantize_layers(model, "int4")
     assert not any(isinstance(module, Int4Linear) for module in model.modules())
     with pytest.raises(RGTGError, match="GPT2Model has no plain linear layers"):
-        quantize_layers(tf.GPT2Model(tf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=10)))
+        quantize_layers(tf.GPT2Model(tf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=10)), "int4")
     with pytest.raises(RGTGError, match=r"it is torch\.float64: use float32"):
         Int4Linear(linear(16, 32, torch.float64))
     with pytest.raises(RGTGError, match=r"it is \[16, 40\]"):

@@ -26,8 +26,8 @@ from rgtg_fast import (
     VocabularyReward,
 )
 from rgtg_fast.models.adapter import Adapter
-from rgtg_fast.models.int4 import GROUPS, Int4Linear, dequantized, quantize_layers, quantized
-from rgtg_fast.models.quantized import quantization, round_weights
+from rgtg_fast.models.int4 import GROUPS, Int4Linear, dequantized, quantized
+from rgtg_fast.models.quantized import quantization, quantize_layers, round_weights
 from rgtg_fast.rewards import named_guide
 from rgtg_fast.training.model import load_base
 from tests.conftest import make_lm, make_rm, make_tokenizer
@@ -171,7 +171,10 @@ PAIR: Any = (make_rm(**SHAPE), make_tokenizer())
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SequenceReward("a", weights="int8"), r"^weights='int8' is unknown: use 'int4', or None"),
+        (
+            lambda: SequenceReward("a", weights="nf8"),
+            r"^weights='nf8' is unknown: use 'int4', 'int8', or None",
+        ),
         (lambda: VocabularyReward("a", weights="nf4"), r"^weights='nf4' is unknown"),
         (lambda: SequenceReward(PAIR, weights="int4"), "was loaded by you: pass its path"),
         (lambda: RADReward(PAIR, weights="int4"), "was loaded by you: pass its path"),
@@ -225,7 +228,7 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_rounded_models_are_quantized_models(lm: Any, tmp_path: Path) -> None:
     adapter = Adapter.load(write_adapter(tmp_path, lm, fork=1))
-    quantize_layers(lm)
+    quantize_layers(lm, "int4")
     assert quantization(lm) == quantization(lm.base_model) == "int4"
     with pytest.raises(RGTGError, match=r"quantized weights \(int4\), which cannot have an adapter merged"):
         adapter.merged(lm)
@@ -234,7 +237,7 @@ def test_rounded_models_are_quantized_models(lm: Any, tmp_path: Path) -> None:
     with pytest.raises(RGTGError, match=r"quantized \(int4\) for float32 and is not cast to bfloat16"):
         decoder_of(lm, None, dtype="bfloat16")
     trained: Any = make_rm(**SHAPE)
-    quantize_layers(trained)
+    quantize_layers(trained, "int4")
     with pytest.raises(RGTGError, match=r"\(int4\), which cannot be trained"):
         load_base((trained, make_tokenizer()))
     described = decoder_of(lm, None).describe()

@@ -96,7 +96,7 @@ class RewardGuidedLM(TemplateLM):
         max_length: tokens of prompt and answer at most.
         engine: what runs the models.
         label: label of the reward model.
-        reward_weights: "int4" rounds the reward model's weights.
+        reward_weights: "int8" or "int4" rounds the reward model's weights.
         trust_remote_code: whether code that comes with the models may run.
         unknown: refused by name.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from rgtg_fast.deprecation import renamed_keywords
 from rgtg_fast.errors import RGTGError
-from rgtg_fast.models.adapter import fingerprint
+from rgtg_fast.models.fingerprint import fingerprint
 from rgtg_fast.models.loading import context_length
 from rgtg_fast.training.answer_scores import AnswerFile, fill_reference
 from rgtg_fast.training.data import TrainingData

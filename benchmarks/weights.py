@@ -1,10 +1,12 @@
-"""What rounding a reward model's weights to 4 bits costs and saves: `python -m benchmarks.int4`.
+"""What rounding weights to 8 or 4 bits costs and saves: `python -m benchmarks.weights`.
 
-The bundled PARGS reward model, merged into its own copy of the embedded base model, in bfloat16 on the native engine
-and by its own modules, and with `weights="int4"`. Writes to results/int4.csv, for each: the rank correlation of its
-rewards over the k candidates of a step with those of the first, its accuracy on held-out preferences, how many of the
-tokens of greedy guided answers are the first's, the bytes of its weights, and the time of a token on a processor. The
-pairs are hh_heldout of RGTG_DATA (../shared/data by default); without them there is no accuracy.
+The embedded base model, and the bundled PARGS reward model merged into its own copy of it, in bfloat16 on the native
+engine and by their own modules, and with `weights` and `reward_weights`. Writes to results/weights.csv, for each: the
+rank correlation of the rewards over the k candidates of a step with those of the first, the accuracy on held-out
+preferences, how many of the tokens of greedy guided answers are the first's, the bytes of both models' weights and
+those that a token reads, and the time of a token. The times are taken in turn, a round of all at a time, and the best
+counts.
+The pairs are hh_heldout of RGTG_DATA (../shared/data by default); without them there is no accuracy.
 """
 
 from __future__ import annotations
@@ -22,19 +24,20 @@ from scipy.stats import spearmanr
 
 from benchmarks.harness import MACHINE, RESULTS, append, read, same_machine, shown
 from rgtg_fast import Guidance, RewardGuidedDecoder, RGTGError, SequenceReward, bundled
-from rgtg_fast.bench.roofline import machine
+from rgtg_fast.bench.roofline import machine, read_bytes
 from rgtg_fast.bundled import embedded
 from rgtg_fast.cli.session import quiet
 from rgtg_fast.evaluation.accuracy import score_pairs, verdicts, wilson
-from rgtg_fast.models.loading import ModelAndTokenizer, load_causal_lm
 from rgtg_fast.training.data import load_pairs, tokenize_pairs
 
-# (weights, engine, arguments): the first is what the others are compared with. The second differs from it in rounding
-# alone: what two engines make of the same weights.
+# Weights of the base model and of the reward model, None for those of their files, and the engine. The first is what
+# the others are compared with. The second differs from it in rounding alone: what two engines make of the same weights.
 VARIANTS = (
-    ("bfloat16", "auto", None),
-    ("bfloat16", "transformers", None),
-    ("int4", "auto", "int4"),
+    (None, None, "auto"),
+    (None, None, "transformers"),
+    (None, "int8", "auto"),
+    ("int8", "int8", "auto"),
+    (None, "int4", "auto"),
 )
 PROMPTS = (
     "How do I learn to swim?",
@@ -45,14 +48,18 @@ PROMPTS = (
     "How can I sleep better?",
 )
 K, TOKENS = 10, 24
+GREEDY = Guidance(K, 1.0, temperature=0)
 COLUMNS = (
     "date",
     *MACHINE,
     "lm",
     "guide",
     "weights",
+    "reward_weights",
     "engine",
     "weight_bytes",
+    "bytes_per_token",
+    "tokens_per_second",
     "cpu_ms_per_token",
     "steps",
     "k",
@@ -96,26 +103,39 @@ def rank_correlations(one: list[list[Any]], other: list[list[Any]]) -> list[floa
     return found
 
 
-def answers_of(decoder: RewardGuidedDecoder) -> tuple[list[list[int]], float]:
-    """Greedy guided answers, and the milliseconds of a processor for a token of one row, the best of three.
+def answers_of(decoder: RewardGuidedDecoder) -> list[list[int]]:
+    """Greedy guided answers."""
+    return [row.tokens for row in decoder.generate(chats(), TOKENS, GREEDY)]
 
-    The prefill is left out, and so is what the machine does besides.
+
+def times_of(decoder: RewardGuidedDecoder) -> tuple[float, float]:
+    """Milliseconds for a token of one row, and those of a processor, which leave out what the machine does besides.
+
+    The prefill is left out.
     """
-    greedy, best = Guidance(K, 1.0, temperature=0), float("inf")
-    for _ in range(3):
-        chunks = decoder.stream(chats()[0], TOKENS, greedy, trace=False)
-        next(chunks)
-        begun = time.process_time()
-        count = sum(1 for _ in chunks)
-        best = min(best, 1000 * (time.process_time() - begun) / count)
-    return [row.tokens for row in decoder.generate(chats(), TOKENS, greedy)], best
+    chunks = decoder.stream(chats()[0], TOKENS, GREEDY, trace=False)
+    next(chunks)
+    clock, processor = time.perf_counter(), time.process_time()
+    count = sum(1 for _ in chunks)
+    return 1000 * (time.perf_counter() - clock) / count, 1000 * (time.process_time() - processor) / count
 
 
-def weight_bytes(decoder: RewardGuidedDecoder) -> int:
-    """Bytes of the reward model's weights and buffers."""
+def best_times(decoders: list[RewardGuidedDecoder], rounds: int) -> list[tuple[float, float]]:
+    """Each decoder's best times of some rounds, in each of which every decoder has a turn."""
+    taken = [[times_of(decoder) for decoder in decoders] for _ in range(rounds)]
+    return [(min(wall for wall, _ in own), min(cpu for _, cpu in own)) for own in zip(*taken, strict=True)]
+
+
+def models_of(decoder: RewardGuidedDecoder) -> list[Any]:
+    """The base model and the reward model."""
     assert decoder.reward is not None
     (runner,) = decoder.reward.models()
-    tensors = {id(x): x for x in (*runner.model.parameters(), *runner.model.buffers())}
+    return [decoder.lm.runner.model, runner.model]
+
+
+def weight_bytes(models: list[Any]) -> int:
+    """Bytes of the models' weights and buffers."""
+    tensors = {id(x): x for model in models for x in (*model.parameters(), *model.buffers())}
     return sum(x.nbytes for x in tensors.values())
 
 
@@ -156,38 +176,58 @@ class Preferences:
             return verdicts(score_pairs(decoder.reward, self.pairs, prompts=self.prompts), 1.0)
 
 
-def measure(base: ModelAndTokenizer, preferences: Preferences | None) -> list[dict[str, Any]]:
+def decoder_of(
+    base: str, weights: str | None, reward_weights: str | None, engine: str
+) -> RewardGuidedDecoder:
+    """The bundled reward model beside the base model."""
+    reward = SequenceReward(bundled.PREFIX + "pargs", share_trunk=False, weights=reward_weights)
+    return RewardGuidedDecoder.from_pretrained(
+        base, reward, device="cpu", dtype="bfloat16", engine=engine, max_length=1024, weights=weights
+    )
+
+
+def measure(base: str, preferences: Path, limit: int, max_length: int, rounds: int) -> list[dict[str, Any]]:
     """A row for each variant."""
-    rows, first = [], {}
-    for name, engine, weights in VARIANTS:
-        print(f"{name}, engine={engine}", flush=True)
-        reward = SequenceReward(bundled.PREFIX + "pargs", share_trunk=False, weights=weights)
-        decoder = RewardGuidedDecoder.from_pretrained(base, reward, engine=engine, max_length=1024)
+    decoders = [decoder_of(base, *variant) for variant in VARIANTS]
+    pairs = None
+    if preferences.is_file():
+        pairs = Preferences(preferences, decoders[0].tokenizer, limit, max_length)
+    else:
+        print(f"no accuracy: {preferences.name} is not in RGTG_DATA", file=sys.stderr)
+    times, rows, first = best_times(decoders, rounds), [], {}
+    for decoder, (wall, processor) in zip(decoders, times, strict=True):
         described = decoder.describe()
-        answers, milliseconds = answers_of(decoder)
+        answers = answers_of(decoder)
         found: dict[str, Any] = {"rewards": rewards_of(decoder), "answers": answers}
-        if preferences is not None:
-            found["verdicts"] = preferences.verdicts(decoder)
+        if pairs is not None:
+            found["verdicts"] = pairs.verdicts(decoder)
         first = first or found
         ranks = rank_correlations(first["rewards"], found["rewards"])
+        models = models_of(decoder)
         row = {
             "guide": bundled.PREFIX + "pargs",
-            "weights": described["reward_quantization"] or described["dtype"],
+            "weights": described["lm_quantization"] or described["dtype"],
+            "reward_weights": described["reward_quantization"] or described["dtype"],
             "engine": described["reward_engine"],
-            "weight_bytes": weight_bytes(decoder),
-            "cpu_ms_per_token": round(milliseconds, 3),
+            "weight_bytes": weight_bytes(models),
+            "bytes_per_token": sum(map(read_bytes, models)),
+            "tokens_per_second": round(1000 / wall, 2),
+            "cpu_ms_per_token": round(processor, 3),
             "steps": len(ranks),
             "k": K,
             "rank_correlation": round(sum(ranks) / len(ranks), 4),
             "tokens": sum(map(len, first["answers"])),
             "equal_tokens": equal_tokens(first["answers"], answers),
         }
-        if preferences is not None:
+        if pairs is not None:
             own, count = found["verdicts"], len(found["verdicts"])
             low, high = wilson(sum(own), count)
-            row |= {"data": preferences.name, "pairs": count, "max_length": preferences.max_length}
+            row |= {"data": pairs.name, "pairs": count, "max_length": pairs.max_length}
             row |= {"accuracy": sum(own) / count, "ci95_low": low, "ci95_high": high}
             row["equal_verdicts"] = sum(a == b for a, b in zip(first["verdicts"], own, strict=True))
+        print(
+            f"{row['weights']} and {row['reward_weights']}, {row['engine']}: {row['tokens_per_second']} tokens/s"
+        )
         rows.append(row)
     return rows
 
@@ -199,19 +239,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-length", type=int, default=128, help="tokens of a prompt and its longer answer"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "int4.csv")
+    parser.add_argument("--rounds", type=int, default=10, help="how often the times of all are taken")
+    parser.add_argument("--output", type=Path, default=RESULTS / "weights.csv")
     given = parser.parse_args(arguments)
     quiet()
     folder = Path(os.environ.get("RGTG_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    path, preferences = given.data or folder / "hh_heldout.jsonl.gz", None
+    path = given.data or folder / "hh_heldout.jsonl.gz"
     try:
-        base = load_causal_lm(str(embedded.default_model(print)), "cpu", "bfloat16")
-        if path.is_file():
-            preferences = Preferences(path, base[1], given.limit, given.max_length)
-        else:
-            print(f"no accuracy: {path.name} is not in RGTG_DATA", file=sys.stderr)
+        base = str(embedded.default_model(print))
         facts = {"date": datetime.date.today().isoformat(), **machine(), "lm": embedded.NAME}
-        rows = [facts | row for row in measure(base, preferences)]
+        measured = measure(base, path, given.limit, given.max_length, given.rounds)
+        rows = [facts | row for row in measured]
     except RGTGError as error:
         print(error, file=sys.stderr)
         return 2
