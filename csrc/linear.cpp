@@ -35,7 +35,7 @@ struct TileSizes {
   static constexpr int kLeast = (Flat + 1) / ((Flat + Tall) / Tall);
 };
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 struct Fp32 : TileSizes<6, 12> {
 #else
 struct Fp32 : TileSizes<3, 3> {
@@ -77,13 +77,14 @@ struct Bfloat : TileSizes<6, 12> {
 #else
 
 // Pairs of bf16 widened to fp32 and added in vdpbf16ps's order, odd first.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 struct Bfloat : TileSizes<4, 4> {
 #else
 struct Bfloat : TileSizes<2, 2> {
 #endif
   using Element = Bf16;
   using Weight = Bf16;
+  typedef uint32_t Words __attribute__((vector_size(16)));
   struct Operand {
     Vec even, odd;
   };
@@ -99,14 +100,12 @@ struct Bfloat : TileSizes<2, 2> {
     return {{_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16))},
             {_mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))}};
 #else
-    uint32_t even[4], odd[4];
-    for (int i = 0; i < 4; ++i) {
-      even[i] = static_cast<uint32_t>(p[2 * i].bits) << 16;
-      odd[i] = static_cast<uint32_t>(p[2 * i + 1].bits) << 16;
-    }
+    Words pair;
+    std::memcpy(&pair, p, sizeof pair);
+    const Words even = pair << 16, odd = pair & 0xffff0000u;
     Operand r;
-    std::memcpy(&r.even, even, 16);
-    std::memcpy(&r.odd, odd, 16);
+    std::memcpy(&r.even, &even, sizeof even);
+    std::memcpy(&r.odd, &odd, sizeof odd);
     return r;
 #endif
   }

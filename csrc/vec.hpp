@@ -1,5 +1,6 @@
 // Vectors of float, kWidth of them, for the instruction set that the file is compiled for: 16 with AVX-512, 8 with
-// AVX2, 4 elsewhere (through the compiler's vector extension: SSE2, NEON). Memory may hold float, Bf16 or F16, and int8_t to load.
+// AVX2, 4 elsewhere: through the compiler's vector extension, with NEON's instructions where it has none of them. Memory
+// may hold float, Bf16 or F16, and int8_t to load.
 // Everything is in namespace rgtg::RGTG_ISA, so that no two instruction sets share a function.
 #pragma once
 
@@ -11,6 +12,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace rgtg {
@@ -42,6 +45,10 @@ inline float to_float(Bf16 x) { return float_of_bits(static_cast<uint32_t>(x.bit
 inline float to_float(F16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &x, 2);
+  return half;
 #else
   uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return float_of_bits(sign | 0x7f800000u | ((rest & 0x3ff) << 13));
@@ -58,6 +65,9 @@ inline void from_float(float x, Bf16* out) {
 inline void from_float(float x, F16* out) {
 #if defined(__F16C__)
   out->bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
+#elif defined(__aarch64__)
+  const __fp16 half = static_cast<__fp16>(x);
+  std::memcpy(out, &half, 2);
 #else
   uint32_t bits = bits_of_float(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
   if (rest > 0x7f800000u) {
@@ -310,6 +320,14 @@ inline Vec load(const float* p) {
   std::memcpy(&a.v, p, 16);
   return a;
 }
+#if defined(__aarch64__)
+inline Vec load(const Bf16* p) {
+  return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+}
+inline Vec load(const F16* p) {
+  return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+}
+#endif
 template <class T>
 inline Vec load(const T* p) {
   return {Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
@@ -323,6 +341,15 @@ inline Vec load_n(const T* p, int n) {
 }
 
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, 16); }
+#if defined(__aarch64__)
+inline void store(Bf16* p, Vec a) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint32x4_t number = vceqq_f32(a.v, a.v);
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(vbslq_u32(number, rounded, vdupq_n_u32(0x7fc00000)), 16));
+}
+inline void store(F16* p, Vec a) { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v))); }
+#endif
 template <class T>
 inline void store(T* p, Vec a) {
   for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
@@ -337,20 +364,26 @@ inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 // a * b + c in one rounding where the machine has it.
+#if defined(__aarch64__)
+inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline Vec sqrt(Vec a) { return {vsqrtq_f32(a.v)}; }
+inline Vec round_even(Vec a) { return {vrndnq_f32(a.v)}; }
+#else
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-// The larger of two; b where either is NaN.
-inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec sqrt(Vec a) { return {Float4{sqrtf(a.v[0]), sqrtf(a.v[1]), sqrtf(a.v[2]), sqrtf(a.v[3])}}; }
-// Bit i is set where a[i] > b[i], or where a[i] is NaN.
-inline uint32_t greater_or_nan(Vec a, Vec b) {
-  Int4 le = a.v <= b.v;
-  return (le[0] ? 0u : 1u) | (le[1] ? 0u : 2u) | (le[2] ? 0u : 4u) | (le[3] ? 0u : 8u);
-}
 // Right for |a| < 2^22: adding and taking away 1.5 * 2^23 leaves the nearest integer.
 inline Vec round_even(Vec a) {
   const Vec magic = set1(12582912.0f);
   return (a + magic) - magic;
+}
+#endif
+// The larger of two; b where either is NaN.
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+// Bit i is set where a[i] > b[i], or where a[i] is NaN.
+inline uint32_t greater_or_nan(Vec a, Vec b) {
+  Int4 le = a.v <= b.v;
+  return (le[0] ? 0u : 1u) | (le[1] ? 0u : 2u) | (le[2] ? 0u : 4u) | (le[3] ? 0u : 8u);
 }
 // x where a equals b, y elsewhere.
 inline Vec where_equal(Vec a, Vec b, Vec x, Vec y) { return {a.v == b.v ? x.v : y.v}; }

@@ -242,8 +242,15 @@ def test_other_tables_keep_machines_apart_and_show_the_latest():
         "steps",
     )
     rounded = about | dict.fromkeys((*names, "lm", "guide", "equal_verdicts"), "1")
-    rounded |= {"weight_bytes": "1e6", "cpu_ms_per_token": "2", "pairs": "", "accuracy": ""}
+    rounded |= {
+        "weight_bytes": "1e6",
+        "bytes_per_token": "1e6",
+        "tokens_per_second": "2",
+        "pairs": "",
+        "accuracy": "",
+    }
+    rounded["reward_weights"] = "int8"
     rounded |= {"ci95_low": "", "ci95_high": ""}
-    text = weights.int4_block([rounded | INTEL, rounded | AMD])
-    assert text.count("| weights | engine |") == 2
+    text = weights.weights_block([rounded | INTEL, rounded | AMD])
+    assert text.count("| base | reward | engine |") == 2
     assert text.index("AMD EPYC") < text.index(ON_INTEL)

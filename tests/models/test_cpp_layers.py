@@ -280,6 +280,7 @@ for dtype in (torch.float32, torch.bfloat16):
             test_matches_the_uncached_forward(name, dtype)
     for outer, inner in ((1, 5), (6, 64), (203, 33), (203, 1100)):
         test_logits(outer, inner, dtype)
+test_many_rows_have_the_bits_of_one(203, 577)
 test_rows_are_the_same_bits_in_any_batch_on_any_threads("llama-wide", torch.bfloat16)
 for outer, inner in ((1, 5), (6, 64), (65, 33), (65, 1100)):
     check_products(outer, inner)
@@ -438,3 +439,18 @@ def test_an_embedding_that_is_not_contiguous_is_left_to_transformers() -> None:
     model = make("llama")
     model.embed_tokens.weight = nn.Parameter(model.embed_tokens.weight.detach().T.contiguous().T)
     assert NativeLayers.supported(model) == "its embedding is not contiguous"
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(128, 1), (131, 40), (203, 577), (130, 2050)])
+def test_many_rows_have_the_bits_of_one(outer: int, inner: int) -> None:
+    """Tiles of many rows of x add up in the order of a tile of one."""
+    weight, bias, x = torch.randn(outer, inner), torch.randn(outer), torch.randn(170, inner)
+    one_by_one = torch.cat([linear(row[None], weight, bias) for row in x])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for rows in (17, 31, 32, 33, 47, 64, 80, 97, 170):
+                assert torch.equal(linear(x[:rows], weight, bias), one_by_one[:rows])
+    finally:
+        torch.set_num_threads(threads)
