@@ -163,6 +163,17 @@ inline void widen(const char* w, int64_t row_bytes, int64_t rows, int64_t column
   }
 }
 
+// 16 rows of int8 weights by 32 columns as a tile of bf16.
+inline void widen_tile(const char* w, int64_t row_bytes, char* out) {
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r, w += row_bytes) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
+    const __m512 high =
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16))));
+    _mm512_store_si512(out + r * 64, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
 template <int W, int X>
 inline void multiply_tiles() {
   tile_multiply<0, 0>();
@@ -278,6 +289,11 @@ void run_pass(Tiles& t, const Pass& s) {
   auto copy = [&](int64_t i) {
     const int64_t columns = least(length - i * kTileColumns, kTileColumns), rows = s.n.end - s.n.begin;
     char* const out = copies[i % 2];
+    if (kWidens && columns == kTileColumns && rows == W * kTileRows) {
+      widen_tile(w + i * kTileColumns, s.row_bytes, out);
+      if (W > 1) widen_tile(second + i * kTileColumns, s.row_bytes, out + kTileBytes);
+      return;
+    }
     if (kWidens) return widen(w + i * kTileColumns, s.row_bytes, rows, columns, out);
     for (int64_t r = 0; r < rows; ++r) {
       const __m512i line = _mm512_maskz_loadu_epi16((1u << columns) - 1, w + r * s.row_bytes + i * 64);
