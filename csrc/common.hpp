@@ -15,8 +15,7 @@ namespace rgtg {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt64 = 4, kInt8 = 5 };
 
 static inline int dtype_bytes(int dtype) {
-  constexpr int kBytes[] = {4, 2, 2, 8, 8, 1};
-  return kBytes[dtype];
+  return dtype == kInt8 ? 1 : dtype >= kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
 }
 
 // Runs fn(ctx, thread, threads) once on each of `threads` threads and returns when all are done. The calling thread
