@@ -18,6 +18,7 @@ from rgtg_fast import __version__
 from rgtg_fast.bench.instructions import torch_products
 from rgtg_fast.bench.methods import BenchMethod, RewardModel
 from rgtg_fast.bench.models import RewardModels
+from rgtg_fast.models.quantized import FORMATS
 from rgtg_fast.ops._extension import instruction_set
 
 
@@ -121,12 +122,18 @@ def _commit() -> str | None:
 
 
 def read_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that one pass reads: all but an input embedding that is not the output's."""
+    """Bytes of weights that one pass reads: all but an input embedding that is not the output's.
+
+    Rounded weights and their scales are buffers of their layers.
+    """
     embedding = model.get_input_embeddings().get_parameter("weight")
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    weights = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    return sum(x.nbytes for x in weights.values()) - (0 if tied else embedding.nbytes)
+    rounded = tuple(form.layer for form in FORMATS.values())
+    buffers = (
+        x for module in model.modules() if isinstance(module, rounded) for x in module.buffers(recurse=False)
+    )
+    return sum(x.nbytes for x in (*model.parameters(), *buffers)) - (0 if tied else embedding.nbytes)
 
 
 def _token_cache_bytes(model: PreTrainedModel) -> int:
