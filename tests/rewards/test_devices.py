@@ -162,7 +162,8 @@ def outputs(decoder: RewardGuidedDecoder, support: str = "lm") -> tuple[list[lis
 def assert_equal(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
     """The tokens are equal, the rewards up to the rounding of the devices' own products."""
     assert found[0] == expected[0]
-    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+    # A reward near 0 is the sum of terms of about 1: it has their rounding, not its own.
+    assert found[1] == pytest.approx(expected[1], rel=1e-5, abs=2e-6)
 
 
 @pytest.mark.slow
