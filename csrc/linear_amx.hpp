@@ -16,6 +16,7 @@
 // numbers as bf16.
 #pragma once
 
+#include "amx.hpp"
 #include "linear.hpp"
 #include "vec.hpp"
 
@@ -23,7 +24,7 @@ namespace rgtg {
 namespace RGTG_ISA {
 namespace {
 
-constexpr int64_t kTileRows = kPackRows, kTileColumns = kPackColumns, kTileBytes = 1024;
+constexpr int64_t kTileRows = kPackRows, kTileColumns = kPackColumns;
 // A panel of w and a group of rows of x have up to two tiles.
 constexpr int64_t kPanelRows = 2 * kTileRows;
 constexpr int64_t kSumsBytes = 4 * kTileBytes;
@@ -44,45 +45,11 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Tile registers: the sums of w's tile i and x's tile j in 2 i + j, w in 4 and 5, x in 6 and 7.
 constexpr int kW = 4, kX = 6;
 
-// The compiler's own functions take a register's number as a token and let stores move across a load.
-template <int Tile>
-inline void tile_load(const void* p, int64_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
-}
-// The same without keeping the lines in the first-level cache.
-template <int Tile>
-inline void tile_load_once(const void* p, int64_t row_bytes) {
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
-}
-template <int Tile>
-inline void tile_store(void* p, int64_t row_bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
-}
-template <int Tile>
-inline void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(Tile));
-}
-template <int I, int J>
-inline void tile_multiply() {
-  asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(kX + J), "i"(kW + I), "i"(2 * I + J));
-}
-
 // Tiles of w and of sums have as many rows as the panel has left.
-inline void configure_tiles(int64_t panel_rows) {
-  struct alignas(64) {
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } config = {};
-  config.palette = 1;
+inline void configure_panel(int64_t panel_rows) {
   const auto first = static_cast<uint8_t>(least(panel_rows, kTileRows));
   const auto second = static_cast<uint8_t>(panel_rows > kTileRows ? panel_rows - kTileRows : kTileRows);
-  const uint8_t rows[8] = {first, first, second, second, first, second, kTileRows, kTileRows};
-  for (int i = 0; i < 8; ++i) {
-    config.rows[i] = rows[i];
-    config.row_bytes[i] = 64;
-  }
-  asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+  configure_tiles({first, first, second, second, first, second, kTileRows, kTileRows});
 }
 
 // Packs a tile of x, [pair of columns][row][2]: its rows and columns from `rows.begin` and `columns.begin` on, zeros for
@@ -176,10 +143,10 @@ inline void widen_tile(const char* w, int64_t row_bytes, char* out) {
 
 template <int W, int X>
 inline void multiply_tiles() {
-  tile_multiply<0, 0>();
-  if constexpr (X > 1) tile_multiply<0, 1>();
-  if constexpr (W > 1) tile_multiply<1, 0>();
-  if constexpr (W > 1 && X > 1) tile_multiply<1, 1>();
+  tile_multiply<0, kW, kX>();
+  if constexpr (X > 1) tile_multiply<1, kW, kX + 1>();
+  if constexpr (W > 1) tile_multiply<2, kW + 1, kX>();
+  if constexpr (W > 1 && X > 1) tile_multiply<3, kW + 1, kX + 1>();
 }
 
 template <int W, int X>
@@ -380,7 +347,7 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
         char* waiting = sums;
         for (int64_t n = column; n < column_stop; n += kPanelRows) {
           const int64_t rows_n = least(kPanelRows, column_stop - n);
-          if (rows_n != configured) configure_tiles(rows_n);
+          if (rows_n != configured) configure_panel(rows_n);
           configured = rows_n;
           const char* const w = static_cast<const char*>(p.w) + n * row_bytes + k * (widens ? 1 : 2);
           const char* next = static_cast<const char*>(p.w) + (n + rows_n) * row_bytes;
@@ -411,7 +378,7 @@ inline void linear_tiles(const Linear& p, int64_t begin, int64_t end, Prefetch p
     }
   }
   write_rest(t);
-  asm volatile("tilerelease");
+  release_tiles();
 }
 
 }  // namespace

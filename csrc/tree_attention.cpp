@@ -428,9 +428,9 @@ void tree_attention(const TreeAttention& a, void* workspace, int thread, int thr
     case kFloat16: return work<F16, Product<F16>>(a, memory, thread, threads);
     default:
 #if defined(__AMX_BF16__)
-      amx_begin();
+      configure_tiles({16, 16, 16, 16, 16, 16, 16, 16});
       work<Bf16, AmxProduct>(a, memory, thread, threads);
-      return amx_end();
+      return release_tiles();
 #elif defined(__AVX512BF16__)
       if (a.D % 2 == 0) return work<Bf16, PairProduct>(a, memory, thread, threads);
 #endif

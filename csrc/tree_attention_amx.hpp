@@ -5,6 +5,7 @@
 // is of the unrounded ones.
 #pragma once
 
+#include "amx.hpp"
 #include "tree_attention.hpp"
 #include "vec.hpp"
 
@@ -21,7 +22,6 @@ struct AmxProduct {
 
 constexpr int64_t kLanes = 16;  // query rows of a group; rows of a tile, of 16 floats or 32 numbers of bfloat16
 constexpr int64_t kRowNumbers = 32;
-constexpr int64_t kTileBytes = 1024;
 // Takes the first 16 numbers of two vectors in turn.
 alignas(64) constexpr uint16_t kInterleaved[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -29,22 +29,6 @@ alignas(64) constexpr uint16_t kInterleaved[32] = {0, 32, 1, 33, 2,  34, 3,  35,
 inline int64_t amx_steps(int64_t D) { return (D + kRowNumbers - 1) / kRowNumbers; }
 // Bytes of one group's packed queries.
 inline int64_t amx_query_bytes(int64_t D) { return amx_steps(D) * kTileBytes; }
-
-// All eight tiles have 16 rows of 64 bytes.
-inline void amx_begin() {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } shape = {};
-  shape.palette = 1;
-  for (int i = 0; i < 8; ++i) {
-    shape.row_bytes[i] = 64;
-    shape.rows[i] = 16;
-  }
-  _tile_loadconfig(&shape);
-}
-inline void amx_end() { _tile_release(); }
 
 // 32 numbers of bfloat16 as a vector, zeros past n.
 inline Vec amx_row(const Bf16* p, int64_t n) {
@@ -105,36 +89,36 @@ inline void amx_scores(const Bf16* keys, int64_t stride, int64_t n, const char* 
   int64_t t = 0;
   for (; t + 48 < n; t += 64) {
     const Bf16* row = keys + t * stride;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
     for (int64_t s = 0; s < steps; ++s, row += kRowNumbers) {
-      _tile_loadd(4, q + s * kTileBytes, 64);
-      _tile_loadd(5, row, bytes);
-      _tile_dpbf16ps(0, 5, 4);
-      _tile_loadd(6, row + down, bytes);
-      _tile_dpbf16ps(1, 6, 4);
-      _tile_loadd(5, row + 2 * down, bytes);
-      _tile_dpbf16ps(2, 5, 4);
-      _tile_loadd(6, row + 3 * down, bytes);
-      _tile_dpbf16ps(3, 6, 4);
+      tile_load<4>(q + s * kTileBytes, 64);
+      tile_load<5>(row, bytes);
+      tile_multiply<0, 5, 4>();
+      tile_load<6>(row + down, bytes);
+      tile_multiply<1, 6, 4>();
+      tile_load<5>(row + 2 * down, bytes);
+      tile_multiply<2, 5, 4>();
+      tile_load<6>(row + 3 * down, bytes);
+      tile_multiply<3, 6, 4>();
     }
     float* out = scores + t * kLanes;
-    _tile_stored(0, out, 64);
-    _tile_stored(1, out + kLanes * kLanes, 64);
-    _tile_stored(2, out + 2 * kLanes * kLanes, 64);
-    _tile_stored(3, out + 3 * kLanes * kLanes, 64);
+    tile_store<0>(out, 64);
+    tile_store<1>(out + kLanes * kLanes, 64);
+    tile_store<2>(out + 2 * kLanes * kLanes, 64);
+    tile_store<3>(out + 3 * kLanes * kLanes, 64);
   }
   for (; t < n; t += kLanes) {
     const Bf16* row = keys + t * stride;
-    _tile_zero(0);
+    tile_zero<0>();
     for (int64_t s = 0; s < steps; ++s) {
-      _tile_loadd(4, q + s * kTileBytes, 64);
-      _tile_loadd(5, row + s * kRowNumbers, bytes);
-      _tile_dpbf16ps(0, 5, 4);
+      tile_load<4>(q + s * kTileBytes, 64);
+      tile_load<5>(row + s * kRowNumbers, bytes);
+      tile_multiply<0, 5, 4>();
     }
-    _tile_stored(0, scores + t * kLanes, 64);
+    tile_store<0>(scores + t * kLanes, 64);
   }
 }
 
@@ -216,35 +200,35 @@ inline void amx_sums(const char* weights, const char* values, int64_t steps, int
   const int64_t bytes = tiles * 64;
   int64_t j = 0;
   for (; j + 4 <= tiles; j += 4, values += 4 * kNext, acc += 4 * kLanes) {
-    _tile_loadd(0, acc, bytes);
-    _tile_loadd(1, acc + kLanes, bytes);
-    _tile_loadd(2, acc + 2 * kLanes, bytes);
-    _tile_loadd(3, acc + 3 * kLanes, bytes);
+    tile_load<0>(acc, bytes);
+    tile_load<1>(acc + kLanes, bytes);
+    tile_load<2>(acc + 2 * kLanes, bytes);
+    tile_load<3>(acc + 3 * kLanes, bytes);
     for (int64_t s = 0; s < steps; ++s) {
       const char* v = values + s * kTileBytes;
-      _tile_loadd(4, weights + s * kTileBytes, 64);
-      _tile_loadd(5, v, 64);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, v + kNext, 64);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(5, v + 2 * kNext, 64);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_loadd(6, v + 3 * kNext, 64);
-      _tile_dpbf16ps(3, 4, 6);
+      tile_load<4>(weights + s * kTileBytes, 64);
+      tile_load<5>(v, 64);
+      tile_multiply<0, 4, 5>();
+      tile_load<6>(v + kNext, 64);
+      tile_multiply<1, 4, 6>();
+      tile_load<5>(v + 2 * kNext, 64);
+      tile_multiply<2, 4, 5>();
+      tile_load<6>(v + 3 * kNext, 64);
+      tile_multiply<3, 4, 6>();
     }
-    _tile_stored(0, acc, bytes);
-    _tile_stored(1, acc + kLanes, bytes);
-    _tile_stored(2, acc + 2 * kLanes, bytes);
-    _tile_stored(3, acc + 3 * kLanes, bytes);
+    tile_store<0>(acc, bytes);
+    tile_store<1>(acc + kLanes, bytes);
+    tile_store<2>(acc + 2 * kLanes, bytes);
+    tile_store<3>(acc + 3 * kLanes, bytes);
   }
   for (; j < tiles; ++j, values += kNext, acc += kLanes) {
-    _tile_loadd(0, acc, bytes);
+    tile_load<0>(acc, bytes);
     for (int64_t s = 0; s < steps; ++s) {
-      _tile_loadd(4, weights + s * kTileBytes, 64);
-      _tile_loadd(5, values + s * kTileBytes, 64);
-      _tile_dpbf16ps(0, 4, 5);
+      tile_load<4>(weights + s * kTileBytes, 64);
+      tile_load<5>(values + s * kTileBytes, 64);
+      tile_multiply<0, 4, 5>();
     }
-    _tile_stored(0, acc, bytes);
+    tile_store<0>(acc, bytes);
   }
 }
 

@@ -124,7 +124,7 @@ def _commit() -> str | None:
 def read_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that one pass reads: all but an input embedding that is not the output's.
 
-    Rounded weights and their scales are buffers of their layers.
+    What layers with rounded weights hold as buffers counts too.
     """
     embedding = model.get_input_embeddings().get_parameter("weight")
     head = model.get_output_embeddings()

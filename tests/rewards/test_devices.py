@@ -134,7 +134,8 @@ TOKENIZER = make_tokenizer()
 PROMPTS = ["w1 w2", "w3", "w5 w6 w7"]
 MAKERS: dict[str, Callable[[], Reward]] = {
     "sequence": lambda: SequenceReward((make_rm(), TOKENIZER)),
-    "rad": lambda: RADReward((make_rm(), TOKENIZER)),
+    # Of a seed whose rewards are 0, 1 or far from 0, where rounding would be a large part of them.
+    "rad": lambda: RADReward((make_rm(seed=5), TOKENIZER)),
     "farma": lambda: VocabularyReward((make_lm(seed=3), TOKENIZER)),
     "genarm": lambda: AutoregressiveReward((make_lm(seed=3), TOKENIZER)),
     "eft": lambda: LogRatioReward((make_lm(seed=3), TOKENIZER), (make_lm(seed=4), TOKENIZER)),
@@ -162,8 +163,7 @@ def outputs(decoder: RewardGuidedDecoder, support: str = "lm") -> tuple[list[lis
 def assert_equal(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
     """The tokens are equal, the rewards up to the rounding of the devices' own products."""
     assert found[0] == expected[0]
-    # A reward near 0 is the sum of terms of about 1: it has their rounding, not its own.
-    assert found[1] == pytest.approx(expected[1], rel=1e-5, abs=2e-6)
+    assert found[1] == pytest.approx(expected[1], rel=1e-5)
 
 
 @pytest.mark.slow
